@@ -1,0 +1,96 @@
+"""The one tree of errors.
+
+Every error that this project raises on purpose derives from `NydusError`. Each class carries, as class attributes, what
+the borders need: the `errno` a reader of the mount sees, the `exit_code` of a command, the `rest_status` of the API,
+whether trying again can help (`temporary`), and whether a traceback helps whoever reads the log (`traceback`).
+Errors are translated once, at the border (a front end, the API, `main`); nothing in between catches and rewords them.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from typing import ClassVar
+
+
+class NydusError(Exception):
+    """Root of all errors raised on purpose. The message says what happened, to what, and what to try."""
+
+    errno: ClassVar[int] = _errno.EIO
+    exit_code: ClassVar[int] = 1
+    rest_status: ClassVar[int] = 500
+    temporary: ClassVar[bool] = False
+    traceback: ClassVar[bool] = False
+
+
+class InternalError(NydusError):
+    """Our bug: an invariant is gone. Never retried, always logged with its traceback."""
+
+    traceback: ClassVar[bool] = True
+
+
+class ConfigError(NydusError):
+    """A flag or a configuration key is wrong. The message names the key, what is wrong and what is allowed."""
+
+    exit_code: ClassVar[int] = 2
+    rest_status: ClassVar[int] = 400
+
+
+class FormatError(NydusError):
+    """Bytes of an image, blob metadata, chunk map or state file are not what the format allows.
+
+    `where` names the file (or the blob), `field` the field; the message holds the value and the rule it breaks.
+    """
+
+    def __init__(self, where: str, field: str, message: str) -> None:
+        super().__init__(where, field, message)
+        self.where = where
+        self.field = field
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.field}: {self.message}"
+
+
+class UnsupportedError(NydusError):
+    """The request or image asks for something this version does not do. The message says what to use instead."""
+
+    rest_status: ClassVar[int] = 501
+
+
+class CorruptChunkError(NydusError):
+    """Fetched bytes do not decode to what the image's metadata promises: wrong digest, length or stream."""
+
+    def __init__(self, blob_id: str, chunk: int, message: str) -> None:
+        super().__init__(blob_id, chunk, message)
+        self.blob_id = blob_id
+        self.chunk = chunk
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"blob {self.blob_id} chunk {self.chunk}: {self.message}"
+
+
+class BackendError(NydusError):
+    """A backend could not give the bytes asked for."""
+
+
+class NoSuchBlobError(BackendError):
+    """The backend does not have this blob."""
+
+
+class CacheError(NydusError):
+    """The cache folder or a file in it cannot be used. `errno` of the cause is in `cause_errno`."""
+
+    def __init__(self, message: str, cause_errno: int = 0) -> None:
+        super().__init__(message)
+        self.cause_errno = cause_errno
+
+
+class StaleCacheError(CacheError):
+    """The cache file was replaced, deleted or truncated by somebody else since the blob was opened."""
+
+    temporary: ClassVar[bool] = True
+
+
+class MountError(NydusError):
+    """mount(2), umount(2) or the FUSE hand-shake failed."""
