@@ -1,0 +1,63 @@
+"""ChunkMap: which chunks of a blob are in the cache file, and who is fetching the others.
+
+The live map is one byte a chunk in the blob's segment. The supervisor claims (EMPTY to PENDING) under the segment's lock; a
+worker that wrote a chunk stores READY, one byte, no lock; readers load the byte and then read the file. What is
+stored on disk is another thing: `map_file.py`.
+"""
+
+from __future__ import annotations
+
+from nydusd.storage.state.segment import EMPTY, FAILED, PENDING, READY, VERIFY, Segment
+
+_COUNTED = {"empty": EMPTY, "pending": PENDING, "ready": READY, "failed": FAILED, "verify": VERIFY}
+
+
+class ChunkMap:
+    """The state of a blob's chunks. Indexes are chunk ids, 0 <= id < count."""
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self._state = segment.state
+        self.count = segment.count
+
+    def is_ready(self, chunk: int) -> bool:
+        return self._state[chunk] == READY
+
+    def is_pending(self, chunk: int) -> bool:
+        return self._state[chunk] == PENDING
+
+    def check_ready_and_mark_pending(self, first: int, count: int) -> list[int]:
+        """Claim what is neither ready nor claimed in [first, first + count); gives the ids the caller now owns.
+
+        All in one step under the lock: nobody holds a part and waits for another.
+        """
+        with self._segment.lock():
+            owned = [i for i in range(first, first + count) if self._state[i] not in (PENDING, READY)]
+            for chunk in owned:
+                self._state[chunk] = PENDING
+        return owned
+
+    def set_ready_and_clear_pending(self, chunk: int) -> None:
+        """The chunk's bytes are in the cache file: the pwrite has returned."""
+        self._state[chunk] = READY
+
+    def clear_pending(self, chunk: int, to: int = EMPTY) -> None:
+        """End a claim without data. A chunk that became ready meanwhile stays ready."""
+        if self._state[chunk] == PENDING:
+            self._state[chunk] = to
+
+    def forget(self, chunk: int) -> None:
+        """The cache file has lost this chunk's bytes (truncated by somebody): fetch it again."""
+        if self._state[chunk] == READY:
+            self._state[chunk] = EMPTY
+
+    def ready_count(self) -> int:
+        return bytes(self._state).count(READY)
+
+    def counts(self) -> dict[str, int]:
+        """How many chunks are in each state, by its name."""
+        state = bytes(self._state)
+        return {name: state.count(value) for name, value in _COUNTED.items()}
+
+    def is_all_ready(self) -> bool:
+        return self.ready_count() == self.count

@@ -1,0 +1,45 @@
+"""RangeMap: the same question as ChunkMap, asked in bytes of the virtual uncompressed blob.
+
+For callers that know addresses and no chunks (blobfs, fscache, fanotify, block export). A range is ready when every chunk
+that touches it is. Padding between chunks belongs to none, and reads as zeros.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from nydusd.errors import CacheError
+from nydusd.storage.state.chunk_map import ChunkMap
+from nydusd.storage.state.segment import RECORD, Segment
+
+
+class RangeMap:
+    """Address ranges over a blob whose chunks are sorted by uncompressed offset."""
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self._chunks = ChunkMap(segment)
+
+    def _start(self, chunk: int) -> int:
+        return int(RECORD.unpack_from(self._segment.records, chunk * RECORD.size)[1])
+
+    def chunks_of(self, offset: int, size: int) -> tuple[int, int]:
+        """(first, count) of the chunks that touch [offset, offset + size). Raises CacheError for a range outside."""
+        limit = -(-self._segment.identity.size // 4096) * 4096
+        if size <= 0 or offset < 0 or offset + size > limit:
+            raise CacheError(f"range {offset}+{size} is outside the blob's {limit} bytes")
+        ids = range(self._segment.count)
+        first = max(bisect_right(ids, offset, key=self._start) - 1, 0)
+        last = max(bisect_right(ids, offset + size - 1, key=self._start) - 1, 0)
+        return first, last - first + 1
+
+    def is_range_all_ready(self) -> bool:
+        return self._chunks.is_all_ready()
+
+    def is_range_ready(self, offset: int, size: int) -> bool:
+        first, count = self.chunks_of(offset, size)
+        return all(self._chunks.is_ready(i) for i in range(first, first + count))
+
+    def check_range_ready_and_mark_pending(self, offset: int, size: int) -> list[int]:
+        """Claim the chunks of a range that are neither ready nor claimed; gives the ids the caller now owns."""
+        return self._chunks.check_ready_and_mark_pending(*self.chunks_of(offset, size))

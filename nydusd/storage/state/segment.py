@@ -1,0 +1,239 @@
+"""The segment of a blob: POSIX shared memory with the live state of every chunk and the normalised chunk table.
+
+Built by a worker (`workers/prepare.py`), mapped by the supervisor, the front ends and the decompress workers. A segment is
+made under a temporary name and renamed when complete, so a reader sees none or all of it. It is allocated in full
+when it is made: a full shared-memory file system is an error then, never a SIGBUS later. Only the supervisor unlinks.
+
+What holds after SIGKILL of anybody: the state bytes stay. *Ready* was stored after the data was written, so it is true as
+long as the kernel lives; *pending* of a dead claimer is reset by the supervisor, or by whoever builds the next
+segment from this one (`inherit`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import posix_ipc
+
+from nydusd.errors import CacheError, FormatError, InternalError
+from nydusd.formats.model import ChunkRecord
+from nydusd.storage.state.lock import BlobLock
+
+MAGIC = b"NYDSEG01"
+HEADER_SIZE = 4096
+COUNTERS_OFFSET = 1024
+COUNTER_ROWS = 64
+COUNTER_FIELDS = 6
+LOCK_OFFSET = 512
+
+EMPTY, PENDING, READY, FAILED, VERIFY = range(5)
+"""Values of a state byte. VERIFY: bytes are in the cache file but not ours; check their digest before use."""
+
+RECORD = struct.Struct("<QQIIIIII")
+DIGEST_SIZE = 32
+CONTEXT_SIZE = 40
+
+_HEADER = struct.Struct("<8sIIQQQQQ16sQQQQQQQQ")
+_SHM = Path("/dev/shm")  # where glibc keeps POSIX shared memory: the only way to rename an object
+
+
+def boot_id() -> bytes:
+    """16 bytes that differ from boot to boot."""
+    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The cache file that a segment speaks of: device, inode, and the size it must have, bytes."""
+
+    dev: int
+    ino: int
+    size: int
+
+    @classmethod
+    def of(cls, fd: int, size: int) -> Identity:
+        st = os.fstat(fd)
+        return cls(st.st_dev, st.st_ino, size)
+
+
+def _align(n: int) -> int:
+    return -(-n // 64) * 64
+
+
+class Segment:
+    """One mapped segment. `state` is writable: one byte a chunk."""
+
+    def __init__(self, name: str, mapping: mmap.mmap) -> None:
+        self.name = name
+        self._map = mapping
+        view = memoryview(mapping)
+        if len(view) < HEADER_SIZE:
+            raise FormatError(name, "size", f"{len(view)} bytes, at least {HEADER_SIZE} expected")
+        (
+            magic,
+            version,
+            self.flags,
+            self.count,
+            self.generation,
+            dev,
+            ino,
+            size,
+            self.boot_id,
+            state,
+            records,
+            digests,
+            contexts,
+            self.context_count,
+            self.dict_offset,
+            self.dict_size,
+            total,
+        ) = _HEADER.unpack_from(view)
+        if magic != MAGIC or version != 1 or total != len(view):
+            raise FormatError(name, "header", f"magic {magic!r}, version {version}, size {total} of {len(view)}")
+        self.identity = Identity(dev, ino, size)
+        self._view = view
+        self.state = view[state : state + self.count]
+        self.records = view[records : records + self.count * RECORD.size]
+        self._digests = view[digests : digests + self.count * DIGEST_SIZE]
+        self.contexts = view[contexts : contexts + self.context_count * CONTEXT_SIZE]
+        self._lock: BlobLock | None = None
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        *,
+        generation: int,
+        identity: Identity,
+        records: bytes,
+        digests: bytes,
+        contexts: bytes,
+        dict_offset: int,
+        dict_size: int,
+        state: bytes,
+    ) -> Segment:
+        """Build a segment and give it its name. Raises CacheError when shared memory is full."""
+        count = len(state)
+        if len(records) != count * RECORD.size or len(digests) != count * DIGEST_SIZE or len(contexts) % CONTEXT_SIZE:
+            raise InternalError(f"{name}: areas do not fit {count} chunks")
+        state_at = HEADER_SIZE
+        records_at = state_at + _align(count)
+        digests_at = records_at + _align(len(records))
+        contexts_at = digests_at + _align(len(digests))
+        total = contexts_at + _align(len(contexts))
+        temporary = f"{name}.{os.getpid()}"
+        _unlink(temporary)
+        shm = posix_ipc.SharedMemory(temporary, posix_ipc.O_CREX, 0o600)
+        try:
+            try:
+                os.posix_fallocate(shm.fd, 0, total)
+            except OSError as e:
+                raise CacheError(f"shared memory {name}: {total} bytes: {e.strerror}", e.errno) from e
+            mapping = mmap.mmap(shm.fd, total)
+        except BaseException:
+            _unlink(temporary)
+            raise
+        finally:
+            shm.close_fd()
+        _HEADER.pack_into(
+            mapping,
+            0,
+            MAGIC,
+            1,
+            0,
+            count,
+            generation,
+            identity.dev,
+            identity.ino,
+            identity.size,
+            boot_id(),
+            state_at,
+            records_at,
+            digests_at,
+            contexts_at,
+            len(contexts) // CONTEXT_SIZE,
+            dict_offset,
+            dict_size,
+            total,
+        )
+        for at, part in ((state_at, state), (records_at, records), (digests_at, digests), (contexts_at, contexts)):
+            mapping[at : at + len(part)] = part
+        os.rename(_SHM / temporary[1:], _SHM / name[1:])
+        return cls(name, mapping)
+
+    @classmethod
+    def open(cls, name: str) -> Segment | None:
+        """Map an existing segment; None when there is none. Raises FormatError for what is not a segment."""
+        try:
+            shm = posix_ipc.SharedMemory(name)
+        except posix_ipc.ExistentialError:
+            return None
+        try:
+            size = os.fstat(shm.fd).st_size
+            if size < HEADER_SIZE:
+                raise FormatError(name, "size", f"{size} bytes, at least {HEADER_SIZE} expected")
+            mapping = mmap.mmap(shm.fd, size)
+        finally:
+            shm.close_fd()
+        return cls(name, mapping)
+
+    def lock(self) -> BlobLock:
+        """The segment's lock, to be used in a `with`."""
+        if self._lock is None:
+            self._lock = BlobLock(self.name, self._view[LOCK_OFFSET : LOCK_OFFSET + 16], create=True)
+        return self._lock
+
+    def record(self, chunk: int) -> ChunkRecord:
+        return ChunkRecord._make(RECORD.unpack_from(self.records, chunk * RECORD.size))
+
+    def digest(self, chunk: int) -> bytes:
+        """32 bytes; meaningful only if the record has the DIGEST flag."""
+        return bytes(self._digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE])
+
+    def counters(self, row: int) -> memoryview:
+        """A row of 6 u64 counters: hits, hit bytes, misses, miss bytes, errors, spare. One process writes a row."""
+        at = COUNTERS_OFFSET + row * COUNTER_FIELDS * 8
+        return self._view[at : at + COUNTER_FIELDS * 8].cast("Q")
+
+    def totals(self) -> list[int]:
+        """The sum of all rows, field by field."""
+        rows = self._view[COUNTERS_OFFSET : COUNTERS_OFFSET + COUNTER_ROWS * COUNTER_FIELDS * 8].cast("Q")
+        return [sum(rows[field::COUNTER_FIELDS]) for field in range(COUNTER_FIELDS)]
+
+    def close(self) -> None:
+        """Give the mapping back; views handed out by `counters` must be gone."""
+        if self._lock is not None:
+            self._lock.close()
+        for view in (self.state, self.records, self._digests, self.contexts, self._view):
+            view.release()
+        self._map.close()
+
+
+def _unlink(name: str) -> None:
+    try:
+        posix_ipc.unlink_shared_memory(name)
+    except posix_ipc.ExistentialError:
+        pass
+
+
+def remove(name: str) -> None:
+    """Remove a segment's name and its semaphore; no error if there is none."""
+    _unlink(name)
+    try:
+        posix_ipc.unlink_semaphore(name)
+    except posix_ipc.ExistentialError:
+        pass
+
+
+def names(prefix: str) -> list[str]:
+    """Names of all segments and semaphores that start with `/prefix`, finished or not: what an earlier run left."""
+    found = set()
+    for path in _SHM.iterdir():
+        name = path.name.removeprefix("sem.")
+        if name.startswith(prefix):
+            found.add("/" + name)
+    return sorted(found)
