@@ -1,0 +1,42 @@
+# One command each: `make help` lists them. Everything runs from the project's own .venv.
+
+PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
+BIN := .venv/bin
+CHECKED := nydusd workers bench tests scripts/demo
+
+.PHONY: help setup demo test lint fuzz bench clean
+
+help:
+	@echo 'make demo    mount a packed image, read it cold and warm, show what was fetched'
+	@echo 'make test    checks (ruff, mypy --strict) and all tests'
+	@echo 'make lint    the checks alone'
+	@echo 'make fuzz    at least 100,000 mutated inputs through every parser (FUZZ_INPUTS=N)'
+	@echo 'make bench   figures against the kernel'"'"'s EROFS, and against a reference binary if $$NYDUSD_REF names one'
+	@echo 'make setup   what the others do first: system packages, .venv, pinned libraries'
+	@echo 'make clean   remove what the above left in this folder, .venv included'
+
+setup:
+	@PYTHON='$(PYTHON)' scripts/setup
+
+demo: setup
+	@$(BIN)/python scripts/demo
+
+lint: setup
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+test: lint
+	scripts/need-fuse
+	$(BIN)/pytest
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz
+
+bench: setup
+	scripts/need-fuse
+	$(BIN)/python -m bench.run
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
