@@ -81,9 +81,9 @@ class NoSuchBlobError(BackendError):
 class CacheError(NydusError):
     """The cache folder or a file in it cannot be used. `errno` of the cause is in `cause_errno`."""
 
-    def __init__(self, message: str, cause_errno: int = 0) -> None:
+    def __init__(self, message: str, cause_errno: int | None = 0) -> None:
         super().__init__(message)
-        self.cause_errno = cause_errno
+        self.cause_errno = cause_errno or 0
 
 
 class StaleCacheError(CacheError):

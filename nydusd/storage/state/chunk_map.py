@@ -21,10 +21,10 @@ class ChunkMap:
         self.count = segment.count
 
     def is_ready(self, chunk: int) -> bool:
-        return self._state[chunk] == READY
+        return bool(self._state[chunk] == READY)
 
     def is_pending(self, chunk: int) -> bool:
-        return self._state[chunk] == PENDING
+        return bool(self._state[chunk] == PENDING)
 
     def check_ready_and_mark_pending(self, first: int, count: int) -> list[int]:
         """Claim what is neither ready nor claimed in [first, first + count); gives the ids the caller now owns.

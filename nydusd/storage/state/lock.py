@@ -88,9 +88,3 @@ class BlobLock:
     def close(self) -> None:
         self._record.release()
         self._sem.close()
-
-    def unlink(self) -> None:
-        try:
-            posix_ipc.unlink_semaphore(self._name)
-        except (posix_ipc.ExistentialError, PermissionError):
-            pass

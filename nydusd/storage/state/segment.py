@@ -11,6 +11,7 @@ segment from this one (`inherit`).
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -214,19 +215,15 @@ class Segment:
 
 
 def _unlink(name: str) -> None:
-    try:
+    with contextlib.suppress(posix_ipc.ExistentialError):
         posix_ipc.unlink_shared_memory(name)
-    except posix_ipc.ExistentialError:
-        pass
 
 
 def remove(name: str) -> None:
     """Remove a segment's name and its semaphore; no error if there is none."""
     _unlink(name)
-    try:
+    with contextlib.suppress(posix_ipc.ExistentialError):
         posix_ipc.unlink_semaphore(name)
-    except posix_ipc.ExistentialError:
-        pass
 
 
 def names(prefix: str) -> list[str]:

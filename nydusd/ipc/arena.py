@@ -1,0 +1,89 @@
+"""The slot arena: a bounded piece of POSIX shared memory through which chunk data travels between processes.
+
+The supervisor alone allocates (first fit, in pages) and keeps the leases; others get (offset, length) by message. A full
+arena is back-pressure: jobs wait until a slot is free. It is allocated in full when made, so it can't SIGBUS later.
+What holds after SIGKILL: a lease ends with the process that holds it, because only the supervisor's table counts.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import posix_ipc
+
+from nydusd.errors import CacheError
+
+PAGE = 4096
+
+
+class Arena:
+    """A mapped arena: `view` for everybody, `allocate` and `free` for the supervisor."""
+
+    def __init__(self, name: str, mapping: mmap.mmap) -> None:
+        self.name = name
+        self._map = mapping
+        self._view = memoryview(mapping)
+        self.size = len(mapping)
+        self._free: list[tuple[int, int]] = [(0, self.size)]
+
+    @classmethod
+    def create(cls, name: str, size: int) -> Arena:
+        """Raises CacheError when shared memory is full."""
+        size = -(-size // PAGE) * PAGE
+        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREAT, 0o600)
+        try:
+            os.ftruncate(shm.fd, 0)
+            os.posix_fallocate(shm.fd, 0, size)
+            return cls(name, mmap.mmap(shm.fd, size))
+        except OSError as e:
+            posix_ipc.unlink_shared_memory(name)
+            raise CacheError(f"shared memory {name}: {size} bytes: {e.strerror}", e.errno) from e
+        finally:
+            shm.close_fd()
+
+    @classmethod
+    def open(cls, name: str) -> Arena:
+        try:
+            shm = posix_ipc.SharedMemory(name)
+        except posix_ipc.Error as e:
+            raise CacheError(f"shared memory {name}: {e}") from e
+        try:
+            return cls(name, mmap.mmap(shm.fd, os.fstat(shm.fd).st_size))
+        finally:
+            shm.close_fd()
+
+    def view(self, offset: int, length: int) -> memoryview:
+        return self._view[offset : offset + length]
+
+    def allocate(self, length: int) -> int | None:
+        """Offset of a free piece of `length` bytes, None if there is none now."""
+        need = -(-max(length, 1) // PAGE) * PAGE
+        for i, (offset, size) in enumerate(self._free):
+            if size >= need:
+                if size == need:
+                    del self._free[i]
+                else:
+                    self._free[i] = (offset + need, size - need)
+                return offset
+        return None
+
+    def free(self, offset: int, length: int) -> None:
+        """Give back what `allocate` gave, with the same length."""
+        size = -(-max(length, 1) // PAGE) * PAGE
+        pieces = sorted([*self._free, (offset, size)])
+        merged = pieces[:1]
+        for start, length in pieces[1:]:
+            last, last_size = merged[-1]
+            if last + last_size == start:
+                merged[-1] = (last, last_size + length)
+            else:
+                merged.append((start, length))
+        self._free = merged
+
+    def free_bytes(self) -> int:
+        return sum(size for _, size in self._free)
+
+    def close(self) -> None:
+        self._view.release()
+        self._map.close()

@@ -1,0 +1,182 @@
+"""BlobDevice: all blobs of one image as a front end sees them. A hit is decided and read here, in the front end's process.
+
+For each blob it maps the segment (state bytes, chunk records) and opens the cache file, both when first needed: at
+mount time they may not exist yet. It never fetches: what is missing is named, and the front end asks the supervisor.
+The state byte is loaded before the file is read, and a worker stores it after its write has returned.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from nydusd.errors import CorruptChunkError, StaleCacheError
+from nydusd.formats.model import Extent
+from nydusd.storage.api.io import BlobIoVec, ChunkRun
+from nydusd.storage.state.segment import READY, RECORD, Segment
+
+Pieces = Mapping[tuple[int, int], memoryview]
+"""Chunks that are not in the cache file but at hand in shared memory: (blob index, chunk) -> plain bytes."""
+
+
+class _BlobView:
+    """One blob: its segment and its cache file, once they are there."""
+
+    __slots__ = (
+        "blob_id",
+        "count",
+        "counters",
+        "data_path",
+        "fd",
+        "handle",
+        "records",
+        "row",
+        "segment",
+        "segment_name",
+        "state",
+    )
+
+    def __init__(self, blob_id: str, handle: int, segment_name: str, data_path: str | None, row: int) -> None:
+        self.blob_id = blob_id
+        self.handle = handle
+        self.segment_name = segment_name
+        self.data_path = data_path
+        self.row = row
+        self.fd = -1
+        self.segment: Segment | None = None
+        self.count = 0
+
+    def open(self) -> bool:
+        """Map the segment if it is there; the cache file must be the one that the segment speaks of."""
+        segment = Segment.open(self.segment_name)
+        if segment is None:
+            return False
+        if self.data_path is not None:
+            try:
+                fd = os.open(self.data_path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                segment.close()
+                return False
+            st = os.fstat(fd)
+            if (st.st_dev, st.st_ino) != (segment.identity.dev, segment.identity.ino):
+                os.close(fd)
+                segment.close()
+                return False
+            self.fd = fd
+        self.segment = segment
+        self.state, self.records, self.count = segment.state, segment.records, segment.count
+        self.counters = segment.counters(self.row)
+        return True
+
+    def close(self) -> None:
+        if self.segment is not None:
+            self.counters.release()
+            self.segment.close()
+            self.segment = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class BlobDevice:
+    """The blobs of one image, by their index in its blob table."""
+
+    def __init__(self, views: Sequence[_BlobView]) -> None:
+        self._views = views
+
+    @classmethod
+    def from_spec(cls, blobs: Sequence[Mapping[str, object]], row: int) -> BlobDevice:
+        """From the supervisor's description: for each blob {blob_id, handle, segment, data}; `row`: our counters."""
+        return cls(
+            [
+                _BlobView(
+                    str(b["blob_id"]),
+                    int(str(b["handle"])),
+                    str(b["segment"]),
+                    None if b["data"] is None else str(b["data"]),
+                    row,
+                )
+                for b in blobs
+            ]
+        )
+
+    def handle(self, blob: int) -> int:
+        """The supervisor's number for a blob of this image."""
+        return self._views[blob].handle
+
+    def missing(self, vec: BlobIoVec, again: bool = False) -> list[ChunkRun]:
+        """What must be fetched before `vec` can be read: [] means read now. Counts hits and misses unless `again`.
+
+        Raises CorruptChunkError where the file's idea of a chunk and the blob's do not agree.
+        """
+        runs: list[ChunkRun] = []
+        for blob, chunk, uoff, offset, length, chunk_len in vec:
+            view = self._views[blob]
+            if view.segment is not None or view.open():
+                if chunk >= view.count:
+                    raise CorruptChunkError(view.blob_id, chunk, f"the blob has {view.count} chunks")
+                _coff, at, _csize, usize, _flags, _ctx, _off, _crc = RECORD.unpack_from(view.records, chunk * 40)
+                if at != uoff or offset + length > usize or chunk_len > usize:
+                    raise CorruptChunkError(
+                        view.blob_id, chunk, f"file has {chunk_len} bytes at {uoff}, blob has {usize} bytes at {at}"
+                    )
+                ready = view.state[chunk] == READY
+                if not again:
+                    at = 0 if ready else 2
+                    view.counters[at] += 1
+                    view.counters[at + 1] += length
+                if ready:
+                    continue
+            last = runs[-1] if runs else None
+            if last is not None and last.blob == blob and last.first + last.count == chunk:
+                runs[-1] = ChunkRun(blob, last.first, last.count + 1)
+            elif last is None or last.blob != blob or last.first + last.count - 1 != chunk:
+                runs.append(ChunkRun(blob, chunk, 1))
+        return runs
+
+    def refresh(self, vec: BlobIoVec) -> None:
+        """Look at the segments and cache files anew: the supervisor may have replaced them (cache file deleted)."""
+        for blob in {extent.blob for extent in vec}:
+            view = self._views[blob]
+            view.close()
+            view.open()
+
+    def read_into(self, vec: BlobIoVec, buf: memoryview, pieces: Pieces | None = None) -> int:
+        """Read the bytes of `vec`, all of them ready, into `buf`; gives their number. One pread a run of the file.
+
+        Raises StaleCacheError when the cache file gives less than it must: somebody truncated it.
+        """
+        done = 0
+        index, end = 0, len(vec)
+        while index < end:
+            blob, chunk, uoff, offset, length, _ = vec[index]
+            index += 1
+            if pieces is not None and (blob, chunk) in pieces:
+                buf[done : done + length] = pieces[blob, chunk][offset : offset + length]
+                done += length
+                continue
+            start = uoff + offset
+            stop = start + length
+            while index < end and pieces is None:
+                following: Extent = vec[index]
+                if following.blob != blob or following.uoff + following.offset != stop:
+                    break
+                stop += following.length
+                index += 1
+            view = self._views[blob]
+            got = os.preadv(view.fd, [buf[done : done + stop - start]], start)
+            if got != stop - start:
+                raise StaleCacheError(f"blob {view.blob_id}: cache file gave {got} of {stop - start} bytes at {start}")
+            done += got
+        return done
+
+    def count_errors(self, vec: BlobIoVec) -> None:
+        """A read of these extents failed."""
+        for blob in {extent.blob for extent in vec}:
+            view = self._views[blob]
+            if view.segment is not None:
+                view.counters[4] += 1
+
+    def close(self) -> None:
+        for view in self._views:
+            view.close()

@@ -1,0 +1,23 @@
+"""What a front end asks for: pieces of chunks (BlobIoDesc), in the order of the bytes wanted (BlobIoVec).
+
+A `BlobIoDesc` is what a bootstrap calls an `Extent`: the two names are one type, the second being the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nydusd.formats.model import ChunkRecord, Extent
+
+BlobIoDesc = Extent
+BlobIoVec = Sequence[Extent]
+BlobIoChunk = ChunkRecord
+
+
+class ChunkRun(NamedTuple):
+    """Consecutive chunks of one blob; `blob` is an index in the image's blob table or a handle, as the context says."""
+
+    blob: int
+    first: int
+    count: int

@@ -1,0 +1,86 @@
+"""BlobMetaInfo: questions about the layout of a blob's chunks, answered from its segment.
+
+Which chunks must be decoded together (a batch, a zran context), and which neighbours are worth taking along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from nydusd.formats.model import ChunkFlag, ChunkRecord
+from nydusd.storage.state.segment import READY, RECORD, Segment
+
+_GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
+
+
+class BlobMetaInfo:
+    """The chunk table of one blob. Chunk ids are positions in it, sorted by uncompressed offset."""
+
+    def __init__(self, segment: Segment) -> None:
+        self._records = segment.records
+        self._state = segment.state
+        self.count = segment.count
+        self._grouped = any(self._flags(i) & _GROUPED for i in range(0, self.count, max(self.count // 64, 1)))
+
+    def _flags(self, chunk: int) -> int:
+        return int(RECORD.unpack_from(self._records, chunk * RECORD.size)[4])
+
+    def record(self, chunk: int) -> ChunkRecord:
+        return ChunkRecord._make(RECORD.unpack_from(self._records, chunk * RECORD.size))
+
+    def unit(self, chunk: int) -> range:
+        """The chunks that one decoding of `chunk` gives: its batch, its zran context, or itself."""
+        record = self.record(chunk)
+        if not record.flags & _GROUPED:
+            return range(chunk, chunk + 1)
+        key = (record.flags & _GROUPED, record.ctx)
+        first = chunk
+        while first > 0 and self._key(first - 1) == key:
+            first -= 1
+        last = chunk
+        while last + 1 < self.count and self._key(last + 1) == key:
+            last += 1
+        return range(first, last + 1)
+
+    def _key(self, chunk: int) -> tuple[int, int]:
+        record = self.record(chunk)
+        return record.flags & _GROUPED, record.ctx
+
+    def with_units(self, chunks: Iterable[int]) -> list[int]:
+        """`chunks` and all that are decoded with them, sorted."""
+        out = set()
+        for chunk in chunks:
+            if chunk not in out:
+                out.update(self.unit(chunk))
+        return sorted(out)
+
+    def ahead(self, after: int, budget: int) -> list[int]:
+        """Chunks that follow `after` and are not ready, up to `budget` compressed bytes of blob past its end."""
+        out = []
+        spent = 0
+        for chunk in range(after + 1, self.count):
+            _coff, _uoff, csize, usize, flags, _ctx, _off, _crc = RECORD.unpack_from(self._records, chunk * RECORD.size)
+            # A grouped chunk's csize is its whole group's.
+            spent += usize if flags & _GROUPED else csize
+            if spent > budget:
+                break
+            if self._state[chunk] != READY:
+                out.append(chunk)
+        return out
+
+    def split(self, chunks: Sequence[int], limit: int) -> list[list[int]]:
+        """Cut sorted ids into jobs: each of about `limit` plain bytes, at least one unit."""
+        jobs: list[list[int]] = []
+        size = 0
+        key: tuple[int, int] | None = None
+        for chunk in chunks:
+            record = self.record(chunk)
+            own = (record.flags & _GROUPED, record.ctx)
+            joined = bool(own[0]) and own == key
+            if not jobs or (size + record.usize > limit and not joined):
+                jobs.append([])
+                size = 0
+            jobs[-1].append(chunk)
+            size += record.usize
+            key = own
+        return jobs

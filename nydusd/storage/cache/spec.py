@@ -1,0 +1,67 @@
+"""BlobSpec: all that a worker must know of a blob, as plain data that crosses a process border as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nydusd.formats.model import BlobInfo, Cipher, Compressor, Digester
+
+_ENUMS = {"compressor": Compressor, "digester": Digester, "cipher": Cipher, "ci_compressor": Compressor}
+_BYTES = ("toc_digest", "meta_digest", "cipher_key", "cipher_iv")
+
+
+@dataclass(frozen=True, slots=True)
+class BlobSpec:
+    """A blob in a cache: where its bytes come from, where they go, and the name of its segment.
+
+    `work_dir` is None for the dummy cache. `bootstrap` is the metadata file whose chunk table holds the digests;
+    `path_id` its blob id for inlined metadata. `meta_dir` holds `<id>.blob.meta` where there is no work_dir.
+    """
+
+    handle: int
+    generation: int
+    info: BlobInfo
+    segment: str
+    work_dir: str | None
+    meta_dir: str
+    bootstrap: str
+    path_id: str | None
+    backend: str
+    backend_config: dict[str, Any]
+    always_verify: bool
+
+    def _path(self, suffix: str) -> Path:
+        return Path(self.work_dir if self.work_dir is not None else self.meta_dir) / (self.info.blob_id + suffix)
+
+    @property
+    def data_path(self) -> Path | None:
+        """The cache file: the virtual uncompressed blob."""
+        return None if self.work_dir is None else self._path(".blob.data")
+
+    @property
+    def map_path(self) -> Path:
+        return self._path(".blob.data.chunk_map")
+
+    @property
+    def meta_path(self) -> Path:
+        """The chunk information, as the reference stores it."""
+        return self._path(".blob.meta")
+
+    def to_json(self) -> dict[str, Any]:
+        out = asdict(self)
+        for name in _BYTES:
+            out["info"][name] = out["info"][name].hex()
+        return out
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> BlobSpec:
+        info = dict(raw["info"])
+        for name in _BYTES:
+            info[name] = bytes.fromhex(info[name])
+        for name, kind in _ENUMS.items():
+            info[name] = kind(info[name])
+        known = {f.name: raw[f.name] for f in fields(cls)}
+        known["info"] = BlobInfo(**info)
+        return cls(**known)

@@ -1,0 +1,103 @@
+"""What a worker keeps open from job to job: for each blob its spec, segment, backend reader and cache file.
+
+A spec comes with the first job of a blob, and again when the supervisor has opened the blob anew (a higher generation).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from nydusd.errors import InternalError, StaleCacheError
+from nydusd.ipc.messages import Json
+from nydusd.storage.backend import make_backend
+from nydusd.storage.backend.base import BlobBackend, BlobReader
+from nydusd.storage.cache.spec import BlobSpec
+from nydusd.storage.state.segment import Segment
+
+_LIMIT = 256
+"""Blobs kept open at most; the one unused for longest is closed first."""
+
+
+class OpenBlob:
+    """One blob as a worker uses it; everything but the spec is opened when first needed."""
+
+    def __init__(self, spec: BlobSpec, backend: BlobBackend) -> None:
+        self.spec = spec
+        self._backend = backend
+        self._segment: Segment | None = None
+        self._fd = -1
+        self.scratch: dict[str, object] = {}
+
+    def reader(self, meta: bool = False) -> BlobReader:
+        """Reader of the data blob, or of the object that holds the metadata."""
+        return self._backend.get_reader(self.spec.info.meta_blob_id if meta else self.spec.info.blob_id)
+
+    @property
+    def segment(self) -> Segment:
+        if self._segment is None:
+            self._segment = Segment.open(self.spec.segment)
+            if self._segment is None:
+                raise InternalError(f"segment {self.spec.segment} of blob {self.spec.info.blob_id} is not there")
+        return self._segment
+
+    def data_fd(self) -> int:
+        """The cache file, open for writing. Raises StaleCacheError when it is not the one the segment speaks of."""
+        path = self.spec.data_path
+        if path is None:
+            raise InternalError(f"blob {self.spec.info.blob_id} has no cache file")
+        if self._fd < 0:
+            try:
+                self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except OSError as e:
+                raise StaleCacheError(f"cache file {path}: {e.strerror}", e.errno) from e
+        st = os.fstat(self._fd)
+        identity = self.segment.identity
+        if (st.st_dev, st.st_ino) != (identity.dev, identity.ino) or st.st_nlink == 0:
+            os.close(self._fd)
+            self._fd = -1
+            raise StaleCacheError(f"cache file {path} was replaced or deleted")
+        return self._fd
+
+    def close(self) -> None:
+        self.scratch.clear()
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class OpenBlobs:
+    """All blobs that this worker has met, by handle."""
+
+    def __init__(self) -> None:
+        self._blobs: dict[int, OpenBlob] = {}
+        self._backends: dict[str, BlobBackend] = {}
+
+    def learn(self, job: Json) -> None:
+        """Take over the spec that a job brings, if it brings one."""
+        raw = job.get("spec")
+        if raw is None:
+            return
+        spec = BlobSpec.from_json(raw)
+        old = self._blobs.pop(spec.handle, None)
+        if old is not None:
+            old.close()
+        self._blobs[spec.handle] = OpenBlob(spec, self._backend(spec.backend, spec.backend_config))
+        while len(self._blobs) > _LIMIT:
+            handle = next(iter(self._blobs))
+            self._blobs.pop(handle).close()
+
+    def _backend(self, kind: str, config: Mapping[str, object]) -> BlobBackend:
+        key = repr((kind, sorted(config.items(), key=lambda item: item[0])))
+        if key not in self._backends:
+            self._backends[key] = make_backend(kind, config)
+        return self._backends[key]
+
+    def get(self, job: Json) -> OpenBlob:
+        blob = self._blobs.get(job["handle"])
+        if blob is None:
+            raise InternalError(f"job for blob {job['handle']}, whose spec this worker was not given")
+        return blob

@@ -1,0 +1,76 @@
+"""The loop of a worker process: take a job from the supervisor, do it, report it.
+
+One job at a time; the supervisor queues. A worker that is killed in mid-job leaves chunks either stored and marked, or not
+marked: its job is done again by another. When the supervisor is gone, a worker ends after its job.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from nydusd import logs, proctitle
+from nydusd.errors import NydusError
+from nydusd.ipc.messages import DONE, HELLO, JOB, Json, decode, encode
+from nydusd.ipc.spec import read_spec, supervisor_gone
+from workers.blobs import OpenBlobs
+
+Handler = Callable[[OpenBlobs, Json], Json]
+
+
+def _handlers(role: str) -> dict[str, Handler]:
+    """The jobs of a role. Imported here so that a process loads only what its role needs."""
+    if role == "fetch":
+        from workers.checkpoint import checkpoint
+        from workers.prepare import prepare
+        from workers.resolve import resolve
+
+        return {"prepare": prepare, "checkpoint": checkpoint, "resolve": resolve}
+    from workers.fill import fill
+
+    return {"fill": fill}
+
+
+def main(argv: Sequence[str]) -> int:
+    spec = read_spec(argv)
+    role = str(spec["role"])
+    title = f"{role} {spec['index']}"
+    proctitle.set_title(title)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log = logs.setup(spec["log"]["level"], spec["log"]["file"], title)
+    handlers = _handlers(role)
+    blobs = OpenBlobs()
+    lifeline = int(spec["lifeline_fd"])
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, str(spec["identity"]).encode())
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(str(spec["work"]))
+    socket.send_multipart([HELLO, encode({"role": role, "pid": os.getpid()})])
+    poller = zmq.Poller()
+    poller.register(socket, zmq.POLLIN)
+    poller.register(lifeline, zmq.POLLIN)
+    while True:
+        events = dict(poller.poll())
+        if socket in events:
+            kind, body = socket.recv_multipart()
+            if kind == JOB:
+                job = decode(body)
+                socket.send_multipart([DONE, encode(_run(handlers, blobs, job, log.exception) | {"id": job["id"]})])
+        elif supervisor_gone(lifeline):
+            return 0
+
+
+def _run(handlers: dict[str, Handler], blobs: OpenBlobs, job: Json, complain: Callable[[str], None]) -> Json:
+    """Do one job. This is the border where an unexpected exception becomes an answer, with its traceback logged."""
+    try:
+        blobs.learn(job)
+        return handlers[job["kind"]](blobs, job)
+    except NydusError as e:
+        return {"error": str(e), "errno": e.errno, "type": type(e).__name__}
+    except Exception as e:
+        complain(f"job {job['kind']} of blob {job.get('handle')} failed by a bug of ours")
+        return {"error": f"internal error: {e!r}", "errno": NydusError.errno, "type": "InternalError"}
