@@ -1,0 +1,15 @@
+"""Configuration: v2 JSON, v2 TOML and v1 JSON become one typed, checked `Config`."""
+
+from nydusd.config.load import load_config, load_config_file, localfs_dir_config, with_registry_auth
+from nydusd.config.model import Config
+from nydusd.config.redacted import redacted, secret_values
+
+__all__ = (
+    "Config",
+    "load_config",
+    "load_config_file",
+    "localfs_dir_config",
+    "redacted",
+    "secret_values",
+    "with_registry_auth",
+)

@@ -1,0 +1,184 @@
+"""The grammar of the `nydusd` command line. Pure: it looks at nothing but the arguments.
+
+Clients written for the reference daemon rely on it: a subcommand or none (then the options of `fuse` hold), global options
+before or after the subcommand, `--opt value`, `--opt=value`, `-Xvalue`, and `--thread-num` as another name of
+`--fuse-threads`. Other options may not stand before a subcommand.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+from nydusd.cli.options import FuseOptions
+from nydusd.errors import ConfigError, UnsupportedError
+
+LOG_LEVELS: Final = ("trace", "debug", "info", "warn", "error")
+FAILOVER_POLICIES: Final = ("none", "resend", "flush")
+NOT_YET: Final = ("singleton", "virtiofs", "nbd", "uffd")
+"""Subcommands of the reference daemon that this version knows by name only."""
+_EARLY: Final = "early_"
+"""Prefix of the destinations of fuse options given without a subcommand, to tell where they stood."""
+
+
+class VersionAsked(Exception):
+    """`--version` was given."""
+
+
+class HelpAsked(Exception):
+    """`--help` was given; the text is the argument."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (try `{self.prog} --help`)")
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: object) -> NoReturn:
+        raise VersionAsked
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        raise HelpAsked(parser.format_help())
+
+
+def parse_arguments(argv: Sequence[str]) -> FuseOptions:
+    """The options of a command line, the mount point still as given.
+
+    Raises `ConfigError` (wrong flags), `UnsupportedError` (a front end of a later version), `VersionAsked`, `HelpAsked`.
+    """
+    parser, fuse = _parsers()
+    found, extra = parser.parse_known_args(argv)
+    given = dict(vars(found))
+    command = given.pop("command", None)
+    if command in NOT_YET:
+        raise UnsupportedError(f"`nydusd {command}` is not supported yet: use `nydusd fuse`")
+    if extra:
+        parser.error(f"unexpected argument {extra[0]!r}")
+    if command == "help":
+        raise HelpAsked((fuse if given.get("topic") == "fuse" else parser).format_help())
+    early = {name: given.pop(name) for name in list(given) if name.startswith(_EARLY)}
+    if command is not None and early:
+        flag = next(iter(early)).removeprefix(_EARLY).replace("_", "-")
+        raise ConfigError(f"--{flag} must stand after the subcommand {command!r}")
+    given.update((name.removeprefix(_EARLY), value) for name, value in early.items())
+    if "mountpoint" not in given:
+        raise ConfigError("--mountpoint is missing")
+    options = FuseOptions(**given)
+    _check(options)
+    return options
+
+
+def _check(options: FuseOptions) -> None:
+    if (options.id is None) != (options.supervisor is None):
+        raise ConfigError("--id and --supervisor must be given together")
+    if options.bootstrap is not None and options.shared_dir is not None:
+        raise ConfigError("--bootstrap cannot be used with --shared-dir")
+    if options.localfs_dir is not None and options.config is not None:
+        raise ConfigError("--localfs-dir cannot be used with --config")
+    if options.prefetch_files is not None and options.bootstrap is None:
+        raise ConfigError("--prefetch-files needs --bootstrap")
+    if options.bootstrap is not None and options.config is None and options.localfs_dir is None:
+        raise ConfigError("--bootstrap needs --config or --localfs-dir")
+    if not options.virtual_mountpoint.startswith("/"):
+        raise ConfigError(f"--virtual-mountpoint: must be an absolute path, but is {options.virtual_mountpoint!r}")
+
+
+def _parsers() -> tuple[_Parser, _Parser]:
+    about = "Image service daemon: mounts container images before their data has arrived."
+    parser = _Parser(
+        "nydusd", description=about, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    _add_globals(parser)
+    _add_fuse_options(parser, _EARLY)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, text: str) -> _Parser:
+        return commands.add_parser(
+            name, help=text, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
+
+    fuse = add("fuse", "serve images over FUSE (also without a subcommand)")
+    _add_globals(fuse)
+    _add_fuse_options(fuse, "")
+    for name in NOT_YET:
+        _add_globals(add(name, "not supported yet"))
+    add("help", "print this").add_argument("topic", nargs="?")
+    return parser, fuse
+
+
+def _add_globals(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("global options").add_argument
+    add("-A", "--apisock", metavar="PATH", help="unix socket of the REST API")
+    add("-C", "--config", metavar="PATH", help="configuration of the image (JSON or TOML)")
+    add("--id", metavar="TEXT", help="instance id, needs --supervisor")
+    add("--supervisor", metavar="PATH", help="socket that keeps the state for failover and upgrade, needs --id")
+    add("-l", "--log-level", choices=LOG_LEVELS, metavar="LEVEL", help="trace, debug, info, warn or error (info)")
+    add("-L", "--log-file", metavar="PATH", help="log to this file (stderr)")
+    add(
+        "--log-rotation-size",
+        type=_Number(0, 1 << 20),
+        metavar="MIB",
+        help="begin a new log file at this size (0: never)",
+    )
+    add("--rlimit-nofile", type=_Number(0, 1 << 31), metavar="N", help="limit of open files (1000000), 0: as it is")
+    add("--upgrade", action="store_true", help="start in INIT and wait for a takeover")
+    add("-h", "--help", action=_Help, nargs=0, help="print this")
+    add("-V", "--version", action=_Version, nargs=0, help="print which build this is")
+
+
+def _add_fuse_options(parser: argparse.ArgumentParser, prefix: str) -> None:
+    add = parser.add_argument_group("options of fuse").add_argument
+    add("-M", "--mountpoint", dest=f"{prefix}mountpoint", metavar="DIR", help="existing folder to mount on")
+    policies = ", ".join(FAILOVER_POLICIES)
+    add(
+        "--failover-policy",
+        dest=f"{prefix}failover_policy",
+        choices=FAILOVER_POLICIES,
+        metavar="POLICY",
+        help=f"one of {policies} (resend)",
+    )
+    add(
+        "--fuse-threads",
+        "--thread-num",
+        dest=f"{prefix}fuse_threads",
+        type=_Number(1, 1024),
+        metavar="N",
+        help="front-end processes (4)",
+    )
+    add("--writable", dest=f"{prefix}writable", action="store_true", help="mount without `ro`")
+    add("-B", "--bootstrap", dest=f"{prefix}bootstrap", metavar="PATH", help="metadata of the image to mount")
+    add(
+        "-D",
+        "--localfs-dir",
+        dest=f"{prefix}localfs_dir",
+        metavar="DIR",
+        help="folder of blobs and cache, instead of -C",
+    )
+    add("-s", "--shared-dir", dest=f"{prefix}shared_dir", metavar="DIR", help="serve this folder instead of an image")
+    add(
+        "--prefetch-files",
+        dest=f"{prefix}prefetch_files",
+        metavar="PATH",
+        help="list of files to read ahead, one a line",
+    )
+    add("-m", "--virtual-mountpoint", dest=f"{prefix}virtual_mountpoint", metavar="PATH", help="place in the mount (/)")
+    add("--dedup-db", dest=f"{prefix}dedup_db", metavar="PATH", help="chunk deduplication database")
+
+
+class _Number:
+    """An argparse type: a whole number within bounds."""
+
+    def __init__(self, low: int, high: int) -> None:
+        self.low = low
+        self.high = high
+
+    def __call__(self, text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 20 and self.low <= int(text) <= self.high):
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {self.low} to {self.high}, but is {text[:32]!r}"
+            )
+        return int(text)

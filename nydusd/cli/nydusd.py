@@ -1,0 +1,119 @@
+"""The command `nydusd`: from arguments to a running supervisor.
+
+Runs in the process that becomes the supervisor. Its start is inside the time that clients wait for the API socket, so
+nothing heavy is imported before it is known to be needed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nydusd.cli.arguments import HelpAsked, VersionAsked, parse_arguments
+from nydusd.cli.options import FuseOptions
+from nydusd.errors import NydusError, UnsupportedError
+from nydusd.version import build_info, version_text
+
+if TYPE_CHECKING:
+    from nydusd.config import Config
+
+AUTH_VARIABLE = "IMAGE_PULL_AUTH"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. The exit status: 0 after a normal end, 1 for an error, 2 for a wrong flag or configuration key."""
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except VersionAsked:
+        sys.stdout.write(version_text("nydusd"))
+        return 0
+    except HelpAsked as help_asked:
+        sys.stdout.write(str(help_asked))
+        return 0
+    except NydusError as error:
+        from nydusd.logs import clean
+
+        if error.traceback:
+            _print_traceback(error)
+        sys.stderr.write(f"Error: {' '.join(clean(str(error)).split())}\n")
+        return error.exit_code
+    except Exception as error:
+        _print_traceback(error)
+        return 1
+
+
+def _main(argv: Sequence[str]) -> int:
+    import logging
+
+    from nydusd import logs
+
+    options = _complete(parse_arguments(argv))
+    config = _load(options)
+    logs.setup(options.log_level, options.log_file, "supervisor", options.log_rotation_size << 20)
+    _log_start(options, config)
+
+    from nydusd.supervisor.main import run
+
+    try:
+        return run(options, config)
+    except Exception:
+        if options.log_file is not None:  # else it would stand twice on stderr
+            logging.getLogger(__name__).exception("ended by an error")
+        raise
+
+
+def _complete(options: FuseOptions) -> FuseOptions:
+    from nydusd.cli.mountpoint import resolve_mountpoint
+
+    if options.shared_dir is not None:
+        raise UnsupportedError("--shared-dir is not supported yet: only images can be served")
+    if options.writable:
+        raise UnsupportedError("--writable is not supported yet: images are mounted read-only")
+    if options.dedup_db is not None:
+        raise UnsupportedError("--dedup-db is not supported yet: leave it out, chunks are then fetched for each blob")
+    return replace(options, mountpoint=resolve_mountpoint(options.mountpoint))
+
+
+def _load(options: FuseOptions) -> Config:
+    from nydusd import config, logs
+
+    if options.localfs_dir is not None:
+        return config.localfs_dir_config(options.localfs_dir)
+    if options.config is None:
+        return config.Config()
+    loaded = config.load_config_file(options.config)
+    auth = os.environ.get(AUTH_VARIABLE)
+    if auth:
+        loaded = config.with_registry_auth(loaded, auth, AUTH_VARIABLE)
+    for secret in config.secret_values(loaded):
+        logs.register_secret(secret)
+    return loaded
+
+
+def _log_start(options: FuseOptions, config: Config) -> None:
+    import logging
+
+    from nydusd.cli.limits import raise_nofile_limit
+
+    log = logging.getLogger(__name__)
+    log.info(
+        "nydusd %(package_ver)s, commit %(git_commit)s, built %(build_time)s (%(profile)s, %(rustc)s)", build_info()
+    )
+    for key in config.unknown_keys:
+        log.warning("%s: unknown configuration key %s is ignored", options.config, key)
+    for warning in config.warnings:
+        log.warning("%s: %s", options.config, warning)
+    problem = raise_nofile_limit(options.rlimit_nofile)
+    if problem is not None:
+        log.warning("%s", problem)
+
+
+def _print_traceback(error: Exception) -> None:
+    import traceback
+
+    from nydusd.logs import clean
+
+    sys.stderr.write(clean("".join(traceback.format_exception(error))))
