@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from nydusd.errors import InternalError, StaleCacheError
 from nydusd.ipc.messages import Json
@@ -16,7 +17,7 @@ from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.segment import Segment
 
 _LIMIT = 256
-"""Blobs kept open at most; the one unused for longest is closed first."""
+"""Blobs kept open at most; one unused for longer is closed, and opened again when needed."""
 
 
 class OpenBlob:
@@ -40,6 +41,24 @@ class OpenBlob:
             if self._segment is None:
                 raise InternalError(f"segment {self.spec.segment} of blob {self.spec.info.blob_id} is not there")
         return self._segment
+
+    def meta_paths(self) -> list[Path]:
+        """Where the chunk information may lie: the cache folder, else the run-time folder (cache folder full)."""
+        name = self.spec.meta_path.name
+        return list(dict.fromkeys([self.spec.meta_path, Path(self.spec.meta_dir) / name]))
+
+    def read_ci(self, offset: int, size: int) -> bytes:
+        """Bytes of the uncompressed chunk information: the dictionaries of zran contexts."""
+        for path in self.meta_paths():
+            try:
+                with open(path, "rb") as f:
+                    f.seek(offset)
+                    data = f.read(size)
+            except FileNotFoundError:
+                continue
+            if len(data) == size:
+                return data
+        raise StaleCacheError(f"blob metadata {self.spec.meta_path} is gone or was truncated")
 
     def data_fd(self) -> int:
         """The cache file, open for writing. Raises StaleCacheError when it is not the one the segment speaks of."""
@@ -86,9 +105,6 @@ class OpenBlobs:
         if old is not None:
             old.close()
         self._blobs[spec.handle] = OpenBlob(spec, self._backend(spec.backend, spec.backend_config))
-        while len(self._blobs) > _LIMIT:
-            handle = next(iter(self._blobs))
-            self._blobs.pop(handle).close()
 
     def _backend(self, kind: str, config: Mapping[str, object]) -> BlobBackend:
         key = repr((kind, sorted(config.items(), key=lambda item: item[0])))
@@ -97,7 +113,10 @@ class OpenBlobs:
         return self._backends[key]
 
     def get(self, job: Json) -> OpenBlob:
-        blob = self._blobs.get(job["handle"])
+        blob = self._blobs.pop(job["handle"], None)
         if blob is None:
             raise InternalError(f"job for blob {job['handle']}, whose spec this worker was not given")
+        self._blobs[job["handle"]] = blob
+        if len(self._blobs) > _LIMIT:
+            list(self._blobs.values())[-_LIMIT - 1].close()
         return blob

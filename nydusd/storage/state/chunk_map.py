@@ -7,6 +7,8 @@ stored on disk is another thing: `map_file.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nydusd.storage.state.segment import EMPTY, FAILED, PENDING, READY, VERIFY, Segment
 
 _COUNTED = {"empty": EMPTY, "pending": PENDING, "ready": READY, "failed": FAILED, "verify": VERIFY}
@@ -23,16 +25,20 @@ class ChunkMap:
     def is_ready(self, chunk: int) -> bool:
         return bool(self._state[chunk] == READY)
 
+    def states(self) -> memoryview:
+        """The state bytes themselves, to be looked at."""
+        return self._state
+
     def is_pending(self, chunk: int) -> bool:
         return bool(self._state[chunk] == PENDING)
 
-    def check_ready_and_mark_pending(self, first: int, count: int) -> list[int]:
-        """Claim what is neither ready nor claimed in [first, first + count); gives the ids the caller now owns.
+    def check_ready_and_mark_pending(self, chunks: Sequence[int]) -> list[int]:
+        """Claim those of `chunks` that are neither ready nor claimed; gives the ids the caller now owns.
 
         All in one step under the lock: nobody holds a part and waits for another.
         """
         with self._segment.lock():
-            owned = [i for i in range(first, first + count) if self._state[i] not in (PENDING, READY)]
+            owned = [i for i in chunks if self._state[i] not in (PENDING, READY)]
             for chunk in owned:
                 self._state[chunk] = PENDING
         return owned

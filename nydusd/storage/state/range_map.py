@@ -42,4 +42,5 @@ class RangeMap:
 
     def check_range_ready_and_mark_pending(self, offset: int, size: int) -> list[int]:
         """Claim the chunks of a range that are neither ready nor claimed; gives the ids the caller now owns."""
-        return self._chunks.check_ready_and_mark_pending(*self.chunks_of(offset, size))
+        first, count = self.chunks_of(offset, size)
+        return self._chunks.check_ready_and_mark_pending(range(first, first + count))

@@ -1,0 +1,56 @@
+"""BlobFactory: finds or makes the cache of each blob of an image, and collects what no image uses any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+from nydusd.formats.model import BlobInfo
+from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.cache.manager import BlobCacheMgr, CacheConfig, DummyCacheMgr, FileCacheMgr
+
+
+class BlobFactory:
+    """One for a daemon. `instance` names its shared memory, `run_dir` is its run-time folder."""
+
+    def __init__(self, instance: str, run_dir: str) -> None:
+        self._instance = instance
+        self._run_dir = run_dir
+        self._managers: dict[str, BlobCacheMgr] = {}
+        self._handles = count(1)
+        self._by_handle: dict[int, BlobCache] = {}
+
+    def new_blob_cache(self, config: CacheConfig, info: BlobInfo, bootstrap: str, path_id: str | None) -> BlobCache:
+        """The cache of a blob under this configuration; one more user of it."""
+        key = config.key()
+        manager = self._managers.get(key)
+        if manager is None:
+            kind = FileCacheMgr if config.work_dir is not None else DummyCacheMgr
+            manager = kind(config, self._instance, self._run_dir, lambda: next(self._handles))
+            self._managers[key] = manager
+        cache = manager.get_blob_cache(info, bootstrap, path_id)
+        self._by_handle[cache.handle] = cache
+        return cache
+
+    def get(self, handle: int) -> BlobCache | None:
+        return self._by_handle.get(handle)
+
+    def blobs(self) -> Iterator[BlobCache]:
+        return iter(list(self._by_handle.values()))
+
+    def gc(self) -> list[BlobCache]:
+        """Drop unused blobs and empty managers; gives the dropped blobs."""
+        dropped = []
+        for key, manager in list(self._managers.items()):
+            dropped += manager.gc()
+            if not manager.blobs:
+                del self._managers[key]
+        for cache in dropped:
+            del self._by_handle[cache.handle]
+        return dropped
+
+    def close(self) -> None:
+        """Unmap and remove all segments."""
+        for cache in self._by_handle.values():
+            cache.users = 0
+        self.gc()

@@ -1,0 +1,94 @@
+"""Cache managers: one for each (backend, cache) configuration, holding the blobs that images share through it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from nydusd.formats.model import BlobInfo
+from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.cache.spec import BlobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """What makes two images share a manager: the same backend with the same settings, and the same cache folder.
+
+    `backend_config` is the backend's table. `work_dir` is None for the dummy cache. `always_verify`: trust nothing
+    that is found on disk before its digest was checked (digest_validate).
+    """
+
+    backend: str
+    backend_config: dict[str, Any]
+    work_dir: str | None
+    always_verify: bool
+
+    def key(self) -> str:
+        return repr((self.backend, sorted(self.backend_config.items()), self.work_dir, self.always_verify))
+
+
+class BlobCacheMgr(ABC):
+    """Blobs of one configuration, by blob id."""
+
+    def __init__(self, config: CacheConfig, instance: str, run_dir: str, next_handle: Callable[[], int]) -> None:
+        self._config = config
+        self._instance = instance
+        self._run_dir = run_dir
+        self._next_handle = next_handle
+        self.blobs: dict[str, BlobCache] = {}
+
+    @property
+    @abstractmethod
+    def work_dir(self) -> str | None:
+        """The cache folder, None if nothing is stored."""
+
+    def get_blob_cache(self, info: BlobInfo, bootstrap: str, path_id: str | None) -> BlobCache:
+        """The cache of a blob; made when first asked for. Each call is one more user."""
+        cache = self.blobs.get(info.blob_id)
+        if cache is None:
+            place = f"{self._config.key()}\0{info.blob_id}".encode()
+            cache = BlobCache(
+                BlobSpec(
+                    handle=self._next_handle(),
+                    generation=1,
+                    info=info,
+                    segment=f"/nydusd.{self._instance}.{sha256(place).hexdigest()[:16]}",
+                    work_dir=self.work_dir,
+                    meta_dir=self._run_dir,
+                    bootstrap=bootstrap,
+                    path_id=path_id,
+                    backend=self._config.backend,
+                    backend_config=self._config.backend_config,
+                    always_verify=self._config.always_verify,
+                )
+            )
+            self.blobs[info.blob_id] = cache
+        cache.users += 1
+        return cache
+
+    def gc(self) -> list[BlobCache]:
+        """Drop blobs that no image uses; gives them, closed. Cache files stay."""
+        unused = [cache for cache in self.blobs.values() if cache.users <= 0]
+        for cache in unused:
+            del self.blobs[cache.spec.info.blob_id]
+            cache.close()
+        return unused
+
+
+class FileCacheMgr(BlobCacheMgr):
+    """Chunks are stored, uncompressed, in `<work_dir>/<blob id>.blob.data`, as the reference does."""
+
+    @property
+    def work_dir(self) -> str | None:
+        return self._config.work_dir
+
+
+class DummyCacheMgr(BlobCacheMgr):
+    """Nothing is stored: chunks come to their readers through shared memory, where the last ones are kept for a while."""
+
+    @property
+    def work_dir(self) -> str | None:
+        return None

@@ -1,0 +1,116 @@
+"""SlotTable: chunks that travel in shared memory, and who holds them.
+
+A region of the arena is filled by one job and kept after its readers have copied it, so that the next read of the same chunk
+need not fetch it again; the one unused for longest goes first when room is needed. A leased region stays.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from itertools import count
+
+from nydusd.ipc.arena import Arena
+from nydusd.ipc.messages import SlotRef
+
+
+@dataclass(eq=False, slots=True)
+class _Region:
+    offset: int
+    length: int
+    chunks: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    holders: int = 0
+
+
+class SlotTable:
+    """All regions of the daemon's arena, which is made when first needed."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self._name = name
+        self._size = size
+        self._arena: Arena | None = None
+        self._regions: OrderedDict[int, _Region] = OrderedDict()
+        self._where: dict[tuple[int, int], _Region] = {}
+        self._leases: dict[int, tuple[bytes, list[_Region]]] = {}
+        self._numbers = count(1)
+
+    @property
+    def arena(self) -> Arena:
+        if self._arena is None:
+            self._arena = Arena.create(self._name, self._size)
+        return self._arena
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def reserve(self, length: int) -> int | None:
+        """Room for a job's chunks; None while all of it is held."""
+        while (offset := self.arena.allocate(length)) is None:
+            victim = next((r for r in self._regions.values() if not r.holders), None)
+            if victim is None:
+                return None
+            self._drop(victim)
+        self._regions[offset] = _Region(offset, length, holders=1)
+        return offset
+
+    def place(self, offset: int, handle: int, placed: list[tuple[int, int, int]]) -> None:
+        """The job that held this region is done; it holds these (chunk, offset, length)."""
+        region = self._regions[offset]
+        region.holders -= 1
+        for chunk, at, length in placed:
+            region.chunks[handle, chunk] = (at, length)
+            self._where[handle, chunk] = region
+        if not placed:
+            self._drop(region)
+
+    def has(self, handle: int, chunk: int) -> bool:
+        return (handle, chunk) in self._where
+
+    def lease(self, client: bytes, handle: int, chunks: list[int]) -> SlotRef:
+        """Hand chunks to a client until it releases them."""
+        regions = []
+        found = []
+        for chunk in chunks:
+            region = self._where[handle, chunk]
+            if region not in regions:
+                regions.append(region)
+                region.holders += 1
+                self._regions.move_to_end(region.offset)
+            found.append((chunk, *region.chunks[handle, chunk]))
+        number = next(self._numbers)
+        self._leases[number] = (client, regions)
+        return SlotRef(number, self._name, handle, found)
+
+    def release(self, number: int) -> None:
+        """The client has copied the data. Unknown numbers are ignored: a lease ends once."""
+        _, regions = self._leases.pop(number, (b"", []))
+        for region in regions:
+            region.holders -= 1
+
+    def drop_client(self, client: bytes) -> None:
+        """A client has died: its leases end."""
+        for number in [n for n, (owner, _) in self._leases.items() if owner == client]:
+            self.release(number)
+
+    def _drop(self, region: _Region) -> None:
+        for key in region.chunks:
+            if self._where.get(key) is region:
+                del self._where[key]
+        del self._regions[region.offset]
+        self.arena.free(region.offset, region.length)
+
+    def drop_blob(self, handle: int) -> None:
+        """A blob is gone: its chunks must not be given out under its handle again."""
+        for key in [key for key in self._where if key[0] == handle]:
+            region = self._where.pop(key)
+            region.chunks.pop(key, None)
+
+    def in_use(self) -> int:
+        """Bytes of the arena that are allocated."""
+        return 0 if self._arena is None else self._arena.size - self._arena.free_bytes()
+
+    def close(self) -> None:
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None

@@ -1,0 +1,211 @@
+"""The job `fill`: bring chunks of a blob into the cache file, or into a slot of shared memory. Runs in a decompress worker.
+
+For each chunk: read, decrypt, decompress, verify; then data into the file, then the state byte, in this order. So a
+worker that is killed leaves a chunk either marked and whole, or not marked. Doing a job twice writes the same bytes twice.
+A chunk that does not verify is read and decoded once more; then it fails, alone: its bytes are never stored.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nydusd.errors import BackendError, CorruptChunkError, NydusError
+from nydusd.formats.model import ChunkFlag, ChunkRecord
+from nydusd.ipc.arena import Arena
+from nydusd.ipc.messages import Json
+from nydusd.storage.cache.decode import ChunkDecoder, verify_chunk
+from nydusd.storage.state.segment import READY
+from workers.blobs import OpenBlob, OpenBlobs
+
+log = logging.getLogger(__name__)
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+
+
+@dataclass(slots=True)
+class _Result:
+    """What is reported: failed chunks, chunks that found no room, and what the backend was asked for."""
+
+    failed: list[tuple[int, int, str]] = field(default_factory=list)
+    unstored: list[int] = field(default_factory=list)
+    why_unstored: str = ""
+    placed: list[tuple[int, int, int]] = field(default_factory=list)
+    reads: int = 0
+    read_errors: int = 0
+    read_bytes: int = 0
+
+    def fail(self, blob: OpenBlob, chunk: int, error: NydusError) -> None:
+        log.error("blob %s chunk %d: %s", blob.spec.info.blob_id, chunk, getattr(error, "message", error))
+        self.failed.append((chunk, error.errno, str(error)))
+
+    def answer(self) -> Json:
+        return {
+            "failed": self.failed,
+            "unstored": self.unstored,
+            "why_unstored": self.why_unstored,
+            "placed": self.placed,
+            "reads": self.reads,
+            "read_errors": self.read_errors,
+            "read_bytes": self.read_bytes,
+        }
+
+
+class _CacheFile:
+    """Stores chunks in the cache file and marks them."""
+
+    def __init__(self, blob: OpenBlob, result: _Result) -> None:
+        self._fd = blob.data_fd()
+        self._state = blob.segment.state
+        self._result = result
+
+    def wants(self, chunk: int) -> bool:
+        return bool(self._state[chunk] != READY)
+
+    def store(self, chunk: int, record: ChunkRecord, data: memoryview) -> None:
+        if self._result.unstored:
+            self._result.unstored.append(chunk)
+            return
+        at = record.uoff
+        try:
+            while data:
+                done = os.pwrite(self._fd, data, at)
+                data, at = data[done:], at + done
+        except OSError as e:
+            if e.errno not in _NO_ROOM:
+                raise
+            self._result.unstored.append(chunk)
+            self._result.why_unstored = e.strerror or str(e)
+            return
+        self._state[chunk] = READY
+
+
+class _Slot:
+    """Places chunks in a slot of the arena; for the dummy cache, and when the disk is full."""
+
+    def __init__(self, job: Json, result: _Result) -> None:
+        self._arena = Arena.open(job["slot"]["arena"])
+        self._at = int(job["slot"]["offset"])
+        self._end = self._at + int(job["slot"]["length"])
+        self._wanted = set(job["chunks"])
+        self._result = result
+
+    def wants(self, chunk: int) -> bool:
+        return chunk in self._wanted
+
+    def store(self, chunk: int, _record: ChunkRecord, data: memoryview) -> None:
+        if self._at + len(data) > self._end:
+            self._result.unstored.append(chunk)
+            return
+        self._arena.view(self._at, len(data))[:] = data
+        self._result.placed.append((chunk, self._at, len(data)))
+        self._at += len(data)
+
+    def close(self) -> None:
+        self._arena.close()
+
+
+def fill(blobs: OpenBlobs, job: Json) -> Json:
+    """Fill job["chunks"]; those in job["verify"] are looked for in the cache file first."""
+    blob = blobs.get(job)
+    result = _Result()
+    if job["slot"] is not None:
+        slot = _Slot(job, result)
+        try:
+            _fetch(blob, job["chunks"], slot, result)
+        finally:
+            slot.close()
+        return result.answer()
+    target = _CacheFile(blob, result)
+    for chunk in job["verify"]:
+        _adopt(blob, chunk)
+    _fetch(blob, job["chunks"], target, result)
+    return result.answer()
+
+
+def _adopt(blob: OpenBlob, chunk: int) -> None:
+    """Mark a chunk ready if the cache file holds its bytes already: another daemon has left them there."""
+    segment = blob.segment
+    record = segment.record(chunk)
+    data = os.pread(blob.data_fd(), record.usize, record.uoff)
+    if len(data) == record.usize and verify_chunk(blob.spec.info, record, segment.digest(chunk), memoryview(data)):
+        segment.state[chunk] = READY
+    else:
+        log.warning(
+            "blob %s chunk %d: bytes in the cache file are not the chunk's; fetched again",
+            blob.spec.info.blob_id,
+            chunk,
+        )
+
+
+def _decoder(blob: OpenBlob) -> ChunkDecoder:
+    decoder = blob.scratch.get("decoder")
+    if not isinstance(decoder, ChunkDecoder):
+        segment = blob.segment
+
+        def read_dictionary(offset: int, size: int) -> bytes:
+            return blob.read_ci(segment.dict_offset + offset, size)
+
+        decoder = blob.scratch["decoder"] = ChunkDecoder(blob.spec.info, read_dictionary)
+    return decoder
+
+
+def _runs(chunks: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, last) of each run of consecutive ids."""
+    first = last = chunks[0]
+    for chunk in chunks[1:]:
+        if chunk != last + 1:
+            yield first, last
+            first = chunk
+        last = chunk
+    yield first, last
+
+
+def _fetch(blob: OpenBlob, chunks: list[int], target: _CacheFile | _Slot, result: _Result) -> None:
+    wanted = [chunk for chunk in chunks if target.wants(chunk)]
+    if not wanted:
+        return
+    for first, last in _runs(wanted):
+        again = -1  # the chunk whose second try this is
+        while first <= last:
+            try:
+                _fill_run(blob, first, last, target, result)
+                break
+            except CorruptChunkError as e:
+                bad = e.chunk
+                if bad == again or not first <= bad <= last:
+                    result.fail(blob, bad, e)
+                    first = bad + 1
+                else:
+                    log.warning("%s; reading it once more", e)
+                    first = again = bad
+            except BackendError as e:
+                for chunk in range(first, last + 1):
+                    if target.wants(chunk):
+                        result.fail(blob, chunk, e)
+                break
+
+
+def _fill_run(blob: OpenBlob, first: int, last: int, target: _CacheFile | _Slot, result: _Result) -> None:
+    """One backend read, decoded and stored chunk by chunk."""
+    segment = blob.segment
+    decoder = _decoder(blob)
+    records = [segment.record(chunk) for chunk in range(first, last + 1)]
+    coff, length = decoder.fetch_range(records, first, segment.contexts)
+    result.reads += 1
+    try:
+        data = blob.reader().read(coff, length)
+    except BackendError:
+        result.read_errors += 1
+        raise
+    result.read_bytes += len(data)
+
+    def digest(chunk: int) -> bytes | None:
+        return segment.digest(chunk) if segment.record(chunk).flags & ChunkFlag.DIGEST else None
+
+    for chunk, plain in decoder.decode_range(records, first, coff, memoryview(data), digest, segment.contexts):
+        if target.wants(chunk):
+            target.store(chunk, records[chunk - first], memoryview(plain))
