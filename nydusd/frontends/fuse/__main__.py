@@ -1,0 +1,7 @@
+"""Entry point of a front-end process, started by the supervisor."""
+
+import sys
+
+from nydusd.frontends.fuse.main import main
+
+sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,281 @@
+"""The request loop of one front-end process: read a request, answer it, and never wait for one miss with all others.
+
+While nothing is parked the loop blocks in read(2) on its own clone of the session's fd, with nothing before it: on virtual
+machines the wake-up of a sleeping process costs more than Python does, so each further poll would show. While reads are
+parked, the fd is non-blocking and is polled beside the line to the supervisor.
+
+What holds after SIGKILL: the supervisor holds the clone's fd too, so nothing is lost; a successor on the same fd gets
+the requests that were taken and not answered once the supervisor has written FUSE_NOTIFY_RESEND.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import mmap
+import os
+import select
+import struct
+import time
+from collections.abc import Callable, Sequence
+
+from nydusd.errors import NydusError, StaleCacheError
+
+from . import protocol as p
+from .mount import Mount
+from .ops import Handler, Operations
+from .parking import Client, Parked, Parking
+
+log = logging.getLogger(__name__)
+
+_REQUEST_BUFFER = 64 * 1024
+"""A request without payload is small; a BATCH_FORGET fills whatever the buffer has."""
+_HEAD = p.PAGE - p.OUT_HEADER.size
+"""Where a read's reply begins in its buffer, so that the data lies on a page boundary."""
+
+_AGAIN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
+"""read(2): the request was interrupted before it was read, we were, or another clone was faster."""
+_GONE = (errno.ENODEV, errno.ECONNABORTED)
+_NOBODY_WAITS = (errno.ENOENT, *_GONE)
+"""write(2): the request ended meanwhile (interrupted, or a RESEND replaced it), or the mount did."""
+
+
+class FrontEnd:
+    """Serves one mount on one fd of its session.
+
+    `flags` are those that INIT settled. `connect` opens the line to the supervisor at the first miss. A read waits
+    `read_deadline` seconds for its chunks at most, then fails with ETIMEDOUT. `interrupt_in` and `interrupt_out` are pipes
+    from and to the front ends on the session's other clones (see `session.Lane`).
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        mount: Mount,
+        flags: int,
+        connect: Callable[[], Client],
+        *,
+        read_deadline: float = 30.0,
+        interrupt_in: int = -1,
+        interrupt_out: Sequence[int] = (),
+    ) -> None:
+        self._fd = fd
+        self._mount = mount
+        self._device = mount.device
+        self._interrupt_in = interrupt_in
+        self._interrupt_out = interrupt_out
+        self._parking = Parking(mount.device, connect, read_deadline, self._finish)
+        self._request = bytearray(_REQUEST_BUFFER)
+        self._request_view = memoryview(self._request)
+        self._reply_buffer = memoryview(mmap.mmap(-1, p.PAGE + p.MAX_READ))
+        self._data = self._reply_buffer[p.PAGE :]
+        self._handlers: list[Handler] = Operations(mount, flags).table()
+        self._handlers[p.INTERRUPT] = self._interrupt
+        self._complaints = Complaints(f"mount {mount.id}")
+
+    def run(self) -> None:
+        """Serve until the file system is unmounted. Raises OSError when the fd is not a mounted session's."""
+        os.set_blocking(self._fd, True)  # a predecessor may have been killed while it polled
+        parked = self._parking.reads
+        while self._serve_blocking(parked) and self._serve_polling(parked):
+            pass
+
+    def _serve_blocking(self, parked: dict[int, Parked]) -> bool:
+        """Serve until a read is parked. False when the mount is gone."""
+        fd, readv, buffers, dispatch = self._fd, os.readv, [self._request], self.dispatch
+        while not parked:
+            try:
+                length = readv(fd, buffers)
+            except OSError as e:
+                if e.errno in _AGAIN:
+                    continue
+                if e.errno in _GONE:
+                    return False
+                raise
+            if not length:
+                return False
+            dispatch(length)
+        return True
+
+    def _serve_polling(self, parked: dict[int, Parked]) -> bool:
+        """Serve until no read is parked any more. False when the mount is gone."""
+        os.set_blocking(self._fd, False)
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        poll.register(self._parking.client.fileno(), select.POLLIN)
+        if self._interrupt_in >= 0:
+            poll.register(self._interrupt_in, select.POLLIN)
+        buffers = [self._request]
+        while True:
+            timeout = self._parking.service()
+            if not parked:
+                os.set_blocking(self._fd, True)
+                return True
+            for ready, _ in poll.poll(math.ceil(timeout * 1000)):
+                if ready == self._interrupt_in:
+                    self._take_interrupts()
+                elif ready == self._fd:
+                    try:
+                        length = os.readv(self._fd, buffers)
+                    except OSError as e:
+                        if e.errno in _AGAIN:
+                            continue
+                        if e.errno in _GONE:
+                            return False
+                        raise
+                    if not length:
+                        return False
+                    self.dispatch(length)
+
+    def dispatch(self, length: int) -> None:
+        """Answer the request in the first `length` bytes of the request buffer, or park it."""
+        if length < p.REQUEST.size:
+            self._complaints.log("request of %d bytes is too short", length)
+            return
+        _, opcode, unique, node, pid = p.REQUEST.unpack_from(self._request)
+        try:
+            if opcode == p.READ:
+                self._read(unique, node, pid, length)
+                return
+            if opcode >= p.OPCODES:
+                self._fail(unique, errno.ENOSYS)
+                return
+            result = self._handlers[opcode](node, self._request_view[p.REQUEST.size : length])
+        except Exception as e:
+            self._fail(unique, self._errno_of(e, opcode, node))
+            return
+        if type(result) is bytes:
+            self._write(p.OUT_HEADER.pack(p.OUT_HEADER.size + len(result), 0, unique) + result)
+        elif type(result) is int:
+            self._fail(unique, result)
+
+    def _read(self, unique: int, node: int, pid: int, length: int) -> None:
+        """READ. A hit is answered here and now, and passes through no other process."""
+        if length < p.REQUEST.size + p.READ_FIELDS.size:
+            self._fail(unique, errno.EINVAL)
+            return
+        offset, size, flags = p.READ_FIELDS.unpack_from(self._request, p.REQUEST.size)
+        mount = self._mount
+        vec = mount.bootstrap.extents(mount.ino_of(node), offset, size if size <= p.MAX_READ else p.MAX_READ)
+        missing = self._device.missing(vec)
+        if not missing:
+            try:
+                self._write_data(unique, self._device.read_into(vec, self._data))
+                return
+            except StaleCacheError as e:
+                self._complaints.log("%s: fetching it again", e)
+        if unique & p.UNIQUE_RESEND:
+            self._parking.forget(unique ^ p.UNIQUE_RESEND)
+        read = Parked(unique, vec, pid, bool(flags & os.O_DIRECT))
+        self._parking.park(read, missing)
+        if not missing:
+            self._parking.ask_lost(read)
+
+    def _finish(self, read: Parked, code: int) -> None:
+        """The wait of a parked read is over: answer it, or let it wait for chunks that the cache file lost."""
+        try:
+            if not code and self._retry(read):
+                return
+        except Exception as e:
+            code = self._errno_of(e, p.READ, 0)
+        if code and code != errno.EINTR:
+            self._complaints.log("a read failed: %s", os.strerror(code))
+            self._device.count_errors(read.vec)
+        if code:
+            self._fail(read.unique, code)
+        self._parking.drop_slots(read)
+
+    def _retry(self, read: Parked) -> bool:
+        """Read and answer what was fetched. True when the read is parked once more. Raises StaleCacheError."""
+        vec, device = read.vec, self._device
+        pieces = self._parking.pieces(read)
+        if self._absent(read, pieces):
+            device.refresh(vec)
+            if self._absent(read, pieces):
+                if self._parking.ask_lost(read):
+                    return True
+                raise StaleCacheError("chunks were reported as fetched, twice, and are not there")
+        try:
+            length = device.read_into(vec, self._data, pieces)
+        except StaleCacheError as e:
+            if not self._parking.ask_lost(read):
+                raise
+            self._complaints.log("%s: fetching it again", e)
+            return True
+        self._write_data(read.unique, length)
+        return False
+
+    def _absent(self, read: Parked, pieces: dict[tuple[int, int], memoryview] | None) -> bool:
+        """Whether a chunk of the read is neither ready nor among `pieces`."""
+        known = pieces or {}
+        return any(
+            (blob, chunk) not in known
+            for blob, first, count in self._device.missing(read.vec, again=True)
+            for chunk in range(first, first + count)
+        )
+
+    def _interrupt(self, _: int, body: memoryview) -> None:
+        """INTERRUPT has no reply. The request is perhaps another front end's: the kernel tells whoever reads first."""
+        (unique,) = p.INTERRUPT_IN.unpack_from(body)
+        if not self._parking.interrupt(unique):
+            for fd in self._interrupt_out:
+                try:
+                    os.write(fd, p.INTERRUPT_IN.pack(unique))
+                except OSError as e:  # EAGAIN: it has thousands unread; EPIPE: it is no more
+                    self._complaints.log("cannot pass on an interrupt: %s", e.strerror)
+
+    def _take_interrupts(self) -> None:
+        """Interrupts that siblings passed on; those of reads that were answered meanwhile mean nothing."""
+        try:
+            passed = os.read(self._interrupt_in, 4096)
+        except BlockingIOError:
+            return
+        for (unique,) in p.INTERRUPT_IN.iter_unpack(passed):
+            self._parking.interrupt(unique)
+
+    def _write_data(self, unique: int, length: int) -> None:
+        """Send the first `length` bytes of the data buffer."""
+        p.OUT_HEADER.pack_into(self._reply_buffer, _HEAD, p.OUT_HEADER.size + length, 0, unique)
+        self._write(self._reply_buffer[_HEAD : p.PAGE + length])
+
+    def _fail(self, unique: int, code: int) -> None:
+        self._write(p.OUT_HEADER.pack(p.OUT_HEADER.size, -code, unique))
+
+    def _write(self, reply: bytes | memoryview) -> None:
+        try:
+            os.write(self._fd, reply)
+        except OSError as e:
+            if e.errno not in _NOBODY_WAITS:
+                self._complaints.log("the kernel refused a reply of %d bytes: %s", len(reply), e.strerror)
+
+    def _errno_of(self, error: Exception, opcode: int, node: int) -> int:
+        """The errno for the reader, and a line in the log: this is the border where errors end."""
+        if isinstance(error, NydusError) and not error.traceback:
+            self._complaints.log("%s", error)
+            return error.errno
+        if isinstance(error, struct.error):
+            self._complaints.log("opcode %d: request is too short", opcode)
+            return errno.EINVAL
+        self._complaints.log("opcode %d, node %d: unexpected error", opcode, node, error=error)
+        return errno.EIO
+
+
+class Complaints:
+    """Log lines about bad input, at most one a second: whoever reads a broken image makes as many as he likes."""
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+        self._quiet_until = 0.0
+        self._suppressed = 0
+
+    def log(self, message: str, *args: object, error: Exception | None = None) -> None:
+        """Log a line about the subject; with `error`, its traceback too."""
+        now = time.monotonic()
+        if now < self._quiet_until:
+            self._suppressed += 1
+            return
+        more = f" ({self._suppressed} more lines were left out)" if self._suppressed else ""
+        self._suppressed = 0
+        self._quiet_until = now + 1.0
+        log.error("%s: " + message + "%s", self._subject, *args, more, exc_info=error)

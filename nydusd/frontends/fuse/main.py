@@ -1,0 +1,83 @@
+"""`python -m nydusd.frontends.fuse --spec-fd N`: start one FUSE front-end process from the supervisor's spec and serve.
+
+It outlives the supervisor: what is cached is served on, and a miss waits for the supervisor's successor until its deadline.
+It ends when the file system is unmounted (exit 0) or by SIGTERM's default action; SIGINT is the supervisor's business.
+
+The spec: `index` (of this front end), `identity` (its ZeroMQ name, optional), `session_fd` (its lane's clone), `init_flags`
+(`Session.negotiated.flags`), `interrupt_in` and `interrupt_out` (its lane's pipe, and the siblings'; optional), `front`
+(the supervisor's endpoint), `read_deadline` (seconds), `log` {`level`, `file`}, `mount` {`id`, `bootstrap`, `bootstrap_size`
+(optional), `path_id`, `xattr`, `blobs` (for `BlobDevice.from_spec`)}.
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+from nydusd import logs
+from nydusd.errors import FormatError
+from nydusd.formats import open_bootstrap
+from nydusd.ipc.spec import read_spec
+from nydusd.proctitle import set_title
+from nydusd.storage.api.device import BlobDevice
+
+from .loop import FrontEnd
+from .mount import Mount
+from .parking import Client
+
+
+def main(argv: list[str]) -> int:
+    """Serve until unmounted. Raises NydusError when the spec or the image cannot be used."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    spec = read_spec(argv)
+    index = int(spec["index"])
+    set_title(f"fuse {index}")
+    logs.setup(spec["log"]["level"], spec["log"]["file"], f"fuse {index}")
+    identity = str(spec.get("identity") or f"fuse-{index}-{os.getpid()}").encode()
+    front = str(spec["front"])
+
+    def connect() -> Client:
+        from nydusd.ipc.client import ChunkClient
+
+        return ChunkClient(front, identity)
+
+    front_end = FrontEnd(
+        int(spec["session_fd"]),
+        open_mount(spec["mount"], index),
+        int(spec["init_flags"]),
+        connect,
+        read_deadline=float(spec["read_deadline"]),
+        interrupt_in=int(spec.get("interrupt_in", -1)),
+        interrupt_out=[int(fd) for fd in spec.get("interrupt_out", [])],
+    )
+    # Requests make no reference cycles: what is alive now stays, and looking for garbage would only cost.
+    gc.collect()
+    gc.freeze()
+    front_end.run()
+    return 0
+
+
+def open_mount(spec: Mapping[str, Any], index: int) -> Mount:
+    """The mount that a spec's `mount` describes. Raises FormatError for a bad bootstrap, CacheError for its blobs."""
+    path = str(spec["bootstrap"])
+    view = _map(path, spec.get("bootstrap_size"))
+    bootstrap = open_bootstrap(view, path, spec["path_id"])
+    return Mount(str(spec["id"]), bootstrap, BlobDevice.from_spec(spec["blobs"], index), bool(spec["xattr"]))
+
+
+def _map(path: str, size: int | None) -> memoryview:
+    """The file's bytes, mapped read-only. Raises FormatError when it is empty or its size is not the recorded one."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd).st_size
+        if found == 0 or (size is not None and found != size):
+            raise FormatError(
+                path, "size", f"{found} bytes, but it had {size} when it was mounted: it must not be changed"
+            )
+        return memoryview(mmap.mmap(fd, found, prot=mmap.PROT_READ))
+    finally:
+        os.close(fd)

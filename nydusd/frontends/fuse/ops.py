@@ -1,0 +1,237 @@
+"""All FUSE requests but READ, answered straight from the image's metadata.
+
+Runs in a front-end process, called by its loop. A handler gets the node id and the request's body, and gives the reply's
+body, an errno (an int greater than 0), or None where the protocol wants no reply. What it raises the loop turns into
+an errno (a body that is shorter than its structure raises struct.error). Handlers keep nothing between calls.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from nydusd.errors import FormatError
+from nydusd.formats.model import DirEntry, Inode
+
+from . import protocol as p
+from .mount import Mount
+
+Handler = Callable[[int, memoryview], "bytes | int | None"]
+
+FOREVER = 1 << 32
+"""Seconds that the kernel may keep attributes and entries, absent ones included: an image never changes."""
+
+NAME_MAX = 255
+_W_OK = 2
+_U64 = (1 << 64) - 1
+_U32 = (1 << 32) - 1
+_EMPTY = b""
+
+_READ_ONLY = (
+    p.SETATTR,
+    p.SYMLINK,
+    p.MKNOD,
+    p.MKDIR,
+    p.UNLINK,
+    p.RMDIR,
+    p.RENAME,
+    p.LINK,
+    p.WRITE,
+    p.SETXATTR,
+    p.REMOVEXATTR,
+    p.CREATE,
+    p.FALLOCATE,
+    p.RENAME2,
+    p.COPY_FILE_RANGE,
+    p.TMPFILE,
+)
+
+
+class Operations:
+    """The handlers of one mount. `flags` are those of INIT: they say whether OPEN and OPENDIR may be refused for good."""
+
+    def __init__(self, mount: Mount, flags: int) -> None:
+        self._mount = mount
+        self._bootstrap = mount.bootstrap
+        self._xattr = mount.xattr or mount.bootstrap.has_xattr
+        keep = p.OPEN_OUT.pack(0, p.FOPEN_KEEP_CACHE, 0)
+        keep_dir = p.OPEN_OUT.pack(0, p.FOPEN_KEEP_CACHE | p.FOPEN_CACHE_DIR, 0)
+        self._open_reply: bytes | int = errno.ENOSYS if flags & p.NO_OPEN_SUPPORT else keep
+        self._opendir_reply: bytes | int = errno.ENOSYS if flags & p.NO_OPENDIR_SUPPORT else keep_dir
+        self._statfs = p.STATFS_OUT.pack(0, 0, 0, mount.bootstrap.inode_count & _U64, 0, 512, NAME_MAX, 512, 0)
+
+    def table(self) -> list[Handler]:
+        """Handlers by opcode; READ, INTERRUPT and DESTROY are for the loop to add."""
+        table: list[Handler] = [self._unknown] * p.OPCODES
+        for opcode in _READ_ONLY:
+            table[opcode] = self._read_only
+        for opcode in (p.RELEASE, p.RELEASEDIR, p.FLUSH, p.FSYNC, p.FSYNCDIR):
+            table[opcode] = self._nothing
+        for opcode in (p.FORGET, p.BATCH_FORGET):
+            table[opcode] = self._forget
+        table[p.LOOKUP] = self._lookup
+        table[p.GETATTR] = self._getattr
+        table[p.READLINK] = self._readlink
+        table[p.OPEN] = self._open
+        table[p.OPENDIR] = self._opendir
+        table[p.READDIR] = self._readdir
+        table[p.READDIRPLUS] = self._readdirplus
+        table[p.STATFS] = self._statfs_reply
+        table[p.GETXATTR] = self._getxattr
+        table[p.LISTXATTR] = self._listxattr
+        table[p.ACCESS] = self._access
+        table[p.IOCTL] = self._ioctl
+        return table
+
+    def _attr(self, inode: Inode) -> tuple[int, ...]:
+        """The fields of ATTR. The three times are all the mtime; those before 1970 travel as two's complement."""
+        ino, mode, nlink, uid, gid, size, blocks, mtime, nsec, rdev = inode
+        mtime &= _U64
+        return (
+            self._mount.shown(ino),
+            size,
+            blocks,
+            mtime,
+            mtime,
+            mtime,
+            nsec,
+            nsec,
+            nsec,
+            mode,
+            nlink,
+            uid,
+            gid,
+            rdev & _U32,
+            p.PAGE,
+            0,
+        )
+
+    def _entry(self, ino: int) -> tuple[int, ...]:
+        """The fields of ENTRY_OUT."""
+        return (self._mount.node_of(ino), 0, FOREVER, FOREVER, 0, 0, *self._attr(self._bootstrap.inode(ino)))
+
+    def _lookup(self, node: int, body: memoryview) -> bytes | int:
+        name = _name(body, 0)
+        if name is None:
+            return errno.EINVAL
+        if len(name) > NAME_MAX:
+            return errno.ENAMETOOLONG
+        ino: int | None = self._mount.ino_of(node)
+        assert ino is not None
+        if name == b"..":
+            ino = self._bootstrap.parent(ino)
+        elif name != b".":
+            ino = self._bootstrap.lookup(ino, name)
+        return _ABSENT if ino is None else p.ENTRY_OUT.pack(*self._entry(ino))
+
+    def _getattr(self, node: int, _: memoryview) -> bytes:
+        inode = self._bootstrap.inode(self._mount.ino_of(node))
+        return p.ATTR_OUT.pack(FOREVER, 0, 0, *self._attr(inode))
+
+    def _readlink(self, node: int, _: memoryview) -> bytes:
+        return self._bootstrap.readlink(self._mount.ino_of(node))
+
+    def _open(self, _: int, __: memoryview) -> bytes | int:
+        return self._open_reply
+
+    def _opendir(self, _: int, __: memoryview) -> bytes | int:
+        return self._opendir_reply
+
+    def _readdir(self, node: int, body: memoryview) -> bytes:
+        offset, size, _ = p.READ_FIELDS.unpack_from(body)
+        out = bytearray()
+        for entry in self._bootstrap.readdir(self._mount.ino_of(node), offset):
+            name = entry.name
+            if len(out) + _padded(p.DIRENT.size + len(name)) > size:
+                break
+            out += p.DIRENT.pack(self._mount.shown(entry.ino), entry.next_offset, len(name), entry.kind)
+            out += name
+            out += bytes(-len(out) % 8)
+        return bytes(out)
+
+    def _readdirplus(self, node: int, body: memoryview) -> bytes:
+        offset, size, _ = p.READ_FIELDS.unpack_from(body)
+        out = bytearray()
+        for entry in self._bootstrap.readdir(self._mount.ino_of(node), offset):
+            name = entry.name
+            if len(out) + _padded(p.DIRENTPLUS.size + len(name)) > size:
+                break
+            shown = self._mount.shown(entry.ino)
+            out += p.DIRENTPLUS.pack(*self._plus(entry), shown, entry.next_offset, len(name), entry.kind)
+            out += name
+            out += bytes(-len(out) % 8)
+        return bytes(out)
+
+    def _plus(self, entry: DirEntry) -> tuple[int, ...]:
+        """ENTRY_OUT of a listed entry: none for the dots, as the protocol has it, nor for a broken inode.
+
+        One bad inode must not hide its whole folder: it is listed, and a stat of it gives EIO.
+        """
+        if entry.name in (b".", b".."):
+            return _NO_ENTRY
+        try:
+            return self._entry(entry.ino)
+        except FormatError:
+            return _NO_ENTRY
+
+    def _statfs_reply(self, _: int, __: memoryview) -> bytes:
+        return self._statfs
+
+    def _getxattr(self, node: int, body: memoryview) -> bytes | int:
+        if not self._xattr:
+            return errno.ENOSYS
+        size, _ = p.GETXATTR_IN.unpack_from(body)
+        name = _name(body, p.GETXATTR_IN.size)
+        if name is None:
+            return errno.EINVAL
+        value = self._bootstrap.xattrs(self._mount.ino_of(node)).get(name)
+        return errno.ENODATA if value is None else _sized(value, size)
+
+    def _listxattr(self, node: int, body: memoryview) -> bytes | int:
+        if not self._xattr:
+            return errno.ENOSYS
+        size, _ = p.GETXATTR_IN.unpack_from(body)
+        names = self._bootstrap.xattrs(self._mount.ino_of(node))
+        return _sized(_EMPTY.join(name + b"\0" for name in names), size)
+
+    def _access(self, _: int, body: memoryview) -> bytes | int:
+        """Permissions are the kernel's work (default_permissions); it asks only where it is told not to."""
+        mask, _pad = p.ACCESS_IN.unpack_from(body)
+        return errno.EROFS if mask & _W_OK else _EMPTY
+
+    def _nothing(self, _: int, __: memoryview) -> bytes:
+        return _EMPTY
+
+    def _forget(self, _: int, __: memoryview) -> None:
+        """Inodes are positions in the metadata: there is nothing to forget."""
+
+    def _read_only(self, _: int, __: memoryview) -> int:
+        return errno.EROFS
+
+    def _ioctl(self, _: int, __: memoryview) -> int:
+        return errno.ENOTTY
+
+    def _unknown(self, _: int, __: memoryview) -> int:
+        return errno.ENOSYS
+
+
+_NO_ENTRY = (0,) * 22
+_ABSENT = p.ENTRY_OUT.pack(0, 0, FOREVER, 0, *(0,) * 18)
+"""A negative entry: the kernel remembers that the name is not there, where ENOENT would be asked again."""
+
+
+def _name(body: memoryview, at: int) -> bytes | None:
+    """The NUL-terminated name at `at`; None when its end is missing."""
+    name, nul, _ = bytes(body[at:]).partition(b"\0")
+    return name if nul else None
+
+
+def _padded(length: int) -> int:
+    return (length + 7) & ~7
+
+
+def _sized(value: bytes, size: int) -> bytes | int:
+    """An xattr answer: its length when asked with size 0, the value when it fits, else ERANGE."""
+    if size == 0:
+        return p.GETXATTR_OUT.pack(len(value), 0)
+    return errno.ERANGE if len(value) > size else value

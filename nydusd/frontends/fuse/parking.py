@@ -1,0 +1,213 @@
+"""Reads that wait for chunks: who waits for which request to the supervisor, until when, and how waiting ends.
+
+Runs in a front-end process, driven by its loop; nothing here blocks. All of it dies with the process: after a SIGKILL the
+kernel sends the reads again to the successor (FUSE_NOTIFY_RESEND), which parks them anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from nydusd.formats.model import Extent
+from nydusd.ipc.messages import LOST, SlotRef
+from nydusd.storage.api.io import ChunkRun
+
+from .mount import Device, runs_of
+
+if TYPE_CHECKING:
+    from nydusd.ipc.client import Reply  # loads ZeroMQ
+
+ASK_AGAIN = 1.0
+"""Seconds after which an unanswered request is repeated: the supervisor may have been replaced, and repeating is harmless."""
+
+_SIGKILL_BIT = 1 << 8
+
+
+class Client(Protocol):
+    """What the front end uses of `nydusd.ipc.client.ChunkClient`."""
+
+    def fileno(self) -> int: ...
+    def request(self, run: ChunkRun, flags: int = 0, number: int | None = None) -> int: ...
+    def replies(self) -> list[Reply]: ...
+    def cancel(self, request: int) -> None: ...
+    def pieces(self, slot: SlotRef) -> dict[int, memoryview]: ...
+    def release(self, slot: SlotRef) -> None: ...
+
+
+class Parked:
+    """One read that waits. `direct`: the file was opened with O_DIRECT; `pid`: the thread that reads."""
+
+    __slots__ = ("asked_lost", "deadline", "direct", "interrupted", "pending", "pid", "slots", "unique", "vec")
+
+    def __init__(self, unique: int, vec: list[Extent], pid: int, direct: bool) -> None:
+        self.unique = unique
+        self.vec = vec
+        self.pid = pid
+        self.direct = direct
+        self.deadline = 0.0
+        self.pending: dict[int, tuple[ChunkRun, int]] = {}
+        """Unanswered requests: number -> (run with the supervisor's handle, flags)."""
+        self.slots: list[SlotRef] = []
+        self.asked_lost = False
+        self.interrupted = False
+
+
+class Parking:
+    """The parked reads of one front end. `finish(read, errno)` is called when a read's wait is over.
+
+    `finish` may call `ask_lost` to send a read back into waiting; it must call `drop_slots` at the end.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        connect: Callable[[], Client],
+        patience: float,
+        finish: Callable[[Parked, int], None],
+    ) -> None:
+        self._device = device
+        self._connect = connect
+        self._patience = patience
+        self._finish = finish
+        self._client: Client | None = None
+        self.reads: dict[int, Parked] = {}
+        """What is parked, by `unique`; a plain dict, because the loop asks for its emptiness before every request."""
+        self._interval = min(ASK_AGAIN, patience)
+        self._owners: dict[int, Parked] = {}
+        self._tick = 0.0
+
+    @property
+    def client(self) -> Client:
+        """The line to the supervisor, made at the first miss: a front end that has all it needs never loads ZeroMQ."""
+        if self._client is None:
+            self._client = self._connect()
+        return self._client
+
+    def park(self, read: Parked, missing: list[ChunkRun]) -> None:
+        """Ask for what is missing and remember the read. A second copy of a read (RESEND) replaces the first."""
+        self.forget(read.unique)
+        now = time.monotonic()
+        read.deadline = now + self._patience
+        if not self.reads:
+            self._tick = now + self._interval
+        self.reads[read.unique] = read
+        self._ask(read, missing, 0)
+
+    def ask_lost(self, read: Parked) -> bool:
+        """Have the chunks of a read fetched anew, because the cache file lacks what the map promises; once per read."""
+        if read.asked_lost:
+            return False
+        read.asked_lost = True
+        self.reads[read.unique] = read
+        self._ask(read, runs_of(read.vec), LOST)
+        return True
+
+    def forget(self, unique: int) -> None:
+        """Give up a parked read without an answer, if there is such a one."""
+        read = self.reads.get(unique)
+        if read is not None:
+            self._unpark(read)
+            self.drop_slots(read)
+
+    def interrupt(self, unique: int) -> bool:
+        """The reader got a signal. False when the read is not parked here.
+
+        A direct read ends with EINTR. A read for the page cache ends only when the signal kills: EINTR would be a SIGBUS
+        to whoever faults in a mapped page, and a surprise to whoever reads a plain file (Go programs get signals all
+        the time). The kernel reports one interrupt a read, so later ticks look again for a SIGKILL.
+        """
+        read = self.reads.get(unique)
+        if read is None:
+            return False
+        read.interrupted = True
+        self._end_if_killed(read)
+        return True
+
+    def service(self) -> float:
+        """Take in the replies and what became due. Gives the seconds until it must be called again."""
+        client = self.client
+        for reply in client.replies():
+            self._take(reply)
+        now = time.monotonic()
+        if now >= self._tick:
+            self._tick = now + self._interval
+            for read in list(self.reads.values()):
+                if now >= read.deadline:
+                    self._end(read, errno.ETIMEDOUT)
+                elif not (read.interrupted and self._end_if_killed(read)):
+                    for number, (run, flags) in read.pending.items():
+                        client.request(run, flags, number)
+        return max(0.0, self._tick - now)
+
+    def pieces(self, read: Parked) -> dict[tuple[int, int], memoryview] | None:
+        """The chunks of a read that came in shared memory, None if none did. Drop them before `drop_slots`."""
+        if not read.slots:
+            return None
+        blobs = {self._device.handle(blob): blob for blob in {extent.blob for extent in read.vec}}
+        found: dict[tuple[int, int], memoryview] = {}
+        for slot in read.slots:
+            if slot.handle in blobs:
+                for chunk, view in self.client.pieces(slot).items():
+                    found[blobs[slot.handle], chunk] = view
+        return found
+
+    def drop_slots(self, read: Parked) -> None:
+        """Give the leases of a read's slots back."""
+        for slot in read.slots:
+            self.client.release(slot)
+        read.slots.clear()
+
+    def _ask(self, read: Parked, runs: list[ChunkRun], flags: int) -> None:
+        for blob, first, count in runs:
+            run = ChunkRun(self._device.handle(blob), first, count)
+            number = self.client.request(run, flags)
+            read.pending[number] = (run, flags)
+            self._owners[number] = read
+
+    def _take(self, reply: Reply) -> None:
+        read = self._owners.pop(reply.request, None)
+        if read is None:
+            if reply.slot is not None:
+                self.client.release(reply.slot)
+            return
+        del read.pending[reply.request]
+        if reply.slot is not None:
+            read.slots.append(reply.slot)
+        if reply.errno:
+            self._end(read, reply.errno)
+        elif not read.pending:
+            self._end(read, 0)
+
+    def _end_if_killed(self, read: Parked) -> bool:
+        if not (read.direct or _is_killed(read.pid)):
+            return False
+        self._end(read, errno.EINTR)
+        return True
+
+    def _end(self, read: Parked, code: int) -> None:
+        self._unpark(read)
+        self._finish(read, code)
+
+    def _unpark(self, read: Parked) -> None:
+        self.reads.pop(read.unique, None)
+        for number in read.pending:
+            del self._owners[number]
+            self.client.cancel(number)
+        read.pending.clear()
+
+
+def _is_killed(tid: int) -> bool:
+    """Whether a thread has a SIGKILL pending (any fatal signal becomes one), or is gone. False when it can't be told."""
+    try:
+        with open(f"/proc/{tid}/status", "rb") as status:
+            for line in status:
+                if line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line.split()[1], 16) & _SIGKILL_BIT:
+                    return True
+    except FileNotFoundError:
+        return tid > 0
+    except OSError:
+        return False
+    return False
