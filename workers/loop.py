@@ -6,6 +6,7 @@ marked: its job is done again by another. When the supervisor is gone, a worker 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     title = f"{role} {spec['index']}"
     proctitle.set_title(title)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    log = logs.setup(spec["log"]["level"], spec["log"]["file"], title)
+    logs.setup(spec["log"]["level"], spec["log"]["file"], title)
+    log = logging.getLogger(__name__)
     handlers = _handlers(role)
     blobs = OpenBlobs()
     lifeline = int(spec["lifeline_fd"])

@@ -50,6 +50,11 @@ class WorkerPool:
         job.priority = Priority.USER
         self._queues[Priority.USER].append(job)
 
+    @property
+    def size(self) -> int:
+        """Workers that are there now."""
+        return len(self._idle) + len(self._busy)
+
     def queued(self) -> int:
         return sum(map(len, self._queues.values()))
 

@@ -48,7 +48,7 @@ class BlobMetaInfo:
 
     def with_units(self, chunks: Iterable[int]) -> list[int]:
         """`chunks` and all that are decoded with them, sorted."""
-        out = set()
+        out: set[int] = set()
         for chunk in chunks:
             if chunk not in out:
                 out.update(self.unit(chunk))
@@ -67,6 +67,11 @@ class BlobMetaInfo:
             if self._state[chunk] != READY:
                 out.append(chunk)
         return out
+
+    def bytes_of(self, states: memoryview) -> int:
+        """Plain bytes of the chunks that are ready."""
+        sizes = RECORD.iter_unpack(self._records)
+        return sum(record[3] for record, state in zip(sizes, states, strict=True) if state == READY)
 
     def split(self, chunks: Sequence[int], limit: int) -> list[list[int]]:
         """Cut sorted ids into jobs: each of about `limit` plain bytes, at least one unit."""

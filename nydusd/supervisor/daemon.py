@@ -1,0 +1,383 @@
+"""The supervisor: mounts, starts and restarts all other processes, routes misses, and stops cleanly. It holds no data.
+
+One thread, one poll over its two ROUTER sockets, a pidfd a child, and the pipe into which signal handlers write. Nothing in
+the loop waits for a disk or a network: whatever may, is a job for a worker.
+
+What holds after SIGKILL of the supervisor: workers and the API process end (their lifeline pipe closes), front ends go on
+serving what is cached, the kernel fds live on in the front ends, the state bytes stay in shared memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import zmq
+
+from nydusd.errors import ConfigError, MountError, NydusError
+from nydusd.frontends.fuse.session import Session, clear_stale_mount
+from nydusd.ipc import messages
+from nydusd.ipc.messages import Json, decode, encode
+from nydusd.storage.api.factory import BlobFactory
+from nydusd.storage.cache.prefetch import PrefetchWorker
+from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.supervisor import report
+from nydusd.supervisor.children import Child
+from nydusd.supervisor.images import Image
+from nydusd.supervisor.listener import Listener
+from nydusd.supervisor.pool import WorkerPool
+from nydusd.supervisor.router import Router
+from nydusd.supervisor.runtime import Runtime
+from nydusd.supervisor.slots import SlotTable
+
+if TYPE_CHECKING:
+    from nydusd.cli.options import FuseOptions
+    from nydusd.config import Config
+
+log = logging.getLogger(__name__)
+
+_MESSAGES = 256
+"""Messages taken from a socket before the others get their turn."""
+_STOP_PATIENCE = 10.0
+"""Seconds that a stop waits for the last checkpoint, and for children to end."""
+
+
+class Supervisor:
+    """One daemon with one FUSE session."""
+
+    def __init__(self, options: FuseOptions, config: Config) -> None:
+        self.options = options
+        self.config = config
+        self.pid = os.getpid()
+        self.started = time.monotonic()
+        self.state = "INIT"
+        self.images: dict[str, Image] = {}
+        self.children: list[Child] = []
+        self._frontends: list[Child] = []
+        self._api: Child | None = None
+        self._runtime = Runtime(options.mountpoint)
+        self.factory = BlobFactory(self._runtime.instance, str(self._runtime.folder))
+        self.slots = SlotTable(self._runtime.arena, config.nydusd.arena_size)
+        settings = config.rafs.prefetch if config.rafs is not None else None
+        self.prefetch = PrefetchWorker(
+            settings.batch_size if settings is not None else 0, settings.bandwidth_limit if settings is not None else 0
+        )
+        self._session: Session | None = None
+        self._listener: Listener | None = None
+        self._stopping = False
+        self._unmount = True
+        self._next_checkpoint = time.monotonic() + config.nydusd.checkpoint_interval
+
+    # --- start ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Everything up to RUNNING. The mount is served before the workers are there: `ls` needs none."""
+        self._runtime.claim()
+        clear_stale_mount(self.options.mountpoint)
+        if self.options.bootstrap is None:
+            raise ConfigError("--bootstrap: missing; a daemon without an image is not supported yet")
+        image = Image(
+            self.options.virtual_mountpoint,
+            self.options.bootstrap,
+            self.config,
+            self.factory,
+            str(self._runtime.folder),
+        )
+        self.images[image.place] = image
+        self._session = Session.mount(self.options.mountpoint, read_ahead_kib=1024)
+        self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
+        self._wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        self._bind()
+        # More front ends than cores gain nothing and cost 10 MB each.
+        count = min(self.options.fuse_threads, len(os.sched_getaffinity(0)))
+        for index, _lane in enumerate(self._session.open_lanes(count)):
+            self._frontends.append(self._add(Child("fuse", index, "nydusd.frontends.fuse")))
+        for index in range(self.config.decompress_worker_count):
+            self._add(Child("decompress", index, "workers"))
+        for index in range(self.config.fetch_worker_count):
+            self._add(Child("fetch", index, "workers"))
+        for cache in self.factory.blobs():
+            self.router.open_blob(cache)
+        self._start_prefetch(image)
+        if self.options.apisock is not None:
+            self._listener = Listener(self.options.apisock)
+            self._api = self._add(Child("api", 0, "nydusd.control"))
+        self._record()
+        self.state = "RUNNING"
+        log.info("%s is mounted at %s", image.source, self.options.mountpoint)
+
+    def _bind(self) -> None:
+        context = zmq.Context()
+        self._context = context
+        self._front, self._work = context.socket(zmq.ROUTER), context.socket(zmq.ROUTER)
+        for socket, endpoint in ((self._front, self._runtime.front), (self._work, self._runtime.work)):
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.setsockopt(zmq.RCVHWM, 0)
+            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+            socket.bind(endpoint)
+        self._poller = zmq.Poller()
+        self._poller.register(self._front, zmq.POLLIN)
+        self._poller.register(self._work, zmq.POLLIN)
+        self._poller.register(self._wake, zmq.POLLIN)
+        self.fetch = WorkerPool("fetch", self._send_job, lambda: None)
+        self.decompress = WorkerPool("decompress", self._send_job, lambda: self.router.prefetch())
+        rafs = self.config.rafs
+        self.router = Router(
+            self.factory,
+            self.fetch,
+            self.decompress,
+            self.slots,
+            self.prefetch,
+            self._reply,
+            amplify=rafs.batch_size if rafs is not None else 1 << 20,
+        )
+
+    def _start_prefetch(self, image: Image) -> None:
+        settings = self.config.rafs.prefetch if self.config.rafs is not None else None
+        if settings is None or not settings.enable or not all(cache.caches for cache in image.caches):
+            return
+        paths = None
+        if self.options.prefetch_files is not None:
+            from nydusd.cli.prefetch_list import read_prefetch_list
+
+            paths = [path.hex() for path in read_prefetch_list(self.options.prefetch_files)]
+
+        def resolved(_job: Job, answer: Answer) -> None:
+            if "error" in answer:
+                log.warning("prefetch list of %s: %s", image.source, answer["error"])
+            for index, first, count in answer.get("runs", []):
+                cache = image.blob(index)
+                if cache is not None:
+                    self.prefetch.want(cache, first, count)
+            if settings.prefetch_all or answer.get("whole"):
+                for cache in image.caches:
+                    self.prefetch.want(cache, 0, -1)
+
+        if paths is None and not image.has_prefetch_table:
+            resolved(Job("resolve", None, Priority.AHEAD, {}, resolved), {})
+            return
+        payload: Json = {"bootstrap": image.bootstrap_path, "path_id": image.path_id, "paths": paths}
+        self.fetch.submit(Job("resolve", None, Priority.AHEAD, payload, resolved))
+
+    # --- children ---------------------------------------------------------------------------------------------
+
+    def _add(self, child: Child) -> Child:
+        self.children.append(child)
+        self._launch(child)
+        return child
+
+    def _launch(self, child: Child) -> None:
+        spec: Json = {"log": {"level": self._log_level(), "file": self.options.log_file}, "lifeline_fd": self._lifeline}
+        fds = [self._lifeline]
+        if child.role == "fuse":
+            fds, more = self._frontend_spec(child.index)
+            spec |= more
+        elif child.role == "api":
+            assert self._listener is not None
+            fds.append(self._listener.fd)
+            spec |= {"listen_fd": self._listener.fd, "front": self._runtime.front}
+        else:
+            spec |= {"role": child.role, "work": self._runtime.work}
+        child.start(spec, fds)
+        self._poller.register(child.pidfd, zmq.POLLIN)
+
+    @staticmethod
+    def _log_level() -> str:
+        from nydusd import logs
+
+        return logs.level_name()
+
+    def _frontend_spec(self, index: int) -> tuple[list[int], Json]:
+        assert self._session is not None
+        lanes = self._session.lanes
+        lane = lanes[index]
+        others = [other.interrupt_out for i, other in enumerate(lanes) if i != index]
+        image = next(iter(self.images.values()))
+        spec: Json = {
+            "session_fd": lane.fd,
+            "init_flags": self._session.negotiated.flags,
+            "interrupt_in": lane.interrupt_in,
+            "interrupt_out": others,
+            "front": self._runtime.front,
+            "read_deadline": self.config.nydusd.read_deadline,
+            "mount": image.spec(),
+        }
+        return [lane.fd, lane.interrupt_in, *others], spec
+
+    def _record(self) -> None:
+        self._runtime.record([child.pid for child in self.children if child.pid])
+
+    def _reap(self) -> None:
+        """Look after children that have ended: their work goes to others, their place is filled again."""
+        for child in self.children:
+            identity, pidfd = child.identity, child.pidfd
+            if child.process is None:
+                continue
+            status = child.reap()
+            if status is None:
+                continue
+            self._poller.unregister(pidfd)
+            self.router.drop_client(identity)
+            for pool in (self.fetch, self.decompress):
+                pool.worker_died(identity)
+            if child.role == "fuse" and status == 0:
+                log.info("%s was unmounted from outside", self.options.mountpoint)
+                self.ask_to_stop()
+            elif not self._stopping:
+                log.warning("%s ended with status %d; starting it again", child.name, status)
+
+    def _restart(self, now: float) -> None:
+        for child in self.children:
+            if child.restart_at is not None and now >= child.restart_at:
+                self._launch(child)
+                if child.role == "fuse":
+                    assert self._session is not None
+                    self._session.resend()
+                self._record()
+
+    # --- messages ---------------------------------------------------------------------------------------------
+
+    def _send_job(self, identity: bytes, message: Json) -> None:
+        self._work.send_multipart([identity, messages.JOB, encode(message)])
+
+    def _reply(self, client: bytes, number: int, errno: int, slot: messages.SlotRef | None) -> None:
+        frames = [client, messages.ANSWER, messages.ANSWER_BODY.pack(number, errno)]
+        if slot is not None:
+            frames.append(encode(slot._asdict()))
+        self._front.send_multipart(frames)
+
+    def _from_front(self, frames: list[bytes]) -> None:
+        client, kind, body = frames[0], frames[1], frames[2]
+        if kind == messages.REQUEST:
+            number, handle, first, count, flags = messages.REQUEST_BODY.unpack(body)
+            self.router.request(client, number, handle, first, count, flags)
+        elif kind == messages.CANCEL:
+            self.router.cancel(client, *messages.NUMBER.unpack(body))
+        elif kind == messages.RELEASE:
+            self.router.release(*messages.NUMBER.unpack(body))
+        elif kind == messages.CONTROL:
+            answer = report.answer(self, decode(frames[3]))
+            self._front.send_multipart([client, messages.CONTROL, body, encode(answer)])
+
+    def _from_work(self, frames: list[bytes]) -> None:
+        identity, kind, body = frames
+        pool = self.fetch if identity.startswith(b"fetch-") else self.decompress
+        if kind == messages.HELLO:
+            pool.worker_ready(identity)
+        elif kind == messages.DONE:
+            pool.worker_done(identity, decode(body))
+
+    @staticmethod
+    def _drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
+        out: list[list[bytes]] = []
+        try:
+            while len(out) < _MESSAGES:
+                out.append(socket.recv_multipart(zmq.NOBLOCK))
+        except zmq.Again:
+            pass
+        return out
+
+    # --- the loop ---------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        while not self._stopping:
+            self._turn(self._timeout())
+
+    def _timeout(self) -> float:
+        now = time.monotonic()
+        until = [self._next_checkpoint, *(c.restart_at for c in self.children if c.restart_at is not None)]
+        if not self.prefetch.idle():
+            until.append(now + max(self.prefetch.limiter.wait(now), 0.05))
+        return max(0.0, min(until) - now)
+
+    def _turn(self, timeout: float) -> None:
+        events = dict(self._poller.poll(timeout * 1000))
+        if self._front in events:
+            for frames in self._drain(self._front):
+                self._from_front(frames)
+        if self._work in events:
+            for frames in self._drain(self._work):
+                self._from_work(frames)
+        if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
+            self.ask_to_stop()
+        self._reap()
+        now = time.monotonic()
+        if not self._stopping:
+            self._restart(now)
+        if now >= self._next_checkpoint:
+            self._next_checkpoint = now + self.config.nydusd.checkpoint_interval
+            self.router.checkpoint()
+        self.fetch.pump()
+        self.decompress.pump()
+
+    def ask_to_stop(self, unmount: bool = True) -> None:
+        """End the loop after this turn."""
+        self._stopping = True
+        self._unmount = self._unmount and unmount
+
+    def stop(self) -> None:
+        """Unmount, store what is ready, end all children, leave nothing behind."""
+        self._stopping = True
+        self.state = "STOPPED"
+        if self._listener is not None:
+            self._listener.remove()
+        if self._session is not None and self._unmount:
+            try:
+                self._session.unmount()
+            except MountError as e:
+                log.error("%s", e)
+        if hasattr(self, "router"):
+            self._last_checkpoint()
+            self._end_children()
+        if self._session is not None:
+            self._session.close()
+        self.factory.close()
+        self.slots.close()
+        self._runtime.remove()
+        if hasattr(self, "_context"):
+            self._front.close()
+            self._work.close()
+            self._context.term()
+
+    def _last_checkpoint(self) -> None:
+        deadline = time.monotonic() + _STOP_PATIENCE
+        while self.router.checkpoint() and time.monotonic() < deadline:
+            if not any(child.role == "fetch" and child.pid for child in self.children):
+                break
+            self._turn(0.05)
+
+    def _end_children(self) -> None:
+        for child in self.children:
+            child.send(signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_PATIENCE
+        for child in self.children:
+            if child.process is None:
+                continue
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except Exception:
+                log.warning("%s did not end; killing it", child.name)
+                child.send(signal.SIGKILL)
+                child.process.wait()
+
+
+def run(options: FuseOptions, config: Config) -> int:
+    """Run a daemon until it is told to stop. Raises NydusError when it cannot start; nothing is left behind then."""
+    supervisor = Supervisor(options, config)
+    try:
+        supervisor.start()
+        supervisor.run()
+    except NydusError:
+        supervisor.stop()
+        raise
+    supervisor.stop()
+    log.info("stopped")
+    return 0

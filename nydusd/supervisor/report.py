@@ -1,0 +1,178 @@
+"""What the supervisor tells of itself: the answers behind the API. Plain data; the API process puts it into HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from nydusd.errors import ConfigError, NydusError
+from nydusd.ipc.messages import Json
+from nydusd.storage.cache.blob_cache import BlobCache
+
+if TYPE_CHECKING:
+    from nydusd.supervisor.daemon import Supervisor
+
+
+class NotFoundError(NydusError):
+    """The API was asked for something that is not there."""
+
+    rest_status = 404
+
+
+def answer(daemon: Supervisor, request: Json) -> Json:
+    """The reply to a control request: {"ok": …} or {"error": {"status", "message"}}."""
+    handler = _OPS.get(str(request.get("op")))
+    if handler is None:
+        return {"error": {"status": 501, "message": f"operation {request.get('op')!r} is not supported"}}
+    try:
+        return {"ok": handler(daemon, request)}
+    except NydusError as e:
+        return {"error": {"status": e.rest_status, "message": str(e)}}
+
+
+def _daemon(daemon: Supervisor, _request: Json) -> Json:
+    from nydusd.config import redacted
+    from nydusd.version import build_info
+
+    images = {}
+    for image in daemon.images.values():
+        stamp = image.mounted_at
+        images[image.place] = {
+            "backend_type": "Rafs",
+            "mountpoint": image.place,
+            "mounted_time": f"{stamp:%Y-%m-%d %H:%M:%S}.{stamp.microsecond:06}000 +00:00:00",
+            "config": redacted(image.config),
+        }
+    return {
+        "version": build_info(),
+        "id": daemon.options.id,
+        "supervisor": daemon.options.supervisor,
+        "state": daemon.state,
+        "backend_collection": images,
+    }
+
+
+def _backend(daemon: Supervisor, request: Json) -> Json:
+    image = daemon.images.get(str(request.get("mountpoint")))
+    if image is None:
+        raise NotFoundError(f"no image is mounted at {request.get('mountpoint')!r}")
+    return dict(image.facts)
+
+
+def _blob(cache: BlobCache, place: str) -> Json:
+    info = cache.spec.info
+    row: Json = {
+        "blob_id": info.blob_id,
+        "mountpoint": place,
+        "chunks": info.chunk_count,
+        "ready": 0,
+        "pending": 0,
+        "failed": 0,
+        "uncompressed_size": info.uncompressed_size,
+        "ready_bytes": 0,
+        "compressed_size": info.compressed_size,
+        "hits": 0,
+        "hit_bytes": 0,
+        "misses": 0,
+        "miss_bytes": 0,
+        "errors": 0,
+        "data_file": None if cache.spec.data_path is None else str(cache.spec.data_path),
+        "state": "preparing" if cache.state == "new" else cache.state,
+        "reason": cache.reason,
+    }
+    segment = cache.segment
+    if segment is not None:
+        counts = cache.chunk_map.counts()
+        row["chunks"] = segment.count
+        row |= {key: counts[key] for key in ("ready", "pending", "failed")}
+        row["uncompressed_size"] = segment.identity.size
+        row["ready_bytes"] = cache.meta.bytes_of(cache.chunk_map.states())
+        row["hits"], row["hit_bytes"], row["misses"], row["miss_bytes"], row["errors"], _ = segment.totals()
+    return row
+
+
+def _cache(daemon: Supervisor, _request: Json) -> Json:
+    blobs = [_blob(cache, image.place) for image in daemon.images.values() for cache in image.caches]
+    return {"blobs": blobs, "arena_bytes": daemon.slots.in_use(), "waiting": daemon.router.waiting()}
+
+
+def _metrics_backend(daemon: Supervisor, _request: Json) -> Json:
+    counted = daemon.router.backend
+    config = next((image.config for image in daemon.images.values()), None)
+    if config is None or config.backend is None:
+        raise NotFoundError("no image is mounted")
+    return {
+        "backend_type": config.backend.type,
+        "read_count": counted["reads"],
+        "read_errors": counted["read_errors"],
+        "read_amount_total": counted["read_bytes"],
+    }
+
+
+def _metrics_blobcache(daemon: Supervisor, _request: Json) -> Json:
+    if not daemon.images:
+        raise NotFoundError("no image is mounted")
+    caches = {cache.handle: cache for image in daemon.images.values() for cache in image.caches}
+    rows = [_blob(cache, "") for cache in caches.values()]
+    hits, misses = sum(row["hits"] for row in rows), sum(row["misses"] for row in rows)
+    folder = next((cache.spec.work_dir for cache in caches.values() if cache.spec.work_dir is not None), "")
+    return {
+        "id": next((image.config.id for image in daemon.images.values()), ""),
+        "underlying_files": [
+            cache.spec.data_path.name for cache in caches.values() if cache.spec.data_path is not None
+        ],
+        "store_path": folder,
+        "partial_hits": hits,
+        "whole_hits": hits,
+        "total": hits + misses,
+        "entries_count": sum(row["ready"] for row in rows),
+        "prefetch_data_amount": daemon.prefetch.bytes,
+        "prefetch_requests_count": daemon.prefetch.requests,
+        "prefetch_workers": daemon.decompress.size,
+        "prefetch_cumulative_time_millis": 0,
+        "prefetch_begin_time_secs": 0,
+        "prefetch_begin_time_millis": 0,
+        "prefetch_end_time_secs": 0,
+        "prefetch_end_time_millis": 0,
+        "prefetch_unmerged_chunks": 0,
+        "buffered_backend_size": daemon.slots.in_use(),
+        "data_all_ready": all(row["ready"] == row["chunks"] for row in rows),
+    }
+
+
+def _set_log_level(daemon: Supervisor, request: Json) -> None:
+    from nydusd import logs
+
+    level = str(request.get("log_level", "")).lower()
+    try:
+        logs.set_level(level)
+    except ValueError as e:
+        raise ConfigError(f"log_level: {request.get('log_level')!r}: {e}") from e
+
+
+def _workers(daemon: Supervisor, _request: Json) -> Json:
+    return {
+        "processes": [
+            {"role": child.role, "index": child.index, "pid": child.pid, "generation": child.generation}
+            for child in daemon.children
+        ],
+        "supervisor": daemon.pid,
+        "uptime": time.monotonic() - daemon.started,
+    }
+
+
+def _exit(daemon: Supervisor, _request: Json) -> None:
+    daemon.ask_to_stop(unmount=False)
+
+
+_OPS: dict[str, Callable[[Supervisor, Json], Json | None]] = {
+    "daemon": _daemon,
+    "backend": _backend,
+    "cache": _cache,
+    "metrics_backend": _metrics_backend,
+    "metrics_blobcache": _metrics_blobcache,
+    "set_log_level": _set_log_level,
+    "workers": _workers,
+    "exit": _exit,
+}
