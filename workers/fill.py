@@ -17,7 +17,7 @@ from nydusd.errors import BackendError, CorruptChunkError, NydusError
 from nydusd.formats.model import ChunkFlag, ChunkRecord
 from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import Json
-from nydusd.storage.cache.decode import ChunkDecoder, verify_chunk
+from nydusd.storage.cache.decode import ChunkDecoder, fetch_range, verify_chunk
 from nydusd.storage.state.segment import READY
 from workers.blobs import OpenBlob, OpenBlobs
 
@@ -194,7 +194,7 @@ def _fill_run(blob: OpenBlob, first: int, last: int, target: _CacheFile | _Slot,
     segment = blob.segment
     decoder = _decoder(blob)
     records = [segment.record(chunk) for chunk in range(first, last + 1)]
-    coff, length = decoder.fetch_range(records, first, segment.contexts)
+    coff, length = fetch_range(records, segment.contexts, 0, last - first)
     result.reads += 1
     try:
         data = blob.reader().read(coff, length)

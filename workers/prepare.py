@@ -60,7 +60,7 @@ def _raw_chunks(spec: BlobSpec) -> Iterator[RawChunk]:
     with open(spec.bootstrap, "rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) as mapping:
         view = memoryview(mapping)
         try:
-            image = open_bootstrap(view, spec.bootstrap, spec.path_id)
+            image = open_bootstrap(view, spec.bootstrap, spec.path_id, extracted=spec.extracted)
             yield from (c for c in image.raw_chunks() if c.blob_index == spec.info.index)
         finally:
             # Cells of the parser may still hold slices; the mapping goes with them.

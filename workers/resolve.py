@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 import mmap
 
-from nydusd.formats.walk import walk
-
 from nydusd.errors import FormatError
 from nydusd.formats import open_bootstrap
 from nydusd.formats.model import Bootstrap
+from nydusd.formats.walk import walk
 from nydusd.ipc.messages import Json
 from workers.blobs import OpenBlobs
 
@@ -23,11 +22,11 @@ _FILES = 1_000_000
 
 
 def resolve(_blobs: OpenBlobs, job: Json) -> Json:
-    """Job: bootstrap, path_id, paths (hex) or null for the image's own table. Answer: runs of [blob index, first, count]."""
+    """Job: bootstrap, path_id, extracted, paths (hex) or null for the image's table. Answer: runs [blob index, first, count]."""
     runs: list[list[int]] = []
     with open(job["bootstrap"], "rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) as mapping:
         view = memoryview(mapping)
-        image = open_bootstrap(view, job["bootstrap"], job["path_id"])
+        image = open_bootstrap(view, job["bootstrap"], job["path_id"], extracted=job["extracted"])
         if job["paths"] is None:
             inodes = image.prefetch_inodes()
         else:

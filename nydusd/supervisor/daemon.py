@@ -163,7 +163,12 @@ class Supervisor:
         if paths is None and not image.has_prefetch_table:
             resolved(Job("resolve", None, Priority.AHEAD, {}, resolved), {})
             return
-        payload: Json = {"bootstrap": image.bootstrap_path, "path_id": image.path_id, "paths": paths}
+        payload: Json = {
+            "bootstrap": image.bootstrap_path,
+            "path_id": image.path_id,
+            "extracted": image.extracted,
+            "paths": paths,
+        }
         self.fetch.submit(Job("resolve", None, Priority.AHEAD, payload, resolved))
 
     # --- children ---------------------------------------------------------------------------------------------
@@ -299,7 +304,7 @@ class Supervisor:
         return max(0.0, min(until) - now)
 
     def _turn(self, timeout: float) -> None:
-        events = dict(self._poller.poll(timeout * 1000))
+        events = dict(self._poller.poll(int(timeout * 1000) + 1 if timeout else 0))
         if self._front in events:
             for frames in self._drain(self._front):
                 self._from_front(frames)

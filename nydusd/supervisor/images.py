@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nydusd.errors import ConfigError, FormatError
-from nydusd.formats import Detected, detect, open_bootstrap
+from nydusd.formats import BootstrapKind, detect, open_bootstrap
+from nydusd.formats.blob_id import blob_id_from_path
 from nydusd.formats.model import Bootstrap
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.factory import BlobFactory
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def path_id(path: str) -> str:
-    """The blob id that a metadata file's name stands for: its base name without any suffix."""
-    return Path(path).name.split(".", 1)[0]
-
-
 class Image:
     """One mounted image. Raises FormatError, ConfigError or CacheError when it cannot be."""
 
@@ -37,19 +33,20 @@ class Image:
         self.config = config
         self.mounted_at = datetime.now(UTC)
         self._run_dir = run_dir
-        self.path_id = path_id(source)
+        self.path_id = blob_id_from_path(source)
         cache_config = _cache_config(config)
-        self.bootstrap_path = self._metadata(cache_config)
+        self.bootstrap_path, self.extracted = self._metadata(cache_config)
         with open(self.bootstrap_path, "rb") as f:
             self.bootstrap_size = os.fstat(f.fileno()).st_size
             mapping = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
         view = memoryview(mapping)
-        bootstrap = open_bootstrap(view, self.bootstrap_path, self.path_id)
+        bootstrap = open_bootstrap(view, self.bootstrap_path, self.path_id, extracted=self.extracted)
         self.facts = bootstrap.superblock_facts()
         self.version = bootstrap.version
         self.has_prefetch_table = bool(bootstrap.prefetch_inodes())
         self.caches = [
-            factory.new_blob_cache(cache_config, info, self.bootstrap_path, self.path_id) for info in bootstrap.blobs
+            factory.new_blob_cache(cache_config, info, self.bootstrap_path, self.path_id, self.extracted)
+            for info in bootstrap.blobs
         ]
         self._check(bootstrap)
         del bootstrap
@@ -59,15 +56,15 @@ class Image:
     def _check(self, bootstrap: Bootstrap) -> None:
         bootstrap.inode(bootstrap.root_ino)
 
-    def _metadata(self, cache_config: CacheConfig) -> str:
-        """The file that holds the bootstrap: the source, or what is extracted from it if the source is a blob."""
+    def _metadata(self, cache_config: CacheConfig) -> tuple[str, bool]:
+        """The file that holds the bootstrap: the source, or (True) what is extracted from it if the source is a blob."""
         try:
             fd = os.open(self.source, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
             raise FormatError(self.source, "bootstrap", f"cannot be opened: {e.strerror}") from e
         try:
-            if detect(os.pread(fd, 4096, 0)) is not Detected.BLOB:
-                return os.path.abspath(self.source)
+            if detect(memoryview(os.pread(fd, 4096, 0))) is not BootstrapKind.BLOB:
+                return os.path.abspath(self.source), False
             from nydusd.storage.cache.load import extract_bootstrap
 
             def read(offset: int, size: int) -> bytes:
@@ -85,7 +82,7 @@ class Image:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        return str(target)
+        return str(target), True
 
     def spec(self) -> Json:
         """The mount's description for a front end."""
@@ -94,6 +91,7 @@ class Image:
             "bootstrap": self.bootstrap_path,
             "bootstrap_size": self.bootstrap_size,
             "path_id": self.path_id,
+            "extracted": self.extracted,
             "xattr": self.config.rafs.enable_xattr if self.config.rafs is not None else False,
             "blobs": [
                 {

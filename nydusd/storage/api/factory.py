@@ -20,7 +20,9 @@ class BlobFactory:
         self._handles = count(1)
         self._by_handle: dict[int, BlobCache] = {}
 
-    def new_blob_cache(self, config: CacheConfig, info: BlobInfo, bootstrap: str, path_id: str | None) -> BlobCache:
+    def new_blob_cache(
+        self, config: CacheConfig, info: BlobInfo, bootstrap: str, path_id: str, extracted: bool
+    ) -> BlobCache:
         """The cache of a blob under this configuration; one more user of it."""
         key = config.key()
         manager = self._managers.get(key)
@@ -28,7 +30,7 @@ class BlobFactory:
             kind = FileCacheMgr if config.work_dir is not None else DummyCacheMgr
             manager = kind(config, self._instance, self._run_dir, lambda: next(self._handles))
             self._managers[key] = manager
-        cache = manager.get_blob_cache(info, bootstrap, path_id)
+        cache = manager.get_blob_cache(info, bootstrap, path_id, extracted)
         self._by_handle[cache.handle] = cache
         return cache
 

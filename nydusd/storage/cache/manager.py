@@ -45,7 +45,7 @@ class BlobCacheMgr(ABC):
     def work_dir(self) -> str | None:
         """The cache folder, None if nothing is stored."""
 
-    def get_blob_cache(self, info: BlobInfo, bootstrap: str, path_id: str | None) -> BlobCache:
+    def get_blob_cache(self, info: BlobInfo, bootstrap: str, path_id: str, extracted: bool) -> BlobCache:
         """The cache of a blob; made when first asked for. Each call is one more user."""
         cache = self.blobs.get(info.blob_id)
         if cache is None:
@@ -60,6 +60,7 @@ class BlobCacheMgr(ABC):
                     meta_dir=self._run_dir,
                     bootstrap=bootstrap,
                     path_id=path_id,
+                    extracted=extracted,
                     backend=self._config.backend,
                     backend_config=self._config.backend_config,
                     always_verify=self._config.always_verify,

@@ -16,8 +16,8 @@ _BYTES = ("toc_digest", "meta_digest", "cipher_key", "cipher_iv")
 class BlobSpec:
     """A blob in a cache: where its bytes come from, where they go, and the name of its segment.
 
-    `work_dir` is None for the dummy cache. `bootstrap` is the metadata file whose chunk table holds the digests;
-    `path_id` its blob id for inlined metadata. `meta_dir` holds `<id>.blob.meta` where there is no work_dir.
+    `work_dir` is None for the dummy cache; `meta_dir` holds `<id>.blob.meta` then. `bootstrap` is the metadata file whose
+    chunk table holds the digests; `path_id` the blob id in its name, `extracted` whether it was taken out of that blob.
     """
 
     handle: int
@@ -28,6 +28,7 @@ class BlobSpec:
     meta_dir: str
     bootstrap: str
     path_id: str | None
+    extracted: bool
     backend: str
     backend_config: dict[str, Any]
     always_verify: bool

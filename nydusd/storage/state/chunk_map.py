@@ -66,4 +66,4 @@ class ChunkMap:
         return {name: state.count(value) for name, value in _COUNTED.items()}
 
     def is_all_ready(self) -> bool:
-        return self.ready_count() == self.count
+        return bool(self.ready_count() == self.count)
