@@ -32,6 +32,8 @@ _CRC_AT = 36
 _U32 = struct.Struct("<I")
 _NO_DIGEST = bytes(DIGEST_SIZE)
 _RAW_COMPRESSED, _RAW_ENCRYPTED, _RAW_BATCH, _RAW_CRC = 0x1, 0x4, 0x8, 0x10
+_COMPRESSED = int(ChunkFlag.COMPRESSED)
+_ENCRYPTED = int(ChunkFlag.ENCRYPTED)
 _DIGEST = int(ChunkFlag.DIGEST)
 _CRC = int(ChunkFlag.CRC)
 
@@ -192,15 +194,15 @@ def _record_of_raw(info: BlobInfo, raw: RawChunk, end_uoff: int, where: str) -> 
     if is_legacy_stargz(info):
         csize = _stargz_csize(info, raw.coff, raw.usize)
         data_end = info.compressed_size or 1 << 63
-    flags = ChunkFlag(0)
+    flags = 0
     if raw.flags & _RAW_COMPRESSED:
-        flags |= ChunkFlag.COMPRESSED
+        flags |= _COMPRESSED
     if raw.flags & _RAW_BATCH:
         raise FormatError(where, field, "part of a batch, which only chunk information describes; the blob has none")
     if raw.flags & _RAW_ENCRYPTED:
         if info.cipher == Cipher.NONE:
             raise FormatError(where, field, "encrypted, but the blob has no cipher")
-        flags |= ChunkFlag.ENCRYPTED
+        flags |= _ENCRYPTED
     if not 0 < csize <= MAX_STORED_CHUNK or raw.coff + csize > data_end:
         raise FormatError(
             where,
@@ -210,10 +212,10 @@ def _record_of_raw(info: BlobInfo, raw: RawChunk, end_uoff: int, where: str) -> 
     if not flags and csize != raw.usize:
         raise FormatError(where, field, f"stored as it is in {csize} bytes but {raw.usize} bytes long")
     if raw.flags & _RAW_CRC:
-        flags |= ChunkFlag.CRC
+        flags |= _CRC
     if raw.digest != _NO_DIGEST:
-        flags |= ChunkFlag.DIGEST
-    return RECORD.pack(raw.coff, raw.uoff, csize, raw.usize, flags, 0, 0, raw.crc if flags & ChunkFlag.CRC else 0)
+        flags |= _DIGEST
+    return RECORD.pack(raw.coff, raw.uoff, csize, raw.usize, flags, 0, 0, raw.crc if flags & _CRC else 0)
 
 
 def _set_digests(records: bytearray, digests: bytearray, array: bytes, count: int, where: str) -> None:
