@@ -1,0 +1,1 @@
+"""The API process: HTTP on a unix socket, answered by asking the supervisor."""

@@ -1,0 +1,38 @@
+"""`python -m nydusd.control --spec-fd N`: the API process, started by the supervisor.
+
+The spec: `listen_fd` (a unix socket that already listens), `front` (ZeroMQ endpoint of the supervisor), `log`
+(`{"level", "file", "rotation_size"}`, the last two optional), `lifeline_fd` (read end of a pipe that the supervisor holds
+open). Ends by itself when the supervisor is gone.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+
+import zmq
+
+from nydusd import logs
+from nydusd.control.server import ApiServer
+from nydusd.ipc.spec import read_spec
+
+
+def main() -> int:
+    """Serve until the supervisor is gone."""
+    # A Ctrl-C goes to the whole process group; the supervisor decides, and needs us to report the end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    spec = read_spec(sys.argv[1:])
+    log = spec["log"]
+    logs.setup(log["level"], log.get("file"), "api", log.get("rotation_size", 0))
+    with socket.socket(fileno=spec["listen_fd"]) as listener, zmq.Context() as context:
+        supervisor = context.socket(zmq.DEALER)
+        supervisor.linger = 0
+        supervisor.connect(spec["front"])
+        with supervisor:
+            ApiServer(listener, supervisor, spec["lifeline_fd"]).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""What the API offers: a table from path and method to an operation of the supervisor, and the shape of answers.
+
+Pure; used by the API process. Clients written for the reference daemon look into the text of errors, so that keeps the
+shape of its nested names: `Outer(Inner("text"))`. A path that clients may ask for but that this version does not serve
+has a row without an operation and answers 501.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
+
+from nydusd.version import build_info
+
+Json = dict[str, object]
+_EMPTY: Final[Mapping[str, object]] = MappingProxyType({})
+
+
+class Answer(NamedTuple):
+    """A status and what goes into the body as JSON; None for no body."""
+
+    status: int
+    payload: object = None
+
+
+class Route(NamedTuple):
+    """One method of one path. `op` None: known, not supported yet."""
+
+    op: str | None
+    outer: str
+    fixed: Mapping[str, object] = _EMPTY
+    """What the operation is told beside the query and the body."""
+    needs: tuple[str, ...] = ()
+    """Parts of the query that must be there."""
+    takes: tuple[str, ...] = ()
+    """Parts of the query that may be there; None is passed on for an absent one."""
+    body: Callable[[bytes], Json] | None = None
+    """Reads the body; None: there must not be one."""
+    status: int = 200
+    """Of success. 204 has no body."""
+    shape: Callable[[Json], Json] | None = None
+    """Changes the supervisor's answer."""
+
+
+class Call(NamedTuple):
+    """What to ask the supervisor for."""
+
+    route: Route
+    message: Json
+
+
+class Refused(Exception):
+    """A request is answered with an error without asking the supervisor."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(status, text)
+        self.answer = error_answer(status, text)
+
+
+def error_answer(status: int, text: str) -> Answer:
+    """An error in the shape that clients know."""
+    return Answer(status, {"code": "UNDEFINED", "message": text})
+
+
+def _log_level(body: bytes) -> Json:
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused(400, 'ParseBody(Error("the body is not JSON"))') from None
+    level = data.get("log_level") if isinstance(data, dict) else None
+    if not isinstance(level, str):
+        raise Refused(400, 'ParseBody(Error("the body must be an object with the text `log_level`"))')
+    if level.lower() not in ("off", "error", "warn", "info", "debug", "trace"):
+        raise Refused(500, "Configure(ResponsePayloadType)")
+    return {"log_level": level.lower()}
+
+
+def _with_version(info: Json) -> Json:
+    return {"version": build_info(), **info}
+
+
+def _v2_info(info: Json) -> Json:
+    return {**_with_version(info), "backend_collection": None}
+
+
+def _later(outer: str) -> Route:
+    return Route(None, outer)
+
+
+_SET_LOG_LEVEL = Route("set_log_level", "Configure", body=_log_level, status=204)
+
+ROUTES: Final[dict[str, dict[str, Route]]] = {
+    "/api/v1/daemon": {
+        "GET": Route("daemon", "DaemonInfo", fixed={"api": 1}, shape=_with_version),
+        "PUT": _SET_LOG_LEVEL,
+    },
+    "/api/v2/daemon": {
+        "GET": Route("daemon", "DaemonInfo", fixed={"api": 2}, shape=_v2_info),
+        "PUT": _SET_LOG_LEVEL,
+    },
+    "/api/v1/daemon/events": {"GET": Route("events", "Events")},
+    "/api/v1/daemon/backend": {"GET": Route("backend", "FsBackendInfo", needs=("mountpoint",))},
+    "/api/v1/daemon/start": {"PUT": Route("start", "Configure", status=204)},
+    "/api/v1/daemon/exit": {"PUT": Route("exit", "Configure", status=204)},
+    "/api/v1/daemon/fuse/sendfd": {"PUT": _later("Upgrade")},
+    "/api/v1/daemon/fuse/takeover": {"PUT": _later("Upgrade")},
+    "/api/v1/mount": {"POST": _later("Mount"), "PUT": _later("Mount"), "DELETE": _later("Mount")},
+    "/api/v1/metrics": {"GET": Route("metrics", "GlobalMetrics", takes=("id",))},
+    "/api/v1/metrics/backend": {"GET": Route("metrics_backend", "BackendMetrics", takes=("id",))},
+    "/api/v1/metrics/blobcache": {"GET": Route("metrics_blobcache", "BlobcacheMetrics", takes=("id",))},
+    "/api/v1/metrics/files": {"GET": _later("FsFilesMetrics")},
+    "/api/v1/metrics/pattern": {"GET": _later("Pattern")},
+    "/api/v1/metrics/inflight": {"GET": _later("InflightMetrics")},
+    "/api/v1/config": {"GET": _later("Configure"), "PUT": _later("Configure")},
+    "/api/v2/blobs": {
+        "GET": _later("GetBlobObjects"),
+        "PUT": _later("CreateBlobObject"),
+        "DELETE": _later("DeleteBlobObject"),
+    },
+    "/api/v1/nydusd/cache": {"GET": Route("cache", "BlobcacheMetrics")},
+}
+
+
+def resolve(method: str, target: str, body: bytes) -> Call:
+    """The operation that a request asks for. Raises `Refused` with the answer if it asks for none."""
+    if method not in ("GET", "PUT", "POST", "DELETE"):
+        raise Refused(400, "BadRequest")
+    try:
+        url = urlsplit(target)
+        # 64 parts at most: dict and list building for a hostile query stay small.
+        query = dict(reversed(parse_qsl(url.query, keep_blank_values=True, max_num_fields=64)))
+    except ValueError:
+        raise Refused(400, "BadRequest") from None
+    methods = ROUTES.get(url.path)
+    if methods is None:
+        raise Refused(404, "NoRoute")
+    route = methods.get(method)
+    if route is None:
+        raise Refused(400, "BadRequest")
+    if route.op is None:
+        raise Refused(501, f"{route.outer}(DaemonAbnormal(Unsupported))")
+    if route.body is None and body:
+        raise Refused(400, "BadRequest")
+    message: Json = {"op": route.op, **route.fixed}
+    for name in route.needs:
+        if name not in query:
+            raise Refused(400, f"QueryString(\"'{name}' should be specified in query string\")")
+        message[name] = query[name]
+    for name in route.takes:
+        message[name] = query.get(name)
+    if route.body is not None:
+        message.update(route.body(body))
+    return Call(route, message)
+
+
+def answer(route: Route, reply: Json) -> Answer:
+    """The answer to a client from the supervisor's `{"ok": ...}` or `{"error": {"status", "message"}}`."""
+    error = reply.get("error")
+    if isinstance(error, dict):
+        status = error.get("status")
+        if not isinstance(status, int) or not 400 <= status < 600:
+            status = 500
+        return error_answer(status, _nested(route.outer, str(error.get("message", ""))))
+    if "ok" not in reply:
+        return error_answer(500, _nested(route.outer, "the supervisor gave neither a result nor an error"))
+    if route.status == 204:
+        return Answer(204)
+    result = reply["ok"]
+    if route.shape is not None and isinstance(result, dict):
+        result = route.shape(result)
+    return Answer(route.status, result)
+
+
+_INNER = re.compile(r"(DaemonAbnormal|MountFilesystem|Metrics)\(.*\)|ResponsePayloadType", re.DOTALL)
+_KIND = re.compile(r"(Other|Serde|UnexpectedEvent|UpgradeManager)\(.*\)|NotReady|Unsupported", re.DOTALL)
+
+
+def _nested(outer: str, message: str) -> str:
+    """`message` inside the names that clients expect around it, as far as the supervisor did not give them."""
+    if message.startswith(f"{outer}("):
+        return message
+    if _INNER.fullmatch(message):
+        return f"{outer}({message})"
+    if not _KIND.fullmatch(message):
+        message = f"Other({json.dumps(message, ensure_ascii=False)})"
+    if outer.endswith("Metrics") or outer == "FsBackendInfo":
+        return f"{outer}(Metrics(Daemon({message})))"
+    return f"{outer}(DaemonAbnormal({message}))"

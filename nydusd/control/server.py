@@ -1,0 +1,241 @@
+"""The loop of the API process: many clients, one question channel to the supervisor, no threads.
+
+Nothing here blocks, so a slow client delays nobody and a probe is answered while the supervisor mounts. Clients keep
+a connection open for the whole life of a daemon and take its loss for the daemon's death: only a request that was begun
+and not finished has a time-out. The process keeps no state: after SIGKILL the supervisor starts another on the same
+listening socket, and its clients connect again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import selectors
+import socket
+import time
+from itertools import islice
+from typing import Final, NamedTuple
+
+import zmq
+
+from nydusd import logs
+from nydusd.control.client import Client, Request
+from nydusd.control.routes import Answer, Call, Refused, answer, error_answer, resolve
+from nydusd.errors import InternalError
+from nydusd.ipc.messages import CONTROL, NUMBER, decode, encode
+
+log = logging.getLogger(__name__)
+
+SUPERVISOR_PATIENCE: Final = 5.0
+"""Seconds until a question to the supervisor counts as not answered (503)."""
+REQUEST_PATIENCE: Final = 30.0
+"""Seconds from the first byte of a request to its last."""
+_LAST_WORDS: Final = 1.0
+"""Seconds to bring answers on the wire when the supervisor ends, above all the one to `exit`."""
+_MAX_CLIENTS: Final = 4096
+_TURN: Final = 16
+"""Requests of one client in a row; a client that pipelines more waits until the others had their turn."""
+_NO_FILES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_ACCEPT_PAUSE: Final = 1.0
+
+
+class _Question(NamedTuple):
+    client: Client
+    call: Call
+    deadline: float
+
+
+class ApiServer:
+    """Serves until the lifeline closes. The caller owns the three handles."""
+
+    def __init__(self, listener: socket.socket, supervisor: zmq.Socket[bytes], lifeline_fd: int) -> None:
+        listener.setblocking(False)
+        self._listener = listener
+        self._supervisor = supervisor
+        self._lifeline_fd = lifeline_fd
+        self._selector = selectors.DefaultSelector()
+        self._questions: dict[int, _Question] = {}
+        """By number. All wait equally long, so the first in order is the first to expire."""
+        self._half_sent: dict[Client, float] = {}
+        """Clients in the middle of a request and their deadlines, first to expire first."""
+        self._ready: dict[Client, None] = {}
+        """Clients with more complete requests than one turn."""
+        self._clients: set[Client] = set()
+        self._number = 0
+        self._listening = False
+        self._listen_again = 0.0
+        self._end: float | None = None
+
+    def run(self) -> None:
+        """Serve until the supervisor is gone."""
+        self._selector.register(self._lifeline_fd, selectors.EVENT_READ, None)
+        self._selector.register(self._supervisor.fileno(), selectors.EVENT_READ, None)
+        self._listen(True)
+        try:
+            while not self._finished():
+                self._step()
+        finally:
+            for client in list(self._clients):
+                client.close()
+            self._selector.close()
+
+    def _step(self) -> None:
+        for key, mask in self._selector.select(self._timeout()):
+            if isinstance(key.data, Client):
+                self._serve(key.data, mask)
+            elif key.fileobj is self._listener:
+                self._accept()
+            elif key.fd == self._lifeline_fd and not os.read(self._lifeline_fd, 4096):
+                self._begin_end()
+        # Always, whatever woke us: ZeroMQ's fd signals only a change, and sending may swallow one.
+        self._take_replies()
+        for client in list(self._ready):
+            del self._ready[client]
+            self._advance(client)
+        self._expire(time.monotonic())
+
+    def _timeout(self) -> float | None:
+        if self._ready:
+            return 0.0
+        times = [question.deadline for question in islice(self._questions.values(), 1)]
+        times += islice(self._half_sent.values(), 1)
+        if not self._listening and self._end is None:
+            times.append(self._listen_again)
+        if self._end is not None:
+            times.append(self._end)
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    # Clients
+
+    def _listen(self, on: bool) -> None:
+        if on and not self._listening:
+            self._selector.register(self._listener, selectors.EVENT_READ, None)
+        elif not on and self._listening:
+            self._selector.unregister(self._listener)
+            self._listen_again = time.monotonic() + _ACCEPT_PAUSE
+        self._listening = on
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in _NO_FILES:
+                log.warning("cannot accept a client: %s", error.strerror)
+                self._listen(False)
+            return
+        sock.setblocking(False)
+        client = Client(sock)
+        self._clients.add(client)
+        client.watch(self._selector)
+        if len(self._clients) >= _MAX_CLIENTS:
+            log.warning("%d clients are connected, no more are accepted until one leaves", len(self._clients))
+            self._listen(False)
+
+    def _serve(self, client: Client, mask: int) -> None:
+        if mask & selectors.EVENT_WRITE:
+            client.write()
+        if mask & selectors.EVENT_READ and not client.closed:
+            client.read()
+        self._advance(client)
+
+    def _advance(self, client: Client) -> None:
+        """Handle what the client has sent in full, then wait for what it needs next."""
+        for _ in range(_TURN):
+            request = client.next_request()
+            if request is None:
+                break
+            self._handle(client, request)
+        else:
+            self._ready[client] = None
+        self._watch(client)
+
+    def _watch(self, client: Client) -> None:
+        if client.half_sent and not client.closed:
+            self._half_sent.setdefault(client, time.monotonic() + REQUEST_PATIENCE)
+        else:
+            self._half_sent.pop(client, None)
+        client.watch(self._selector)
+        if client.closed:
+            self._clients.discard(client)
+            self._ready.pop(client, None)
+
+    def _handle(self, client: Client, request: Request) -> None:
+        try:
+            call = resolve(request.method, request.target, request.body)
+        except Refused as refused:
+            client.answer(refused.answer)
+            return
+        self._ask(client, call)
+
+    # The supervisor
+
+    def _ask(self, client: Client, call: Call) -> None:
+        self._number += 1
+        frames = [CONTROL, NUMBER.pack(self._number), encode(call.message)]
+        try:
+            self._supervisor.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            client.answer(_not_ready(call))
+            return
+        client.waiting = True
+        self._questions[self._number] = _Question(client, call, time.monotonic() + SUPERVISOR_PATIENCE)
+
+    def _take_replies(self) -> None:
+        while True:
+            try:
+                frames = self._supervisor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(frames) != 3 or frames[0] != CONTROL or len(frames[1]) != NUMBER.size:
+                log.error("unknown message from the supervisor: %r", frames[:2])
+                continue
+            question = self._questions.pop(NUMBER.unpack(frames[1])[0], None)
+            if question is not None:  # else its time was over
+                self._reply(question, frames[2])
+
+    def _reply(self, question: _Question, frame: bytes) -> None:
+        route = question.call.route
+        try:
+            reply = decode(frame)
+        except InternalError as error:
+            log.error("%s", error)
+            reply = {}
+        if route.op == "set_log_level" and "ok" in reply:
+            logs.set_level(str(question.call.message["log_level"]))
+        question.client.answer(answer(route, reply))
+        self._advance(question.client)
+
+    # Time and the end
+
+    def _expire(self, now: float) -> None:
+        for number, question in list(self._questions.items()):
+            if question.deadline > now:
+                break
+            del self._questions[number]
+            log.warning("the supervisor did not answer %r in time", question.call.route.op)
+            question.client.answer(_not_ready(question.call))
+            self._advance(question.client)
+        for client, deadline in list(self._half_sent.items()):
+            if deadline > now:
+                break
+            client.timed_out()
+            self._watch(client)
+        if not self._listening and self._end is None and self._listen_again <= now:
+            self._listen_again = now + _ACCEPT_PAUSE
+            self._listen(len(self._clients) < _MAX_CLIENTS)
+
+    def _begin_end(self) -> None:
+        self._selector.unregister(self._lifeline_fd)
+        self._listen(False)
+        self._end = time.monotonic() + _LAST_WORDS
+
+    def _finished(self) -> bool:
+        if self._end is None:
+            return False
+        busy = bool(self._questions) or any(client.has_output for client in self._clients)
+        return not busy or time.monotonic() >= self._end
+
+
+def _not_ready(call: Call) -> Answer:
+    return error_answer(503, f"{call.route.outer}(DaemonAbnormal(NotReady))")
