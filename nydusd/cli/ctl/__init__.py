@@ -1,0 +1,1 @@
+"""The verbs of `nydusctl`, one file each, and what they share."""

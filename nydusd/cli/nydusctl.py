@@ -1,0 +1,57 @@
+"""The command `nydusctl`: ask a running daemon over its API socket. Its verbs are in `nydusd.cli.ctl`, one file each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from nydusd.cli.ctl import cache, info, metrics_backend, metrics_cache, metrics_fsstats, set_log_level
+from nydusd.cli.ctl.connection import Api
+from nydusd.cli.ctl.text import printable
+from nydusd.errors import NydusError
+
+VERBS = tuple(verb.VERB for verb in (info, set_log_level, metrics_backend, metrics_cache, metrics_fsstats, cache))
+GROUPS = {"set": "change a setting of the daemon", "metrics": "what the daemon counts"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. The exit status: 0, 1 for an error, 2 for wrong arguments."""
+    args = _parser().parse_args(argv)
+    try:
+        for text in args.run(Api(args.sock), args):
+            print(text, flush=True)
+    except NydusError as error:
+        print(f"Error: {printable(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left; Python's own flush at exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "nydusctl", description="Ask a running nydusd over its API socket.", allow_abbrev=False
+    )
+    parser.add_argument("-S", "--sock", required=True, metavar="PATH", help="the daemon's API socket (its --apisock)")
+    parser.add_argument("-r", "--raw", action="store_true", help="print the answer as JSON on one line")
+    top = parser.add_subparsers(required=True, metavar="COMMAND")
+    groups = {
+        name: top.add_parser(name, help=text).add_subparsers(required=True, metavar="COMMAND")
+        for name, text in GROUPS.items()
+    }
+    for verb in VERBS:
+        place = groups[verb.words[0]] if len(verb.words) > 1 else top
+        one = place.add_parser(verb.words[-1], help=verb.help)
+        verb.add_arguments(one)
+        one.set_defaults(run=verb.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
