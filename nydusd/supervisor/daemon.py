@@ -13,11 +13,12 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import zmq
 
-from nydusd.errors import ConfigError, MountError, NydusError
+from nydusd.errors import ConfigError, MountError
 from nydusd.frontends.fuse.session import Session, clear_stale_mount
 from nydusd.ipc import messages
 from nydusd.ipc.messages import Json, decode, encode
@@ -232,7 +233,7 @@ class Supervisor:
             self.router.drop_client(identity)
             for pool in (self.fetch, self.decompress):
                 pool.worker_died(identity)
-            if child.role == "fuse" and status == 0:
+            if child.role == "fuse" and status == 0 and not self._stopping:
                 log.info("%s was unmounted from outside", self.options.mountpoint)
                 self.ask_to_stop()
             elif not self._stopping:
@@ -280,6 +281,14 @@ class Supervisor:
             pool.worker_done(identity, decode(body))
 
     @staticmethod
+    def _guarded(handle: Callable[[list[bytes]], None], frames: list[bytes]) -> None:
+        """One message must not end the daemon: a bug in its handling costs its reader a deadline, and is logged."""
+        try:
+            handle(frames)
+        except Exception:
+            log.exception("a message of %s failed by a bug of ours", frames[0].decode(errors="backslashreplace"))
+
+    @staticmethod
     def _drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
         out: list[list[bytes]] = []
         try:
@@ -307,10 +316,10 @@ class Supervisor:
         events = dict(self._poller.poll(int(timeout * 1000) + 1 if timeout else 0))
         if self._front in events:
             for frames in self._drain(self._front):
-                self._from_front(frames)
+                self._guarded(self._from_front, frames)
         if self._work in events:
             for frames in self._drain(self._work):
-                self._from_work(frames)
+                self._guarded(self._from_work, frames)
         if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
             self.ask_to_stop()
         self._reap()
@@ -380,9 +389,7 @@ def run(options: FuseOptions, config: Config) -> int:
     try:
         supervisor.start()
         supervisor.run()
-    except NydusError:
+    finally:
         supervisor.stop()
-        raise
-    supervisor.stop()
     log.info("stopped")
     return 0

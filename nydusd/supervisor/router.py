@@ -182,7 +182,7 @@ class Router:
         sequential = cache.ahead_start <= first <= cache.ahead_end + _NEAR
         cache.window = max(self._amplify, min(cache.window * 2, _WINDOW_MOST)) if sequential else self._amplify
         ahead = cache.meta.ahead(last, cache.window)
-        cache.ahead_start, cache.ahead_end = first, max(last, *ahead[-1:])
+        cache.ahead_start, cache.ahead_end = first, ahead[-1] if ahead else last
         self._start(cache, ahead, Priority.AHEAD)
 
     def _start(self, cache: BlobCache, chunks: Iterable[int], priority: Priority) -> None:
