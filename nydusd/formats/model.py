@@ -95,7 +95,7 @@ class RawChunk(NamedTuple):
     coff: int
     uoff: int
     file_offset: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     crc: int
 
 
