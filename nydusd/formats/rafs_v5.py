@@ -48,6 +48,8 @@ _NAME_SIZE_AT = 100
 _RECORD_SIZE = _RECORD.size
 _MAX_STORED_NAME = 256  # old builders stored the size rounded up, with the NULs
 
+_MAX_XATTRS = 1 << 24  # ours: far above what Linux lets a file have, and they are decoded in memory
+
 _FLAG_XATTR = 4
 _FLAG_HOLES = 8
 _CACHED = 1024
@@ -55,8 +57,7 @@ _CACHED = 1024
 
 class _Node(NamedTuple):
     """A decoded inode. `target` is where a symlink's target begins, `xattr` where the xattrs do (0: none) and `chunks`
-    where the chunk infos do. `first` and `number` are the slots of the children, `number` also
-    counts the chunks."""
+    where the chunk infos do. `first` is the slot of the first child and `number` counts the children, or chunks."""
 
     inode: Inode
     parent: int
@@ -253,15 +254,18 @@ class RafsV5:
         return bytes(self._buf[begin : begin + size]).rstrip(b"\0")
 
     def _child(self, parent: int, slot: int, at: int) -> tuple[int, int]:
-        """Ino and mode in the record of a child. Only an ino of an earlier slot (a hard link) may differ from the slot."""
+        """Ino and mode in the record of a child. A name of a hard link may carry the ino of another slot, whose inode
+        it then repeats; a directory has one name."""
         stored_parent, ino, mode, _ = _CHILD.unpack_from(self._buf, at)
         if stored_parent != parent:
             raise self._bad(slot, "inode.parent", f"{stored_parent} must be the directory {parent}")
-        kind = mode & S_IFMT
-        if kind not in FILE_TYPES:
+        if mode & S_IFMT not in FILE_TYPES:
             raise self._bad(slot, "inode.mode", f"{mode:#o} is no known type of file")
-        if ino != slot and (kind == S_IFDIR or not 0 < ino <= self._entries_count):
-            raise self._bad(slot, "inode.ino", f"{ino} must be {slot}, or for a hard link 1 to {self._entries_count}")
+        if ino != slot:
+            if mode & S_IFMT == S_IFDIR:
+                raise self._bad(slot, "inode.ino", f"{ino} of a directory must be the slot in the table")
+            if (linked := self.inode(ino).mode) != mode:
+                raise self._bad(slot, "inode.mode", f"{mode:#o} must be {linked:#o}, as in slot {ino} of the same file")
         return ino, mode
 
     def _entries(self, ino: int, node: _Node, offset: int) -> Iterator[DirEntry]:
@@ -274,8 +278,9 @@ class RafsV5:
             slot = node.first + position - 2
             at = self._record(slot)
             name = self._stored_name(slot, at)
-            if name in (b".", b"..") or (fault := name_fault(name)):
-                raise self._bad(slot, "inode.name", f"{name!r} of a child {fault or 'is reserved'}")
+            fault = "is '.' or '..', which are never stored" if name in (b".", b"..") else name_fault(name)
+            if fault:
+                raise self._bad(slot, "inode.name", f"the name of a child {fault}")
             if name <= previous:
                 raise self._bad(
                     slot, "inode.name", f"{name!r} must come after {previous!r}: names are sorted, once each"
@@ -365,6 +370,8 @@ class RafsV5:
             raise self._bad(ino, "xattr.size", f"its place {at} is beyond the end of the file, {self._end}")
         size: int = _U64.unpack_from(self._buf, at)[0]
         after = at + 8 + (size + 7 & ~7)
+        if size > _MAX_XATTRS:
+            raise self._bad(ino, "xattr.size", f"{size} must be at most {_MAX_XATTRS}")
         if after > self._end:
             raise self._bad(ino, "xattr.size", f"{size} bytes at {at + 8} are beyond the end of the file, {self._end}")
         return after

@@ -243,6 +243,8 @@ class RafsV6:
             body = at + 32
         if nlink == 0:
             raise self._bad(ino, "inode.nlink", "0 must be at least 1")
+        if size > MAX_FILE_SIZE:
+            raise self._bad(ino, "inode.size", f"{size} must be at most {MAX_FILE_SIZE}")
         xattr_size = 8 + 4 * xattr_count if xattr_count else 0
         data = body + xattr_size
         if data > self._end:
@@ -273,7 +275,7 @@ class RafsV6:
             if not _INDEXED <= i_u < 2 * _INDEXED:
                 raise self._bad(ino, "inode.i_u", f"{i_u:#x} is no chunk header: {_INDEXED:#x} and 5 bits of exponent")
             after = (after + 7) & ~7
-            if size > MAX_FILE_SIZE or after + 8 * ((size + self.chunk_size - 1) >> self._shift) > self._end:
+            if after + 8 * ((size + self.chunk_size - 1) >> self._shift) > self._end:
                 raise self._bad(
                     ino, "inode.size", f"the chunk addresses of {size} bytes end beyond the file, {self._end}"
                 )

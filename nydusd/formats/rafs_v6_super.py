@@ -124,6 +124,7 @@ def read_super(buf: memoryview, where: str) -> V6Super:
         prefetch_len = 0  # empty images of old builders have a size without a table
     require(prefetch_len % 4 == 0, "prefetch_table_size", prefetch_len, "must be a multiple of 4")
     require(not prefetch_len or prefetch_at % 8 == 0, "prefetch_table_offset", prefetch_at, "must be a multiple of 8")
+    require(not prefetch_len or prefetch_at >= BLOCK, "prefetch_table_offset", prefetch_at, f"must be at least {BLOCK}")
     tables = [
         Table("device_table", SLOTS_OFFSET, devices * SLOT_SIZE),
         Table("blob_table", blob_at, blob_len),
