@@ -20,4 +20,4 @@ class ChunkRun(NamedTuple):
 
     blob: int
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
