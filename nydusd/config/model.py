@@ -18,7 +18,8 @@ from nydusd.redact import redact_url
 
 U8 = Annotated[int, Meta(ge=0, le=255)]
 U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
-U64 = Annotated[int, Meta(ge=0, le=(1 << 64) - 1)]
+# One bit less than the name says: msgspec knows no bounds above 2**63 - 1.
+U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 MIB: Final = 1 << 20
 MAX_BATCH_SIZE: Final = 0x1000_0000

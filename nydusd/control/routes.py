@@ -164,6 +164,8 @@ def answer(route: Route, reply: Json) -> Answer:
         status = error.get("status")
         if not isinstance(status, int) or not 400 <= status < 600:
             status = 500
+        if status == 404 and route.outer.endswith("Metrics"):
+            return error_answer(404, f"{route.outer}(Metrics(Stats(NoCounter)))")
         return error_answer(status, _nested(route.outer, str(error.get("message", ""))))
     if "ok" not in reply:
         return error_answer(500, _nested(route.outer, "the supervisor gave neither a result nor an error"))
