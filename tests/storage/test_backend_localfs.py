@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nydusd.errors import BackendError, ConfigError, FormatError, NoSuchBlobError, UnsupportedError
-from nydusd.storage.backend import make_backend
+from nydusd.storage.backend import localfs, make_backend
 from nydusd.storage.backend.base import BlobBackend, BlobReader, validate_blob_id
 
 BLOB = bytes(range(256)) * 16
@@ -174,6 +174,19 @@ def test_a_closed_reader_can_be_used_again(folder: Path) -> None:
     store.close()
     assert read_whole(reader) == BLOB
     reader.close()
+
+
+def test_more_blobs_than_descriptors_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localfs, "MAX_OPEN", 3)
+    for number in range(10):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 10)
+    store = backend(dir=tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in [*range(10), *range(10)]:
+        assert store.get_reader(str(number)).read(2, 3) == bytes([number]) * 3
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    store.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # --- ids and configuration -----------------------------------------------------------------------------------------

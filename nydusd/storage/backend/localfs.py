@@ -12,7 +12,10 @@ import stat
 from collections.abc import Mapping
 
 from nydusd.errors import BackendError, ConfigError, NoSuchBlobError
-from nydusd.storage.backend.base import BackendMetrics, BlobBackend, BlobReader
+from nydusd.storage.backend.base import BlobBackend, BlobReader
+
+MAX_OPEN = 128
+"""Files kept open at most: a process may have to serve more blobs than it may have descriptors."""
 
 
 class LocalFs(BlobBackend):
@@ -25,6 +28,7 @@ class LocalFs(BlobBackend):
             raise ConfigError("backend localfs: neither 'blob_file' nor 'dir' is set; one of them is needed")
         self._blob_file = blob_file
         self._folders = (folder, *alt_dirs)
+        self._open_readers: dict[LocalReader, None] = {}
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> LocalFs:
@@ -34,9 +38,18 @@ class LocalFs(BlobBackend):
             raise ConfigError(f"backend localfs: 'alt_dirs' is {alt_dirs!r}; it must be a list of folder names")
         return cls(_text(config, "blob_file"), _text(config, "dir"), tuple(alt_dirs))
 
+    def opened(self, reader: LocalReader) -> None:
+        """A reader has opened its file: close the one that did so longest ago if there are too many."""
+        self._open_readers[reader] = None
+        if len(self._open_readers) > MAX_OPEN:
+            next(iter(self._open_readers)).close()
+
+    def closed(self, reader: LocalReader) -> None:
+        self._open_readers.pop(reader, None)
+
     def _new_reader(self, blob_id: str) -> BlobReader:
         in_folders = [os.path.join(folder, blob_id) for folder in self._folders]
-        return LocalReader(blob_id, [self._blob_file] if self._blob_file else in_folders, self.metrics)
+        return LocalReader(blob_id, [self._blob_file] if self._blob_file else in_folders, self)
 
 
 def _text(config: Mapping[str, object], key: str) -> str:
@@ -49,8 +62,9 @@ def _text(config: Mapping[str, object], key: str) -> str:
 class LocalReader(BlobReader):
     """One blob file. `paths` are tried in order; the first with content is taken."""
 
-    def __init__(self, blob_id: str, paths: list[str], metrics: BackendMetrics) -> None:
-        super().__init__(blob_id, metrics)
+    def __init__(self, blob_id: str, paths: list[str], backend: LocalFs) -> None:
+        super().__init__(blob_id, backend.metrics)
+        self._backend = backend
         self._paths = paths
         self._fd = -1
         self._path = ""
@@ -70,6 +84,7 @@ class LocalReader(BlobReader):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            self._backend.closed(self)
 
     def _read_into(self, buf: memoryview, offset: int) -> None:
         try:
@@ -115,16 +130,19 @@ class LocalReader(BlobReader):
             if os.fstat(fd).st_size:
                 if empty[1] >= 0:
                     os.close(empty[1])
-                self._path, self._fd = path, fd
-                return fd
+                return self._keep(path, fd)
             if empty[1] >= 0:
                 os.close(fd)
             else:
                 empty = (path, fd)
         if empty[1] < 0:
             raise NoSuchBlobError(f"blob {self.blob_id}: no file has it ({'; '.join(wrong)})")
-        self._path, self._fd = empty
-        return self._fd
+        return self._keep(*empty)
+
+    def _keep(self, path: str, fd: int) -> int:
+        self._path, self._fd = path, fd
+        self._backend.opened(self)
+        return fd
 
 
 def _open_regular(path: str) -> int:
