@@ -67,6 +67,12 @@ def set_level(level: str) -> None:
     logging.getLogger().setLevel(number)
 
 
+def level_name() -> str:
+    """The name of this process's level, as `set_level` takes it."""
+    number = logging.getLogger().level
+    return next((name for name, value in LEVELS.items() if value == number), "info")
+
+
 def register_secret(value: str) -> None:
     """Mask this value in every later line of this process. Values under 4 characters are left alone."""
     if len(value) >= _MIN_SECRET and value not in _secrets:

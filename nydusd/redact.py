@@ -12,7 +12,7 @@ MASK: Final = "***"
 
 _USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"@]{1,4096}@(?:[^/?#\s'\"@]{1,4096}@)*")
 _AUTHORIZATION = re.compile(
-    r"(?i)\b((?:proxy-)?authorization\b['\"]?\s*[:=,]\s*b?['\"]?)(?:(basic|bearer|oss|aws4-hmac-sha256)\s+)?[^\s'\"][^\r\n'\"]*"
+    r"(?i)\b((?:proxy-)?authorization\b['\"]?\s*[:=,]\s*(?:b?['\"])?)(?:(basic|bearer|oss|aws4-hmac-sha256)\s+)?[^\s'\"][^\r\n'\"]*"
 )
 _SCHEME_VALUE = re.compile(r"(?i)\b(basic|bearer)\s+[A-Za-z0-9+/=_.~-]{6,}")
 _QUERY_SECRET = re.compile(
@@ -33,10 +33,20 @@ def redact_text(text: str) -> str:
 
 
 def redact_url(url: str) -> str:
-    """Cut the user-info and the query from a value that is known to be an URL or a host, with or without a scheme."""
+    """Cut the user-info and the query from a value that is known to be an URL or a host, with or without a scheme.
+
+    Everything up to the last "@" goes, in case a password holds an unescaped slash.
+    """
+    scheme, rest = _split(url)
+    return scheme + _QUERY.sub("", rest.rpartition("@")[2])
+
+
+def user_info(url: str) -> str:
+    """The `user:password` that `redact_url` cuts, empty if there is none."""
+    return _split(url)[1].rpartition("@")[0]
+
+
+def _split(url: str) -> tuple[str, str]:
+    """`https://` and what follows; the first is empty where there is no scheme."""
     scheme, mark, rest = url.partition("://")
-    if not mark:
-        scheme, rest = "", url
-    rest = _QUERY.sub("", rest)
-    authority, slash, path = rest.partition("/")
-    return f"{scheme}{mark}{authority.rpartition('@')[2]}{slash}{path}"
+    return (scheme + mark, rest) if mark and scheme.isalnum() else ("", url)

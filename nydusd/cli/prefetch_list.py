@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from typing import Final
 
+from nydusd.config.file import read_named_file
 from nydusd.errors import ConfigError
 
 MAX_BYTES: Final = 16 << 20
@@ -15,18 +14,7 @@ MAX_PATH: Final = 4096
 
 def read_prefetch_list(path: str) -> list[bytes]:
     """The paths of a list, as bytes like the names in an image. Raises `ConfigError` with the number of the wrong line."""
-    try:
-        # O_NONBLOCK: a named pipe must not hang the start.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ConfigError(f"--prefetch-files {path}: must be a regular file")
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a path"
-        raise ConfigError(f"--prefetch-files {path}: cannot be read: {reason}") from error
-    if len(data) > MAX_BYTES:
-        raise ConfigError(f"--prefetch-files {path}: has more than {MAX_BYTES} bytes")
+    data = read_named_file(path, MAX_BYTES, f"--prefetch-files {path}")
     found = []
     for number, line in enumerate(data.split(b"\n"), 1):
         name = line.strip()

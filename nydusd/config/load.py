@@ -7,12 +7,11 @@ with both keys is v2 unless a v2 key has the wrong type.
 
 from __future__ import annotations
 
-import os
-import stat
 from typing import Final, cast
 
 import msgspec
 
+from nydusd.config.file import read_named_file
 from nydusd.config.legacy import read_v1, v1_path
 from nydusd.config.model import Backend, Cache, Config, FileCache, LocalFs, Rafs
 from nydusd.config.parse import BadKey, TableReader, kind_of
@@ -47,18 +46,7 @@ def load_config(text: str, where: str) -> Config:
 
 def load_config_file(path: str) -> Config:
     """Load a configuration file of at most 1 MiB. Raises `ConfigError`, also for a file that cannot be read."""
-    try:
-        # O_NONBLOCK: a named pipe must not hang the start.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ConfigError(f"{path}: the configuration must be a regular file")
-            data = file.read(MAX_TEXT + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a path"
-        raise ConfigError(f"{path}: cannot read the configuration: {reason}") from error
-    if len(data) > MAX_TEXT:
-        raise ConfigError(f"{path}: the configuration has more than {MAX_TEXT} bytes")
+    data = read_named_file(path, MAX_TEXT, path)
     try:
         return load_config(data.decode(), path)
     except UnicodeDecodeError as error:

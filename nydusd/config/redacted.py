@@ -6,6 +6,7 @@ import base64
 from collections.abc import Iterator
 
 from nydusd.config.model import SECRET_NAME, URL_KEYS, Config, Table
+from nydusd.redact import user_info
 
 
 def redacted(config: Config) -> dict[str, object]:
@@ -33,7 +34,8 @@ def _secrets(value: object, is_url: bool) -> Iterator[str]:
         for name, item in value.items():
             yield from (item,) if SECRET_NAME.search(name) else _secrets(item, "://" in item)
     elif isinstance(value, str) and is_url:
-        yield value.rpartition("://")[2].partition("/")[0].rpartition("@")[0]
+        pair = user_info(value)
+        yield from (pair, pair.partition(":")[2])
 
 
 def _password(auth: str) -> list[str]:

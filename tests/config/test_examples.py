@@ -1,0 +1,33 @@
+"""The examples in conf/ load as they are, and say nothing that is ignored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nydusd.config import load_config_file
+
+FOLDER = Path(__file__).parents[2] / "conf"
+BACKENDS = {"localfs-v1.json": "localfs", "localfs-v2.toml": "localfs", "registry-v2.toml": "registry"}
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.name for path in FOLDER.iterdir()} - {"README.md"} == set(BACKENDS)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_example_loads(name: str) -> None:
+    config = load_config_file(str(FOLDER / name))
+    assert config.backend is not None
+    assert config.backend.type == BACKENDS[name]
+    assert config.unknown_keys == ()
+    assert config.warnings == ()
+    assert config.cache is not None
+    assert config.cache.prefetch.enable
+
+
+def test_the_two_local_examples_say_the_same() -> None:
+    old = load_config_file(str(FOLDER / "localfs-v1.json"))
+    new = load_config_file(str(FOLDER / "localfs-v2.toml"))
+    assert old == new
