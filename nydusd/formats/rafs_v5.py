@@ -339,6 +339,10 @@ class RafsV5:
             after = self._after_xattrs(ino, xattr)
         else:
             xattr = 0
+        if after > self._end:
+            raise self._bad(
+                ino, "inode.name_size", f"the record ends at {after}, beyond the end of the file, {self._end}"
+            )
         if kind == S_IFREG:
             needed = (size + self.chunk_size - 1) >> self._shift
             holes = bool(flags & _FLAG_HOLES)
@@ -351,10 +355,6 @@ class RafsV5:
             if kind == S_IFDIR and count and (first <= ino or first + count - 1 > self._entries_count):
                 rule = f"must be slots from {ino + 1} to {self._entries_count}"
                 raise self._bad(ino, "inode.child_index", f"{count} children from {first} {rule}")
-        if after > self._end:
-            raise self._bad(
-                ino, "inode.name_size", f"the record ends at {after}, beyond the end of the file, {self._end}"
-            )
         if self._owner:
             uid, gid = self._owner
         inode = Inode(ino, mode, nlink, uid, gid, size, blocks, mtime, mtime_ns, rdev if kind in DEVICES else 0)

@@ -342,6 +342,18 @@ def test_record_cut_by_the_end_of_the_file_is_refused(v5: PatchedV5) -> None:
     assert caught.value.field == "inode_table"
 
 
+@pytest.mark.parametrize("path", [b"empty", b"fifo", b"sym-link"])
+def test_name_cut_by_the_end_of_the_file_is_refused(v5: PatchedV5, path: bytes) -> None:
+    slot, at = v5.ino(path), v5.record_at(path)
+    v5.data += v5.data[at : at + 128]
+    v5.put(8192 + 4 * (slot - 1), "I", (len(v5.data) - 128) >> 3)
+    image = v5.open()
+    for call in (lambda: image.inode(slot), lambda: list(image.readdir(1, 0))):
+        with pytest.raises(FormatError) as caught:
+            call()
+        assert caught.value.field == "inode.name_size"
+
+
 @pytest.mark.parametrize("size", [1 << 63, (1 << 24) + 1, 1 << 20])
 def test_xattrs_beyond_the_file_or_all_reason_are_refused(v5: PatchedV5, size: int) -> None:
     v5.put(v5.after_name(b"xattr/user"), "Q", size)
@@ -352,13 +364,16 @@ def test_xattrs_beyond_the_file_or_all_reason_are_refused(v5: PatchedV5, size: i
 
 def test_call_for_another_type_of_file_is_refused(v5: PatchedV5) -> None:
     image = v5.open()
-    for call in (image.readlink, lambda i: image.extents(i, 0, 1)):
+    file = v5.ino(b"dup/a")
+    calls: list[Callable[[], object]] = [
+        lambda: image.readlink(1),
+        lambda: image.extents(1, 0, 1),
+        lambda: image.lookup(file, b"x"),
+        lambda: image.readdir(file, 0),
+    ]
+    for call in calls:
         with pytest.raises(FormatError) as caught:
-            call(1)
-        assert caught.value.field == "inode.mode"
-    for call in (lambda i: image.lookup(i, b"x"), lambda i: image.readdir(i, 0)):
-        with pytest.raises(FormatError) as caught:
-            call(v5.ino(b"dup/a"))
+            call()
         assert caught.value.field == "inode.mode"
 
 
