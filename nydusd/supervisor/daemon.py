@@ -57,8 +57,6 @@ class Supervisor:
         self.state = "INIT"
         self.images: dict[str, Image] = {}
         self.children: list[Child] = []
-        self._frontends: list[Child] = []
-        self._api: Child | None = None
         self._runtime = Runtime(options.mountpoint)
         self.factory = BlobFactory(self._runtime.instance, str(self._runtime.folder))
         self.slots = SlotTable(self._runtime.arena, config.nydusd.arena_size)
@@ -97,18 +95,23 @@ class Supervisor:
         self._bind()
         # More front ends than cores gain nothing and cost 10 MB each.
         count = min(self.options.fuse_threads, len(os.sched_getaffinity(0)))
-        for index, _lane in enumerate(self._session.open_lanes(count)):
-            self._frontends.append(self._add(Child("fuse", index, "nydusd.frontends.fuse")))
-        for index in range(self.config.decompress_worker_count):
-            self._add(Child("decompress", index, "workers"))
-        for index in range(self.config.fetch_worker_count):
-            self._add(Child("fetch", index, "workers"))
+        self._session.open_lanes(count)
+        places = {
+            "fuse": [Child("fuse", i, "nydusd.frontends.fuse") for i in range(count)],
+            "fetch": [Child("fetch", i, "workers") for i in range(self.config.fetch_worker_count)],
+            "decompress": [Child("decompress", i, "workers") for i in range(self.config.decompress_worker_count)],
+        }
+        # One of each first: `ls` needs a front end, the first read needs a blob prepared and decoded.
+        for turn in range(max(map(len, places.values()))):
+            for children in places.values():
+                for child in children[turn : turn + 1]:
+                    self._add(child)
         for cache in self.factory.blobs():
             self.router.open_blob(cache)
         self._start_prefetch(image)
         if self.options.apisock is not None:
             self._listener = Listener(self.options.apisock)
-            self._api = self._add(Child("api", 0, "nydusd.control"))
+            self._add(Child("api", 0, "nydusd.control"))
         self._record()
         self.state = "RUNNING"
         log.info("%s is mounted at %s", image.source, self.options.mountpoint)
