@@ -38,10 +38,10 @@ def build_info() -> BuildInfo:
 
 
 def version_text(program: str) -> str:
-    """The output of `--version`: a title line, then one `Name: value` line each."""
+    """The output of `--version`: one `Name: value` line each, after the name and a carriage return as clients know it."""
     info = build_info()
     return (
-        f"{program} \r\n"
+        f"{program} \r"
         f"Version: \t{info['package_ver']}\n"
         f"Git Commit: \t{info['git_commit']}\n"
         f"Build Time: \t{info['build_time']}\n"
