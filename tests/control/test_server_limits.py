@@ -1,0 +1,95 @@
+"""The limits of the API's loop that would take too long or too many clients to reach: lowered, in this process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from nydusd.control import server as server_module
+from nydusd.control.server import ApiServer
+from tests.support.api import Wire
+from tests.support.discipline import wait_until
+
+
+class Running:
+    """An `ApiServer` in a thread, its supervisor silent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "s")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.path)
+        self._listener.listen(64)
+        self._context = zmq.Context()
+        dealer = self._context.socket(zmq.DEALER)
+        dealer.linger = 0
+        dealer.connect(f"ipc://{folder}/front")
+        self._dealer = dealer
+        self._lifeline_out, self._lifeline = os.pipe()
+        self.server = ApiServer(self._listener, dealer, self._lifeline_out)
+        self._thread = threading.Thread(target=self.server.run)
+        self._thread.start()
+
+    def stop(self) -> None:
+        os.close(self._lifeline)
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        os.close(self._lifeline_out)
+        self._dealer.close()
+        self._context.term()
+        self._listener.close()
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    monkeypatch.setattr(server_module, "REQUEST_PATIENCE", 0.2)
+    monkeypatch.setattr(server_module, "SUPERVISOR_PATIENCE", 0.2)
+    monkeypatch.setattr(server_module, "_MAX_CLIENTS", 3)
+    monkeypatch.setattr(server_module, "_ACCEPT_PAUSE", 0.1)
+    process = Running(tmp_path)
+    yield process
+    process.stop()
+
+
+@pytest.mark.parametrize(
+    "sent", ["G", "GET / HTTP/1.1\r\nHost: x\r\n", "PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n1"]
+)
+def test_half_sent_request_times_out_and_an_idle_connection_does_not(running: Running, sent: str) -> None:
+    with Wire(running.path) as idle, Wire(running.path) as slow:
+        assert idle.ask("GET", "/nowhere").status == 404
+        slow.send(sent)
+        response = slow.response()
+        assert (response.status, response.message) == (408, "BadRequest")
+        assert slow.at_end()
+        assert idle.is_open()
+        assert idle.ask("GET", "/nowhere").status == 404
+
+
+def test_refused_client_that_never_leaves_is_closed(running: Running) -> None:
+    with Wire(running.path) as wire:
+        wire.send("PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n\r\n")
+        assert wire.response().status == 413
+        wait_until(lambda: not running.server._clients, "end of the connection")
+
+
+def test_client_over_the_limit_is_served_when_another_leaves(running: Running) -> None:
+    with Wire(running.path) as one, Wire(running.path) as two, Wire(running.path) as three, Wire(running.path) as four:
+        for wire in (one, two, three):
+            assert wire.ask("GET", "/nowhere").status == 404
+        four.send("GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert three.ask("GET", "/nowhere").status == 404
+        assert four.is_open()
+        two.sock.close()
+        assert four.response().status == 404
+
+
+def test_pipelined_questions_that_are_not_answered(running: Running) -> None:
+    with Wire(running.path) as wire:
+        wire.send("GET /api/v1/daemon HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+        assert [wire.response().status for _ in range(3)] == [503, 503, 503]
+        assert wire.is_open()
