@@ -65,7 +65,7 @@ def open_mount(spec: Mapping[str, Any], index: int) -> Mount:
     """The mount that a spec's `mount` describes. Raises FormatError for a bad bootstrap, CacheError for its blobs."""
     path = str(spec["bootstrap"])
     view = _map(path, spec.get("bootstrap_size"))
-    bootstrap = open_bootstrap(view, path, spec["path_id"])
+    bootstrap = open_bootstrap(view, path, spec["path_id"], extracted=bool(spec["extracted"]))
     return Mount(str(spec["id"]), bootstrap, BlobDevice.from_spec(spec["blobs"], index), bool(spec["xattr"]))
 
 

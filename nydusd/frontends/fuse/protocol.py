@@ -16,9 +16,9 @@ OLDEST_MINOR_VERSION = 23
 ROOT_ID = 1
 MIN_READ_BUFFER = 8192
 PAGE = 4096
-MAX_PAGES = 256
-MAX_READ = MAX_PAGES * PAGE + PAGE
-"""Bytes of the mount option max_read, which is a page more than what MAX_PAGES lets the kernel ask for."""
+PAGES_A_REQUEST = 256
+MAX_READ = PAGES_A_REQUEST * PAGE + PAGE
+"""Bytes of the mount option max_read, which is a page more than what `max_pages` of INIT lets the kernel ask for."""
 
 # Opcodes.
 LOOKUP = 1

@@ -300,7 +300,7 @@ def init_reply(request: bytes) -> tuple[bytes, Negotiated]:
         MAX_BACKGROUND * 3 // 4,
         MAX_WRITE,
         1,  # time_gran: mtimes are in nanoseconds
-        p.MAX_PAGES,
+        p.PAGES_A_REQUEST,
         0,
         flags >> 32,
         0,
