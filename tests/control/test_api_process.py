@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import threading
@@ -108,6 +109,22 @@ def test_pipelined_requests_are_answered_in_order(wire: Wire) -> None:
     wire.send("".join(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n" for target in targets))
     assert [wire.response().status for _ in targets] == [200, 404, 400] * 40
     assert wire.is_open()
+
+
+def test_more_pipelined_requests_than_one_turn(wire: Wire) -> None:
+    wire.send("GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n" * 500)
+    assert [wire.response().status for _ in range(500)] == [404] * 500
+
+
+def test_client_that_sends_on_while_it_waits_is_not_read(tmp_path: Path) -> None:
+    with ApiProcess(tmp_path, lambda _: None) as api, api.connect() as wire:
+        wire.send("GET /api/v1/daemon HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: bool(api.supervisor.asked), "question")
+        wire.sock.setblocking(False)
+        sent = 0
+        while select.select([], [wire.sock], [], 0.5)[1]:
+            sent += wire.sock.send(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+            assert sent < 4 << 20
 
 
 def test_head_has_no_body(wire: Wire) -> None:
