@@ -51,7 +51,8 @@ def _summary(metrics: dict[str, object]) -> Iterator[str]:
         [size, one_line(count), one_line(latency), _average(latency, count)]
         for size, count, latency in zip(SIZE_CLASSES, counts, latencies, strict=False)
     ]
-    yield "\n" + table(["Block Size", "Read Count", "Latency (ms)", "Average (ms)"], rows)
+    if rows:  # not every daemon counts by size
+        yield "\n" + table(["Block Size", "Read Count", "Latency (ms)", "Average (ms)"], rows)
 
 
 def _average(total: object, count: object) -> str:
