@@ -78,6 +78,39 @@ class NoSuchBlobError(BackendError):
     """The backend does not have this blob."""
 
 
+class RangeNotSatisfiableError(BackendError):
+    """The stored blob ends before the bytes asked for: it is truncated, or it is not the image's blob."""
+
+
+class NoRangeSupportError(BackendError):
+    """The server answers a request for some bytes with others, so it cannot serve an image lazily."""
+
+
+class CredentialsRejectedError(BackendError):
+    """The backend does not let us read: no credentials, wrong ones or expired ones, renewed in vain."""
+
+
+class BackendTimeoutError(BackendError):
+    """The reader's time is over before the bytes came."""
+
+    errno: ClassVar[int] = _errno.ETIMEDOUT
+    temporary: ClassVar[bool] = True
+
+
+class BackendUnavailableError(BackendError):
+    """The server cannot be reached, or fails. It is not worth a request before `retry_after` seconds are over."""
+
+    temporary: ClassVar[bool] = True
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ThrottledError(BackendUnavailableError):
+    """The server wants fewer requests (429, or 503 with Retry-After)."""
+
+
 class CacheError(NydusError):
     """The cache folder or a file in it cannot be used. `errno` of the cause is in `cause_errno`."""
 

@@ -7,8 +7,11 @@ the same blob.
 from __future__ import annotations
 
 import re
+import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from dataclasses import dataclass, field
 
 from nydusd.errors import BackendError, FormatError
 
@@ -28,13 +31,56 @@ def validate_blob_id(blob_id: str) -> str:
     return blob_id
 
 
+SIZE_CLASSES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
+"""Reads are counted by size: below the first, from each to the next, and the last for all that is longer."""
+LATENCY_CLASSES = (0.001, 0.020, 0.050, 0.100, 0.500, 1.0, 2.0)
+"""Reads are counted by how long they took, in seconds: up to each, and longer than the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadHow:
+    """How to read. `prefetch`: nobody waits for it. `deadline`: `time.monotonic()` when whoever waits gives up.
+
+    `bypass`: ask the origin itself, past proxies, mirrors and remembered redirects, because what they gave was wrong.
+    """
+
+    prefetch: bool = False
+    deadline: float | None = None
+    bypass: bool = False
+
+
+USER = ReadHow()
+
+
 @dataclass(slots=True)
 class BackendMetrics:
-    """Counters of one backend since its process started. `read_amount` is bytes that were really given."""
+    """Counters of one backend since its process started.
+
+    `read_amount` is bytes that were really given, `over_read` bytes that were received and thrown away. `retries` counts
+    by class (transient, throttled, auth). `latency_sum` is seconds by size class, `latency_count` reads by size class,
+    `latency_matrix` reads by size class and latency class.
+    """
 
     read_count: int = 0
     read_errors: int = 0
     read_amount: int = 0
+    over_read: int = 0
+    requests: int = 0
+    token_requests: int = 0
+    redirect_hits: int = 0
+    retries: Counter[str] = field(default_factory=Counter)
+    latency_sum: list[float] = field(default_factory=lambda: [0.0] * (len(SIZE_CLASSES) + 1))
+    latency_count: list[int] = field(default_factory=lambda: [0] * (len(SIZE_CLASSES) + 1))
+    latency_matrix: list[list[int]] = field(
+        default_factory=lambda: [[0] * (len(LATENCY_CLASSES) + 1) for _ in range(len(SIZE_CLASSES) + 1)]
+    )
+
+    def took(self, size: int, seconds: float) -> None:
+        """Count a read of `size` bytes that succeeded."""
+        row = bisect_right(SIZE_CLASSES, size)
+        self.latency_sum[row] += seconds
+        self.latency_count[row] += 1
+        self.latency_matrix[row][bisect_left(LATENCY_CLASSES, seconds)] += 1
 
 
 class BlobReader(ABC):
@@ -49,28 +95,33 @@ class BlobReader(ABC):
         """Length of the stored blob in bytes. Raises `BackendError`."""
 
     @abstractmethod
-    def _read_into(self, buf: memoryview, offset: int) -> None:
+    def _read_into(self, buf: memoryview, offset: int, how: ReadHow) -> None:
         """Fill `buf` (not empty) or raise `BackendError`."""
 
-    def read_into(self, buf: memoryview, offset: int) -> None:
-        """Fill all of `buf` with the bytes at `offset`. Raises `BackendError` if even one is not to be had."""
+    def read_into(self, buf: memoryview, offset: int, how: ReadHow = USER) -> None:
+        """Fill all of `buf` with the bytes at `offset`. Raises `BackendError` if even one is not to be had.
+
+        After an error `buf` may hold some of them.
+        """
         if not 0 <= offset <= MAX_OFFSET - len(buf):
             raise BackendError(f"blob {self.blob_id}: {len(buf)} bytes at {offset} are outside of any blob")
         if not len(buf):
             return
         self._metrics.read_count += 1
+        start = time.monotonic()
         try:
-            self._read_into(buf, offset)
+            self._read_into(buf, offset, how)
         except BackendError:
             self._metrics.read_errors += 1
             raise
         self._metrics.read_amount += len(buf)
+        self._metrics.took(len(buf), time.monotonic() - start)
 
-    def read(self, offset: int, size: int) -> bytearray:
+    def read(self, offset: int, size: int, how: ReadHow = USER) -> bytearray:
         """Exactly `size` bytes at `offset`. Raises `BackendError`."""
         buf = bytearray(max(size, 0))
         with memoryview(buf) as view:
-            self.read_into(view, offset)
+            self.read_into(view, offset, how)
         return buf
 
     def will_need(self, offset: int, size: int) -> None:
@@ -102,6 +153,10 @@ class BlobBackend(ABC):
         if reader is None:
             reader = self._readers[blob_id] = self._new_reader(validate_blob_id(blob_id))
         return reader
+
+    def state(self) -> dict[str, object]:
+        """What whoever operates the daemon may want to see, JSON-able, without credentials."""
+        return {}
 
     def close(self) -> None:
         """Close all readers."""

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Mapping
 
 from nydusd.errors import BackendError, ConfigError, NoSuchBlobError
-from nydusd.storage.backend.base import BlobBackend, BlobReader
+from nydusd.storage.backend.base import BlobBackend, BlobReader, ReadHow
 
 MAX_OPEN = 128
 """Files kept open at most: a process may have to serve more blobs than it may have descriptors."""
@@ -86,7 +86,7 @@ class LocalReader(BlobReader):
             self._fd = -1
             self._backend.closed(self)
 
-    def _read_into(self, buf: memoryview, offset: int) -> None:
+    def _read_into(self, buf: memoryview, offset: int, how: ReadHow) -> None:
         try:
             done = self._fill(buf, offset)
         except (OSError, NoSuchBlobError):
