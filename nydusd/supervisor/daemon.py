@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from nydusd.errors import ConfigError, MountError
+from nydusd.errors import ConfigError, MountError, NydusError
 from nydusd.frontends.fuse.session import Session, clear_stale_mount
 from nydusd.ipc import messages
 from nydusd.ipc.messages import Json, decode, encode
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 _MESSAGES = 256
 """Messages taken from a socket before the others get their turn."""
+_BOOT = 3.0
+"""Seconds in which a child that ends by itself means that the daemon cannot start."""
 _STOP_PATIENCE = 10.0
 """Seconds that a stop waits for the last checkpoint, and for children to end."""
 
@@ -239,6 +241,9 @@ class Supervisor:
             if child.role == "fuse" and status == 0 and not self._stopping:
                 log.info("%s was unmounted from outside", self.options.mountpoint)
                 self.ask_to_stop()
+            elif status > 0 and time.monotonic() - self.started < _BOOT:
+                # By itself, not by a signal: starting it again would fail again, behind a mount that hangs.
+                raise NydusError(f"{child.name} could not start (exit status {status}); the log says why")
             elif not self._stopping:
                 log.warning("%s ended with status %d; starting it again", child.name, status)
 
