@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -9,8 +10,11 @@ import sys
 import time
 from collections.abc import Sequence
 
+from nydusd.errors import NydusError
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import write_spec
+
+log = logging.getLogger(__name__)
 
 _STEADY = 10.0
 """A child that lived this many seconds starts the next time without delay."""
@@ -28,7 +32,6 @@ class Child:
         self.process: subprocess.Popen[bytes] | None = None
         self.pidfd = -1
         self.restart_at: float | None = None
-        self.expected = False  # it was told to stop
         self._started = 0.0
         self._delay = 0.0
 
@@ -46,20 +49,33 @@ class Child:
         return self.process.pid if self.process is not None else 0
 
     def start(self, spec: Json, fds: Sequence[int]) -> None:
-        """Start a process; `fds` are inherited under the numbers that the spec names."""
+        """Start a process; `fds` are inherited under the numbers that the spec names.
+
+        Raises NydusError when the system has no room for another process; `restart_at` then says when to try again.
+        """
         self.generation += 1
         self.restart_at = None
-        spec_fd = write_spec(spec | {"identity": self.identity.decode(), "index": self.index})
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", self.module, "--spec-fd", str(spec_fd)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[spec_fd, *fds],
-            )
-        finally:
-            os.close(spec_fd)
-        self.pidfd = os.pidfd_open(self.process.pid)
         self._started = time.monotonic()
+        try:
+            spec_fd = write_spec(spec | {"identity": self.identity.decode(), "index": self.index})
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", self.module, "--spec-fd", str(spec_fd)],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[spec_fd, *fds],
+                )
+            finally:
+                os.close(spec_fd)
+            try:
+                self.pidfd = os.pidfd_open(process.pid)
+            except OSError:
+                process.kill()
+                process.wait()
+                raise
+        except OSError as e:
+            self._back_off()
+            raise NydusError(f"{self.name} cannot be started: {e.strerror or e}") from e
+        self.process = process
 
     def reap(self) -> int | None:
         """The exit status (negative: signal) if the process has ended; sets when it may be started again."""
@@ -68,12 +84,32 @@ class Child:
         os.close(self.pidfd)
         self.pidfd = -1
         self.process = None
+        self._back_off()
+        return int(status)
+
+    def _back_off(self) -> None:
         now = time.monotonic()
         self._delay = 0.0 if now - self._started > _STEADY else min(max(self._delay * 2, _DELAY_FIRST), _DELAY_MOST)
         # The first restart is at once: a single kill must not cost its readers a delay.
         self.restart_at = now + (self._delay if self._delay > _DELAY_FIRST else 0.0)
-        return int(status)
 
     def send(self, number: signal.Signals) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
+
+
+def end_all(children: Sequence[Child], patience: float) -> None:
+    """End processes: by SIGTERM, and by SIGKILL those that are still there after `patience` seconds."""
+    for child in children:
+        child.send(signal.SIGTERM)
+    deadline = time.monotonic() + patience
+    for child in children:
+        if child.process is None:
+            continue
+        try:
+            child.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            log.warning("%s did not end; killing it", child.name)
+            child.send(signal.SIGKILL)
+            child.process.wait()
+        child.reap()

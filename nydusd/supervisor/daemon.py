@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import zmq
@@ -26,13 +27,14 @@ from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.supervisor import report
-from nydusd.supervisor.children import Child
+from nydusd.supervisor.children import Child, end_all
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.slots import SlotTable
+from nydusd.supervisor.sockets import Sockets, drain
 
 if TYPE_CHECKING:
     from nydusd.cli.options import FuseOptions
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MESSAGES = 256
-"""Messages taken from a socket before the others get their turn."""
 _BOOT = 3.0
 """Seconds in which a child that ends by itself means that the daemon cannot start."""
 _STOP_PATIENCE = 10.0
@@ -68,6 +68,7 @@ class Supervisor:
         )
         self._session: Session | None = None
         self._listener: Listener | None = None
+        self._live: set[bytes] = set()
         self._stopping = False
         self._unmount = True
         self._next_checkpoint = time.monotonic() + config.nydusd.checkpoint_interval
@@ -76,10 +77,15 @@ class Supervisor:
 
     def start(self) -> None:
         """Everything up to RUNNING. The mount is served before the workers are there: `ls` needs none."""
-        self._runtime.claim()
-        clear_stale_mount(self.options.mountpoint)
+        # First of all: a signal during the start ends the daemon after it, and nothing is left behind.
+        self._wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
         if self.options.bootstrap is None:
             raise ConfigError("--bootstrap: missing; a daemon without an image is not supported yet")
+        self._runtime.claim()
+        clear_stale_mount(self.options.mountpoint)
         image = Image(
             self.options.virtual_mountpoint,
             self.options.bootstrap,
@@ -90,10 +96,6 @@ class Supervisor:
         self.images[image.place] = image
         self._session = Session.mount(self.options.mountpoint, read_ahead_kib=1024)
         self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
-        self._wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
         self._bind()
         # More front ends than cores gain nothing and cost 10 MB each.
         count = min(self.options.fuse_threads, len(os.sched_getaffinity(0)))
@@ -114,20 +116,12 @@ class Supervisor:
         if self.options.apisock is not None:
             self._listener = Listener(self.options.apisock)
             self._add(Child("api", 0, "nydusd.control"))
-        self._record()
         self.state = "RUNNING"
         log.info("%s is mounted at %s", image.source, self.options.mountpoint)
 
     def _bind(self) -> None:
-        context = zmq.Context()
-        self._context = context
-        self._front, self._work = context.socket(zmq.ROUTER), context.socket(zmq.ROUTER)
-        for socket, endpoint in ((self._front, self._runtime.front), (self._work, self._runtime.work)):
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
-            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-            socket.bind(endpoint)
+        self._sockets = Sockets(self._runtime.front, self._runtime.work)
+        self._front, self._work = self._sockets.front, self._sockets.work
         self._poller = zmq.Poller()
         self._poller.register(self._front, zmq.POLLIN)
         self._poller.register(self._work, zmq.POLLIN)
@@ -197,7 +191,9 @@ class Supervisor:
         else:
             spec |= {"role": child.role, "work": self._runtime.work}
         child.start(spec, fds)
+        self._live.add(child.identity)
         self._poller.register(child.pidfd, zmq.POLLIN)
+        self._runtime.record([child.pid for child in self.children if child.pid])
 
     @staticmethod
     def _log_level() -> str:
@@ -222,9 +218,6 @@ class Supervisor:
         }
         return [lane.fd, lane.interrupt_in, *others], spec
 
-    def _record(self) -> None:
-        self._runtime.record([child.pid for child in self.children if child.pid])
-
     def _reap(self) -> None:
         """Look after children that have ended: their work goes to others, their place is filled again."""
         for child in self.children:
@@ -235,26 +228,33 @@ class Supervisor:
             if status is None:
                 continue
             self._poller.unregister(pidfd)
+            self._live.discard(identity)
             self.router.drop_client(identity)
             for pool in (self.fetch, self.decompress):
                 pool.worker_died(identity)
-            if child.role == "fuse" and status == 0 and not self._stopping:
+            if self._stopping:
+                continue
+            if child.role == "fuse" and status == 0:
                 log.info("%s was unmounted from outside", self.options.mountpoint)
                 self.ask_to_stop()
             elif status > 0 and time.monotonic() - self.started < _BOOT:
                 # By itself, not by a signal: starting it again would fail again, behind a mount that hangs.
                 raise NydusError(f"{child.name} could not start (exit status {status}); the log says why")
-            elif not self._stopping:
+            else:
                 log.warning("%s ended with status %d; starting it again", child.name, status)
 
     def _restart(self, now: float) -> None:
         for child in self.children:
-            if child.restart_at is not None and now >= child.restart_at:
+            if child.restart_at is None or now < child.restart_at:
+                continue
+            try:
                 self._launch(child)
-                if child.role == "fuse":
-                    assert self._session is not None
-                    self._session.resend()
-                self._record()
+            except NydusError as e:
+                log.error("%s; trying again", e)
+                continue
+            if child.role == "fuse":
+                assert self._session is not None
+                self._session.resend()
 
     # --- messages ---------------------------------------------------------------------------------------------
 
@@ -270,6 +270,8 @@ class Supervisor:
     def _from_front(self, frames: list[bytes]) -> None:
         client, kind, body = frames[0], frames[1], frames[2]
         if kind == messages.REQUEST:
+            if client not in self._live:
+                return  # sent before its process died: it would be given what nobody gives back
             number, handle, first, count, flags = messages.REQUEST_BODY.unpack(body)
             self.router.request(client, number, handle, first, count, flags)
         elif kind == messages.CANCEL:
@@ -283,7 +285,7 @@ class Supervisor:
     def _from_work(self, frames: list[bytes]) -> None:
         identity, kind, body = frames
         pool = self.fetch if identity.startswith(b"fetch-") else self.decompress
-        if kind == messages.HELLO:
+        if kind == messages.HELLO and identity in self._live:
             pool.worker_ready(identity)
         elif kind == messages.DONE:
             pool.worker_done(identity, decode(body))
@@ -296,16 +298,6 @@ class Supervisor:
         except Exception:
             log.exception("a message of %s failed by a bug of ours", frames[0].decode(errors="backslashreplace"))
 
-    @staticmethod
-    def _drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
-        out: list[list[bytes]] = []
-        try:
-            while len(out) < _MESSAGES:
-                out.append(socket.recv_multipart(zmq.NOBLOCK))
-        except zmq.Again:
-            pass
-        return out
-
     # --- the loop ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -316,17 +308,18 @@ class Supervisor:
     def _timeout(self) -> float:
         now = time.monotonic()
         until = [self._next_checkpoint, *(c.restart_at for c in self.children if c.restart_at is not None)]
-        if not self.prefetch.idle():
-            until.append(now + max(self.prefetch.limiter.wait(now), 0.05))
+        wait = self.prefetch.wait(now)
+        if wait is not None:
+            until.append(now + max(wait, 0.05))
         return max(0.0, min(until) - now)
 
     def _turn(self, timeout: float) -> None:
         events = dict(self._poller.poll(int(timeout * 1000) + 1 if timeout else 0))
         if self._front in events:
-            for frames in self._drain(self._front):
+            for frames in drain(self._front):
                 self._guarded(self._from_front, frames)
         if self._work in events:
-            for frames in self._drain(self._work):
+            for frames in drain(self._work):
                 self._guarded(self._from_work, frames)
         if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
             self.ask_to_stop()
@@ -349,25 +342,28 @@ class Supervisor:
         """Unmount, store what is ready, end all children, leave nothing behind."""
         self._stopping = True
         self.state = "STOPPED"
-        if self._listener is not None:
-            self._listener.remove()
-        if self._session is not None and self._unmount:
-            try:
-                self._session.unmount()
-            except MountError as e:
-                log.error("%s", e)
-        if hasattr(self, "router"):
-            self._last_checkpoint()
-            self._end_children()
-        if self._session is not None:
-            self._session.close()
-        self.factory.close()
-        self.slots.close()
-        self._runtime.remove()
-        if hasattr(self, "_context"):
-            self._front.close()
-            self._work.close()
-            self._context.term()
+        with ExitStack() as steps:  # backwards, and each one whatever becomes of those before it
+            steps.callback(self._runtime.remove)
+            steps.callback(self.slots.close)
+            steps.callback(self.factory.close)
+            if hasattr(self, "_sockets"):
+                steps.callback(self._sockets.close)
+            if self._session is not None:
+                steps.callback(self._session.close)
+            steps.callback(end_all, self.children, _STOP_PATIENCE)
+            if hasattr(self, "router"):
+                steps.callback(self._last_checkpoint)
+            if self._session is not None and self._unmount:
+                steps.callback(self._try_unmount, self._session)
+            if self._listener is not None:
+                steps.callback(self._listener.remove)
+
+    @staticmethod
+    def _try_unmount(session: Session) -> None:
+        try:
+            session.unmount()
+        except MountError as e:
+            log.error("%s", e)
 
     def _last_checkpoint(self) -> None:
         deadline = time.monotonic() + _STOP_PATIENCE
@@ -375,20 +371,6 @@ class Supervisor:
             if not any(child.role == "fetch" and child.pid for child in self.children):
                 break
             self._turn(0.05)
-
-    def _end_children(self) -> None:
-        for child in self.children:
-            child.send(signal.SIGTERM)
-        deadline = time.monotonic() + _STOP_PATIENCE
-        for child in self.children:
-            if child.process is None:
-                continue
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except Exception:
-                log.warning("%s did not end; killing it", child.name)
-                child.send(signal.SIGKILL)
-                child.process.wait()
 
 
 def run(options: FuseOptions, config: Config) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
+import stat
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nydusd.errors import ConfigError, FormatError
+from nydusd.errors import CacheError, ConfigError, FormatError
 from nydusd.formats import BootstrapKind, detect, open_bootstrap
 from nydusd.formats.blob_id import blob_id_from_path
 from nydusd.formats.model import Bootstrap
@@ -59,10 +61,13 @@ class Image:
     def _metadata(self, cache_config: CacheConfig) -> tuple[str, bool]:
         """The file that holds the bootstrap: the source, or (True) what is extracted from it if the source is a blob."""
         try:
-            fd = os.open(self.source, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            raise FormatError(self.source, "bootstrap", f"cannot be opened: {e.strerror}") from e
+            # O_NONBLOCK: opening a named pipe would wait for its writer.
+            fd = os.open(self.source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as e:
+            raise FormatError(self.source, "bootstrap", f"cannot be opened: {getattr(e, 'strerror', e)}") from e
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise FormatError(self.source, "bootstrap", "is not a regular file")
             if detect(memoryview(os.pread(fd, 4096, 0))) is not BootstrapKind.BLOB:
                 return os.path.abspath(self.source), False
             from nydusd.storage.cache.load import extract_bootstrap
@@ -73,16 +78,24 @@ class Image:
             content = extract_bootstrap(read, os.fstat(fd).st_size, self.source)
         finally:
             os.close(fd)
-        folder = cache_config.work_dir or self._run_dir
+        return self._store(content, cache_config.work_dir or self._run_dir), True
+
+    def _store(self, content: bytes, folder: str) -> str:
+        """Keep an extracted bootstrap for the processes that map it; in the run-time folder if `folder` takes none."""
         target = Path(folder) / f"{self.path_id}.image.boot"
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content)
             os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return str(target), True
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            if folder == self._run_dir:
+                raise CacheError(f"bootstrap {target} cannot be written: {e.strerror}", e.errno) from e
+            log.warning("bootstrap %s cannot be written: %s", target, e.strerror)
+            return self._store(content, self._run_dir)
+        return str(target)
 
     def spec(self) -> Json:
         """The mount's description for a front end."""

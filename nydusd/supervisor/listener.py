@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from pathlib import Path
 
 from nydusd.errors import NydusError
 
 
 class Listener:
-    """A unix stream socket with mode 0600 at `path`; a socket that is there already is replaced.
+    """A unix stream socket with mode 0600 at `path`; a socket that is there already is replaced, anything else stays.
 
     Raises NydusError when it cannot be bound.
     """
@@ -18,17 +19,19 @@ class Listener:
     def __init__(self, path: str) -> None:
         self._path = Path(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        old = os.umask(0o177)
+        mask = os.umask(0o177)
         try:
+            if self._path.exists() and not stat.S_ISSOCK(self._path.stat().st_mode):
+                raise OSError("it exists and is not a socket")
             self._path.unlink(missing_ok=True)
             self._socket.bind(path)
-        except OSError as e:
+            self._socket.listen(128)
+            self._inode = self._path.stat().st_ino
+        except (OSError, ValueError) as e:
             self._socket.close()
-            raise NydusError(f"--apisock {path}: {e.strerror or e}") from e
+            raise NydusError(f"--apisock {path}: {getattr(e, 'strerror', None) or e}") from e
         finally:
-            os.umask(old)
-        self._socket.listen(128)
-        self._inode = self._path.stat().st_ino
+            os.umask(mask)
 
     @property
     def fd(self) -> int:

@@ -13,17 +13,19 @@ from collections.abc import Callable
 from itertools import count
 
 from nydusd.ipc.messages import Json
-from nydusd.storage.cache.requests import Job, Priority
+from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.cache.requests import Answer, Job, Priority
 
 log = logging.getLogger(__name__)
 
-_ATTEMPTS = 3
+ATTEMPTS = 3
+"""Workers that may die on one job."""
 
 
 class WorkerPool:
-    """`send(identity, message)` gives a job to a worker; `more()` is asked for work when a worker would be idle."""
+    """`send(identity, message)` gives a job to a worker; `more()` may submit jobs when a worker would be idle."""
 
-    def __init__(self, role: str, send: Callable[[bytes, Json], None], more: Callable[[], Job | None]) -> None:
+    def __init__(self, role: str, send: Callable[[bytes, Json], None], more: Callable[[], None]) -> None:
         self.role = role
         self._send = send
         self._more = more
@@ -40,15 +42,26 @@ class WorkerPool:
         self._queues[job.priority].append(job)
 
     def promote(self, job: Job) -> None:
-        """A reader waits for this job now: put it among the users' jobs if it is still queued."""
+        """A reader waits for this job now: put it among the users' jobs, at once or when its worker dies."""
         if job.priority is Priority.USER:
             return
-        try:
-            self._queues[job.priority].remove(job)
-        except ValueError:
-            return
+        queue = self._queues[job.priority]
         job.priority = Priority.USER
-        self._queues[Priority.USER].append(job)
+        if job in queue:
+            queue.remove(job)
+            self._queues[Priority.USER].append(job)
+
+    def cancel(self, cache: BlobCache) -> None:
+        """Jobs of this blob are void: those queued end now, those under way when their worker reports or dies."""
+        for job in self._busy.values():
+            job.cancelled = job.cancelled or job.cache is cache
+        ended: list[Job] = []
+        for priority, queue in self._queues.items():
+            ended += (job for job in queue if job.cache is cache)
+            self._queues[priority] = deque(job for job in queue if job.cache is not cache)
+        for job in ended:
+            job.cancelled = True
+            job.done(job, {})
 
     @property
     def size(self) -> int:
@@ -57,17 +70,6 @@ class WorkerPool:
 
     def queued(self) -> int:
         return sum(map(len, self._queues.values()))
-
-    def busy(self) -> int:
-        return len(self._busy)
-
-    def jobs(self) -> list[Job]:
-        """All jobs, under way or queued."""
-        return [*self._busy.values(), *(job for queue in self._queues.values() for job in queue)]
-
-    def has(self, priority: Priority) -> bool:
-        """Whether a job of this priority, or a more urgent one, is queued."""
-        return any(self._queues[p] for p in Priority if p <= priority)
 
     def pump(self) -> None:
         """Give jobs to idle workers."""
@@ -88,19 +90,18 @@ class WorkerPool:
             self._send(identity, message)
 
     def _next(self) -> Job | None:
-        for queue in self._queues.values():
-            while queue:
-                job = queue.popleft()
-                if not job.cancelled:
-                    return job
-        return self._more()
+        if not self.queued():
+            self._more()
+        return next((queue.popleft() for queue in self._queues.values() if queue), None)
 
     def worker_ready(self, identity: bytes) -> None:
         """A new worker has announced itself."""
+        if identity in self._knows:
+            return
         self._knows[identity] = {}
         self._idle.append(identity)
 
-    def worker_done(self, identity: bytes, answer: Json) -> None:
+    def worker_done(self, identity: bytes, answer: Answer) -> None:
         """A worker reports; a report of a job that it does not have is of a former life and ignored."""
         job = self._busy.get(identity)
         if job is None or job.number != answer.get("id"):
@@ -119,9 +120,12 @@ class WorkerPool:
         if job is None:
             return
         job.attempts += 1
-        if job.attempts < _ATTEMPTS:
+        if job.cancelled:
+            job.done(job, {})
+            return
+        if job.attempts < ATTEMPTS:
             log.warning("job %s of %s is given to another worker", job.kind, identity.decode())
             self._queues[job.priority].appendleft(job)
             return
-        log.error("job %s has lost %d workers and is given up", job.kind, _ATTEMPTS)
-        job.done(job, {"error": f"{_ATTEMPTS} workers died on it", "errno": errno.EIO, "type": "WorkerDied"})
+        log.error("job %s has lost %d workers and is given up", job.kind, job.attempts)
+        job.done(job, {"error": f"{job.attempts} workers died on it", "errno": errno.EIO, "type": "WorkerDied"})

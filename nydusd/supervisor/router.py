@@ -4,8 +4,8 @@ A chunk is fetched by one job however many wait for it. A user's chunks become j
 `amplify` compressed bytes (more for a reader that goes on sequentially), follow at a lower priority, and a reader that
 runs into one of those raises it. All is single-threaded; a claim ends with its job, on every path.
 
-What holds after SIGKILL of the supervisor: state bytes are true, claims are void (`BlobCache.release_claims`), and clients
-send their requests again.
+What holds after SIGKILL of the supervisor: state bytes are true, claims died with the segment that held them (`prepare`
+builds a new one), and clients send their requests again.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
+from nydusd.errors import CacheError, NydusError
 from nydusd.ipc.messages import LOST, SlotRef
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority, Request
 from nydusd.storage.state.segment import VERIFY
-from nydusd.supervisor.pool import WorkerPool
+from nydusd.supervisor.pool import ATTEMPTS, WorkerPool
+from nydusd.supervisor.room import Room
 from nydusd.supervisor.slots import SlotTable
 
 log = logging.getLogger(__name__)
@@ -29,11 +31,15 @@ log = logging.getLogger(__name__)
 _JOB_BYTES = 512 << 10
 """Plain bytes of a job: small enough that a user's miss behind one waits a few milliseconds."""
 _WINDOW_MOST = 8 << 20
-"""Compressed bytes that are fetched ahead of a sequential reader at most."""
+"""Compressed bytes that are fetched ahead of a sequential reader at most (or `amplify`, if that is more)."""
 _NEAR = 16
 """Chunks that a reader may skip and still count as sequential."""
 _NO_ROOM_RETRY = 30.0
 """Seconds after which a full cache folder is tried again."""
+_ROUNDS = 20
+"""How often a request may start over before it fails: a cache folder that is replaced all the time ends here."""
+_AGAIN = -1
+"""Instead of an errno: the job ended, the chunk is neither there nor broken."""
 
 Reply = Callable[[bytes, int, int, SlotRef | None], None]
 
@@ -59,7 +65,7 @@ class Router:
         self._reply = reply
         self._amplify = amplify
         self._requests: dict[tuple[bytes, int], Request] = {}
-        self._no_slot: list[Job] = []
+        self._room = Room(slots, self._submit_by_slot, _JOB_BYTES)
         self.backend = {"reads": 0, "read_errors": 0, "read_bytes": 0}
 
     # --- what clients ask -------------------------------------------------------------------------------------
@@ -72,24 +78,25 @@ class Router:
         if cache is None or count <= 0:
             self._reply(client, number, errno.EIO, None)
             return
-        request = Request(client, number, cache, first, count, flags)
-        self._requests[client, number] = request
-        if cache.state == "ready":
-            self._admit(request)
-        else:
-            self._wait_for_blob(request)
+        if flags & LOST and cache.caches and cache.state == "ready":
+            self._reopen(cache, "the cache file does not hold what its map promises")
+        request = Request(client, number, cache, first, count)
+        self._requests[request.key] = request
+        self._serve(request)
 
     def cancel(self, client: bytes, number: int) -> None:
         """The reader is gone. Its jobs go on: the chunks are wanted by somebody, or will be."""
         request = self._requests.pop((client, number), None)
         if request is not None:
-            request.left.clear()
+            self._detach(request)
+            self._retry_slots()
 
     def drop_client(self, client: bytes) -> None:
         """A front end has died: nobody waits for its requests, nobody holds its slots."""
         for key in [key for key in self._requests if key[0] == client]:
-            self.cancel(*key)
+            self._detach(self._requests.pop(key))
         self._slots.drop_client(client)
+        self._retry_slots()
 
     def release(self, lease: int) -> None:
         """A client has copied what it was given in shared memory."""
@@ -100,6 +107,42 @@ class Router:
         """Requests that are not answered yet."""
         return len(self._requests)
 
+    def _serve(self, request: Request) -> None:
+        """Answer a request that waits for nothing yet, or have it wait for what it needs."""
+        cache = request.cache
+        if cache.state == "ready":
+            self._admit(request)
+        elif cache.state == "failed" and not cache.may_open():
+            self._finish(request, errno.EIO)
+        else:
+            cache.waiting.append(request)
+            self.open_blob(cache)
+
+    def _again(self, request: Request) -> None:
+        """Start over: what the request waited for came to nothing."""
+        self._detach(request)
+        request.rounds += 1
+        if request.rounds < _ROUNDS:
+            self._serve(request)
+            return
+        info = request.cache.spec.info
+        log.error("blob %s chunks %d…: given up after %d rounds", info.blob_id, request.first, _ROUNDS)
+        self._finish(request, errno.EIO)
+
+    def _detach(self, request: Request) -> None:
+        """Nothing is to be done for this request any more."""
+        cache = request.cache
+        if request in cache.waiting:
+            cache.waiting.remove(request)
+        for chunk in request.left:
+            waiters = cache.waiters.get(chunk, [])
+            if request in waiters:
+                waiters.remove(request)
+                if not waiters:
+                    del cache.waiters[chunk]
+        request.left.clear()
+        self._room.leave(request)
+
     # --- opening blobs ----------------------------------------------------------------------------------------
 
     def open_blob(self, cache: BlobCache) -> None:
@@ -109,71 +152,66 @@ class Router:
         cache.state = "preparing"
         self._fetch.submit(Job("prepare", cache, Priority.USER, {}, self._opened))
 
-    def _wait_for_blob(self, request: Request) -> None:
-        cache = request.cache
-        if cache.state == "failed" and not cache.may_open():
-            self._finish(request, errno.EIO)
-            return
-        cache.waiting.append(request)
-        self.open_blob(cache)
-
     def _opened(self, job: Job, answer: Answer) -> None:
         cache = job.cache
         assert cache is not None
+        name = cache.spec.info.blob_id
+        error = answer.get("error")
+        if error is None:
+            try:
+                cache.opened()
+                log.info("blob %s: %d of %d chunks are in the cache", name, answer["ready"], answer["count"])
+            except (NydusError, OSError) as e:
+                error = str(e)
+        if error is not None:
+            cache.open_failed(error)
+            log.error("blob %s cannot be opened: %s", name, error)
         waiting, cache.waiting = cache.waiting, []
-        if "error" in answer:
-            cache.open_failed(answer["error"])
-            log.error("blob %s cannot be opened: %s", cache.spec.info.blob_id, answer["error"])
-            for request in waiting:
-                self._finish(request, errno.EIO)
-            return
-        cache.opened()
-        log.info("blob %s: %d of %d chunks are in the cache", cache.spec.info.blob_id, answer["ready"], answer["count"])
         for request in waiting:
-            if self._requests.get((request.client, request.number)) is request:
-                self._admit(request)
+            if cache.state == "failed":
+                self._finish(request, errno.EIO)
+            else:
+                self._serve(request)
 
-    def _reopen(self, cache: BlobCache, why: str, requests: Iterable[Request]) -> None:
-        """The cache file was replaced under us: open the blob anew, then serve these again."""
-        if cache.state == "ready":
-            log.warning("blob %s: %s; opening it again", cache.spec.info.blob_id, why)
-            cache.reopen()
+    def _reopen(self, cache: BlobCache, why: str) -> None:
+        """The cache file was changed under us: void all claims, open the blob anew, then serve all who waited."""
+        log.warning("blob %s: %s; opening it again", cache.spec.info.blob_id, why)
+        requests = {request: None for waiters in cache.waiters.values() for request in waiters}
+        cache.reopen()
+        # In this order: the end of a decompress job may make room for a request, which has the blob prepared again.
+        for pool in (self._fetch, self._decompress):
+            pool.cancel(cache)
         for request in requests:
-            request.left.clear()
-            if request not in cache.waiting:
-                cache.waiting.append(request)
+            self._again(request)
         self.open_blob(cache)
+        self._retry_slots()
 
     # --- misses -----------------------------------------------------------------------------------------------
 
     def _admit(self, request: Request) -> None:
         cache = request.cache
-        chunks = range(request.first, request.first + request.count)
-        if chunks[-1] >= cache.chunk_map.count:
+        if request.chunks[-1] >= cache.chunk_map.count:
             self._finish(request, errno.EIO)
             return
-        if request.flags & LOST:
-            request.flags &= ~LOST
-            for chunk in chunks:
-                cache.chunk_map.forget(chunk)
-        missing = [c for c in chunks if not cache.chunk_map.is_ready(c) and not self._slots.has(cache.handle, c)]
-        for chunk in missing:
-            failure = cache.failure(chunk)
-            if failure:
-                self._finish(request, failure)
-                return
-        if not missing:
-            self._finish(request, 0)
-            return
-        request.left = set(missing)
-        for chunk in missing:
+        missing = [chunk for chunk in request.chunks if not cache.chunk_map.is_ready(chunk)]
+        failure = next(filter(None, map(cache.failure, missing)), 0)
+        if failure or not missing:
+            self._finish(request, failure)
+        elif cache.uses_slots:
+            self._admit_by_slot(request, missing)
+        else:
+            self._wait_for(request, missing)
+            self._start(cache, missing, Priority.USER)
+            self._read_ahead(cache, request.first, request.chunks[-1])
+
+    def _wait_for(self, request: Request, chunks: Iterable[int]) -> None:
+        cache = request.cache
+        for chunk in chunks:
+            request.left.add(chunk)
             cache.waiters.setdefault(chunk, []).append(request)
             job = cache.jobs.get(chunk)
             if job is not None:
                 self._decompress.promote(job)
-        self._start(cache, missing, Priority.USER)
-        if not cache.uses_slots:
-            self._read_ahead(cache, request.first, chunks[-1])
 
     def _read_ahead(self, cache: BlobCache, first: int, last: int) -> None:
         """Take along what follows; twice as much each time a reader goes on where the last read-ahead ended."""
@@ -183,70 +221,67 @@ class Router:
         cache.window = max(self._amplify, min(cache.window * 2, _WINDOW_MOST)) if sequential else self._amplify
         ahead = cache.meta.ahead(last, cache.window)
         cache.ahead_start, cache.ahead_end = first, ahead[-1] if ahead else last
-        self._start(cache, ahead, Priority.AHEAD)
+        self._start(cache, (chunk for chunk in ahead if not cache.failure(chunk)), Priority.AHEAD)
 
     def _start(self, cache: BlobCache, chunks: Iterable[int], priority: Priority) -> None:
-        """Claim chunks that nobody fetches, and make jobs of them."""
-        if cache.uses_slots:
-            free = [c for c in chunks if c not in cache.jobs]
-        else:
-            free = [
-                c
-                for c in cache.meta.with_units(c for c in chunks if c not in cache.jobs)
-                if c not in cache.jobs and not cache.chunk_map.is_ready(c)
-            ]
+        """Make jobs of those chunks that nobody fetches, and of what is decoded with them."""
+        free = cache.meta.with_units(chunk for chunk in chunks if chunk not in cache.jobs)
+        free = [chunk for chunk in free if chunk not in cache.jobs and not cache.chunk_map.is_ready(chunk)]
         for part in cache.meta.split(free, _JOB_BYTES):
             self._submit(cache, part, priority)
 
-    def _submit(self, cache: BlobCache, chunks: list[int], priority: Priority) -> Job:
-        job = Job("fill", cache, priority, {"verify": [], "slot": None}, self._filled, chunks)
-        for chunk in chunks:
-            cache.jobs[chunk] = job
-        if cache.uses_slots:
-            self._give_slot(job)
-            return job
+    def _submit(self, cache: BlobCache, chunks: list[int], priority: Priority, attempts: int = 0) -> None:
+        """Claim chunks and have them stored in the cache file."""
         states = cache.chunk_map.states()
-        job.payload["verify"] = [c for c in chunks if states[c] == VERIFY]
+        payload: Answer = {"verify": [c for c in chunks if states[c] == VERIFY], "slot": None}
         cache.chunk_map.check_ready_and_mark_pending(chunks)
-        self._decompress.submit(job)
+        self._decompress.submit(self._claim(Job("fill", cache, priority, payload, self._filled, chunks), attempts))
+
+    @staticmethod
+    def _claim(job: Job, attempts: int = 0) -> Job:
+        assert job.cache is not None
+        job.attempts = attempts
+        job.cache.jobs.update(dict.fromkeys(job.chunks, job))
         return job
 
-    def prefetch(self) -> Job | None:
-        """A job for a worker that has nothing else to do."""
+    def prefetch(self) -> None:
+        """Submit jobs for a worker that has nothing else to do, if there is anything to fetch before it is asked for."""
+        for cache in list(self._prefetch.aside()):
+            self.open_blob(cache)
         while (batch := self._prefetch.take(time.monotonic())) is not None:
             cache, wanted = batch
-            chunks = [c for c in cache.meta.with_units(wanted) if c not in cache.jobs]
-            chunks = [c for c in chunks if not cache.chunk_map.is_ready(c) and not cache.failure(c)]
-            if not chunks:
-                continue
-            first, *rest = cache.meta.split(chunks, _JOB_BYTES)
-            for part in rest:
-                self._submit(cache, part, Priority.PREFETCH)
-            self._submit(cache, first, Priority.PREFETCH)
-            return None  # they are queued now; the pool takes them in order
-        return None
+            before = len(cache.jobs)
+            self._start(cache, [chunk for chunk in wanted if not cache.failure(chunk)], Priority.PREFETCH)
+            if len(cache.jobs) > before:
+                return
 
     # --- slots ------------------------------------------------------------------------------------------------
 
-    def _give_slot(self, job: Job) -> None:
-        cache = job.cache
-        assert cache is not None
-        length = sum(cache.meta.record(chunk).usize for chunk in job.chunks)
-        if length > self._slots.size:
-            self._filled(job, {"error": f"{length} bytes do not fit into the arena", "errno": errno.ENOMEM})
+    def _admit_by_slot(self, request: Request, missing: list[int]) -> None:
+        """Let a request wait for chunks in shared memory, or for its turn to get room there for all of them."""
+        try:
+            left = self._room.enter(request, missing)
+        except CacheError as e:
+            log.error("blob %s: %s", request.cache.spec.info.blob_id, e)
+            self._finish(request, errno.ENOMEM)
             return
-        offset = self._slots.reserve(length)
-        if offset is None:
-            self._no_slot.append(job)
-            return
-        job.slot = (offset, length)
-        job.payload["slot"] = {"arena": self._slots.arena.name, "offset": offset, "length": length}
-        self._decompress.submit(job)
+        if left:
+            self._wait_for(request, left)
+        elif left is not None:
+            self._finish(request, 0)
+
+    def _submit_by_slot(self, cache: BlobCache, chunks: list[int], region: tuple[int, int]) -> None:
+        slot = {"arena": self._slots.arena.name, "offset": region[0], "length": region[1]}
+        job = Job("fill", cache, Priority.USER, {"verify": [], "slot": slot}, self._filled, chunks, region)
+        self._decompress.submit(self._claim(job))
 
     def _retry_slots(self) -> None:
-        waiting, self._no_slot = self._no_slot, []
-        for job in waiting:
-            self._give_slot(job)
+        """Somebody may have given up a region: serve those who wait for room."""
+        self._room.call(self._serve_if_alive)
+
+    def _serve_if_alive(self, request: Request) -> None:
+        if self._requests.get(request.key) is request:
+            self._serve(request)
 
     # --- results ----------------------------------------------------------------------------------------------
 
@@ -255,76 +290,79 @@ class Router:
         assert cache is not None
         for key in self.backend:
             self.backend[key] += answer.get(key, 0)
+        if job.priority is not Priority.PREFETCH and not self._prefetch.idle():
+            self._prefetch.limiter.spend(time.monotonic(), answer.get("read_bytes", 0))
         if job.slot is not None:
             self._slots.place(job.slot[0], cache.handle, answer.get("placed", []))
-        for chunk in job.chunks:
-            cache.jobs.pop(chunk, None)
-            cache.chunk_map.clear_pending(chunk)
-        if answer.get("type") == "StaleCacheError":
-            waiters = {id(r): r for chunk in job.chunks for r in cache.waiters.pop(chunk, [])}
-            self._reopen(cache, answer["error"], [r for r in waiters.values() if r.left])
-            return
+        if not job.cancelled:
+            for chunk in job.chunks:
+                del cache.jobs[chunk]
+                cache.chunk_map.clear_pending(chunk)
+            if answer.get("type") == "StaleCacheError":
+                self._reopen(cache, answer["error"])
+            else:
+                self._settle(job, cache, answer)
+        self._retry_slots()
+
+    def _settle(self, job: Job, cache: BlobCache, answer: Answer) -> None:
+        """Tell all who waited for a job's chunks how it ended."""
         failed = {chunk: code for chunk, code, _why in answer.get("failed", [])}
         if "error" in answer:
-            log.error(
-                "blob %s chunks %d…%d: %s", cache.spec.info.blob_id, job.chunks[0], job.chunks[-1], answer["error"]
-            )
+            parts = cache.meta.split(job.chunks, 0)
+            if answer.get("type") == "WorkerDied" and len(parts) > 1 and job.slot is None:
+                for part in parts:  # one of them kills workers: find out which
+                    self._submit(cache, part, job.priority, ATTEMPTS - 1)
+                return
+            name, first, last = cache.spec.info.blob_id, job.chunks[0], job.chunks[-1]
+            log.error("blob %s chunks %d…%d: %s", name, first, last, answer["error"])
             failed = {chunk: answer["errno"] for chunk in job.chunks if not cache.chunk_map.is_ready(chunk)}
-        unstored = set(answer.get("unstored", []))
-        if unstored and job.slot is None:
-            self._no_room(cache, answer["why_unstored"])
-        again = []
+        elif job.slot is None:
+            self._note_room(cache, answer.get("why_unstored", ""))
+        ended: dict[Request, int] = {}
         for chunk in job.chunks:
-            if chunk in failed:
-                cache.failed(chunk, failed[chunk])
-                self._wake(cache, chunk, failed[chunk])
+            code = failed.get(chunk, 0)
+            if code:
+                cache.failed(chunk, code)
             elif cache.chunk_map.is_ready(chunk) or self._slots.has(cache.handle, chunk):
                 cache.succeeded(chunk)
-                self._wake(cache, chunk, 0)
-            elif chunk in cache.waiters:
-                again.append(chunk)
-        if again:
-            self._start(cache, again, Priority.USER)
-        if job.slot is not None:
-            self._retry_slots()
-
-    def _no_room(self, cache: BlobCache, why: str) -> None:
-        if time.monotonic() >= cache.no_room_until:
-            log.warning(
-                "cache folder %s: %s; reads of blob %s go on uncached",
-                cache.spec.work_dir,
-                why,
-                cache.spec.info.blob_id,
-            )
-        cache.no_room_until = time.monotonic() + _NO_ROOM_RETRY
-
-    def _wake(self, cache: BlobCache, chunk: int, code: int) -> None:
-        for request in cache.waiters.pop(chunk, []):
-            if chunk not in request.left:
-                continue
-            request.left.discard(chunk)
-            if code:
+            else:
+                code = _AGAIN
+            for request in cache.waiters.pop(chunk, ()):
+                request.left.discard(chunk)
+                if code > 0 or (code and request not in ended):
+                    ended[request] = code
+                elif not request.left:
+                    ended.setdefault(request, 0)
+        for request, code in ended.items():
+            if code == _AGAIN:
+                self._again(request)
+            else:
                 self._finish(request, code)
-            elif not request.left:
-                self._finish(request, 0)
+
+    def _note_room(self, cache: BlobCache, why_none: str) -> None:
+        """Remember whether the cache folder had room for a job's chunks; `why_none` is empty if it had."""
+        name, folder = cache.spec.info.blob_id, cache.spec.work_dir
+        if why_none:
+            if not cache.no_room_until:
+                log.warning("cache folder %s: %s; reads of blob %s go on uncached", folder, why_none, name)
+            cache.no_room_until = time.monotonic() + _NO_ROOM_RETRY
+        elif cache.no_room_until and not cache.uses_slots:
+            cache.no_room_until = 0.0
+            log.info("cache folder %s: there is room for blob %s again", folder, name)
 
     def _finish(self, request: Request, code: int) -> None:
-        if self._requests.pop((request.client, request.number), None) is not request:
-            return
-        request.left.clear()
-        cache = request.cache
+        """Answer a request: all its chunks are there, or one of them cannot be had."""
         slot = None
-        if not code and cache.state == "ready":
-            chunks = range(request.first, request.first + request.count)
-            gone = [c for c in chunks if not cache.chunk_map.is_ready(c)]
-            held = [c for c in gone if self._slots.has(cache.handle, c)]
-            if gone and len(held) == len(gone):
-                slot = self._slots.lease(request.client, cache.handle, held)
-            elif gone:
-                # Some of its chunks came by slot and were given up for others meanwhile: ask for those again.
-                self._requests[request.client, request.number] = request
-                self._admit(request)
+        if not code:
+            cache = request.cache
+            absent = [chunk for chunk in request.chunks if not cache.chunk_map.is_ready(chunk)]
+            if not all(self._slots.has(cache.handle, chunk) for chunk in absent):
+                self._again(request)  # came in shared memory, not held for this one, and was given up meanwhile
                 return
+            if absent:
+                slot = self._slots.lease(request.client, cache.handle, absent)
+        del self._requests[request.key]
+        self._detach(request)
         self._reply(request.client, request.number, code, slot)
 
     # --- checkpoints ------------------------------------------------------------------------------------------
@@ -345,10 +383,12 @@ class Router:
         cache = job.cache
         assert cache is not None
         cache.checkpointing = False
+        if job.cancelled:
+            return
         if "stored" in answer:
             cache.stored = answer["stored"]
         elif answer.get("type") == "StaleCacheError":
-            self._reopen(cache, answer["error"], [])
+            self._reopen(cache, answer["error"])
         else:
             cache.stored = cache.chunk_map.ready_count()
             log.warning("%s; it is tried again when more chunks are ready", answer["error"])

@@ -1,12 +1,14 @@
 """SlotTable: chunks that travel in shared memory, and who holds them.
 
 A region of the arena is filled by one job and kept after its readers have copied it, so that the next read of the same chunk
-need not fetch it again; the one unused for longest goes first when room is needed. A leased region stays.
+need not fetch it again; the one unused for longest goes first when room is needed. A region that anybody holds stays: the
+job that fills it, a request that will be answered with it, a client that copies from it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -23,7 +25,7 @@ class _Region:
 
 
 class SlotTable:
-    """All regions of the daemon's arena, which is made when first needed."""
+    """All regions of the daemon's arena, which is made when first needed. A region is named by its offset."""
 
     def __init__(self, name: str, size: int) -> None:
         self._name = name
@@ -36,6 +38,7 @@ class SlotTable:
 
     @property
     def arena(self) -> Arena:
+        """Raises CacheError when shared memory is full."""
         if self._arena is None:
             self._arena = Arena.create(self._name, self._size)
         return self._arena
@@ -44,30 +47,66 @@ class SlotTable:
     def size(self) -> int:
         return self._size
 
-    def reserve(self, length: int) -> int | None:
-        """Room for a job's chunks; None while all of it is held."""
+    def reserve(self, lengths: Sequence[int]) -> list[int] | None:
+        """Regions of these lengths, each held once; None while there is no room for all of them.
+
+        Nobody waits with a part of what he needs: so two cannot wait for each other. Raises CacheError.
+        """
+        offsets: list[int] = []
+        for length in lengths:
+            offset = self._make_room(length)
+            if offset is None:
+                for taken in offsets:
+                    self.drop(taken)
+                return None
+            self._regions[offset] = _Region(offset, length, holders=1)
+            offsets.append(offset)
+        return offsets
+
+    def _make_room(self, length: int) -> int | None:
         while (offset := self.arena.allocate(length)) is None:
             victim = next((r for r in self._regions.values() if not r.holders), None)
             if victim is None:
                 return None
-            self._drop(victim)
-        self._regions[offset] = _Region(offset, length, holders=1)
+            self._forget(victim)
         return offset
 
-    def place(self, offset: int, handle: int, placed: list[tuple[int, int, int]]) -> None:
+    def place(self, offset: int, handle: int, placed: Sequence[Sequence[int]]) -> None:
         """The job that held this region is done; it holds these (chunk, offset, length)."""
         region = self._regions[offset]
-        region.holders -= 1
         for chunk, at, length in placed:
             region.chunks[handle, chunk] = (at, length)
             self._where[handle, chunk] = region
-        if not placed:
-            self._drop(region)
+        self.drop(offset)
+
+    def where(self, handle: int, chunk: int) -> int | None:
+        """The region that has this chunk."""
+        region = self._where.get((handle, chunk))
+        return None if region is None else region.offset
 
     def has(self, handle: int, chunk: int) -> bool:
         return (handle, chunk) in self._where
 
-    def lease(self, client: bytes, handle: int, chunks: list[int]) -> SlotRef:
+    def hold(self, offset: int) -> None:
+        """Keep a region until `drop`."""
+        self._regions[offset].holders += 1
+
+    def drop(self, offset: int) -> None:
+        """End one hold. A region that nobody holds stays for its chunks, if it has any, until room is needed."""
+        region = self._regions[offset]
+        region.holders -= 1
+        if not region.holders and not region.chunks:
+            self._forget(region)
+
+    def clear_unused(self) -> bool:
+        """Give up all regions if nobody holds one: then the arena is in one piece again. False if somebody does."""
+        if any(region.holders for region in self._regions.values()):
+            return False
+        for region in list(self._regions.values()):
+            self._forget(region)
+        return True
+
+    def lease(self, client: bytes, handle: int, chunks: Sequence[int]) -> SlotRef:
         """Hand chunks to a client until it releases them."""
         regions = []
         found = []
@@ -86,29 +125,27 @@ class SlotTable:
         """The client has copied the data. Unknown numbers are ignored: a lease ends once."""
         _, regions = self._leases.pop(number, (b"", []))
         for region in regions:
-            region.holders -= 1
+            self.drop(region.offset)
 
     def drop_client(self, client: bytes) -> None:
         """A client has died: its leases end."""
         for number in [n for n, (owner, _) in self._leases.items() if owner == client]:
             self.release(number)
 
-    def _drop(self, region: _Region) -> None:
+    def _forget(self, region: _Region) -> None:
         for key in region.chunks:
             if self._where.get(key) is region:
                 del self._where[key]
         del self._regions[region.offset]
         self.arena.free(region.offset, region.length)
 
-    def drop_blob(self, handle: int) -> None:
-        """A blob is gone: its chunks must not be given out under its handle again."""
-        for key in [key for key in self._where if key[0] == handle]:
-            region = self._where.pop(key)
-            region.chunks.pop(key, None)
-
     def in_use(self) -> int:
         """Bytes of the arena that are allocated."""
         return 0 if self._arena is None else self._arena.size - self._arena.free_bytes()
+
+    def held(self) -> int:
+        """Regions that somebody holds."""
+        return sum(1 for region in self._regions.values() if region.holders)
 
     def close(self) -> None:
         if self._arena is not None:

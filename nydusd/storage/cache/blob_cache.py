@@ -1,7 +1,7 @@
 """BlobCache: one blob in a cache, as the supervisor knows it. It holds no data; it knows what is there and what is asked for.
 
-A blob is opened by the job `prepare`; until its segment is there, requests wait. When the cache file is replaced or deleted by
-somebody, the blob is opened anew under the next generation.
+A blob is opened by the job `prepare`; until its segment is there, requests wait. When the cache file is replaced, deleted or
+truncated by somebody, the blob is opened anew under the next generation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nydusd.storage.cache.meta_info import BlobMetaInfo
 from nydusd.storage.cache.requests import Job, Request
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.chunk_map import ChunkMap
-from nydusd.storage.state.segment import PENDING, Segment, remove
+from nydusd.storage.state.segment import Segment, remove
 
 _BACK_OFF_FIRST, _BACK_OFF_MOST = 0.1, 5.0
 _PREPARE_FIRST, _PREPARE_MOST = 1.0, 30.0
@@ -32,13 +32,14 @@ class BlobCache:
         self.waiting: list[Request] = []
         self.jobs: dict[int, Job] = {}
         self.waiters: dict[int, list[Request]] = {}
-        self.stored = 0  # ready chunks at the last checkpoint
+        self.stored = 0  # ready chunks at the last checkpoint, -1: not known
         self.checkpointing = False
-        self.no_room_until = 0.0
+        self.no_room_until = 0.0  # 0: the cache folder had room the last time
+        self.ready_bytes = ((0, 0), 0)  # of (generation, ready chunks), as last reported
         self.ahead_start, self.ahead_end = 0, -1  # chunks of the last miss and its read-ahead
         self.window = 0  # compressed bytes of that read-ahead
         self._failures: dict[int, tuple[int, float, float]] = {}
-        self._retry_at = 0.0
+        self.retry_at = 0.0  # when a failed blob may be opened again
         self._retry_delay = _PREPARE_FIRST
 
     @property
@@ -56,7 +57,7 @@ class BlobCache:
         return not self.caches or time.monotonic() < self.no_room_until
 
     def opened(self) -> None:
-        """The job `prepare` has published the segment."""
+        """The job `prepare` has published the segment. Raises NydusError or OSError when it cannot be mapped."""
         segment = Segment.open(self.spec.segment)
         if segment is None:
             raise InternalError(f"segment {self.spec.segment} was reported and is not there")
@@ -65,23 +66,26 @@ class BlobCache:
         self.segment = segment
         self.chunk_map = ChunkMap(segment)
         self.meta = BlobMetaInfo(segment)
-        self.stored = self.chunk_map.ready_count()
+        # Some of them may come from the segment of a daemon that was killed before it could store its map.
+        self.stored = -1 if self.chunk_map.ready_count() else 0
         self.state, self.reason = "ready", None
         self._retry_delay = _PREPARE_FIRST
 
     def open_failed(self, reason: str) -> None:
         """The job `prepare` failed; readers get EIO until it may be tried again (1 s, doubling to 30 s)."""
         self.state, self.reason = "failed", reason
-        self._retry_at = time.monotonic() + self._retry_delay
+        self.retry_at = time.monotonic() + self._retry_delay
         self._retry_delay = min(self._retry_delay * 2, _PREPARE_MOST)
 
     def may_open(self) -> bool:
-        return self.state == "new" or (self.state == "failed" and time.monotonic() >= self._retry_at)
+        return self.state == "new" or (self.state == "failed" and time.monotonic() >= self.retry_at)
 
     def reopen(self) -> None:
-        """The cache file is not the one we opened: the next `prepare` makes a new segment."""
+        """The cache file is not what we opened: the next `prepare` makes a new segment. All claims end here."""
         self.spec = replace(self.spec, generation=self.spec.generation + 1)
         self.state = "new"
+        self.jobs.clear()
+        self.waiters.clear()
 
     def failed(self, chunk: int, errno: int) -> None:
         """Remember a failure: new readers get it at once until the back-off is over (100 ms, doubling to 5 s)."""
@@ -96,13 +100,6 @@ class BlobCache:
         """errno of a failure that is still fresh, else 0."""
         errno, until, _ = self._failures.get(chunk, (0, 0.0, 0.0))
         return errno if time.monotonic() < until else 0
-
-    def release_claims(self) -> None:
-        """No job is under way: a chunk that is still pending was claimed by somebody who is gone."""
-        if self.segment is not None:
-            for chunk, value in enumerate(bytes(self.segment.state)):
-                if value == PENDING and chunk not in self.jobs:
-                    self.chunk_map.clear_pending(chunk)
 
     def close(self) -> None:
         """Unmap and remove the segment."""

@@ -1,18 +1,21 @@
 """PrefetchWorker: what to fetch before anybody asks, in which order, and how fast.
 
 It runs nothing itself: the supervisor takes a batch from it when a worker would be idle, so prefetch is always behind user
-reads. Order: the files of a list, then, if asked for, all chunks of all blobs in the order of the blob.
+reads. Order: the files of a list, then, if asked for, all chunks of all blobs in the order of the blob. Blobs that cannot
+be filled now (not open, no room) are set aside, so that looking for work costs nothing while there is none.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from nydusd.formats.model import ChunkFlag
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.state.segment import EMPTY, VERIFY
 
 _BURST = 16 << 20
+_GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
 
 
 class Limiter:
@@ -43,12 +46,13 @@ class Limiter:
 
 
 class PrefetchWorker:
-    """The queue of one daemon. Byte counts are compressed bytes for the limiter, chunk ids for the rest."""
+    """The queue of one daemon. Sizes are plain bytes for a batch, compressed bytes for the limiter."""
 
     def __init__(self, batch_size: int, bandwidth: int) -> None:
         self._batch_size = max(batch_size, 128 << 10)
         self.limiter = Limiter(bandwidth)
         self._runs: deque[tuple[BlobCache, int, int]] = deque()
+        self._aside: dict[BlobCache, deque[tuple[BlobCache, int, int]]] = {}
         self.requests = 0
         self.bytes = 0
 
@@ -59,35 +63,62 @@ class PrefetchWorker:
     def cancel(self, cache: BlobCache) -> None:
         """Forget what is queued of a blob."""
         self._runs = deque(run for run in self._runs if run[0] is not cache)
+        self._aside.pop(cache, None)
 
     def idle(self) -> bool:
-        return not self._runs
+        return not self._runs and not self._aside
+
+    def aside(self) -> Collection[BlobCache]:
+        """Blobs with chunks queued that cannot be filled now."""
+        return self._aside.keys()
+
+    def wait(self, now: float) -> float | None:
+        """Seconds until `take` may give more by the passing of time alone; None if only an event can bring that."""
+        until = [now + wait] if self._runs and (wait := self.limiter.wait(now)) else []
+        until += [cache.retry_at for cache in self._aside if cache.state == "failed"]
+        until += [cache.no_room_until for cache in self._aside if cache.state == "ready"]
+        return max(0.0, min(until) - now) if until else None
 
     def take(self, now: float) -> tuple[BlobCache, Sequence[int]] | None:
         """The next batch: chunks of one blob that nobody has or fetches; None if there is nothing to do now."""
         if self.limiter.wait(now) > 0:
             return None
-        for _ in range(len(self._runs)):
-            cache, first, count = self._runs.popleft()
-            if cache.state != "ready" or cache.uses_slots:
-                # Not open yet, or no room: later. A failed blob comes back when a reader has opened it.
-                self._runs.append((cache, first, count))
+        for cache in [cache for cache in self._aside if _can_be_filled(cache)]:
+            self._runs.extendleft(reversed(self._aside.pop(cache)))
+        while self._runs:
+            run = self._runs.popleft()
+            if not _can_be_filled(run[0]):
+                self._aside.setdefault(run[0], deque()).append(run)
                 continue
-            end = cache.meta.count if count < 0 else min(first + count, cache.meta.count)
-            batch: list[int] = []
-            size = 0
-            state = cache.chunk_map.states()
-            chunk = first
-            while chunk < end and size < self._batch_size:
-                if state[chunk] in (EMPTY, VERIFY):
-                    batch.append(chunk)
-                    size += cache.meta.record(chunk).usize
-                chunk += 1
-            if chunk < end:
-                self._runs.appendleft((cache, chunk, end - chunk))
+            batch = self._batch(run, now)
             if batch:
-                self.requests += 1
-                self.bytes += size
-                self.limiter.spend(now, size)
-                return cache, batch
+                return run[0], batch
         return None
+
+    def _batch(self, run: tuple[BlobCache, int, int], now: float) -> list[int]:
+        """The first chunks of a run that are missing; what is left of the run goes back to the front of the queue."""
+        cache, chunk, count = run
+        end = cache.meta.count if count < 0 else min(chunk + count, cache.meta.count)
+        batch: list[int] = []
+        size = stored = 0
+        state = cache.chunk_map.states()
+        while chunk < end and size < self._batch_size:
+            if state[chunk] in (EMPTY, VERIFY):
+                record = cache.meta.record(chunk)
+                batch.append(chunk)
+                size += record.usize
+                # A grouped chunk's csize is its whole group's.
+                stored += record.usize if record.flags & _GROUPED else record.csize
+            chunk += 1
+        if chunk < end:
+            self._runs.appendleft((cache, chunk, end - chunk))
+        if batch:
+            self.requests += 1
+            self.bytes += size
+            self.limiter.spend(now, stored)
+        return batch
+
+
+def _can_be_filled(cache: BlobCache) -> bool:
+    """Open, and with room. A failed blob can be when it has been opened, by a reader or after its back-off."""
+    return cache.state == "ready" and not cache.uses_slots

@@ -23,21 +23,37 @@ class Priority(IntEnum):
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A front end waits for chunks first .. first + count - 1 of a blob. `left` are the chunks not yet there."""
+    """A front end waits for chunks first .. first + count - 1 of a blob.
+
+    `left` are the chunks that it waits for now, `held` the arena regions that are kept for it until it is answered,
+    `rounds` how often it had to start over.
+    """
 
     client: bytes
     number: int
     cache: BlobCache
     first: int
     count: int
-    flags: int
     left: set[int] = field(default_factory=set)
-    errno: int = 0
+    held: list[int] = field(default_factory=list)
+    rounds: int = 0
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        """Its name: the client's identity and the client's number."""
+        return self.client, self.number
+
+    @property
+    def chunks(self) -> range:
+        return range(self.first, self.first + self.count)
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """Work for one worker. `done` gets the worker's answer, or an answer with `error` when three workers died on it."""
+    """Work for one worker. `done` gets the worker's answer, or an answer with `error` when three workers died on it.
+
+    A job that is `cancelled` has lost its claims; `done` is still called, once, to take back what else it holds.
+    """
 
     kind: str
     cache: BlobCache | None

@@ -1,0 +1,42 @@
+"""The supervisor's two ZeroMQ sockets: one for front ends and the API process, one for workers."""
+
+from __future__ import annotations
+
+import zmq
+
+from nydusd.errors import MountError
+
+_MESSAGES = 256
+"""Messages taken from a socket before the others get their turn."""
+
+
+class Sockets:
+    """Both ROUTER sockets, bound. What is sent to a process that is gone is dropped. Raises MountError."""
+
+    def __init__(self, front: str, work: str) -> None:
+        self._context = zmq.Context()
+        self.front, self.work = self._context.socket(zmq.ROUTER), self._context.socket(zmq.ROUTER)
+        for socket, endpoint in ((self.front, front), (self.work, work)):
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.setsockopt(zmq.RCVHWM, 0)
+            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+            try:
+                socket.bind(endpoint)
+            except zmq.ZMQError as e:
+                self.close()
+                raise MountError(f"{endpoint}: {e.strerror}; a shorter NYDUSD_RUNTIME_DIR may help") from e
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+def drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
+    """The messages that have come, up to a limit."""
+    out: list[list[bytes]] = []
+    try:
+        while len(out) < _MESSAGES:
+            out.append(socket.recv_multipart(zmq.NOBLOCK))
+    except zmq.Again:
+        pass
+    return out
