@@ -5,11 +5,12 @@ A spec comes with the first job of a blob, and again when the supervisor has ope
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from nydusd.errors import InternalError, StaleCacheError
+from nydusd.errors import CacheError, FormatError, InternalError, StaleCacheError
 from nydusd.ipc.messages import Json
 from nydusd.storage.backend import make_backend
 from nydusd.storage.backend.base import BlobBackend, BlobReader
@@ -18,6 +19,22 @@ from nydusd.storage.state.segment import Segment
 
 _LIMIT = 256
 """Blobs kept open at most; one unused for longer is closed, and opened again when needed."""
+
+
+def map_bootstrap(path: str) -> memoryview:
+    """The bytes of a metadata file; unmapped when the last view on them is gone. Raises FormatError.
+
+    A worker looks at a part of it once, so it is mapped and not read. If somebody makes the file shorter meanwhile, SIGBUS
+    ends the worker: its job goes to another, and is given up with an error after a few, as for any job that kills workers.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as e:  # ValueError: the file is empty
+        raise FormatError(path, "bootstrap", f"cannot be mapped: {e}") from e
 
 
 class OpenBlob:
@@ -37,9 +54,13 @@ class OpenBlob:
     @property
     def segment(self) -> Segment:
         if self._segment is None:
-            self._segment = Segment.open(self.spec.segment)
-            if self._segment is None:
+            segment = Segment.open(self.spec.segment)
+            if segment is None:
                 raise InternalError(f"segment {self.spec.segment} of blob {self.spec.info.blob_id} is not there")
+            if segment.generation != self.spec.generation:
+                segment.close()
+                raise StaleCacheError(f"segment {self.spec.segment} is not of generation {self.spec.generation}")
+            self._segment = segment
         return self._segment
 
     def meta_paths(self) -> list[Path]:
@@ -54,29 +75,34 @@ class OpenBlob:
                 with open(path, "rb") as f:
                     f.seek(offset)
                     data = f.read(size)
-            except FileNotFoundError:
+            except OSError:
                 continue
             if len(data) == size:
                 return data
         raise StaleCacheError(f"blob metadata {self.spec.meta_path} is gone or was truncated")
 
     def data_fd(self) -> int:
-        """The cache file, open for writing. Raises StaleCacheError when it is not the one the segment speaks of."""
+        """The cache file, open for writing. Raises StaleCacheError when it is not what the segment speaks of."""
         path = self.spec.data_path
         if path is None:
             raise InternalError(f"blob {self.spec.info.blob_id} has no cache file")
-        if self._fd < 0:
-            try:
-                self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            except OSError as e:
-                raise StaleCacheError(f"cache file {path}: {e.strerror}", e.errno) from e
-        st = os.fstat(self._fd)
         identity = self.segment.identity
-        if (st.st_dev, st.st_ino) != (identity.dev, identity.ino) or st.st_nlink == 0:
-            os.close(self._fd)
-            self._fd = -1
-            raise StaleCacheError(f"cache file {path} was replaced or deleted")
-        return self._fd
+        try:
+            if self._fd < 0:
+                self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                if not identity.is_of(self._fd):
+                    raise FileNotFoundError
+            st = os.stat(path)
+        except FileNotFoundError:
+            wrong = "was replaced or deleted"
+        except OSError as e:
+            raise CacheError(f"cache file {path}: {e.strerror}", e.errno) from e
+        else:
+            if (st.st_dev, st.st_ino) == (identity.dev, identity.ino) and st.st_size >= identity.size:
+                return self._fd
+            wrong = "was replaced" if st.st_ino != identity.ino else f"was cut off at {st.st_size} bytes"
+        self.close()
+        raise StaleCacheError(f"cache file {path} {wrong}")
 
     def close(self) -> None:
         self.scratch.clear()

@@ -10,10 +10,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from nydusd.errors import BackendError, CorruptChunkError, NydusError
+from nydusd.errors import BackendError, CorruptChunkError, NydusError, StaleCacheError
 from nydusd.formats.model import ChunkFlag, ChunkRecord
 from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import Json
@@ -23,6 +23,8 @@ from workers.blobs import OpenBlob, OpenBlobs
 
 log = logging.getLogger(__name__)
 
+_CORRUPT_MOST = 32
+"""Chunks of a job that may fail one by one, each after two reads. A blob with more is broken: the job ends there."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
 
@@ -38,9 +40,10 @@ class _Result:
     read_errors: int = 0
     read_bytes: int = 0
 
-    def fail(self, blob: OpenBlob, chunk: int, error: NydusError) -> None:
-        log.error("blob %s chunk %d: %s", blob.spec.info.blob_id, chunk, getattr(error, "message", error))
-        self.failed.append((chunk, error.errno, str(error)))
+    def fail(self, chunks: Iterable[int], error: NydusError) -> None:
+        """These chunks have failed, of one cause: one line in the log."""
+        log.error("%s", error)
+        self.failed += [(chunk, error.errno, str(error)) for chunk in chunks]
 
     def answer(self) -> Json:
         return {
@@ -59,6 +62,7 @@ class _CacheFile:
 
     def __init__(self, blob: OpenBlob, result: _Result) -> None:
         self._fd = blob.data_fd()
+        self._size = blob.segment.identity.size
         self._state = blob.segment.state
         self._result = result
 
@@ -71,6 +75,10 @@ class _CacheFile:
             return
         at = record.uoff
         try:
+            # Writing behind the end of a file that somebody cut off would turn the part between into zeros that pass
+            # for the chunks there. So it stays short, and whoever reads in it sees that.
+            if os.fstat(self._fd).st_size < self._size:
+                raise StaleCacheError("the cache file was cut off")
             while data:
                 done = os.pwrite(self._fd, data, at)
                 data, at = data[done:], at + done
@@ -130,8 +138,12 @@ def _adopt(blob: OpenBlob, chunk: int) -> None:
     """Mark a chunk ready if the cache file holds its bytes already: another daemon has left them there."""
     segment = blob.segment
     record = segment.record(chunk)
-    data = os.pread(blob.data_fd(), record.usize, record.uoff)
-    if len(data) == record.usize and verify_chunk(blob.spec.info, record, segment.digest(chunk), memoryview(data)):
+    try:
+        data = os.pread(blob.data_fd(), record.usize, record.uoff)
+    except OSError as e:
+        log.warning("blob %s chunk %d: cache file: %s; fetched again", blob.spec.info.blob_id, chunk, e.strerror)
+        return
+    if verify_chunk(blob.spec.info, record, segment.digest(chunk), data):
         segment.state[chunk] = READY
     else:
         log.warning(
@@ -165,9 +177,11 @@ def _runs(chunks: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _fetch(blob: OpenBlob, chunks: list[int], target: _CacheFile | _Slot, result: _Result) -> None:
+    """Fill those of `chunks`, which are sorted, that are wanted."""
     wanted = [chunk for chunk in chunks if target.wants(chunk)]
     if not wanted:
         return
+    corrupt = 0
     for first, last in _runs(wanted):
         again = -1  # the chunk whose second try this is
         while first <= last:
@@ -175,17 +189,21 @@ def _fetch(blob: OpenBlob, chunks: list[int], target: _CacheFile | _Slot, result
                 _fill_run(blob, first, last, target, result)
                 break
             except CorruptChunkError as e:
-                bad = e.chunk
-                if bad == again or not first <= bad <= last:
-                    result.fail(blob, bad, e)
-                    first = bad + 1
-                else:
+                if e.chunk != again:
                     log.warning("%s; reading it once more", e)
-                    first = again = bad
+                    first = again = e.chunk
+                    continue
+                first = e.chunk + 1
+                result.fail([e.chunk], e)
+                corrupt += 1
+                if corrupt == _CORRUPT_MOST:
+                    rest = [chunk for chunk in wanted if chunk >= first]
+                    why = CorruptChunkError(e.blob_id, first, f"not tried, as {corrupt} chunks before it are corrupt")
+                    if rest:
+                        result.fail(rest, why)
+                    return
             except BackendError as e:
-                for chunk in range(first, last + 1):
-                    if target.wants(chunk):
-                        result.fail(blob, chunk, e)
+                result.fail(range(first, last + 1), e)
                 break
 
 

@@ -72,6 +72,8 @@ def _run(handlers: dict[str, Handler], blobs: OpenBlobs, job: Json, complain: Ca
         blobs.learn(job)
         return handlers[job["kind"]](blobs, job)
     except NydusError as e:
+        if e.traceback:
+            complain(f"job {job['kind']} of blob {job.get('handle')} failed by a bug of ours")
         return {"error": str(e), "errno": e.errno, "type": type(e).__name__}
     except Exception as e:
         complain(f"job {job['kind']} of blob {job.get('handle')} failed by a bug of ours")

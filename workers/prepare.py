@@ -7,16 +7,15 @@ point it leaves nothing that a reader could see: files are renamed into place, t
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import logging
-import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from nydusd.errors import CacheError, FormatError
 from nydusd.formats import open_bootstrap
-from nydusd.formats.blob_meta import CiHeader
+from nydusd.formats.blob_meta import check_ci_sizes
 from nydusd.formats.model import ChunkFlag, RawChunk
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_from_raw, build_tarfs
@@ -24,7 +23,7 @@ from nydusd.storage.cache.load import load_ci, meta_file_bytes, parse_meta_file
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state import map_file
 from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY, Identity, Segment, boot_id
-from workers.blobs import OpenBlob, OpenBlobs
+from workers.blobs import OpenBlob, OpenBlobs, map_bootstrap
 
 log = logging.getLogger(__name__)
 
@@ -57,52 +56,49 @@ def prepare(blobs: OpenBlobs, job: Json) -> Json:
 
 def _raw_chunks(spec: BlobSpec) -> Iterator[RawChunk]:
     """This blob's records of the bootstrap's chunk table."""
-    with open(spec.bootstrap, "rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) as mapping:
-        view = memoryview(mapping)
-        try:
-            image = open_bootstrap(view, spec.bootstrap, spec.path_id, extracted=spec.extracted)
-            yield from (c for c in image.raw_chunks() if c.blob_index == spec.info.index)
-        finally:
-            # Cells of the parser may still hold slices; the mapping goes with them.
-            view.release()
+    image = open_bootstrap(map_bootstrap(spec.bootstrap), spec.bootstrap, spec.path_id, extracted=spec.extracted)
+    return (chunk for chunk in image.raw_chunks() if chunk.blob_index == spec.info.index)
 
 
 def _chunk_table(blob: OpenBlob) -> ChunkTable:
-    info = blob.spec.info
+    """From the bootstrap and, if the blob has it, its chunk information: `<id>.blob.meta` if sound, else the backend's."""
+    spec, info = blob.spec, blob.spec.info
     if info.is_tarfs:
         return build_tarfs(info)
-    raw: Iterable[RawChunk] = list(_raw_chunks(blob.spec))
-    if info.has_ci:
-        header, ci = _chunk_information(blob)
-        return build_from_ci(info, ci, header, raw)
-    return build_from_raw(info, raw)
-
-
-def _chunk_information(blob: OpenBlob) -> tuple[CiHeader, bytes]:
-    """The chunk information, from `<id>.blob.meta` if that is whole, else from the backend."""
-    spec = blob.spec
-    limit = spec.info.ci_uncompressed_size + 3 * 4096
+    if not info.has_ci:
+        return build_from_raw(info, _raw_chunks(spec))
+    check_ci_sizes(info, f"blob {info.blob_id}")
     for path in blob.meta_paths():
         try:
             with open(path, "rb") as f:
-                return parse_meta_file(f.read(limit), spec.info, str(path))
+                content = f.read(info.ci_uncompressed_size + 3 * 4096)
+            header, ci = parse_meta_file(content, info, str(path))
+            return build_from_ci(info, ci, header, _raw_chunks(spec))
         except FileNotFoundError:
             continue
-        except FormatError as e:
-            log.warning("%s; fetching it again", e)
-    header, ci = load_ci(spec.info, blob.reader(meta=True).read)
-    content = meta_file_bytes(header, ci)
-    error: OSError | None = None
+        except (OSError, FormatError) as e:
+            log.warning("blob metadata %s: %s; fetching it again", path, e)
+    header, ci = load_ci(info, blob.reader(meta=True).read)
+    table = build_from_ci(info, ci, header, _raw_chunks(spec))
+    stored = _store_meta(blob, meta_file_bytes(header, ci))
+    if not stored and table.dict_size:
+        raise CacheError(f"blob metadata of {info.blob_id} could not be stored, and its dictionaries are needed")
+    return table
+
+
+def _store_meta(blob: OpenBlob, content: bytes) -> bool:
+    """Store `<id>.blob.meta` at the first place that has room. False if none has; others are rid of what is wrong there."""
     for path in blob.meta_paths():
         try:
             _write_whole(path, content)
-            return header, ci
+            return True
         except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-                raise CacheError(f"{path}: {e.strerror}", e.errno) from e
-            log.warning("%s: %s", path, e.strerror)
-            error = e
-    raise CacheError(f"blob metadata of {spec.info.blob_id} could not be stored: {error}")
+            log.warning("blob metadata %s cannot be written: %s", path, e.strerror)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as e:
+            log.warning("blob metadata %s cannot be removed: %s", path, e.strerror)
+    return False
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -127,56 +123,85 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable) -> tuple[Identity, bytearray]:
     """Open or make the cache file and tell what is in it."""
+    earlier = _earlier_segment(spec)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as e:
-        raise CacheError(f"cache file {path}: {e.strerror}", e.errno) from e
-    try:
-        size = table.uncompressed_size
-        present = os.fstat(fd).st_size
-        if present > size:
+        fd, whole = _open_data(path, table.uncompressed_size, earlier)
+        try:
+            return _judge(spec, fd, whole, table, earlier)
+        finally:
             os.close(fd)
-            bad = path.with_name(path.name + ".bad")
-            log.warning("cache file %s has %d bytes, %d expected; renamed to %s", path, present, size, bad.name)
-            os.replace(path, bad)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if os.fstat(fd).st_size < size:
-            os.ftruncate(fd, size)
-        identity = Identity.of(fd, size)
-        state = map_file.load(spec.map_path, table.count, identity)
-        if spec.always_verify:
-            state = state.replace(bytes([READY]), bytes([VERIFY]))
-        _inherit(spec, identity, state)
-        if any(state):
-            records = list(RECORD.iter_unpack(table.records))
-            dropped = map_file.drop_holes(fd, state, ((r[1], r[3]) for r in records), size)
-            if dropped:
-                log.warning("cache file %s lacks %d chunks that its map claims; they are fetched again", path, dropped)
-            for chunk, record in enumerate(records):
-                if state[chunk] == VERIFY and not record[4] & _CHECKABLE:
-                    state[chunk] = EMPTY
-        return identity, state
     except OSError as e:
         raise CacheError(f"cache file {path}: {e.strerror}", e.errno) from e
     finally:
-        os.close(fd)
+        if earlier is not None:
+            earlier.close()
 
 
-def _inherit(spec: BlobSpec, identity: Identity, state: bytearray) -> None:
-    """Chunks that an earlier segment of this same file knows as ready are ready: it saw their writes return.
+def _open_data(path: Path, size: int, earlier: Segment | None) -> tuple[int, bool]:
+    """The cache file, now of `size` bytes, and whether it was before: else nothing is in it. Raises OSError.
 
-    That segment is the one of a daemon that was killed before its last checkpoint, or of this one before it reopened.
+    A file that was used and has another size is put aside, never made longer: front ends may still read it, believing the
+    segment that spoke of it, and a hole there would give them zeros where a short file gives an error.
     """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        old = Segment.open(spec.segment)
+        st = os.fstat(fd)
+        if st.st_size == size:
+            return fd, True
+        used = earlier is not None and (earlier.identity.dev, earlier.identity.ino) == (st.st_dev, st.st_ino)
+        if st.st_size or used:
+            bad = path.with_name(path.name + ".bad")
+            log.warning("cache file %s has %d bytes, %d expected; renamed to %s", path, st.st_size, size, bad.name)
+            os.replace(path, bad)
+            fresh = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            os.close(fd)
+            fd = fresh
+        os.ftruncate(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, False
+
+
+def _judge(
+    spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, earlier: Segment | None
+) -> tuple[Identity, bytearray]:
+    """The cache file's identity, and the state of each chunk: what the stored map and an earlier segment may be believed."""
+    layout = hashlib.sha256(b"".join((table.records, table.digests, table.contexts))).digest()
+    identity = Identity.of(fd, table.uncompressed_size, layout)
+    state = map_file.load(spec.map_path, table.count, identity)
+    if not whole:
+        if any(state):
+            map_file.set_aside(spec.map_path, "the cache file that it speaks of is gone")
+        return identity, bytearray(table.count)
+    if earlier is not None:
+        _inherit(earlier, identity, state)
+    if spec.always_verify:
+        state = state.replace(bytes([READY]), bytes([VERIFY]))
+    if any(state):
+        records = list(RECORD.iter_unpack(table.records))
+        dropped = map_file.drop_holes(fd, state, ((r[1], r[3]) for r in records), table.uncompressed_size)
+        if dropped:
+            map_file.set_aside(spec.map_path, f"the cache file lacks {dropped} chunks that it claims")
+        for chunk, record in enumerate(records):
+            if state[chunk] == VERIFY and not record[4] & _CHECKABLE:
+                state[chunk] = EMPTY
+    return identity, state
+
+
+def _earlier_segment(spec: BlobSpec) -> Segment | None:
+    """The blob's segment of a daemon that was killed before its last checkpoint, or of this one before it reopened."""
+    try:
+        return Segment.open(spec.segment)
     except FormatError as e:
         log.warning("%s; ignored", e)
-        return
-    if old is None:
-        return
-    if old.identity == identity and old.count == len(state) and old.boot_id == boot_id():
-        for chunk, value in enumerate(bytes(old.state)):
+        return None
+
+
+def _inherit(earlier: Segment, identity: Identity, state: bytearray) -> None:
+    """Chunks that a segment of this same file knows as ready are ready: it saw their writes return."""
+    if earlier.identity == identity and earlier.count == len(state) and earlier.boot_id == boot_id():
+        for chunk, value in enumerate(bytes(earlier.state)):
             if value == READY:
                 state[chunk] = READY
-    old.close()

@@ -6,41 +6,46 @@ Takes paths (the user's list) or inodes (the image's table); folders stand for a
 from __future__ import annotations
 
 import logging
-import mmap
+import time
 
 from nydusd.errors import FormatError
 from nydusd.formats import open_bootstrap
 from nydusd.formats.model import Bootstrap
 from nydusd.formats.walk import walk
 from nydusd.ipc.messages import Json
-from workers.blobs import OpenBlobs
+from workers.blobs import OpenBlobs, map_bootstrap
 
 log = logging.getLogger(__name__)
 
 _FILES = 1_000_000
-"""Files that one list may name, folders expanded."""
+"""Files that one entry of a list may stand for."""
+_PATIENCE = 60.0
+"""Seconds for a list: a hostile one names a million folders, each in the other."""
 
 
 def resolve(_blobs: OpenBlobs, job: Json) -> Json:
-    """Job: bootstrap, path_id, extracted, paths (hex) or null for the image's table. Answer: runs [blob index, first, count]."""
+    """Job: bootstrap, path_id, extracted, paths (hex) or null for the image's table.
+
+    Answer: runs [blob index, first, count]; or `whole`: everything is wanted.
+    """
     runs: list[list[int]] = []
-    with open(job["bootstrap"], "rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) as mapping:
-        view = memoryview(mapping)
-        image = open_bootstrap(view, job["bootstrap"], job["path_id"], extracted=job["extracted"])
-        if job["paths"] is None:
-            inodes = image.prefetch_inodes()
-        else:
-            inodes = _find(image, [bytes.fromhex(path) for path in job["paths"]])
-        whole = image.root_ino in inodes
-        if not whole:
-            seen: set[int] = set()
-            for ino in inodes:
-                for file in walk(image, ino, _FILES):
-                    if file not in seen:
-                        seen.add(file)
-                        _add(image, file, runs)
-        del image
-        view.release()
+    where, paths = job["bootstrap"], job["paths"]
+    image = open_bootstrap(map_bootstrap(where), where, job["path_id"], extracted=job["extracted"])
+    inodes = image.prefetch_inodes() if paths is None else _find(image, [bytes.fromhex(path) for path in paths])
+    whole = image.root_ino in inodes
+    deadline = time.monotonic() + _PATIENCE
+    seen: set[int] = set()
+    for ino in () if whole else dict.fromkeys(inodes):
+        if time.monotonic() > deadline:
+            log.warning("prefetch list: cut off after %d files: it takes too long", len(seen))
+            break
+        try:
+            for file in walk(image, ino, _FILES):
+                if file not in seen:
+                    seen.add(file)
+                    _add(image, file, runs)
+        except FormatError as e:
+            log.warning("prefetch list: inode %d: %s", ino, e)
     return {"whole": whole, "runs": runs}
 
 
@@ -48,9 +53,13 @@ def _find(image: Bootstrap, paths: list[bytes]) -> list[int]:
     found = []
     for path in paths:
         ino: int | None = image.root_ino
-        for name in path.split(b"/"):
-            if name and ino is not None:
-                ino = image.lookup(ino, name)
+        try:
+            for name in path.split(b"/"):
+                if name and ino is not None:
+                    ino = image.lookup(ino, name)
+        except FormatError as e:  # a file where the path has a folder, or a broken folder
+            log.warning("prefetch list: %s", e)
+            ino = None
         if ino is None:
             log.warning("prefetch list: %s is not in the image", path.decode(errors="backslashreplace"))
         else:

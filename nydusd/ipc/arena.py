@@ -7,6 +7,7 @@ What holds after SIGKILL: a lease ends with the process that holds it, because o
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 
@@ -29,11 +30,15 @@ class Arena:
 
     @classmethod
     def create(cls, name: str, size: int) -> Arena:
-        """Raises CacheError when shared memory is full."""
+        """Raises CacheError when shared memory is full. An object of this name is replaced, and stays with who has it."""
         size = -(-size // PAGE) * PAGE
-        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREAT, 0o600)
         try:
-            os.ftruncate(shm.fd, 0)
+            with contextlib.suppress(posix_ipc.ExistentialError):
+                posix_ipc.unlink_shared_memory(name)
+            shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, 0o600)
+        except (OSError, posix_ipc.Error) as e:
+            raise CacheError(f"shared memory {name}: {e}") from e
+        try:
             os.posix_fallocate(shm.fd, 0, size)
             return cls(name, mmap.mmap(shm.fd, size))
         except OSError as e:
@@ -44,12 +49,15 @@ class Arena:
 
     @classmethod
     def open(cls, name: str) -> Arena:
+        """Map an arena that the supervisor has made. Raises CacheError."""
         try:
             shm = posix_ipc.SharedMemory(name)
-        except posix_ipc.Error as e:
+        except (OSError, posix_ipc.Error) as e:
             raise CacheError(f"shared memory {name}: {e}") from e
         try:
             return cls(name, mmap.mmap(shm.fd, os.fstat(shm.fd).st_size))
+        except OSError as e:
+            raise CacheError(f"shared memory {name}: {e.strerror}", e.errno) from e
         finally:
             shm.close_fd()
 

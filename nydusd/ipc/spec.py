@@ -11,7 +11,7 @@ import select
 from collections.abc import Sequence
 
 from nydusd.errors import InternalError
-from nydusd.ipc.messages import Json
+from nydusd.ipc.messages import Json, decode
 
 
 def write_spec(spec: Json) -> int:
@@ -23,15 +23,13 @@ def write_spec(spec: Json) -> int:
 
 def read_spec(argv: Sequence[str]) -> Json:
     """The spec named by `--spec-fd N` in argv; its fd is closed."""
-    if len(argv) < 2 or argv[0] != "--spec-fd":
+    if len(argv) < 2 or argv[0] != "--spec-fd" or not argv[1].isdecimal():
         raise InternalError("started by hand: this program is started by nydusd with --spec-fd N")
     fd = int(argv[1])
     try:
-        spec = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+        spec = decode(os.pread(fd, os.fstat(fd).st_size, 0))
     finally:
         os.close(fd)
-    if not isinstance(spec, dict):
-        raise InternalError("the spec is not a JSON object")
     return spec
 
 

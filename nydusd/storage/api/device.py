@@ -3,6 +3,10 @@
 For each blob it maps the segment (state bytes, chunk records) and opens the cache file, both when first needed: at
 mount time they may not exist yet. It never fetches: what is missing is named, and the front end asks the supervisor.
 The state byte is loaded before the file is read, and a worker stores it after its write has returned.
+
+Segment and file are a pair: the file is the very inode that the segment speaks of, or neither is used. So when others
+replace them, a device that still has the old pair reads the old file's bytes, which are right, until it needs more and
+opens the new pair. The file is read and never mapped, so one that is cut off costs a short read.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from nydusd.errors import CorruptChunkError, StaleCacheError
+from nydusd.errors import CacheError, CorruptChunkError, StaleCacheError
 from nydusd.formats.model import Extent
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
 from nydusd.storage.state.segment import READY, RECORD, Segment
@@ -53,16 +57,14 @@ class _BlobView:
             return False
         if self.data_path is not None:
             try:
-                fd = os.open(self.data_path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
+                self.fd = os.open(self.data_path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
                 segment.close()
                 return False
-            st = os.fstat(fd)
-            if (st.st_dev, st.st_ino) != (segment.identity.dev, segment.identity.ino):
-                os.close(fd)
+            if not segment.identity.is_of(self.fd):
                 segment.close()
+                self.close()
                 return False
-            self.fd = fd
         self.segment = segment
         self.state, self.records, self.count = segment.state, segment.records, segment.count
         self.counters = segment.counters(self.row)
@@ -113,7 +115,7 @@ class BlobDevice:
         for blob, chunk, uoff, offset, length, chunk_len in vec:
             view = self._views[blob]
             if view.segment is not None or view.open():
-                if chunk >= view.count:
+                if not 0 <= chunk < view.count:
                     raise CorruptChunkError(view.blob_id, chunk, f"the blob has {view.count} chunks")
                 _coff, at, _csize, usize, _flags, _ctx, _off, _crc = RECORD.unpack_from(view.records, chunk * 40)
                 if at != uoff or offset + length > usize or chunk_len > usize:
@@ -144,7 +146,8 @@ class BlobDevice:
     def read_into(self, vec: BlobIoVec, buf: memoryview, pieces: Pieces | None = None) -> int:
         """Read the bytes of `vec`, all of them ready, into `buf`; gives their number. One pread a run of the file.
 
-        Raises StaleCacheError when the cache file gives less than it must: somebody truncated it.
+        Raises StaleCacheError when the cache file gives less than it must (somebody truncated it): the blob's segment and
+        file are opened anew at the next look. Raises CacheError when its disk fails.
         """
         done = 0
         index, end = 0, len(vec)
@@ -164,8 +167,14 @@ class BlobDevice:
                 stop += following.length
                 index += 1
             view = self._views[blob]
-            got = os.preadv(view.fd, [buf[done : done + stop - start]], start)
+            if view.fd < 0:
+                raise StaleCacheError(f"blob {view.blob_id}: no cache file is open")
+            try:
+                got = os.preadv(view.fd, [buf[done : done + stop - start]], start)
+            except OSError as e:
+                raise CacheError(f"blob {view.blob_id}: cache file at {start}: {e.strerror}", e.errno) from e
             if got != stop - start:
+                view.close()
                 raise StaleCacheError(f"blob {view.blob_id}: cache file gave {got} of {stop - start} bytes at {start}")
             done += got
         return done

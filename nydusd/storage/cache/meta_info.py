@@ -11,6 +11,9 @@ from nydusd.formats.model import ChunkFlag, ChunkRecord
 from nydusd.storage.state.segment import READY, RECORD, Segment
 
 _GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
+_MANY = 4096
+"""Chunks that are looked at or joined at most. Real batches and windows hold fewer; a hostile table may hold chunks of one
+byte, and the supervisor must not count millions of them for one read. What is left out is only fetched later."""
 
 
 class BlobMetaInfo:
@@ -20,10 +23,6 @@ class BlobMetaInfo:
         self._records = segment.records
         self._state = segment.state
         self.count = segment.count
-        self._grouped = any(self._flags(i) & _GROUPED for i in range(0, self.count, max(self.count // 64, 1)))
-
-    def _flags(self, chunk: int) -> int:
-        return int(RECORD.unpack_from(self._records, chunk * RECORD.size)[4])
 
     def record(self, chunk: int) -> ChunkRecord:
         return ChunkRecord._make(RECORD.unpack_from(self._records, chunk * RECORD.size))
@@ -35,10 +34,10 @@ class BlobMetaInfo:
             return range(chunk, chunk + 1)
         key = (record.flags & _GROUPED, record.ctx)
         first = chunk
-        while first > 0 and self._key(first - 1) == key:
+        while first > max(0, chunk - _MANY) and self._key(first - 1) == key:
             first -= 1
         last = chunk
-        while last + 1 < self.count and self._key(last + 1) == key:
+        while last + 1 < min(self.count, chunk + _MANY) and self._key(last + 1) == key:
             last += 1
         return range(first, last + 1)
 
@@ -58,7 +57,7 @@ class BlobMetaInfo:
         """Chunks that follow `after` and are not ready, up to `budget` compressed bytes of blob past its end."""
         out = []
         spent = 0
-        for chunk in range(after + 1, self.count):
+        for chunk in range(after + 1, min(self.count, after + 1 + _MANY)):
             _coff, _uoff, csize, usize, flags, _ctx, _off, _crc = RECORD.unpack_from(self._records, chunk * RECORD.size)
             # A grouped chunk's csize is its whole group's.
             spent += usize if flags & _GROUPED else csize
@@ -74,7 +73,7 @@ class BlobMetaInfo:
         return sum(record[3] for record, state in zip(sizes, states, strict=True) if state == READY)
 
     def split(self, chunks: Sequence[int], limit: int) -> list[list[int]]:
-        """Cut sorted ids into jobs: each of about `limit` plain bytes, at least one unit."""
+        """Cut sorted ids into jobs: each of about `limit` plain bytes, and one unit if that is more."""
         jobs: list[list[int]] = []
         size = 0
         key: tuple[int, int] | None = None
@@ -82,7 +81,8 @@ class BlobMetaInfo:
             record = self.record(chunk)
             own = (record.flags & _GROUPED, record.ctx)
             joined = bool(own[0]) and own == key
-            if not jobs or (size + record.usize > limit and not joined):
+            full = size + record.usize > limit and not joined
+            if not jobs or full or len(jobs[-1]) >= _MANY:
                 jobs.append([])
                 size = 0
             jobs[-1].append(chunk)

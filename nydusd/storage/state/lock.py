@@ -4,17 +4,20 @@ Used by the processes that claim chunks or checkpoint a map; setting *ready* nee
 start time into the segment's header after it took the semaphore and clears them before it gives it back. Whoever
 waits longer than `PATIENCE` looks at the record: if that process is gone (or its pid belongs to a younger process), the
 waiter takes the lock over without touching the semaphore's count, which the dead owner had taken and now passes on.
+Waiters that find the same dead owner settle who takes over by flock(2) on the semaphore's file, which the kernel ends.
 
 What holds after SIGKILL: between `acquire` and the record the record is empty, so waiters treat an empty record that
-does not change for `GRACE` as a dead owner's. The protected sections only flip state bytes and write map bits, both of
-which can be repeated, so two owners in that one window would lose nothing but work.
+does not change for `GRACE` as a dead owner's. The protected sections only flip state bytes, which can be repeated, so a
+process that was stopped (not killed) for so long in that one window does no harm when it goes on.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import time
+from pathlib import Path
 from types import TracebackType
 
 import posix_ipc
@@ -28,6 +31,7 @@ GRACE = 1.0
 """Seconds after which an owner that left no record is taken for dead."""
 
 _RECORD = struct.Struct("<QQ")
+_SHM = Path("/dev/shm")  # where glibc keeps named semaphores
 
 
 def start_time(pid: int) -> int:
@@ -57,33 +61,48 @@ class BlobLock:
         self._me = (os.getpid(), start_time(os.getpid()))
 
     def __enter__(self) -> BlobLock:
-        waited_since: float | None = None
-        last: tuple[int, int] = (0, 0)
+        last, since = None, 0.0
         while True:
             try:
                 self._sem.acquire(PATIENCE)
-                break
-            except posix_ipc.BusyError:
-                pass
             except posix_ipc.SignalError:
                 continue
-            owner = _RECORD.unpack(self._record)
-            now = time.monotonic()
-            if owner != last or waited_since is None:
-                last, waited_since = owner, now
-            if owner[0] and start_time(owner[0]) != owner[1]:
-                break
-            if not owner[0] and now - waited_since > GRACE:
-                break
-        _RECORD.pack_into(self._record, 0, *self._me)
-        return self
+            except posix_ipc.BusyError:
+                owner = _RECORD.unpack(self._record)
+                now = time.monotonic()
+                if owner != last:  # also a record that was read while it was being written
+                    last, since = owner, now
+                elif self._is_dead(owner, now - since) and self._take_over(owner):
+                    return self
+            else:
+                _RECORD.pack_into(self._record, 0, *self._me)
+                return self
+
+    @staticmethod
+    def _is_dead(owner: tuple[int, int], waited: float) -> bool:
+        pid, start = owner
+        return start_time(pid) != start if pid else waited > GRACE
+
+    def _take_over(self, owner: tuple[int, int]) -> bool:
+        """Become the owner in place of a dead one. False if another waiter was faster."""
+        guard = os.open(_SHM / f"sem.{self._name[1:]}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            if _RECORD.unpack(self._record) != owner or self._sem.value:
+                return False
+            _RECORD.pack_into(self._record, 0, *self._me)
+            return True
+        finally:
+            os.close(guard)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if _RECORD.unpack(self._record) == self._me:
             _RECORD.pack_into(self._record, 0, 0, 0)
-            self._sem.release()
+            # Not 0 only if we were taken for dead and our successor is done: a second release would let two in for ever.
+            if not self._sem.value:
+                self._sem.release()
 
     def close(self) -> None:
         self._record.release()

@@ -4,10 +4,14 @@
 marker 0 or 0x4D4D4150, zeros) and ceil(n/8) bytes of bits, most significant bit first. Its size is exact.
 
 Only a checkpoint writes it (`checkpoint`), in this order: fdatasync of the data file, then the bits, then fdatasync of
-the map, then the record. So a bit on disk implies its data on disk, whatever is killed or loses power when.
-The record `<blob>.blob.data.chunk_map.nydusd` (a line of JSON, then our own bits) says which data file the map was written
-for and which bits are ours. Those are believed; bits that another daemon has set are believed only chunk by chunk, after
-the digest was checked (state VERIFY). In both cases a chunk with a hole in its range is not there.
+the map, then the record. So a bit on disk implies its data on disk, whatever is killed or loses power when. Checkpoints
+of several daemons in one cache folder take turns by a lock on the map, which ends with its holder. A bit is never cleared
+and the file never made shorter, because a reference daemon may have it mapped: a map that claims what is not there is
+renamed and a new one begun.
+
+The record `<blob>.blob.data.chunk_map.nydusd` (a line of JSON, then our own bits) says which data file and which layout of
+chunks the map was written for, and which bits are ours. Those are believed; bits that another daemon has set are believed
+only chunk by chunk, after the digest was checked (state VERIFY). In both cases a chunk with a hole in its range is not there.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ import fcntl
 import json
 import logging
 import os
+import stat
 import struct
+import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,11 +37,18 @@ _HEADER = struct.Struct("<IIII")
 _MAGIC, _VERSION, _MAGIC2, _ALL_READY = 0x424D4150, 1, 0x434D4150, 0x4D4D4150
 HEADER_SIZE = 4096
 
-_F_OFD_SETLKW = 38
+_F_OFD_SETLK = 37
 _FLOCK = struct.Struct("hhqqi4x")
+_LOCK_PATIENCE = 10.0
+"""Seconds to wait for another daemon's checkpoint of the same map."""
+_TRIES = 5
 _BITS = [bytes(READY if byte >> (7 - bit) & 1 else EMPTY for bit in range(8)) for byte in range(256)]
 _JUDGE = {(EMPTY, EMPTY): EMPTY, (EMPTY, READY): EMPTY, (READY, READY): READY, (READY, EMPTY): VERIFY}
 _RECORD_LIMIT = 4096
+
+
+class UnsyncedError(CacheError):
+    """The data file could not be brought to its disk. Some of its bytes may be lost, and the kernel says so only once."""
 
 
 def record_path(path: Path) -> Path:
@@ -43,20 +56,113 @@ def record_path(path: Path) -> Path:
     return path.with_name(path.name + ".nydusd")
 
 
-def _lock(fd: int) -> None:
-    """Wait for the map's lock; it ends when the fd is closed, so also when its holder is killed."""
-    fcntl.fcntl(fd, _F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-
-
-def _set_aside(path: Path, why: str) -> None:
+def set_aside(path: Path, why: str) -> None:
+    """Rename a map that must not be believed to `*.bad`."""
     bad = path.with_name(path.name + ".bad")
     log.warning("chunk map %s: %s; renamed to %s, starting empty", path, why, bad.name)
-    os.replace(path, bad)
+    try:
+        os.replace(path, bad)
+    except OSError as e:
+        log.warning("chunk map %s cannot be renamed: %s", path, e.strerror)
+
+
+def load(path: Path, count: int, identity: Identity) -> bytearray:
+    """The state of each chunk as the stored map tells it: EMPTY, READY, or VERIFY.
+
+    A missing map is empty, and so is one that cannot be read; one of wrong size, magic, version or with stray bits is
+    set aside. Never raises for what it finds.
+    """
+    state = bytearray(count)
+    try:
+        raw = _read(path, HEADER_SIZE + (count + 7) // 8 + 1)
+    except FileNotFoundError:
+        return state
+    except OSError as e:
+        log.warning("chunk map %s cannot be read: %s; starting empty", path, e.strerror)
+        return state
+    fault = _fault(raw, count)
+    if fault is not None:
+        set_aside(path, fault)
+        return state
+    bits = raw[HEADER_SIZE:]
+    if raw and _HEADER.unpack_from(raw)[3] == _ALL_READY:
+        # The reference believes this marker and does not look at the bits.
+        bits = _pack(range(count), count)
+    if any(bits):
+        own = _own_bits(path, identity, count)
+        claimed = b"".join(map(_BITS.__getitem__, bits))[:count]
+        trusted = b"".join(map(_BITS.__getitem__, own))[:count]
+        state[:] = bytes(map(_JUDGE.__getitem__, zip(claimed, trusted, strict=True)))
+    return state
+
+
+def drop_holes(fd: int, state: bytearray, ranges: Iterable[tuple[int, int]], size: int) -> int:
+    """Clear each chunk whose range (offset, length) of the data file has a hole; gives how many were cleared.
+
+    Costs one SEEK_HOLE a run of data, not one a chunk. A file system without holes reports none, and proves nothing.
+    """
+    dropped = 0
+    data_start, data_end = 0, 0
+    for chunk, (offset, length) in enumerate(ranges):
+        if state[chunk] == EMPTY or not length:
+            continue
+        end = offset + length
+        if not data_start <= offset < data_end:
+            try:
+                data_start = os.lseek(fd, offset, os.SEEK_DATA)
+                data_end = os.lseek(fd, data_start, os.SEEK_HOLE)
+            except OSError as e:
+                if e.errno != errno.ENXIO:
+                    raise CacheError(f"looking for holes: {e.strerror}", e.errno) from e
+                data_start = data_end = size
+        if not (data_start <= offset and end <= data_end):
+            state[chunk] = EMPTY
+            dropped += 1
+    return dropped
+
+
+def checkpoint(path: Path, data_fd: int, ready: list[int], count: int, identity: Identity) -> None:
+    """Store that these chunks are in the data file. Bits that the file has gained from others since are kept.
+
+    Raises CacheError; UnsyncedError when the data itself is in doubt. Killed at any instant, the map holds old bits, new
+    bits, or some of the new bits: each of them true.
+    """
+    try:
+        os.fdatasync(data_fd)
+    except OSError as e:
+        raise UnsyncedError(f"data file of {path}: {e.strerror}", e.errno) from e
+    own = _pack(ready, count)
+    try:
+        fd, raw = _open_locked(path, count)
+        try:
+            _store_bits(fd, raw, own, complete=own == _pack(range(count), count))
+            _store_record(path, identity, own)
+        except OSError:
+            if not raw:
+                path.unlink(missing_ok=True)  # half made: the reference would not mount with it
+            raise
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise CacheError(f"checkpoint of {path}: {e.strerror}", e.errno) from e
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The first `limit` bytes of a regular file. Raises OSError, and does not wait for the writer of a pipe."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return os.pread(fd, limit, 0)
+    finally:
+        os.close(fd)
 
 
 def _fault(raw: bytes, count: int) -> str | None:
-    """What is wrong with a map file's bytes, or None."""
+    """What is wrong with a map file's bytes, or None. No bytes at all are a map that is about to be made."""
     size = HEADER_SIZE + (count + 7) // 8
+    if not raw:
+        return None
     if len(raw) != size:
         return f"size is {len(raw)}, {size} expected for {count} chunks"
     if not any(raw):
@@ -77,8 +183,7 @@ def _own_bits(path: Path, identity: Identity, count: int) -> bytes:
     """The bits that our last checkpoint wrote for this very data file; none set if there is no such record."""
     nothing = bytes((count + 7) // 8)
     try:
-        with open(record_path(path), "rb") as f:
-            head, _, bits = f.read(_RECORD_LIMIT + len(nothing)).partition(b"\n")
+        head, _, bits = _read(record_path(path), _RECORD_LIMIT + len(nothing)).partition(b"\n")
         record = json.loads(head)
     except (OSError, ValueError, RecursionError):
         return nothing
@@ -86,61 +191,15 @@ def _own_bits(path: Path, identity: Identity, count: int) -> bytes:
 
 
 def _record(identity: Identity, bits: bytes) -> dict[str, object]:
-    return {"version": 1, "mode": "plain", "size": identity.size, "inode": identity.ino, "crc": zlib.crc32(bits)}
-
-
-def load(path: Path, count: int, identity: Identity) -> bytearray:
-    """The state of each chunk as the stored map tells it: EMPTY, READY, or VERIFY.
-
-    A missing map is empty; one of wrong size, magic, version or with stray bits is set aside. Never raises for bad content.
-    """
-    state = bytearray(count)
-    try:
-        with open(path, "rb") as f:
-            raw = f.read(HEADER_SIZE + (count + 7) // 8 + 1)
-    except FileNotFoundError:
-        return state
-    if not raw:
-        return state
-    fault = _fault(raw, count)
-    if fault is not None:
-        _set_aside(path, fault)
-        return state
-    bits = raw[HEADER_SIZE:]
-    if _HEADER.unpack_from(raw)[3] == _ALL_READY:
-        # The reference believes this marker and does not look at the bits.
-        bits = _pack(range(count), count)
-    if any(bits):
-        own = _own_bits(path, identity, count)
-        claimed = b"".join(map(_BITS.__getitem__, bits))[:count]
-        trusted = b"".join(map(_BITS.__getitem__, own))[:count]
-        state[:] = bytes(map(_JUDGE.__getitem__, zip(claimed, trusted, strict=True)))
-    return state
-
-
-def drop_holes(fd: int, state: bytearray, ranges: Iterable[tuple[int, int]], size: int) -> int:
-    """Clear each chunk whose range (offset, length) of the data file has a hole; gives how many were cleared.
-
-    Costs one SEEK_HOLE a run of data, not one a chunk. A file system without holes reports none, and proves nothing.
-    """
-    dropped = 0
-    data_start, data_end = 0, 0
-    for chunk, (offset, length) in enumerate(ranges):
-        if state[chunk] == EMPTY:
-            continue
-        end = offset + length
-        if not data_start <= offset < data_end:
-            try:
-                data_start = os.lseek(fd, offset, os.SEEK_DATA)
-                data_end = os.lseek(fd, data_start, os.SEEK_HOLE)
-            except OSError as e:
-                if e.errno != errno.ENXIO:
-                    raise CacheError(f"looking for holes: {e.strerror}", e.errno or 0) from e
-                data_start = data_end = size
-        if not (data_start <= offset and end <= data_end):
-            state[chunk] = EMPTY
-            dropped += 1
-    return dropped
+    return {
+        "version": 1,
+        "mode": "plain",
+        "size": identity.size,
+        "inode": identity.ino,
+        "birth": identity.birth,
+        "layout": identity.layout.hex(),
+        "crc": zlib.crc32(bits),
+    }
 
 
 def _pack(ready: Iterable[int], count: int) -> bytes:
@@ -150,38 +209,69 @@ def _pack(ready: Iterable[int], count: int) -> bytes:
     return bytes(bits)
 
 
-def checkpoint(path: Path, data_fd: int, ready: list[int], count: int, identity: Identity) -> None:
-    """Store that these chunks are in the data file. Bits that the file has gained from others since are kept.
+def _open_locked(path: Path, count: int) -> tuple[int, bytes]:
+    """The map file, made if it is not there, locked until it is closed, and its bytes: sound ones, or none.
 
-    Raises CacheError. Killed at any instant, the map holds old bits, new bits, or some of the new bits: each of them true.
+    Raises OSError.
     """
-    try:
-        os.fdatasync(data_fd)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as e:
-        raise CacheError(f"checkpoint of {path}: {e.strerror}", e.errno) from e
-    try:
-        _lock(fd)
-        size = HEADER_SIZE + (count + 7) // 8
-        old = os.pread(fd, size + 1, 0)
-        own = bits = _pack(ready, count)
-        if len(old) == size and _fault(old, count) is None:
-            bits = bytes(a | b for a, b in zip(own, old[HEADER_SIZE:], strict=True))
-        complete = _pack(range(count), count) == bits
-        os.posix_fallocate(fd, 0, size)
-        if len(old) > size:
-            os.ftruncate(fd, size)
-        _pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, _MAGIC2, 0), 0)
-        _pwrite(fd, bits, HEADER_SIZE)
-        os.fdatasync(fd)
-        if complete:
-            _pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, _MAGIC2, _ALL_READY), 0)
-            os.fdatasync(fd)
-        _write_record(path, json.dumps(_record(identity, own)).encode() + b"\n" + own)
-    except OSError as e:
-        raise CacheError(f"checkpoint of {path}: {e.strerror}", e.errno) from e
-    finally:
+    for _ in range(_TRIES):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        try:
+            _lock(fd)
+            here = path.stat()
+            if os.path.samestat(here, os.fstat(fd)):
+                raw = os.pread(fd, HEADER_SIZE + (count + 7) // 8 + 1, 0)
+                fault = _fault(raw, count)
+                if fault is None:
+                    return fd, raw
+                set_aside(path, fault)
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
+    raise OSError(errno.EBUSY, "others keep replacing it")
+
+
+def _lock(fd: int) -> None:
+    """Wait for the map's lock; it ends when the fd is closed, so also when its holder is killed. Raises OSError."""
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)  # F_OFD_SETLKW has no time-out, and whoever may open the file may hold its lock
+
+
+def _store_bits(fd: int, raw: bytes, own: bytes, *, complete: bool) -> None:
+    """Add our bits to a map whose bytes are `raw` (sound, or none). The header of a new one is there before its bits."""
+    os.posix_fallocate(fd, 0, HEADER_SIZE + len(own))
+    marker = _HEADER.unpack_from(raw)[3] if raw else 0
+    if not any(raw):
+        _pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, _MAGIC2, 0), 0)
+    _pwrite(fd, bytes(a | b for a, b in zip(own, raw[HEADER_SIZE:] or bytes(len(own)), strict=True)), HEADER_SIZE)
+    os.fdatasync(fd)
+    if complete and marker != _ALL_READY:
+        _pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, _MAGIC2, _ALL_READY), 0)
+        os.fdatasync(fd)
+
+
+def _store_record(path: Path, identity: Identity, own: bytes) -> None:
+    target = record_path(path)
+    temporary = target.with_name(target.name + ".tmp")  # one writer at a time: the map is locked
+    try:
+        with open(temporary, "wb") as f:
+            f.write(json.dumps(_record(identity, own)).encode() + b"\n" + own)
+            f.flush()
+            os.fdatasync(f.fileno())
+        os.replace(temporary, target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _pwrite(fd: int, data: bytes, offset: int) -> None:
@@ -189,17 +279,3 @@ def _pwrite(fd: int, data: bytes, offset: int) -> None:
     while view:
         done = os.pwrite(fd, view, offset)
         view, offset = view[done:], offset + done
-
-
-def _write_record(path: Path, record: bytes) -> None:
-    target = record_path(path)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(record)
-            f.flush()
-            os.fdatasync(f.fileno())
-        os.replace(temporary, target)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -6,7 +6,7 @@ that touches it is. Padding between chunks belongs to none, and reads as zeros.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 
 from nydusd.errors import CacheError
 from nydusd.storage.state.chunk_map import ChunkMap
@@ -20,18 +20,23 @@ class RangeMap:
         self._segment = segment
         self._chunks = ChunkMap(segment)
 
-    def _start(self, chunk: int) -> int:
-        return int(RECORD.unpack_from(self._segment.records, chunk * RECORD.size)[1])
+    def _place(self, chunk: int) -> tuple[int, int]:
+        """Offset and size of a chunk in the uncompressed blob."""
+        _coff, uoff, _csize, usize, *_ = RECORD.unpack_from(self._segment.records, chunk * RECORD.size)
+        return uoff, usize
 
     def chunks_of(self, offset: int, size: int) -> tuple[int, int]:
-        """(first, count) of the chunks that touch [offset, offset + size). Raises CacheError for a range outside."""
+        """(first, count) of the chunks that touch [offset, offset + size). Raises CacheError for a range outside.
+
+        Chunks of 0 bytes between two that touch it are counted in.
+        """
         limit = -(-self._segment.identity.size // 4096) * 4096
         if size <= 0 or offset < 0 or offset + size > limit:
             raise CacheError(f"range {offset}+{size} is outside the blob's {limit} bytes")
         ids = range(self._segment.count)
-        first = max(bisect_right(ids, offset, key=self._start) - 1, 0)
-        last = max(bisect_right(ids, offset + size - 1, key=self._start) - 1, 0)
-        return first, last - first + 1
+        first = bisect_right(ids, offset, key=lambda chunk: sum(self._place(chunk)))
+        end = bisect_left(ids, offset + size, key=lambda chunk: self._place(chunk)[0])
+        return first, max(end - first, 0)
 
     def is_range_all_ready(self) -> bool:
         return self._chunks.is_all_ready()

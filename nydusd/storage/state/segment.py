@@ -4,6 +4,9 @@ Built by a worker (`workers/prepare.py`), mapped by the supervisor, the front en
 made under a temporary name and renamed when complete, so a reader sees none or all of it. It is allocated in full
 when it is made: a full shared-memory file system is an error then, never a SIGBUS later. Only the supervisor unlinks.
 
+A segment that replaces another (the cache file was changed by somebody) is another object under the same name: whoever
+maps the old one goes on with the old file, of which it tells the truth, until it asks for more and opens the new one.
+
 What holds after SIGKILL of anybody: the state bytes stay. *Ready* was stored after the data was written, so it is true as
 long as the kernel lives; *pending* of a dead claimer is reset by the supervisor, or by whoever builds the next
 segment from this one (`inherit`).
@@ -12,6 +15,7 @@ segment from this one (`inherit`).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import struct
@@ -38,7 +42,8 @@ RECORD = struct.Struct("<QQIIIIII")
 DIGEST_SIZE = 32
 CONTEXT_SIZE = 40
 
-_HEADER = struct.Struct("<8sIIQQQQQ16sQQQQQQQQ")
+_HEADER = struct.Struct("<8sIIQQQQQ16sQQQQQQQQQ32s")
+_GETVERSION = 0x80087601  # FS_IOC_GETVERSION
 _SHM = Path("/dev/shm")  # where glibc keeps POSIX shared memory: the only way to rename an object
 
 
@@ -49,16 +54,29 @@ def boot_id() -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The cache file that a segment speaks of: device, inode, and the size it must have, bytes."""
+    """The cache file that a segment speaks of, and what is where in it.
+
+    Device, inode, the size it must have in bytes; `birth`: the inode's generation where the file system has one, for a
+    deleted file's inode number is soon another's; `layout`: a hash of the chunk table (32 bytes, or none).
+    """
 
     dev: int
     ino: int
     size: int
+    birth: int = 0
+    layout: bytes = b""
 
     @classmethod
-    def of(cls, fd: int, size: int) -> Identity:
+    def of(cls, fd: int, size: int, layout: bytes = b"") -> Identity:
         st = os.fstat(fd)
-        return cls(st.st_dev, st.st_ino, size)
+        birth = 0
+        with contextlib.suppress(OSError):  # ENOTTY: tmpfs and others have none
+            birth = int.from_bytes(fcntl.ioctl(fd, _GETVERSION, bytes(8)), "little")
+        return cls(st.st_dev, st.st_ino, size, birth, layout)
+
+    def is_of(self, fd: int) -> bool:
+        """Whether this is the identity of the open file."""
+        return Identity.of(fd, self.size, self.layout) == self
 
 
 def _align(n: int) -> int:
@@ -68,9 +86,10 @@ def _align(n: int) -> int:
 class Segment:
     """One mapped segment. `state` is writable: one byte a chunk."""
 
-    def __init__(self, name: str, mapping: mmap.mmap) -> None:
+    def __init__(self, name: str, mapping: mmap.mmap, inode: int) -> None:
         self.name = name
         self._map = mapping
+        self._inode = inode
         view = memoryview(mapping)
         if len(view) < HEADER_SIZE:
             raise FormatError(name, "size", f"{len(view)} bytes, at least {HEADER_SIZE} expected")
@@ -92,15 +111,20 @@ class Segment:
             self.dict_offset,
             self.dict_size,
             total,
+            birth,
+            layout,
         ) = _HEADER.unpack_from(view)
         if magic != MAGIC or version != 1 or total != len(view):
             raise FormatError(name, "header", f"magic {magic!r}, version {version}, size {total} of {len(view)}")
-        self.identity = Identity(dev, ino, size)
+        self.identity = Identity(dev, ino, size, birth, layout if any(layout) else b"")
         self._view = view
         self.state = view[state : state + self.count]
         self.records = view[records : records + self.count * RECORD.size]
         self._digests = view[digests : digests + self.count * DIGEST_SIZE]
         self.contexts = view[contexts : contexts + self.context_count * CONTEXT_SIZE]
+        lengths = [len(area) for area in (self.state, self.records, self._digests, self.contexts)]
+        if lengths != [self.count * n for n in (1, RECORD.size, DIGEST_SIZE)] + [self.context_count * CONTEXT_SIZE]:
+            raise FormatError(name, "header", f"areas of {lengths} bytes for {self.count} chunks")
         self._lock: BlobLock | None = None
 
     @classmethod
@@ -126,18 +150,20 @@ class Segment:
         digests_at = records_at + _align(len(records))
         contexts_at = digests_at + _align(len(digests))
         total = contexts_at + _align(len(contexts))
+        for path in _SHM.glob(f"{name[1:]}.*"):  # left by a worker that was killed here
+            path.unlink(missing_ok=True)
         temporary = f"{name}.{os.getpid()}"
-        _unlink(temporary)
-        shm = posix_ipc.SharedMemory(temporary, posix_ipc.O_CREX, 0o600)
         try:
-            try:
-                os.posix_fallocate(shm.fd, 0, total)
-            except OSError as e:
-                raise CacheError(f"shared memory {name}: {total} bytes: {e.strerror}", e.errno) from e
+            shm = posix_ipc.SharedMemory(temporary, posix_ipc.O_CREX, 0o600)
+        except (OSError, posix_ipc.Error) as e:
+            raise CacheError(f"shared memory {name}: {e}") from e
+        try:
+            os.posix_fallocate(shm.fd, 0, total)
             mapping = mmap.mmap(shm.fd, total)
-        except BaseException:
+            inode = os.fstat(shm.fd).st_ino
+        except OSError as e:
             _unlink(temporary)
-            raise
+            raise CacheError(f"shared memory {name}: {total} bytes: {e.strerror}", e.errno) from e
         finally:
             shm.close_fd()
         _HEADER.pack_into(
@@ -160,32 +186,43 @@ class Segment:
             dict_offset,
             dict_size,
             total,
+            identity.birth,
+            identity.layout,
         )
         for at, part in ((state_at, state), (records_at, records), (digests_at, digests), (contexts_at, contexts)):
             mapping[at : at + len(part)] = part
+        _unlink_lock(name)
         os.rename(_SHM / temporary[1:], _SHM / name[1:])
-        return cls(name, mapping)
+        return cls(name, mapping, inode)
 
     @classmethod
     def open(cls, name: str) -> Segment | None:
-        """Map an existing segment; None when there is none. Raises FormatError for what is not a segment."""
+        """Map an existing segment; None when there is none.
+
+        Raises FormatError for what is not a segment, CacheError when it cannot be mapped.
+        """
         try:
             shm = posix_ipc.SharedMemory(name)
         except posix_ipc.ExistentialError:
             return None
+        except (OSError, posix_ipc.Error) as e:
+            raise CacheError(f"shared memory {name}: {e}") from e
         try:
-            size = os.fstat(shm.fd).st_size
-            if size < HEADER_SIZE:
-                raise FormatError(name, "size", f"{size} bytes, at least {HEADER_SIZE} expected")
-            mapping = mmap.mmap(shm.fd, size)
+            st = os.fstat(shm.fd)
+            if st.st_size < HEADER_SIZE:
+                raise FormatError(name, "size", f"{st.st_size} bytes, at least {HEADER_SIZE} expected")
+            mapping = mmap.mmap(shm.fd, st.st_size)
+        except OSError as e:
+            raise CacheError(f"shared memory {name}: {e.strerror}", e.errno) from e
         finally:
             shm.close_fd()
-        return cls(name, mapping)
+        return cls(name, mapping, st.st_ino)
 
     def lock(self) -> BlobLock:
-        """The segment's lock, to be used in a `with`."""
+        """The segment's lock, to be used in a `with`. Another segment of the same name has another lock."""
         if self._lock is None:
-            self._lock = BlobLock(self.name, self._view[LOCK_OFFSET : LOCK_OFFSET + 16], create=True)
+            record = self._view[LOCK_OFFSET : LOCK_OFFSET + 16]
+            self._lock = BlobLock(f"{self.name}.{self._inode}", record, create=True)
         return self._lock
 
     def record(self, chunk: int) -> ChunkRecord:
@@ -196,8 +233,11 @@ class Segment:
         return bytes(self._digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE])
 
     def counters(self, row: int) -> memoryview:
-        """A row of 6 u64 counters: hits, hit bytes, misses, miss bytes, errors, spare. One process writes a row."""
-        at = COUNTERS_OFFSET + row * COUNTER_FIELDS * 8
+        """A row of 6 u64 counters: hits, hit bytes, misses, miss bytes, errors, spare. One process writes a row.
+
+        Processes beyond the 64th share rows, and may lose counts there.
+        """
+        at = COUNTERS_OFFSET + row % COUNTER_ROWS * COUNTER_FIELDS * 8
         return self._view[at : at + COUNTER_FIELDS * 8].cast("Q")
 
     def totals(self) -> list[int]:
@@ -219,8 +259,15 @@ def _unlink(name: str) -> None:
         posix_ipc.unlink_shared_memory(name)
 
 
+def _unlink_lock(name: str) -> None:
+    """Remove the semaphore of the segment that has this name now."""
+    with contextlib.suppress(FileNotFoundError, posix_ipc.ExistentialError):
+        posix_ipc.unlink_semaphore(f"{name}.{(_SHM / name[1:]).stat().st_ino}")
+
+
 def remove(name: str) -> None:
-    """Remove a segment's name and its semaphore; no error if there is none."""
+    """Remove a segment's name and its semaphore, or a semaphore by its own name; no error if there is none."""
+    _unlink_lock(name)
     _unlink(name)
     with contextlib.suppress(posix_ipc.ExistentialError):
         posix_ipc.unlink_semaphore(name)
