@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from nydusd.errors import UnsupportedError
 from nydusd.storage.backend.base import BlobBackend
 
-SUPPORTED = ("localfs", "registry")
+SUPPORTED = ("localfs", "localdisk", "registry", "oss", "s3", "http-proxy")
 
 
 def make_backend(kind: str, config: Mapping[str, object], shared_fd: int = -1) -> BlobBackend:
@@ -21,6 +21,22 @@ def make_backend(kind: str, config: Mapping[str, object], shared_fd: int = -1) -
         from nydusd.storage.backend.localfs import LocalFs
 
         return LocalFs.from_config(config)
+    if kind == "localdisk":
+        from nydusd.storage.backend.localdisk import LocalDisk
+
+        return LocalDisk.from_config(config)
+    if kind == "oss":
+        from nydusd.storage.backend.oss import OssBackend
+
+        return OssBackend.from_config(config, shared_fd)
+    if kind == "s3":
+        from nydusd.storage.backend.s3 import S3Backend
+
+        return S3Backend.from_config(config, shared_fd)
+    if kind == "http-proxy":
+        from nydusd.storage.backend.http_proxy import HttpProxyBackend
+
+        return HttpProxyBackend.from_config(config, shared_fd)
     if kind == "registry":
         from nydusd.storage.backend.registry.backend import RegistryBackend
 
