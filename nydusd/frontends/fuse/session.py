@@ -9,11 +9,13 @@ bytes. If the supervisor itself is killed, the front ends' copies keep the mount
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import errno
 import fcntl
 import logging
 import os
+import select
 import subprocess
 import sys
 from typing import NamedTuple
@@ -32,8 +34,7 @@ MAX_WRITE = 4096
 """The least the kernel takes; nothing is ever written, and a small one keeps the request buffers small."""
 
 _WANTED = (
-    p.ASYNC_READ
-    | p.ASYNC_DIO
+    p.ASYNC_READ  # and not ASYNC_DIO: with it, who waits in a direct read(2) cannot even be killed
     | p.DO_READDIRPLUS
     | p.READDIRPLUS_AUTO
     | p.NO_OPEN_SUPPORT
@@ -42,6 +43,7 @@ _WANTED = (
     | p.MAX_PAGES
     | p.CACHE_SYMLINKS
     | p.EXPLICIT_INVAL_DATA  # and not AUTO_INVAL_DATA: an image never changes, so cached pages are never stale
+    | p.ABORT_ERROR
     | p.INIT_EXT
     | p.HAS_RESEND
 )
@@ -158,7 +160,8 @@ class Session:
         Raises MountError for any other failure.
         """
         top = _top_mount(self.mountpoint)
-        if top is None or top.device != self.device:
+        # The number of the device of a mount that is gone may be given to the next.
+        if self._is_over() or top is None or top.device != self.device:
             return
         code = _umount(self.mountpoint, 0)
         if code == errno.EBUSY:
@@ -176,6 +179,18 @@ class Session:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def _is_over(self) -> bool:
+        """Whether the file system is unmounted for good. Not so if it was aborted by hand: it is dead then, but mounted."""
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        if not any(events & select.POLLERR for _, events in poll.poll(0)):
+            return False
+        try:
+            os.read(self.fd, p.MAX_READ)
+        except OSError as e:
+            return e.errno == errno.ENODEV
+        return False
 
     def _set_read_ahead(self, kib: int) -> None:
         path = f"/sys/class/bdi/{self.device}/read_ahead_kb"
@@ -241,9 +256,9 @@ def _probe(mountpoint: str, patience: float) -> int | None:
         return child.wait(patience)
     except subprocess.TimeoutExpired:
         child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a request that was taken and is not answered
+            child.wait(patience)
         return None
-    finally:
-        child.poll()
 
 
 def _mount(mountpoint: str, fd: int) -> None:
