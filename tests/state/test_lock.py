@@ -1,0 +1,190 @@
+"""The lock of a segment: who waits, who dies with it, who takes over. Order is by events, never by time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+from collections.abc import Iterator
+
+import posix_ipc
+import pytest
+
+from nydusd.storage.state import lock as lock_module
+from nydusd.storage.state.lock import BlobLock, start_time
+from nydusd.storage.state.segment import LOCK_OFFSET, Segment
+from tests.support.segments import in_child, join, make_segment, segment_name
+
+_RECORD = struct.Struct("<QQ")
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    with segment_name() as name:
+        made = make_segment(name, 4)
+        yield made
+        made.close()
+
+
+def _semaphore(segment: Segment) -> posix_ipc.Semaphore:
+    inode = os.stat(f"/dev/shm{segment.name}").st_ino
+    return posix_ipc.Semaphore(f"{segment.name}.{inode}", posix_ipc.O_CREAT, 0o600, 1)
+
+
+def _record(segment: Segment) -> memoryview:
+    return segment._view[LOCK_OFFSET : LOCK_OFFSET + 16]
+
+
+def _count_to(name: str, rounds: int) -> None:
+    """Add to a number in shared memory in a way that loses counts if two do it at once."""
+    own = Segment.open(name)
+    assert own is not None
+    number = own.counters(0)
+    for _ in range(rounds):
+        with own.lock():
+            seen = number[0]
+            os.sched_yield()
+            number[0] = seen + 1
+    number.release()
+    own.close()
+
+
+def _value(segment: Segment) -> int:
+    semaphore = _semaphore(segment)
+    try:
+        return semaphore.value
+    finally:
+        semaphore.close()
+
+
+def test_only_one_process_is_inside(segment: Segment) -> None:
+    children = [in_child(lambda: _count_to(segment.name, 300)) for _ in range(4)]
+    assert [join(pid) for pid in children] == [0] * 4
+    assert segment.totals()[0] == 1200
+    assert _value(segment) == 1
+
+
+def _hold_for_ever(name: str, ready: int) -> None:
+    own = Segment.open(name)
+    assert own is not None
+    with own.lock():
+        os.write(ready, b"x")
+        signal.pause()
+
+
+def _killed_holder(segment: Segment) -> int:
+    out, into = os.pipe()
+    holder = in_child(lambda: _hold_for_ever(segment.name, into))
+    os.close(into)
+    assert os.read(out, 1) == b"x"
+    os.close(out)
+    os.kill(holder, signal.SIGKILL)
+    return holder
+
+
+def test_lock_of_a_killed_holder_is_taken_over_even_while_it_is_a_zombie(segment: Segment) -> None:
+    holder = _killed_holder(segment)
+    with segment.lock():
+        assert _value(segment) == 0
+    assert _value(segment) == 1
+    assert join(holder) == -signal.SIGKILL
+
+
+def test_one_of_many_waiters_takes_over_and_the_others_wait_for_it(segment: Segment) -> None:
+    join(_killed_holder(segment))
+    children = [in_child(lambda: _count_to(segment.name, 50)) for _ in range(4)]
+    assert [join(pid) for pid in children] == [0] * 4
+    assert segment.totals()[0] == 200
+    assert _value(segment) == 1
+
+
+def test_dead_owner_is_succeeded_once(segment: Segment) -> None:
+    join(_killed_holder(segment))
+    owner = _RECORD.unpack(_record(segment))
+    lock = segment.lock()
+    assert lock._take_over(owner)
+    assert not lock._take_over(owner), "its successor lives: it must not be robbed by whoever also saw the dead owner"
+    lock.__exit__(None, None, None)
+    assert not lock._take_over(owner), "its successor is done: the lock is free and must be acquired"
+    assert _value(segment) == 1
+
+
+def test_pid_of_a_younger_process_does_not_keep_a_lock(segment: Segment) -> None:
+    semaphore = _semaphore(segment)
+    semaphore.acquire()
+    me = os.getpid()
+    _RECORD.pack_into(_record(segment), 0, me, start_time(me) - 1)
+    with segment.lock():
+        assert _RECORD.unpack(_record(segment)) == (me, start_time(me))
+    assert semaphore.value == 1
+    semaphore.close()
+
+
+def test_live_holder_is_waited_for(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_out, looked = os.pipe()
+    monkeypatch.setattr(lock_module, "PATIENCE", 0.001)
+    is_dead = BlobLock._is_dead
+
+    def counting(owner: tuple[int, int], waited: float) -> bool:
+        os.write(looked, b"x")
+        return is_dead(owner, waited)
+
+    def wait_in_line() -> None:
+        own = Segment.open(segment.name)
+        assert own is not None
+        with own.lock():
+            assert own.counters(0)[0] == 1, "got in before the holder was done"
+
+    monkeypatch.setattr(BlobLock, "_is_dead", staticmethod(counting))
+    with segment.lock():
+        waiter = in_child(wait_in_line)
+        for _ in range(20):  # it has looked at us 20 times
+            assert os.read(looked_out, 1) == b"x"
+        segment.counters(0)[0] = 1
+    assert join(waiter) == 0
+    os.close(looked)
+    os.close(looked_out)
+
+
+def test_holder_killed_before_it_left_its_record_is_succeeded(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "GRACE", 0.1)
+    semaphore = _semaphore(segment)
+    semaphore.acquire()
+    with segment.lock():
+        assert semaphore.value == 0
+    assert semaphore.value == 1
+    semaphore.close()
+
+
+def test_process_that_was_taken_for_dead_does_not_let_two_in_for_ever(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "GRACE", 0.1)
+    semaphore = _semaphore(segment)
+    semaphore.acquire()  # and is stopped before it leaves its record
+    with segment.lock():
+        pass
+    stopped = segment.lock()
+    _RECORD.pack_into(_record(segment), 0, *stopped._me)  # goes on
+    stopped.__exit__(None, None, None)
+    assert semaphore.value == 1
+    semaphore.close()
+
+
+def test_next_generation_has_a_lock_of_its_own(segment: Segment) -> None:
+    old = segment.lock()
+    with old, (newer := make_segment(segment.name, 4, generation=2)).lock():
+        pass
+    assert _value(newer) == 1
+    newer.close()
+    with old:
+        pass
+
+
+def test_start_time_of_nobody_is_zero() -> None:
+    child = in_child(lambda: None)
+    join(child)
+    assert start_time(child) == 0
+    assert start_time(os.getpid()) > 0
