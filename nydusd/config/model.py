@@ -120,9 +120,9 @@ class LocalFs(Table, frozen=True, kw_only=True):
 
 
 class Oss(Remote, frozen=True, kw_only=True):
-    """Alibaba Cloud object storage."""
+    """Alibaba Cloud object storage. `credentials_file` is read instead of the keys here, anew when it changes."""
 
-    SECRETS: ClassVar[Mapping[str, str | None]] = {"access_key_id": "", "access_key_secret": ""}
+    SECRETS: ClassVar[Mapping[str, str | None]] = {"access_key_id": "", "access_key_secret": "", "session_token": ""}
 
     scheme: str = "https"
     endpoint: str
@@ -130,12 +130,17 @@ class Oss(Remote, frozen=True, kw_only=True):
     object_prefix: str = ""
     access_key_id: str = ""
     access_key_secret: str = ""
+    session_token: str = ""
+    credentials_file: str = ""
 
 
 class S3(Remote, frozen=True, kw_only=True):
-    """S3 and what speaks its protocol. An empty `endpoint` means s3.amazonaws.com."""
+    """S3 and what speaks its protocol. An empty `endpoint` means s3.amazonaws.com.
 
-    SECRETS: ClassVar[Mapping[str, str | None]] = {"access_key_id": "", "access_key_secret": ""}
+    `virtual_host`: the bucket is part of the host's name, not of the path. `credentials_file` as for `Oss`.
+    """
+
+    SECRETS: ClassVar[Mapping[str, str | None]] = {"access_key_id": "", "access_key_secret": "", "session_token": ""}
 
     scheme: str = "https"
     endpoint: str
@@ -144,6 +149,9 @@ class S3(Remote, frozen=True, kw_only=True):
     object_prefix: str = ""
     access_key_id: str = ""
     access_key_secret: str = ""
+    session_token: str = ""
+    credentials_file: str = ""
+    virtual_host: bool = False
 
 
 class Registry(Remote, frozen=True, kw_only=True):

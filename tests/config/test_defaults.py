@@ -28,14 +28,21 @@ REMOTE = {
     "proxy": PROXY,
     "mirrors": [],
 }
-KEYS = {"scheme": "https", "object_prefix": "", "access_key_id": "", "access_key_secret": ""}
+KEYS = {
+    "scheme": "https",
+    "object_prefix": "",
+    "access_key_id": "",
+    "access_key_secret": "",
+    "session_token": "",
+    "credentials_file": "",
+}
 BACKENDS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "localdisk": ({"device_path": "/dev/x"}, {"device_path": "/dev/x", "disable_gpt": False}),
     "localfs": ({"dir": "/b"}, {"blob_file": "", "dir": "/b", "alt_dirs": []}),
     "oss": ({"endpoint": "e", "bucket_name": "b"}, {**REMOTE, **KEYS, "endpoint": "e", "bucket_name": "b"}),
     "s3": (
         {"endpoint": "", "region": "r", "bucket_name": "b"},
-        {**REMOTE, **KEYS, "endpoint": "", "region": "r", "bucket_name": "b"},
+        {**REMOTE, **KEYS, "endpoint": "", "region": "r", "bucket_name": "b", "virtual_host": False},
     ),
     "registry": (
         {"host": "h", "repo": "r"},

@@ -12,12 +12,11 @@ import stat
 import struct
 from collections.abc import Mapping, Sequence
 
-import msgspec
-
 from nydusd.config.model import LocalDisk as LocalDiskConfig
 from nydusd.errors import BackendError, ConfigError, FormatError, NoSuchBlobError
 from nydusd.storage.backend.base import BlobBackend, BlobReader, ReadHow
 from nydusd.storage.backend.gpt import BASIC_DATA, SECTOR_SIZES, Partition, read_partitions
+from nydusd.storage.backend.table import read_table
 
 _BLKSSZGET = 0x1268
 _BLKGETSIZE64 = 0x80081272
@@ -44,10 +43,7 @@ class LocalDisk(BlobBackend):
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> LocalDisk:
         """Take the keys device_path and disable_gpt. Raises `ConfigError`."""
-        try:
-            table = msgspec.convert(dict(config), LocalDiskConfig)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"backend localdisk: {error}") from error
+        table = read_table("localdisk", config, LocalDiskConfig)
         return cls(table.device_path, table.disable_gpt)
 
     def extent(self, blob_id: str) -> tuple[int, int]:
