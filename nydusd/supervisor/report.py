@@ -87,17 +87,9 @@ def _blob(cache: BlobCache, place: str) -> Json:
         row["chunks"] = segment.count
         row |= {key: counts[key] for key in ("ready", "pending", "failed")}
         row["uncompressed_size"] = segment.identity.size
-        row["ready_bytes"] = _ready_bytes(cache, counts["ready"])
+        row["ready_bytes"] = cache.meta.bytes_of(cache.chunk_map.states())
         row["hits"], row["hit_bytes"], row["misses"], row["miss_bytes"], row["errors"], _ = segment.totals()
     return row
-
-
-def _ready_bytes(cache: BlobCache, ready: int) -> int:
-    """Plain bytes of the chunks that are ready. Adding up a big blob's takes a while: it is done when some were added."""
-    if cache.ready_bytes[0] != (cache.spec.generation, ready):
-        size = cache.meta.bytes_of(cache.chunk_map.states()) if ready else 0
-        cache.ready_bytes = ((cache.spec.generation, ready), size)
-    return cache.ready_bytes[1]
 
 
 def _cache(daemon: Supervisor, _request: Json) -> Json:

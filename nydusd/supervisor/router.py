@@ -246,14 +246,14 @@ class Router:
 
     def prefetch(self) -> None:
         """Submit jobs for a worker that has nothing else to do, if there is anything to fetch before it is asked for."""
-        for cache in list(self._prefetch.aside()):
-            self.open_blob(cache)
         while (batch := self._prefetch.take(time.monotonic())) is not None:
             cache, wanted = batch
             before = len(cache.jobs)
             self._start(cache, [chunk for chunk in wanted if not cache.failure(chunk)], Priority.PREFETCH)
             if len(cache.jobs) > before:
                 return
+        for cache in self._prefetch.aside():
+            self.open_blob(cache)
 
     # --- slots ------------------------------------------------------------------------------------------------
 

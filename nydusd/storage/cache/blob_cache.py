@@ -35,7 +35,6 @@ class BlobCache:
         self.stored = 0  # ready chunks at the last checkpoint, -1: not known
         self.checkpointing = False
         self.no_room_until = 0.0  # 0: the cache folder had room the last time
-        self.ready_bytes = ((0, 0), 0)  # of (generation, ready chunks), as last reported
         self.ahead_start, self.ahead_end = 0, -1  # chunks of the last miss and its read-ahead
         self.window = 0  # compressed bytes of that read-ahead
         self._failures: dict[int, tuple[int, float, float]] = {}

@@ -15,6 +15,8 @@ from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.state.segment import EMPTY, VERIFY
 
 _BURST = 16 << 20
+_TINY = 1e-3
+"""Seconds that are not worth waiting: without that, who waited as told may be told, by rounding, to wait on."""
 _GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
 
 
@@ -37,7 +39,8 @@ class Limiter:
         self._leak(now)
         # The capacity is a tenth of a second's worth, at most the burst: a higher one would make a low limit no limit.
         over = self._debt - min(self._rate / 10, _BURST)
-        return max(0.0, over / self._rate)
+        wait = over / self._rate
+        return wait if wait > _TINY else 0.0
 
     def spend(self, now: float, size: int) -> None:
         if self._rate:

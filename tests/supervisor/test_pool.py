@@ -1,0 +1,141 @@
+"""WorkerPool: who gets which job, and what a death costs."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from nydusd.ipc.messages import Json
+from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.supervisor.pool import WorkerPool
+
+
+class Pool:
+    """A pool, what it sent, and how its jobs ended."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[bytes, str]] = []
+        self.ended: list[tuple[str, Answer]] = []
+        self.spare: list[Job] = []
+        self.pool = WorkerPool("fetch", self._send, self._more)
+
+    def _send(self, identity: bytes, message: Json) -> None:
+        self.sent.append((identity, message["kind"]))
+
+    def _more(self) -> None:
+        while self.spare:
+            self.pool.submit(self.spare.pop(0))
+
+    def job(self, name: str, priority: Priority = Priority.USER) -> Job:
+        return Job(name, None, priority, {}, lambda job, answer: self.ended.append((job.kind, answer)))
+
+    def submit(self, name: str, priority: Priority = Priority.USER) -> Job:
+        job = self.job(name, priority)
+        self.pool.submit(job)
+        return job
+
+    def order(self) -> list[str]:
+        """The names of all queued jobs as one worker gets them."""
+        self.pool.worker_ready(b"w")
+        names = []
+        self.pool.pump()
+        while len(self.sent) > len(names):
+            names.append(self.sent[-1][1])
+            self.pool.worker_done(b"w", {"id": self.pool._busy[b"w"].number})
+            self.pool.pump()
+        return names
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return Pool()
+
+
+def test_order_is_users_then_ahead_then_prefetch_each_in_order_of_arrival(pool: Pool) -> None:
+    for name, priority in (("p1", 2), ("a1", 1), ("u1", 0), ("p2", 2), ("u2", 0), ("a2", 1)):
+        pool.submit(name, Priority(priority))
+    assert pool.order() == ["u1", "u2", "a1", "a2", "p1", "p2"]
+
+
+def test_promoted_job_stands_behind_the_users(pool: Pool) -> None:
+    pool.submit("p1", Priority.PREFETCH)
+    chosen = pool.submit("p2", Priority.PREFETCH)
+    pool.submit("u1")
+    pool.pool.promote(chosen)
+    pool.pool.promote(chosen)
+    assert pool.order() == ["u1", "p2", "p1"]
+
+
+def test_idle_worker_gets_what_more_submits_at_once(pool: Pool) -> None:
+    pool.spare = [pool.job("p1", Priority.PREFETCH), pool.job("p2", Priority.PREFETCH)]
+    assert pool.order() == ["p1", "p2"]
+
+
+def test_more_is_not_asked_while_a_job_is_queued(pool: Pool) -> None:
+    pool.spare = [pool.job("spare")]
+    pool.submit("u1")
+    pool.pool.worker_ready(b"w")
+    pool.pool.pump()
+    assert pool.spare
+
+
+def test_worker_has_one_job_at_a_time(pool: Pool) -> None:
+    pool.submit("a")
+    pool.submit("b")
+    pool.pool.worker_ready(b"w")
+    pool.pool.worker_ready(b"w")  # a repeated hello is not a second worker
+    pool.pool.pump()
+    assert pool.sent == [(b"w", "a")]
+    assert pool.pool.size == 1
+
+
+def test_job_whose_worker_died_goes_to_another_before_the_rest(pool: Pool) -> None:
+    pool.submit("a")
+    pool.submit("b")
+    pool.pool.worker_ready(b"w1")
+    pool.pool.pump()
+    pool.pool.worker_died(b"w1")
+    pool.pool.worker_ready(b"w2")
+    pool.pool.pump()
+    assert pool.sent == [(b"w1", "a"), (b"w2", "a")]
+    assert pool.ended == []
+
+
+def test_third_death_gives_a_job_up(pool: Pool) -> None:
+    pool.submit("poison")
+    for name in (b"w1", b"w2", b"w3"):
+        assert pool.ended == []
+        pool.pool.worker_ready(name)
+        pool.pool.pump()
+        pool.pool.worker_died(name)
+    ((kind, answer),) = pool.ended
+    assert (kind, answer["errno"], answer["type"]) == ("poison", errno.EIO, "WorkerDied")
+    assert not pool.pool.queued()
+    assert pool.pool.size == 0
+
+
+def test_report_of_a_dead_worker_is_ignored(pool: Pool) -> None:
+    job = pool.submit("a")
+    pool.pool.worker_ready(b"w1")
+    pool.pool.pump()
+    pool.pool.worker_died(b"w1")
+    pool.pool.worker_done(b"w1", {"id": job.number})
+    assert pool.ended == []
+    assert pool.pool.size == 0
+
+
+def test_report_of_another_job_is_ignored(pool: Pool) -> None:
+    pool.submit("a")
+    pool.pool.worker_ready(b"w")
+    pool.pool.pump()
+    pool.pool.worker_done(b"w", {"id": 12345})
+    assert pool.ended == []
+
+
+def test_dead_idle_worker_gets_no_job(pool: Pool) -> None:
+    pool.pool.worker_ready(b"w")
+    pool.pool.worker_died(b"w")
+    pool.submit("a")
+    pool.pool.pump()
+    assert pool.sent == []

@@ -1,0 +1,190 @@
+"""Any interleaving of clients, workers, deaths, full disks and lost cache files: each request is answered exactly once."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from nydusd.ipc.messages import LOST
+from tests.supervisor.world import CHUNKS, World
+
+CLIENTS = (b"fuse-0-1", b"fuse-1-1", b"fuse-2-1")
+clients = st.sampled_from(CLIENTS)
+picks = st.integers(0, 1 << 16)
+starts = st.sampled_from([*range(9), CHUNKS - 1, CHUNKS])
+some_chunks = st.sets(st.integers(0, CHUNKS - 1), max_size=6)
+
+
+class Bad(Enum):
+    CHUNKS_FAIL = auto()
+    DISK_FULL = auto()
+    FILE_REPLACED = auto()
+    ERROR = auto()
+
+
+class Machine(RuleBasedStateMachine):
+    """`pick` chooses among what there is: an open request, a busy worker, a lease."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.world = World(self.patch)
+        self.number = 0
+        self.workers = {"fetch": 0, "decompress": 0}
+        self.eager = True
+
+    @initialize(opened=st.sets(st.integers(0, 2)), eager=st.booleans(), workers=st.integers(0, 3))
+    def start(self, opened: set[int], eager: bool, workers: int) -> None:
+        """`eager`: jobs are sent after every event, as in a daemon that has little to do."""
+        for role in ("fetch", "decompress"):
+            for _ in range(workers):
+                self.new_worker(role)
+        if workers:
+            for blob in opened:
+                self.world.router.open_blob(self.world.blobs[blob])
+            self.world.pump()
+            for identity in list(self.world.sent):
+                self.world.finish(identity)
+        self.eager = eager
+
+    @rule(client=clients, blob=st.integers(0, 2), first=starts, size=st.integers(0, 5))
+    def request(self, client: bytes, blob: int, first: int, size: int) -> None:
+        self.number += 1
+        self.world.ask(client, self.number, self.world.blobs[blob], first, size)
+
+    @rule(client=clients, blob=st.integers(0, 2), first=starts)
+    def request_of_lost_chunk(self, client: bytes, blob: int, first: int) -> None:
+        self.number += 1
+        self.world.ask(client, self.number, self.world.blobs[blob], first, 2, LOST)
+
+    @rule(pick=picks, first=starts)
+    def duplicate(self, pick: int, first: int) -> None:
+        if self.world.open:
+            (client, number), cache = list(self.world.open.items())[pick % len(self.world.open)]
+            self.world.ask(client, number, cache, first, 1, LOST * (pick % 2))
+
+    @rule(pick=picks)
+    def duplicate_after_answer(self, pick: int) -> None:
+        if self.world.answers:
+            client, number, _code, _slot = self.world.answers[pick % len(self.world.answers)]
+            self.world.ask(client, number, self.world.blobs[pick % 3], pick % CHUNKS, 1)
+
+    @rule(pick=picks)
+    def cancel(self, pick: int) -> None:
+        if self.world.open:
+            client, number = list(self.world.open)[pick % len(self.world.open)]
+            del self.world.open[client, number]
+            self.world.router.cancel(client, number)
+        else:
+            self.world.router.cancel(CLIENTS[0], pick)
+
+    @rule(client=clients)
+    def drop_client(self, client: bytes) -> None:
+        for key in [key for key in self.world.open if key[0] == client]:
+            del self.world.open[key]
+        self.world.router.drop_client(client)
+
+    @rule(pick=picks)
+    def release(self, pick: int) -> None:
+        if self.world.leases:
+            self.world.router.release(self.world.leases.pop(pick % len(self.world.leases)))
+        else:
+            self.world.router.release(pick)
+
+    @rule(role=st.sampled_from(["fetch", "decompress"]))
+    def new_worker(self, role: str) -> None:
+        self.workers[role] += 1
+        if self.world.pool(role).size < 3:
+            self.world.worker(role, f"{role}-{self.workers[role]}".encode())
+
+    @rule()
+    def pump(self) -> None:
+        self.world.pump()
+
+    @rule(pick=picks)
+    def job_ends_well(self, pick: int) -> None:
+        if self.world.sent:
+            self.world.finish(self._busy(pick))
+
+    @rule(pick=picks, how=st.sampled_from(Bad), some=some_chunks, others=some_chunks)
+    def job_ends_badly(self, pick: int, how: Bad, some: set[int], others: set[int]) -> None:
+        if not self.world.sent:
+            return
+        identity = self._busy(pick)
+        kind = self.world.sent[identity]["kind"]
+        if kind == "fill" and how is not Bad.ERROR:
+            if how is Bad.CHUNKS_FAIL:
+                self.world.filled(identity, some, others)
+            elif how is Bad.DISK_FULL:
+                self.world.filled(identity, unstored=range(CHUNKS))
+            elif self.world.sent[identity]["slot"] is None:
+                self.world.stale(identity)
+        elif kind == "prepare" and how is Bad.CHUNKS_FAIL:
+            self.world.prepared(identity, ready=some)
+        elif kind == "checkpoint" and how is Bad.FILE_REPLACED:
+            self.world.stale(identity)
+        else:
+            self.world.fail(identity)
+
+    @rule(pick=picks, stored=some_chunks)
+    def worker_dies(self, pick: int, stored: set[int]) -> None:
+        if self.world.sent:
+            identity = self._busy(pick)
+            message = self.world.sent[identity]
+            if message["kind"] == "fill":
+                self.world.store(identity, stored & set(message["chunks"]))
+            self.world.kill(identity)
+
+    @rule(pick=picks)
+    def job_kills_all_its_workers(self, pick: int) -> None:
+        if self.world.sent:
+            identity = self._busy(pick)
+            number, pool = self.world.sent[identity]["id"], self.world.role_of(identity)
+            while [i for i, message in self.world.sent.items() if message["id"] == number]:
+                self.world.kill(identity)
+                self.new_worker(pool)
+                self.world.pump()
+                identity = next((i for i, message in self.world.sent.items() if message["id"] == number), b"")
+
+    @rule(pick=picks)
+    def idle_worker_dies(self, pick: int) -> None:
+        idle = [*self.world.fetch._idle, *self.world.decompress._idle]
+        if idle:
+            self.world.kill(idle[pick % len(idle)])
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 6.0, 31.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.clock.now += seconds
+
+    @rule(blob=st.integers(0, 1), first=st.integers(0, CHUNKS - 1), size=st.sampled_from([-1, 1, 4]))
+    def prefetch(self, blob: int, first: int, size: int) -> None:
+        self.world.prefetch.want(self.world.blobs[blob], first, size)
+
+    @rule()
+    def checkpoint(self) -> None:
+        self.world.router.checkpoint()
+
+    def _busy(self, pick: int) -> bytes:
+        return list(self.world.sent)[pick % len(self.world.sent)]
+
+    @invariant()
+    def consistent(self) -> None:
+        if self.eager:
+            self.world.pump()
+        self.world.check()
+
+    def teardown(self) -> None:
+        try:
+            self.world.settle()
+            self.world.check_nothing_left()
+        finally:
+            self.world.close()
+            self.patch.undo()
+
+
+def test_every_request_is_answered_once_and_nothing_is_left() -> None:
+    run_state_machine_as_test(Machine, settings=settings(max_examples=400, stateful_step_count=60, deadline=None))  # type: ignore[no-untyped-call]

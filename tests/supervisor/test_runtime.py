@@ -1,0 +1,197 @@
+"""The run-time folder: one daemon a mount point, and what a killed one left is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nydusd.errors import MountError, NydusError
+from nydusd.storage.state.lock import start_time
+from nydusd.supervisor.children import Child, end_all
+from nydusd.supervisor.listener import Listener
+from nydusd.supervisor.runtime import Runtime
+from nydusd.supervisor.sockets import Sockets
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NYDUSD_RUNTIME_DIR", str(tmp_path / "run"))
+
+
+class TestRuntime:
+    def test_folder_is_the_users_alone_and_goes_with_the_daemon(self, tmp_path: Path) -> None:
+        runtime = Runtime("/mnt/image")
+        runtime.claim()
+        assert stat.S_IMODE(runtime.folder.stat().st_mode) == 0o700
+        runtime.remove()
+        assert list((tmp_path / "run").iterdir()) == []
+
+    def test_folder_that_was_there_with_wide_permissions_is_narrowed(self) -> None:
+        runtime = Runtime("/mnt/image")
+        runtime.folder.mkdir(parents=True, mode=0o777)
+        runtime.folder.chmod(0o777)
+        runtime.claim()
+        assert stat.S_IMODE(runtime.folder.stat().st_mode) == 0o700
+        runtime.remove()
+
+    def test_second_daemon_is_refused_and_takes_nothing_away(self, tmp_path: Path) -> None:
+        first, second = Runtime("/mnt/image"), Runtime("/mnt/image")
+        first.claim()
+        with pytest.raises(MountError, match=f"/mnt/image: nydusd with pid {os.getpid()} serves"):
+            second.claim()
+        second.remove()
+        assert (first.folder / "state.json").exists()
+        first.remove()
+        second.claim()
+        second.remove()
+
+    def test_daemons_of_other_mount_points_are_others(self) -> None:
+        first, second = Runtime("/mnt/a"), Runtime("/mnt/b")
+        first.claim()
+        second.claim()
+        second.remove()
+        assert first.folder.exists()
+        first.remove()
+
+    def test_processes_of_a_killed_daemon_are_ended(self) -> None:
+        runtime = Runtime("/mnt/image")
+        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as orphan:
+            runtime.folder.mkdir(parents=True)
+            rows = [[1 << 22, 1], [orphan.pid, start_time(orphan.pid)]]
+            (runtime.folder / "state.json").write_text(json.dumps({"processes": rows}))
+            (runtime.folder / "front").touch()
+            (runtime.folder / "folder").mkdir()
+            runtime.claim()
+            assert orphan.wait() == -9
+        assert [path.name for path in runtime.folder.iterdir()] == ["state.json"]
+        runtime.remove()
+
+    def test_process_that_only_has_the_number_of_one_is_spared(self) -> None:
+        runtime = Runtime("/mnt/image")
+        runtime.folder.mkdir(parents=True)
+        rows = [[1 << 22, 1], [os.getpid(), start_time(os.getpid()) - 1]]
+        (runtime.folder / "state.json").write_text(json.dumps({"processes": rows}))
+        runtime.claim()  # or this test process would not see its end
+        runtime.remove()
+
+    @pytest.mark.parametrize("text", ["", "[]", "{", '{"processes": 1}', '{"processes": [[]]}', "[" * 100_000, "null"])
+    def test_record_that_makes_no_sense_is_as_none(self, text: str) -> None:
+        runtime = Runtime("/mnt/image")
+        runtime.folder.mkdir(parents=True)
+        (runtime.folder / "state.json").write_text(text)
+        runtime.claim()
+        runtime.remove()
+
+    def test_folder_that_cannot_be_made_is_an_error_that_names_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("NYDUSD_RUNTIME_DIR", str(tmp_path / "file"))
+        runtime = Runtime("/mnt/image")
+        with pytest.raises(MountError, match="run-time folder"):
+            runtime.claim()
+        runtime.remove()
+
+    def test_folder_that_is_a_link_is_refused(self, tmp_path: Path) -> None:
+        runtime = Runtime("/mnt/image")
+        runtime.folder.parent.mkdir()
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "precious").touch()
+        runtime.folder.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(MountError):
+            runtime.claim()
+        assert (tmp_path / "elsewhere" / "precious").exists()
+        runtime.remove()
+
+    def test_record_that_cannot_be_written_costs_no_more_than_the_record(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        runtime = Runtime("/mnt/image")
+        runtime.claim()
+        (runtime.folder / "state.tmp").mkdir()
+        runtime.record([1, 2])
+        assert "state.json" in caplog.text
+        runtime.remove()
+
+
+def test_endpoint_that_is_too_long_is_an_error_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(MountError, match="NYDUSD_RUNTIME_DIR"):
+        Sockets(f"ipc://{tmp_path}/a", f"ipc://{tmp_path}/{'b' * 120}")
+
+
+class TestListener:
+    def test_replaces_a_socket_and_is_the_users_alone(self, tmp_path: Path) -> None:
+        path = tmp_path / "api.sock"
+        old, new = Listener(str(path)), Listener(str(path))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        old.remove()
+        assert path.exists()
+        new.remove()
+        assert not path.exists()
+
+    def test_spares_what_is_not_a_socket(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.write_text("precious")
+        with pytest.raises(NydusError, match="is not a socket"):
+            Listener(str(path))
+        assert path.read_text() == "precious"
+
+    @pytest.mark.parametrize("name", ["missing/api.sock", "a" * 200, "nul\0"])
+    def test_that_cannot_be_bound_is_an_error_that_names_it(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(NydusError, match="--apisock"):
+            Listener(str(tmp_path / name))
+
+
+class TestChild:
+    def test_waits_longer_each_time_it_dies_at_once_and_not_the_first_time(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        child = Child("fuse", 0, "nydusd.nothing_of_this_name")
+        delays = []
+        for _ in range(9):
+            child._started, before = child._started + 1, child._delay
+            monkeypatch.setattr("time.monotonic", lambda: 5.0)
+            child._started = 4.9
+            child._back_off()
+            assert child.restart_at is not None
+            assert child._delay >= before
+            delays.append(child.restart_at - 5.0)
+        assert delays == pytest.approx([0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5])
+        child._started = -6.0  # it lived for 11 seconds
+        child._back_off()
+        assert child.restart_at == 5.0
+
+    def test_that_cannot_be_started_is_tried_again_later(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_process(*_: object, **__: object) -> None:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        child = Child("fetch", 0, "workers")
+        monkeypatch.setattr(subprocess, "Popen", no_process)
+        with pytest.raises(NydusError, match="fetch 0 cannot be started: Resource temporarily unavailable"):
+            child.start({}, [])
+        assert child.restart_at is not None
+        assert child.pid == 0
+
+    def test_that_ignores_sigterm_is_killed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "stubborn.py").write_text(
+            "import os, signal, sys\n"
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            f"open({str(tmp_path / 'up')!r}, 'w').close()\n"
+            "signal.pause()\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        child = Child("fetch", 0, "stubborn")
+        os.mkfifo(tmp_path / "up")
+        child.start({}, [])
+        (tmp_path / "up").read_bytes()  # until it is up
+        end_all([child], 0.05)
+        assert "fetch 0 did not end; killing it" in caplog.text
+        assert child.pid == 0

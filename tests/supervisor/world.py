@@ -1,0 +1,322 @@
+"""A router with real pools, slots and segments, whose workers, clients and clock a test plays.
+
+Nothing is fetched: a worker's job ends as the test says, by setting state bytes of the segment that the job's generation
+speaks of, or by placing chunks in the arena, as a real worker does.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from nydusd.formats.model import ChunkFlag
+from nydusd.ipc.messages import Json, SlotRef
+from nydusd.storage.api.factory import BlobFactory
+from nydusd.storage.cache import blob_cache
+from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.cache.manager import CacheConfig
+from nydusd.storage.cache.prefetch import PrefetchWorker
+from nydusd.storage.cache.requests import Job, Priority
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, Identity, Segment, names, remove
+from nydusd.supervisor import router as router_module
+from nydusd.supervisor.pool import WorkerPool
+from nydusd.supervisor.router import Router
+from nydusd.supervisor.slots import SlotTable
+from tests.support.blobs import blob_info
+
+CHUNKS = 24
+ANSWERED_WITH = {0, errno.EIO, errno.ENOMEM}
+_worlds = count(1)
+
+
+class Clock:
+    """Stands in for the `time` module."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class World:
+    """`plain` and `batch` store their chunks in a cache file, `dummy` does not; of `batch`, three chunks make a unit.
+
+    Chunks are 8 to 20 KiB, a job has 32 KiB or one unit, the arena 64 KiB: so few requests already compete for it.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, amplify: int = 40_000, bandwidth: int = 0) -> None:
+        self.clock = Clock()
+        patch.setattr(blob_cache, "time", self.clock)
+        patch.setattr(router_module, "time", self.clock)
+        patch.setattr(router_module, "_JOB_BYTES", 32 << 10)
+        self.instance = f"world-{time.monotonic_ns()}-{next(_worlds)}"
+        self.factory = BlobFactory(self.instance, "/nonexistent")
+        self.slots = SlotTable(f"/nydusd.{self.instance}.arena", 64 << 10)
+        self.prefetch = PrefetchWorker(64 << 10, bandwidth)
+        self.sent: dict[bytes, Json] = {}
+        self.fetch = WorkerPool("fetch", self._sender("fetch"), lambda: None)
+        self.decompress = WorkerPool("decompress", self._sender("decompress"), lambda: self.router.prefetch())
+        self.router = Router(
+            self.factory, self.fetch, self.decompress, self.slots, self.prefetch, self._reply, amplify=amplify
+        )
+        self.plain = self._blob("plain", "/cache")
+        self.batch = self._blob("batch", "/cache")
+        self.dummy = self._blob("dummy", None)
+        self.blobs = [self.plain, self.batch, self.dummy]
+        self.open: dict[tuple[bytes, int], BlobCache] = {}
+        self.answers: list[tuple[bytes, int, int, SlotRef | None]] = []
+        self.leases: list[int] = []
+        self.dispatched: list[Json] = []
+
+    def _blob(self, name: str, work_dir: str | None) -> BlobCache:
+        config = CacheConfig("localfs", {"dir": "/"}, work_dir, False)
+        return self.factory.new_blob_cache(config, replace(blob_info(), blob_id=name), "/boot", None, False)
+
+    def open_all(self) -> None:
+        """Have all blobs prepared, by a worker that is gone then."""
+        self.worker("fetch", b"first")
+        for cache in self.blobs:
+            self.router.open_blob(cache)
+            self.pump()
+            self.prepared(b"first")
+        self.kill(b"first")
+        self.dispatched.clear()
+
+    def close(self) -> None:
+        self.factory.close()
+        self.slots.close()
+        for name in names(f"nydusd.{self.instance}."):
+            remove(name)
+
+    # --- the other processes ---------------------------------------------------------------------------------
+
+    def _sender(self, role: str) -> Callable[[bytes, Json], None]:
+        def send(identity: bytes, message: Json) -> None:
+            pool = self.pool(role)
+            job = pool._busy[identity]
+            assert identity not in self.sent, "a worker got a second job"
+            if job.priority is not Priority.USER:
+                assert not pool._queues[Priority.USER], "a user's job waits behind another"
+            self.sent[identity] = message
+            self.dispatched.append(message)
+
+        return send
+
+    def pool(self, role: str) -> WorkerPool:
+        return self.fetch if role == "fetch" else self.decompress
+
+    def role_of(self, identity: bytes) -> str:
+        return "decompress" if self.sent[identity]["kind"] == "fill" else "fetch"
+
+    def pump(self) -> None:
+        self.decompress.pump()
+        self.fetch.pump()
+
+    def _reply(self, client: bytes, number: int, code: int, slot: SlotRef | None) -> None:
+        cache = self.open.pop((client, number), None)
+        assert cache is not None, f"request {number} of {client!r} was answered, and nobody waits for it"
+        assert code in ANSWERED_WITH
+        assert slot is None or not code
+        self.answers.append((client, number, code, slot))
+        if slot is not None:
+            self.leases.append(slot.lease)
+
+    def ask(self, client: bytes, number: int, cache: BlobCache, first: int, size: int, flags: int = 0) -> None:
+        self.open.setdefault((client, number), cache)
+        self.router.request(client, number, cache.handle, first, size, flags)
+
+    def worker(self, role: str, identity: bytes) -> None:
+        self.pool(role).worker_ready(identity)
+
+    def kill(self, identity: bytes) -> None:
+        self.sent.pop(identity, None)
+        for pool in (self.fetch, self.decompress):
+            pool.worker_died(identity)
+
+    def done(self, identity: bytes, answer: Json) -> None:
+        pool = self.pool(self.role_of(identity))
+        message = self.sent.pop(identity)
+        pool.worker_done(identity, answer | {"id": message["id"]})
+
+    def prepared(self, identity: bytes, ready: Collection[int] = ()) -> None:
+        """The worker has prepared a blob; these chunks are in its cache file."""
+        cache = self.cache_of(identity)
+        records = b""
+        uoff = coff = 0
+        for chunk in range(CHUNKS):
+            usize = 8192 + chunk % 4 * 4096
+            grouped = int(ChunkFlag.BATCH) if cache is self.batch else 0
+            records += RECORD.pack(coff, uoff, usize // 2, usize, grouped, chunk // 3 if grouped else 0, 0, 0)
+            uoff, coff = uoff + usize, coff + usize // 2
+        state = bytes(READY if chunk in ready and cache.caches else EMPTY for chunk in range(CHUNKS))
+        Segment.create(
+            cache.spec.segment,
+            generation=cache.spec.generation,
+            identity=Identity(1, 2, uoff),
+            records=records,
+            digests=bytes(32 * CHUNKS),
+            contexts=b"",
+            dict_offset=0,
+            dict_size=0,
+            state=state,
+        ).close()
+        self.done(identity, {"count": CHUNKS, "size": uoff, "ready": state.count(READY)})
+
+    def cache_of(self, identity: bytes) -> BlobCache:
+        cache = self.factory.get(self.sent[identity]["handle"])
+        assert cache is not None
+        return cache
+
+    def store(self, identity: bytes, chunks: Collection[int]) -> list[tuple[int, int, int]]:
+        """The worker stores some chunks of its job, as it does before it reports; gives what it placed in its slot."""
+        message = self.sent[identity]
+        cache = self.cache_of(identity)
+        if message["slot"] is None:
+            job = self.decompress._busy[identity]
+            # A job of an earlier generation writes to the segment of that generation, which nobody sees any more.
+            if not job.cancelled:
+                for chunk in chunks:
+                    cache.chunk_map.set_ready_and_clear_pending(chunk)
+            return []
+        at, placed = message["slot"]["offset"], []
+        for chunk in chunks:
+            usize = cache.meta.record(chunk).usize
+            placed.append((chunk, at, usize))
+            at += usize
+        assert at <= message["slot"]["offset"] + message["slot"]["length"]
+        return placed
+
+    def filled(self, identity: bytes, failed: Collection[int] = (), unstored: Collection[int] = ()) -> None:
+        """The worker has filled its chunks, all but these."""
+        chunks = self.sent[identity]["chunks"]
+        placed = self.store(identity, [c for c in chunks if c not in failed and c not in unstored])
+        answer: Json = {
+            "failed": [[chunk, errno.EIO, "corrupt"] for chunk in chunks if chunk in failed],
+            "unstored": [chunk for chunk in chunks if chunk in unstored],
+            "why_unstored": "No space left on device" if unstored else "",
+            "placed": placed,
+            "reads": 1,
+            "read_errors": 0,
+            "read_bytes": 4096 * len(chunks),
+        }
+        self.done(identity, answer)
+
+    def fill_next(self, failed: Collection[int] = (), unstored: Collection[int] = ()) -> list[int]:
+        """The one worker with a job fills its chunks, all but these; gives the job's chunks."""
+        self.pump()
+        (identity,) = self.sent
+        chunks: list[int] = self.sent[identity]["chunks"]
+        self.filled(identity, failed, unstored)
+        return chunks
+
+    def finish(self, identity: bytes) -> None:
+        """The worker's job ends well, whatever it is."""
+        kind = self.sent[identity]["kind"]
+        if kind == "prepare":
+            self.prepared(identity)
+        elif kind == "checkpoint":
+            self.done(identity, {"stored": self.cache_of(identity).chunk_map.ready_count()})
+        else:
+            self.filled(identity)
+
+    def stale(self, identity: bytes) -> None:
+        self.done(identity, {"error": "the cache file was replaced", "errno": errno.EIO, "type": "StaleCacheError"})
+
+    def fail(self, identity: bytes) -> None:
+        self.done(identity, {"error": "no such blob", "errno": errno.EIO, "type": "NoSuchBlobError"})
+
+    def settle(self) -> None:
+        """Let healthy workers finish all that is asked for, while clients give back what they get."""
+        for number in range(2):
+            for role in ("fetch", "decompress"):
+                self.worker(role, b"healthy-%d" % number + role.encode())
+        for _ in range(10_000):
+            while self.leases:
+                self.router.release(self.leases.pop())
+            self.pump()
+            if not self.sent:
+                break
+            self.finish(next(iter(self.sent)))
+        assert not self.sent, "the work does not end"
+
+    # --- what must hold at any time --------------------------------------------------------------------------
+
+    def jobs(self) -> Iterator[tuple[Job, bool]]:
+        """All jobs, and whether they are with a worker."""
+        for pool in (self.fetch, self.decompress):
+            yield from ((job, True) for job in pool._busy.values())
+            yield from ((job, False) for queue in pool._queues.values() for job in queue)
+
+    def check(self) -> None:
+        claims: dict[BlobCache, dict[int, Job]] = {cache: {} for cache in self.blobs}
+        holders: dict[int, int] = {}
+        for job, busy in self.jobs():
+            assert busy or not job.cancelled, "a void job is queued"
+            if job.slot is not None:
+                holders[job.slot[0]] = holders.get(job.slot[0], 0) + 1
+            if job.kind != "fill" or job.cancelled or job.cache is None:
+                continue
+            for chunk in job.chunks:
+                assert chunk not in claims[job.cache], f"chunk {chunk} is fetched by two jobs"
+                claims[job.cache][chunk] = job
+        for cache, claimed in claims.items():
+            assert cache.jobs == claimed
+            self._check_waiters(cache)
+        assert not self.router._room._line or self.slots.held(), "a request waits for room that nobody will give up"
+        requests = self.router._requests
+        assert requests.keys() == self.open.keys()
+        for request in requests.values():
+            self._check_request(request)
+            for region in request.held:
+                holders[region] = holders.get(region, 0) + 1
+        for _, regions in self.slots._leases.values():
+            for leased in regions:
+                holders[leased.offset] = holders.get(leased.offset, 0) + 1
+        for offset, region in self.slots._regions.items():
+            assert region.holders == holders.pop(offset, 0), "a region is held by nobody, or by too few"
+            assert region.holders or region.chunks, "a region is kept for nothing"
+        assert not holders
+        used = sum(-(-region.length // 4096) * 4096 for region in self.slots._regions.values())
+        assert self.slots.in_use() == used
+
+    def _check_waiters(self, cache: BlobCache) -> None:
+        if cache.state == "ready":
+            pending = {c for c, value in enumerate(bytes(cache.chunk_map.states())) if value == PENDING}
+            assert pending <= cache.jobs.keys(), "a chunk is pending and nobody fetches it"
+        for chunk, waiters in cache.waiters.items():
+            assert waiters, "an empty list is kept"
+            assert len(set(waiters)) == len(waiters)
+            for request in waiters:
+                assert self.router._requests.get(request.key) is request, "a request that has ended is kept"
+                assert chunk in request.left
+
+    def _check_request(self, request: router_module.Request) -> None:
+        cache = request.cache
+        waits = [request in cache.waiting, bool(request.left), request in self.router._room._line]
+        assert waits.count(True) == 1, f"a request waits for {waits.count(True)} things"
+        if request in cache.waiting:
+            assert cache.state == "preparing", "nobody prepares the blob that a request waits for"
+        for chunk in request.left:
+            assert request in cache.waiters[chunk]
+            job = cache.jobs.get(chunk)
+            assert job is not None, "a request waits for a chunk that nobody fetches"
+            assert job.priority is Priority.USER, "a user waits for a job that is not a user's"
+
+    def check_nothing_left(self) -> None:
+        """After `settle`: no queue, no claim, no hold."""
+        self.check()
+        assert not self.open, f"never answered: {sorted(self.open)}"
+        assert not self.fetch.queued()
+        assert not self.decompress.queued()
+        assert not self.slots.held()
+        for cache in self.blobs:
+            assert not cache.jobs
+            assert not cache.waiters
+            assert not cache.waiting
