@@ -29,6 +29,8 @@ _MAX_ENTRIES: Final = 1024
 _MAX_BYTES: Final = 1 << 20
 _KEY_LOCKS: Final = (1 << 40, 1 << 24)
 """Where the locks of keys are (first byte, number of bytes): far behind the table; two keys may share one by chance."""
+KEEP: Final = -1.0
+"""As the lifetime of an entry that is changed: it ends when it would have ended."""
 _BUSY_LIMIT: Final = 2.0
 """Seconds to wait for the lock of the table. It is held for microseconds; a holder that is stopped must not stop all."""
 
@@ -78,14 +80,21 @@ class SharedStore:
     def update(self, key: str, change: Callable[[Entry | None], tuple[Entry | None, float | None, T]]) -> T:
         """Change an entry in one step that no other process sees half of.
 
-        `change` is given the entry and gives the new one (None removes it), its life in seconds (None: no end) and
-        what this call is to return. It must be quick and do no I/O.
+        `change` is given the entry and gives the new one (None removes it), its life in seconds (None: no end, `KEEP`)
+        and what this call is to return. It must be quick and do no I/O.
         """
         with self._locked():
             table = self._load()
             value, lifetime, result = change(self._value(table, key))
             if value is not None:
-                table[key] = _Slot(None if lifetime is None else time.monotonic() + lifetime, value)
+                old = table.get(key)
+                if lifetime == KEEP:
+                    expires = old.expires if old is not None else None
+                else:
+                    expires = None if lifetime is None else time.monotonic() + lifetime
+                if old is not None and old.expires == expires and old.value == value:
+                    return result
+                table[key] = _Slot(expires, value)
             elif table.pop(key, None) is None:
                 return result
             self._save(table)
