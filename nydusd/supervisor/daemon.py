@@ -45,7 +45,9 @@ log = logging.getLogger(__name__)
 _BOOT = 3.0
 """Seconds in which a child that ends by itself means that the daemon cannot start."""
 _STOP_PATIENCE = 10.0
-"""Seconds that a stop waits for the last checkpoint, and for children to end."""
+"""Seconds that a stop waits for the last checkpoint."""
+_END_PATIENCE = 2.0
+"""Seconds that children may take to end; there is nothing that they could lose."""
 
 
 class Supervisor:
@@ -365,7 +367,7 @@ class Supervisor:
                 steps.callback(self._sockets.close)
             if self._session is not None:
                 steps.callback(self._session.close)
-            steps.callback(end_all, self.children, _STOP_PATIENCE)
+            steps.callback(end_all, self.children, _END_PATIENCE)
             if hasattr(self, "router"):
                 steps.callback(self._last_checkpoint)
             if self._session is not None and self._unmount:

@@ -38,7 +38,7 @@ class Pool:
     def order(self) -> list[str]:
         """The names of all queued jobs as one worker gets them."""
         self.pool.worker_ready(b"w")
-        names = []
+        names: list[str] = []
         self.pool.pump()
         while len(self.sent) > len(names):
             names.append(self.sent[-1][1])

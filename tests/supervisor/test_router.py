@@ -112,9 +112,9 @@ def test_reader_that_runs_into_the_read_ahead_raises_it(world: World) -> None:
     world.worker("decompress", b"w1")
     world.ask(A, 1, world.plain, 0, 1)
     ahead = world.plain.jobs[4]
-    assert ahead.priority is Priority.AHEAD
+    before = ahead.priority
     world.ask(A, 2, world.plain, 4, 1)
-    assert ahead.priority is Priority.USER
+    assert (before, ahead.priority) == (Priority.AHEAD, Priority.USER)
     assert world.plain.jobs[4] is ahead
     assert world.fill_next() == [0]
     assert world.fill_next() == ahead.chunks

@@ -187,4 +187,4 @@ class Machine(RuleBasedStateMachine):
 
 
 def test_every_request_is_answered_once_and_nothing_is_left() -> None:
-    run_state_machine_as_test(Machine, settings=settings(max_examples=400, stateful_step_count=60, deadline=None))  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(Machine, settings=settings(max_examples=400, stateful_step_count=60, deadline=None))

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +21,7 @@ from nydusd.storage.cache import blob_cache
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.manager import CacheConfig
 from nydusd.storage.cache.prefetch import PrefetchWorker
-from nydusd.storage.cache.requests import Job, Priority
+from nydusd.storage.cache.requests import Job, Priority, Request
 from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, Identity, Segment, names, remove
 from nydusd.supervisor import router as router_module
 from nydusd.supervisor.pool import WorkerPool
@@ -77,7 +76,7 @@ class World:
 
     def _blob(self, name: str, work_dir: str | None) -> BlobCache:
         config = CacheConfig("localfs", {"dir": "/"}, work_dir, False)
-        return self.factory.new_blob_cache(config, replace(blob_info(), blob_id=name), "/boot", None, False)
+        return self.factory.new_blob_cache(config, replace(blob_info(), blob_id=name), "/boot", "", False)
 
     def open_all(self) -> None:
         """Have all blobs prepared, by a worker that is gone then."""
@@ -274,8 +273,8 @@ class World:
         assert requests.keys() == self.open.keys()
         for request in requests.values():
             self._check_request(request)
-            for region in request.held:
-                holders[region] = holders.get(region, 0) + 1
+            for held in request.held:
+                holders[held] = holders.get(held, 0) + 1
         for _, regions in self.slots._leases.values():
             for leased in regions:
                 holders[leased.offset] = holders.get(leased.offset, 0) + 1
@@ -297,7 +296,7 @@ class World:
                 assert self.router._requests.get(request.key) is request, "a request that has ended is kept"
                 assert chunk in request.left
 
-    def _check_request(self, request: router_module.Request) -> None:
+    def _check_request(self, request: Request) -> None:
         cache = request.cache
         waits = [request in cache.waiting, bool(request.left), request in self.router._room._line]
         assert waits.count(True) == 1, f"a request waits for {waits.count(True)} things"

@@ -25,7 +25,6 @@ from tests.support.discipline import (
     discipline,
     is_running,
     mounts_under,
-    wait_until,
 )
 
 START_SECONDS = 30.0
@@ -257,11 +256,14 @@ def _comm(pid: int) -> str:
         return ""
 
 
-def wait_for_role(daemon: Daemon, role: str, count: int, without: int = 0, seconds: float = 20.0) -> None:
+def wait_for_role(daemon: Daemon, role: str, count: int, without: int = 0, seconds: float = 30.0) -> None:
     """Wait until `count` processes of `role` run and none of them is the pid `without`."""
 
     def complete() -> bool:
         pids = daemon.pids(role)
         return len(pids) == count and without not in pids
 
-    wait_until(complete, f"{count} running processes of role {role} (now {daemon.pids(role)})", seconds)
+    if not becomes_true(complete, seconds):
+        now = ", ".join(f"{pid} ({cmdline(pid)})" for pid in descendants(daemon.pid))
+        wanted = f"{count} processes of role {role}" + (f" without {without}" if without else "")
+        raise AssertionError(f"waited {seconds:g} s in vain for {wanted}; there are: {now}")

@@ -6,7 +6,7 @@ It ends when the file system is unmounted (exit 0) or by SIGTERM's default actio
 The spec: `index` (of this front end), `identity` (its ZeroMQ name, optional), `session_fd` (its lane's clone), `init_flags`
 (`Session.negotiated.flags`), `interrupt_in` and `interrupt_out` (its lane's pipe, and the siblings'; optional), `front`
 (the supervisor's endpoint), `read_deadline` (seconds), `log` {`level`, `file`}, `mount` {`id`, `bootstrap`, `bootstrap_size`
-(optional), `path_id`, `xattr`, `blobs` (for `BlobDevice.from_spec`)}.
+(optional), `path_id`, `extracted` (both for `open_bootstrap`), `xattr`, `blobs` (for `BlobDevice.from_spec`)}.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def _map(path: str, size: int | None) -> memoryview:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = os.fstat(fd).st_size
-        if found == 0 or (size is not None and found != size):
-            raise FormatError(
-                path, "size", f"{found} bytes, but it had {size} when it was mounted: it must not be changed"
-            )
+        if size is not None and found != size:
+            raise FormatError(path, "size", f"{found} bytes, {size} when it was mounted: it must not change meanwhile")
+        if found == 0:
+            raise FormatError(path, "size", "0 bytes: this is no bootstrap")
         return memoryview(mmap.mmap(fd, found, prot=mmap.PROT_READ))
     finally:
         os.close(fd)

@@ -1,0 +1,97 @@
+"""SIGKILL of any worker or front end, at any time, under load: no reader sees a wrong byte or an error."""
+
+from __future__ import annotations
+
+import random
+import struct
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from bench.mkimage import Built, build
+from tests.support.daemon import Daemon, wait_for_role
+from tests.support.discipline import wait_until
+from tests.support.readers import PIECE
+
+READERS = 16
+FILES = 48
+FILE_SIZE = 1 << 20
+CHUNK = 1 << 16
+ROLES = ("fuse", "fetch", "decompress")
+ROUNDS = 2
+KILLS = 8
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of many small chunks, so that the cache stays cold for a while; half of each is incompressible."""
+    root = tmp_path_factory.mktemp("tree")
+    source = random.Random(2)
+    for number in range(FILES):
+        pieces = [
+            source.randbytes(CHUNK) if index % 2 else source.randbytes(16) * (CHUNK // 16)
+            for index in range(FILE_SIZE // CHUNK)
+        ]
+        (root / f"{number:02}").write_bytes(b"".join(pieces))
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(tree, tmp_path_factory.mktemp("image"), CHUNK)
+
+
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_readers_see_right_bytes_while_processes_are_killed(
+    tree: Path, built: Built, tmp_path: Path, round_: int
+) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    choose = random.Random(seed)
+    progress = tmp_path / "progress"
+
+    def pieces_read() -> int:
+        content = progress.read_bytes() if progress.exists() else b""
+        return sum(struct.unpack(f"<{len(content) // 8}Q", content))
+
+    with Daemon(built.bootstrap, built.blob.parent) as daemon:
+        strength = {role: wait_for_pool(daemon, role) for role in ROLES}
+        command = [sys.executable, "-m", "tests.support.readers", "verify", str(daemon.mountpoint), str(tree)]
+        stop = tmp_path / "stop"
+        killed: list[str] = []
+        with subprocess.Popen(
+            [*command, str(progress), str(stop), str(READERS), str(seed)], stderr=subprocess.PIPE, text=True
+        ) as readers:
+
+            def progressed(since: int) -> bool:
+                return pieces_read() > since or readers.poll() is not None
+
+            try:
+                while readers.poll() is None and len(killed) < KILLS:
+                    role = choose.choice(ROLES)
+                    victim = choose.choice(daemon.pids(role))
+                    seen = pieces_read()
+                    daemon.kill(victim)
+                    killed.append(role)
+                    wait_for_role(daemon, role, strength[role], without=victim)
+                    wait_until(
+                        partial(progressed, seen),
+                        f"any progress of the readers after the {role} process {victim} was killed (seed {seed})",
+                        60,
+                    )
+            finally:
+                stop.touch()
+            assert readers.stderr is not None
+            assert readers.wait() == 0, f"seed {seed}, killed {killed}: {readers.stderr.read()}"
+        assert pieces_read() >= READERS * FILES * FILE_SIZE // PIECE
+        assert len(killed) == KILLS
+
+
+def wait_for_pool(daemon: Daemon, role: str) -> int:
+    """The number of processes of a role once all that the daemon starts are there."""
+    expected = {"fuse": 2, "fetch": 1, "decompress": 2}[role]
+    wait_for_role(daemon, role, expected)
+    return expected

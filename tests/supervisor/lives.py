@@ -1,0 +1,116 @@
+"""Helpers for tests of a real daemon's life: starts that fail, kills of the supervisor, reads past the page cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support import oracle
+from tests.support.daemon import Daemon, image_config
+from tests.support.discipline import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGE = oracle.image("v6-zstd-blake3")
+ONE_CHUNK = "sizes/70K-random"
+"""A file of one chunk, with 70,001 bytes that do not compress."""
+
+
+def config_for(image: oracle.Image, cache: Path, **more: object) -> dict[str, object]:
+    """The usual configuration with top-level keys added or replaced; `nydusd` tunes ours."""
+    return image_config(image.blobs, cache) | more
+
+
+def with_cache(config: dict[str, object], **cache: object) -> dict[str, object]:
+    """The configuration with keys of `device.cache` replaced."""
+    device = config["device"]
+    assert isinstance(device, dict)
+    return config | {"device": device | {"cache": device["cache"] | cache}}
+
+
+def read_direct(path: Path) -> bytes:
+    """The content of a file as the daemon gives it now: past the page cache."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        out = bytearray()
+        while piece := os.pread(fd, 1 << 20, len(out)):
+            out += piece
+        return bytes(out)
+    finally:
+        os.close(fd)
+
+
+def wrong(daemon: Daemon, name: str = IMAGE.name) -> list[bytes]:
+    """Files of an image whose bytes are not right, read past the page cache. OSError for one that cannot be read."""
+    top = os.fsencode(daemon.mountpoint)
+    return [
+        path
+        for path, content in oracle.truth(name).items()
+        if read_direct(Path(os.fsdecode(os.path.join(top, path)))) != content
+    ]
+
+
+def failing(daemon: Daemon, name: str = IMAGE.name) -> set[str]:
+    """Files of an image that cannot be read; AssertionError if one gives a wrong byte."""
+    found = set()
+    for path, content in oracle.truth(name).items():
+        file = os.fsdecode(path)
+        try:
+            have = read_direct(daemon.mountpoint / file)
+        except OSError:
+            found.add(file)
+        else:
+            assert have == content, file
+    return found
+
+
+@contextmanager
+def not_started(
+    bootstrap: Path, blobs: Path, cache: Path | None = None, config: dict[str, object] | None = None
+) -> Iterator[Daemon]:
+    """A daemon that the test starts by hand."""
+    daemon = Daemon(bootstrap, blobs, cache=cache, config=config)
+    try:
+        yield daemon
+    finally:
+        daemon.__exit__(None, None, None)
+
+
+def run_to_end(daemon: Daemon) -> tuple[int, list[str]]:
+    """Exit status and stderr, without what is logged, of a daemon that is expected to end by itself."""
+    done = subprocess.run(
+        daemon.command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, cwd=ROOT, check=False
+    )
+    assert done.stdout == ""
+    return done.returncode, [line for line in done.stderr.splitlines() if not line.startswith("[")]
+
+
+def crash(daemon: Daemon) -> list[int]:
+    """SIGKILL the supervisor; gives its front ends, which live on, once all the others have ended."""
+    frontends = daemon.pids("fuse")
+    others = [pid for role in ("fetch", "decompress", "api") for pid in daemon.pids(role)]
+    process = daemon._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for pid in others:
+        wait_until(lambda pid=pid: _reaped(pid), f"the end of {pid}, whose supervisor is gone")  # type: ignore[misc]
+    return frontends
+
+
+def _reaped(pid: int) -> bool:
+    """Whether an orphan, which is our child now, has ended."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return not Path(f"/proc/{pid}").exists()
+
+
+def copy_blobs(image: oracle.Image, folder: Path) -> Path:
+    """A copy of an image's blobs, to be damaged."""
+    shutil.copytree(image.blobs, folder)
+    return folder
