@@ -1,4 +1,4 @@
-"""`make bench`: ours beside the kernel's EROFS on the complete cache file (the limit) and, if $NYDUSD_REF names one, a reference.
+"""`make bench`: ours beside the kernel's EROFS on the complete cache file, and a reference if $NYDUSD_REF names one.
 
 One run, contenders in turn, several rounds, medians and ratios. The image is made by `bench/mkimage.py` from
 $NYDUSD_BENCH_TREE, or from a Debian root file system that is made once below $NYDUSD_BENCH_DIR (/var/tmp/nydusd-bench).

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, not_started, read_direct, run_to_end, wrong
 from tests.support.daemon import Daemon
 from tests.support.discipline import becomes_true, cmdline, descendants, is_running, wait_until
 from tests.support.oracle import truth
-from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, not_started, read_direct, run_to_end, wrong
 
 Expect = Callable[..., None]
 
@@ -56,12 +56,11 @@ class TestStop:
             daemon.stop()
 
     def test_while_a_file_is_open_lets_its_holder_go_on_to_an_error(self) -> None:
-        with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:
-            with open(daemon.mountpoint / ONE_CHUNK, "rb") as file:
-                file.read(1)
-                daemon.stop()
-                with pytest.raises(OSError):
-                    os.pread(file.fileno(), 1, 69_000) or os.fstat(file.fileno())
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon, open(daemon.mountpoint / ONE_CHUNK, "rb") as file:
+            file.read(1)
+            daemon.stop()
+            with pytest.raises(OSError):
+                os.pread(file.fileno(), 1, 69_000) or os.fstat(file.fileno())
 
     @pytest.mark.parametrize("count", [0, 1, 2, 3, 4])
     def test_during_the_start_leaves_nothing(self, count: int) -> None:
@@ -94,7 +93,9 @@ class TestSecondDaemon:
                 ]
                 status, lines = run_to_end(second)
             assert status == 1
-            assert lines == [f"Error: {daemon.mountpoint}: nydusd with pid {daemon.pid} serves this mount point already"]
+            assert lines == [
+                f"Error: {daemon.mountpoint}: nydusd with pid {daemon.pid} serves this mount point already"
+            ]
             assert reads_before == wrong(daemon) == []
             assert daemon.get("/api/v1/daemon")
             daemon.kill(daemon.pids("decompress")[0])  # a new one must find the sockets
