@@ -77,7 +77,7 @@ def _chunk_table(blob: OpenBlob) -> ChunkTable:
         except FileNotFoundError:
             continue
         except (OSError, FormatError) as e:
-            log.warning("blob metadata %s: %s; fetching it again", path, e)
+            log.warning("blob metadata: %s; fetching it again", str(e))
     header, ci = load_ci(info, blob.reader(meta=True).read)
     table = build_from_ci(info, ci, header, _raw_chunks(spec))
     stored = _store_meta(blob, meta_file_bytes(header, ci))

@@ -45,7 +45,7 @@ def resolve(_blobs: OpenBlobs, job: Json) -> Json:
                     seen.add(file)
                     _add(image, file, runs)
         except FormatError as e:
-            log.warning("prefetch list: inode %d: %s", ino, e)
+            log.warning("prefetch list: inode %d: %s", ino, str(e))
     return {"whole": whole, "runs": runs}
 
 
@@ -58,7 +58,7 @@ def _find(image: Bootstrap, paths: list[bytes]) -> list[int]:
                 if name and ino is not None:
                     ino = image.lookup(ino, name)
         except FormatError as e:  # a file where the path has a folder, or a broken folder
-            log.warning("prefetch list: %s", e)
+            log.warning("prefetch list: %s", str(e))
             ino = None
         if ino is None:
             log.warning("prefetch list: %s is not in the image", path.decode(errors="backslashreplace"))
@@ -72,7 +72,7 @@ def _add(image: Bootstrap, ino: int, runs: list[list[int]]) -> None:
         size = image.inode(ino).size
         extents = image.extents(ino, 0, size)
     except FormatError as e:
-        log.warning("prefetch list: inode %d: %s", ino, e)
+        log.warning("prefetch list: inode %d: %s", ino, str(e))
         return
     for extent in extents:
         if runs and runs[-1][0] == extent.blob and runs[-1][1] + runs[-1][2] == extent.chunk:

@@ -173,6 +173,18 @@ def test_process_that_was_taken_for_dead_does_not_let_two_in_for_ever(
     semaphore.close()
 
 
+def test_lock_whose_name_was_removed_is_taken_over_too(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "GRACE", 0.1)
+    semaphore = _semaphore(segment)
+    semaphore.acquire()
+    lock = segment.lock()
+    posix_ipc.unlink_semaphore(lock._name)
+    with lock:
+        assert semaphore.value == 0
+    assert semaphore.value == 1
+    semaphore.close()
+
+
 def test_next_generation_has_a_lock_of_its_own(segment: Segment) -> None:
     old = segment.lock()
     with old, (newer := make_segment(segment.name, 4, generation=2)).lock():

@@ -288,10 +288,15 @@ def _used_by_others(shm_name: str) -> bool:
     """Whether a process outside this run maps or holds the object: then another run on this machine made it."""
     own = {os.getpid(), *descendants(os.getpid())}
     target = f"/dev/shm/{shm_name}"
+    try:
+        # Who made a semaphore maps it under the temporary name that it had at first: only the inode number tells.
+        mapped = re.compile(rf" {os.stat(target).st_ino} +/dev/shm/")
+    except FileNotFoundError:
+        return True  # gone meanwhile: not ours to report
     for name in _listdir("/proc"):
         if not name.isdecimal() or int(name) in own:
             continue
-        if target in _read(f"/proc/{name}/maps"):
+        if mapped.search(_read(f"/proc/{name}/maps")):
             return True
         for fd in _listdir(f"/proc/{name}/fd"):
             with contextlib.suppress(OSError):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nydusd.formats import open_bootstrap
 from nydusd.formats.blob_id import blob_id_from_path
-from nydusd.formats.model import BlobFeature, Bootstrap, ChunkFlag
+from nydusd.formats.model import BlobFeature, Bootstrap
 from nydusd.ipc.arena import PAGE, Arena
 from nydusd.ipc.messages import Json, decode, encode
 from nydusd.storage.api.device import BlobDevice
@@ -27,8 +27,6 @@ from workers.blobs import OpenBlobs
 from workers.checkpoint import checkpoint
 from workers.fill import fill
 from workers.prepare import prepare
-
-CHECKABLE = int(ChunkFlag.DIGEST | ChunkFlag.CRC)
 
 
 class Jobs:

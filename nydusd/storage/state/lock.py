@@ -13,6 +13,7 @@ process that was stopped (not killed) for so long in that one window does no har
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -85,15 +86,15 @@ class BlobLock:
 
     def _take_over(self, owner: tuple[int, int]) -> bool:
         """Become the owner in place of a dead one. False if another waiter was faster."""
-        guard = os.open(_SHM / f"sem.{self._name[1:]}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(FileNotFoundError):  # its name was removed: nobody new comes to it
+                guard = os.open(_SHM / f"sem.{self._name[1:]}", os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, guard)
+                fcntl.flock(guard, fcntl.LOCK_EX)
             if _RECORD.unpack(self._record) != owner or self._sem.value:
                 return False
             _RECORD.pack_into(self._record, 0, *self._me)
             return True
-        finally:
-            os.close(guard)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
