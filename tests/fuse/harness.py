@@ -66,6 +66,7 @@ class Stage:
         self._context = zmq.Context()
         self.front = f"ipc://{folder}/front"
         self._router = self._bind()
+        self._seen: set[Asked] = set()
         self.cancelled: list[int] = []
         self.released: list[int] = []
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -203,17 +204,26 @@ class Stage:
         node = self.tree.find(path.encode())
         return range(node.first, node.first + -(-node.size // CHUNK))
 
-    def asked(self, seconds: float = SECONDS) -> Asked:
-        """The next request of a front end. What was cancelled or released meanwhile is noted in the lists."""
-        request = self._message(seconds)
-        assert request is not None, f"no request within {seconds:g} s"
+    def asked(self) -> Asked:
+        """The next new request of a front end. What was cancelled or released meanwhile is noted in the lists."""
+        while (request := self.asked_again()) in self._seen:
+            pass
+        self._seen.add(request)
+        return request
+
+    def asked_again(self) -> Asked:
+        """The next request, though it be a repetition: front ends repeat what is not answered within a second."""
+        request = self._message(SECONDS)
+        assert request is not None, f"no request within {SECONDS:g} s"
         return request
 
     def quiet(self) -> list[Asked]:
-        """What was asked so far and not yet taken; does not wait."""
+        """What new was asked so far and not yet taken; does not wait."""
         found = []
         while (request := self._message(0)) is not None:
-            found.append(request)
+            if request not in self._seen:
+                self._seen.add(request)
+                found.append(request)
         return found
 
     def _message(self, seconds: float) -> Asked | None:
