@@ -10,7 +10,7 @@ from nydusd.config.model import HttpProxy
 from nydusd.errors import ConfigError
 from nydusd.storage.backend.http.base import HttpBackend
 from nydusd.storage.backend.http.store import SharedStore
-from nydusd.storage.backend.table import read_table
+from nydusd.storage.backend.table import read_table, with_store
 
 _SAFE_IN_PATH = "/%:@!$&'()*+,;=-._~"
 
@@ -26,11 +26,11 @@ class HttpProxyBackend(HttpBackend):
         is_socket = table.addr.startswith("/")
         if "\0" in table.addr:
             raise ConfigError("backend http-proxy: 'addr' has a zero byte")
-        super().__init__("http-proxy", table, store, table.addr if is_socket else "")
         parts = _parts("http://localhost" if is_socket else table.addr)
         path = quote("/".join(part for part in table.path.split("/") if part), safe=_SAFE_IN_PATH)
         if any(part in (".", "..") for part in path.split("/")):
             raise ConfigError(f"backend http-proxy: 'path' is {table.path[:300]!r}; a part . or .. is not allowed")
+        super().__init__("http-proxy", table, store, table.addr if is_socket else "")
         self._prefix = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/"
         if path:
             self._prefix += f"{path}/"
@@ -43,7 +43,8 @@ class HttpProxyBackend(HttpBackend):
     @classmethod
     def from_config(cls, config: Mapping[str, object], shared_fd: int = -1) -> HttpProxyBackend:
         """Take the table `backend.http-proxy` in its plain form. Raises `ConfigError`."""
-        return cls(read_table("http-proxy", config, HttpProxy), SharedStore(shared_fd))
+        table = read_table("http-proxy", config, HttpProxy)
+        return with_store(lambda store: cls(table, store), shared_fd)
 
     def blob_url(self, blob_id: str) -> str:
         return self._prefix if self._one_blob else self._prefix + blob_id

@@ -77,7 +77,7 @@ class KeySource:
 
 def _read(path: str) -> str:
     # O_NONBLOCK: opening a named pipe would wait for its writer.
-    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         raw = file.read(_MAX_FILE + 1) or b""
     if len(raw) > _MAX_FILE:
         raise ValueError(f"is longer than {_MAX_FILE} bytes")

@@ -32,7 +32,6 @@ class ObjectStore(HttpBackend):
     KIND: ClassVar[str]
 
     def __init__(self, table: Oss | S3, endpoint: str, store: SharedStore) -> None:
-        super().__init__(self.KIND, table, store)
         if table.scheme not in _DEFAULT_PORT:
             raise ConfigError(f"backend {self.KIND}: 'scheme' is {table.scheme[:64]!r}; http and https are allowed")
         if not _BUCKET.fullmatch(table.bucket_name):
@@ -45,6 +44,7 @@ class ObjectStore(HttpBackend):
         self._bucket = table.bucket_name
         self._prefix = self._checked_prefix(table.object_prefix)
         fixed = Keys(table.access_key_id, table.access_key_secret, table.session_token)
+        super().__init__(self.KIND, table, store)
         self._key_source = KeySource(fixed, table.credentials_file)
         self._last_keys = Keys()
         self._clock_offset = 0.0

@@ -17,7 +17,7 @@ from nydusd.storage.backend.http.store import SharedStore
 from nydusd.storage.backend.keys import Keys
 from nydusd.storage.backend.object_store import ObjectStore
 from nydusd.storage.backend.sigv4 import quote_path
-from nydusd.storage.backend.table import read_table
+from nydusd.storage.backend.table import read_table, with_store
 
 
 def sign_v1(keys: Keys, method: str, resource: str, headers: Mapping[str, str], now: float) -> dict[str, str]:
@@ -50,7 +50,8 @@ class OssBackend(ObjectStore):
     @classmethod
     def from_config(cls, config: Mapping[str, object], shared_fd: int = -1) -> OssBackend:
         """Take the table `backend.oss` in its plain form. Raises `ConfigError`."""
-        return cls(read_table(cls.KIND, config, Oss), SharedStore(shared_fd))
+        table = read_table(cls.KIND, config, Oss)
+        return with_store(lambda store: cls(table, store), shared_fd)
 
     def blob_url(self, blob_id: str) -> str:
         return self._base + quote_path(self._prefix + blob_id)

@@ -17,7 +17,7 @@ from nydusd.storage.backend.http.answer import Answer
 from nydusd.storage.backend.http.store import SharedStore
 from nydusd.storage.backend.object_store import ObjectStore
 from nydusd.storage.backend.sigv4 import quote_path, sign
-from nydusd.storage.backend.table import read_table
+from nydusd.storage.backend.table import read_table, with_store
 
 log = logging.getLogger(__name__)
 
@@ -34,20 +34,21 @@ class S3Backend(ObjectStore):
     KIND: ClassVar[str] = "s3"
 
     def __init__(self, table: S3, store: SharedStore) -> None:
-        super().__init__(table, table.endpoint or _AWS, store)
         if not _REGION.fullmatch(table.region):
             raise ConfigError(f"backend s3: 'region' is {table.region[:100]!r}; A-Z a-z 0-9 _ - are allowed")
         if table.virtual_host and "_" in table.bucket_name:
             raise ConfigError(
                 "backend s3: 'virtual_host' is set, but 'bucket_name' has a '_' and cannot be a host's name"
             )
+        super().__init__(table, table.endpoint or _AWS, store)
         self._region = table.region
         self._virtual_host = table.virtual_host
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], shared_fd: int = -1) -> S3Backend:
         """Take the table `backend.s3` in its plain form. Raises `ConfigError`."""
-        return cls(read_table(cls.KIND, config, S3), SharedStore(shared_fd))
+        table = read_table(cls.KIND, config, S3)
+        return with_store(lambda store: cls(table, store), shared_fd)
 
     def blob_url(self, blob_id: str) -> str:
         key = quote_path(self._prefix + blob_id)

@@ -30,7 +30,7 @@ def sign(
     """The headers that make a request without a body pass at S3: X-Amz-Date, X-Amz-Content-Sha256, perhaps
     X-Amz-Security-Token, and Authorization.
 
-    `url` is the URL as it will be sent, percent-encoded and with the host as the Host header will have it. Of `headers`
+    `url` is the URL as it will be sent: percent-encoded, the host as the Host header will have it, no query. Of `headers`
     (what will be sent besides) the x-amz-* ones are signed and those that `extra` names, in lower case. `now` is the
     server's time in seconds since 1970.
     """
@@ -46,7 +46,7 @@ def sign(
             signed[lower] = " ".join(value.split())
     names = ";".join(sorted(signed))
     lines = "".join(f"{name}:{signed[name]}\n" for name in sorted(signed))
-    request = f"{method}\n{parts.path or '/'}\n{_query(parts.query)}\n{lines}\n{names}\n{EMPTY_SHA256}"
+    request = f"{method}\n{parts.path or '/'}\n\n{lines}\n{names}\n{EMPTY_SHA256}"
     scope = f"{stamp[:8]}/{region}/s3/aws4_request"
     to_sign = f"{_ALGORITHM}\n{stamp}\n{scope}\n{hashlib.sha256(request.encode()).hexdigest()}"
     key = f"AWS4{keys.secret}".encode()
@@ -61,9 +61,3 @@ def sign(
 def quote_path(path: str) -> str:
     """A path as it is sent and signed: all but A-Z a-z 0-9 - . _ ~ and slashes is percent-encoded, from UTF-8."""
     return quote(path, safe="/-._~")
-
-
-def _query(query: str) -> str:
-    """The parameters in order, each with its "=". They are percent-encoded already."""
-    pairs = (pair.partition("=") for pair in query.split("&") if pair)
-    return "&".join(f"{name}={value}" for name, _, value in sorted((name, "=", value) for name, _, value in pairs))

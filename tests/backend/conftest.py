@@ -1,0 +1,20 @@
+"""Servers that several tests of backends share: starting them takes longer than using them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.s3_server import S3Server, s3_server
+
+
+@pytest.fixture(scope="package")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One OpenStack Swift for all. Objects of different tests have different prefixes."""
+    folder: Path = tmp_path_factory.mktemp("swift") / "data"
+    with s3_server(folder) as server:
+        gc.collect()  # botocore's client is a cycle that holds its connection
+        yield server
