@@ -119,8 +119,10 @@ class Answer:
         thrown = 0
         left = self.left()
         if self._exchange.error is None and not self._raw.isclosed() and (left is None or left <= _CHUNK):
-            # One byte more than there is: so the end is noticed, of an empty body, too.
-            thrown = self.skip(_PEEK if left is None else left + 1)
+            thrown = self.skip(_PEEK if left is None else left)
+            if self._raw.length == 0:
+                # Nothing is read here: it is how http.client is told that an empty body is over.
+                self._raw.read()
         if self._exchange.error is not None or not self._raw.isclosed():
             self._response.close()
         self._response.release_conn()

@@ -87,11 +87,14 @@ class Fetch:
         self._deadline = time.monotonic() + default if how.deadline is None else how.deadline
         self._tries = 1 + (min(1, self._timing.retries) if how.prefetch else self._timing.retries)
         self._attempt = 1
+        """Counts what the retries are limited by; `_exchanges` counts all, for messages."""
+        self._exchanges = 0
         self._remedies = 0
         self._passed: set[str] = backend.routes.bypass() if how.bypass else set()
         self._use_kept = backend.KEEP_REDIRECTS and not how.bypass
         self._route: Route = backend.routes.origin
         self._used_kept = False
+        self._host = ""
 
     def run(self, task: Task, remember: str = "") -> None:
         """Do the task or raise `BackendError`. `remember` tells tasks apart whose failure says nothing of others."""
@@ -112,12 +115,13 @@ class Fetch:
             if failure is None and moved >= PROGRESS:
                 continue
             if failure is None:
-                failure = Failure(Kind.TRANSIENT, self._route.name, f"gave {moved} bytes only")
+                failure = Failure(Kind.TRANSIENT, self._host, f"gave {moved} bytes only")
             self._failed(failure, moved, ranged if failure.kind is Kind.NO_RANGE else key)
 
     def _once(self, task: Task) -> bool:
         """One exchange on the best way there is now."""
         backend = self._backend
+        self._exchanges += 1
         origin_url = backend.blob_url(self._blob_id)
         route = backend.routes.next(self._passed)
         if route is None:
@@ -188,6 +192,7 @@ class Fetch:
         """Give the answer to the task, or to whoever knows what to do about it."""
         backend = self._backend
         breaker = route.breaker or backend.breaker_of(answer.url)
+        self._host = answer.host
         try:
             if answer.status < 200 or answer.status >= 300:
                 self._raise_for(answer, route, origin_url)
@@ -281,10 +286,10 @@ class Fetch:
         if failure.kind not in RETRIED or self._attempt >= self._tries or pause >= left or gives_up:
             if failure.kind is Kind.TRANSIENT and self._attempt < self._tries:
                 failure.kind = Kind.DEADLINE
-            error = error_of(failure, self._blob_id, self._attempt)
+            error = error_of(failure, self._blob_id, self._exchanges)
             log.warning("%s", error)
             raise error from failure
-        log.warning("blob %s: %s (attempt %d), again in %.2f s", self._blob_id, failure.text(), self._attempt, pause)
+        log.warning("blob %s: %s (attempt %d), again in %.2f s", self._blob_id, failure.text(), self._exchanges, pause)
         backend.metrics.retries[failure.kind.value] += 1
         self._attempt += 1
         time.sleep(pause)

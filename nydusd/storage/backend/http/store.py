@@ -57,6 +57,10 @@ class SharedStore:
         self._seen = b""
         self._table: dict[str, _Slot] = {}
 
+    def fileno(self) -> int:
+        """The descriptor of the table, for another store of the same one."""
+        return self._fd
+
     def close(self) -> None:
         """Give the descriptors back. The store is of no use afterwards."""
         for fd in (self._fd, self._made):

@@ -14,6 +14,7 @@ import logging
 import socket
 import ssl
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import urllib3
@@ -59,6 +60,8 @@ class _Source(io.RawIOBase):
         return True
 
     def readinto(self, buf: memoryview) -> int | None:  # type: ignore[override]
+        if self._exchange.in_body and self._exchange.error is not None:
+            return 0
         try:
             self._sock.settimeout(self._exchange.limit(self._exchange.for_data))
             return self._file.readinto(buf)
@@ -184,19 +187,20 @@ class Transport:
 
     def open_connections(self) -> dict[str, int]:
         """How many connections were made to each host of those whose connections are kept."""
-        found: dict[str, int] = {}
+        return {f"{pool.host}:{pool.port}": pool.num_connections for pool in self._pools()}
+
+    def close(self) -> None:
+        """Close all connections."""
+        for pool in self._pools():
+            pool.close()
+        self._managers.clear()
+
+    def _pools(self) -> Iterator[urllib3.HTTPConnectionPool]:
         for manager in self._managers.values():
             for key in manager.pools.keys():  # noqa: SIM118  (it cannot be iterated itself)
                 pool = manager.pools.get(key)
                 if pool is not None:
-                    found[f"{pool.host}:{pool.port}"] = pool.num_connections
-        return found
-
-    def close(self) -> None:
-        """Close all connections."""
-        for manager in self._managers.values():
-            manager.clear()
-        self._managers.clear()
+                    yield pool
 
     def _manager(self, proxied: bool, url: str) -> PoolManager:
         manager = self._managers.get(proxied)
@@ -252,8 +256,6 @@ class Transport:
             return Failure(Kind.TRANSIENT, host, what, tls_or_refused=True, host_failed=True)
         if isinstance(cause, NameResolutionError):
             return Failure(Kind.TRANSIENT, host, "its name cannot be looked up", host_failed=True)
-        if isinstance(cause, ConnectTimeoutError):
-            return Failure(Kind.TRANSIENT, host, f"no connection {where} in time", host_failed=True)
         refused = _cause(cause, ConnectionRefusedError) is not None
         if isinstance(cause, NewConnectionError):
             return Failure(
@@ -263,6 +265,8 @@ class Transport:
                 tls_or_refused=refused,
                 host_failed=True,
             )
+        if isinstance(cause, ConnectTimeoutError):
+            return Failure(Kind.TRANSIENT, host, f"no connection {where} in time", host_failed=True)
         if isinstance(cause, urllib3.exceptions.TimeoutError | TimeoutError):
             return Failure(Kind.TRANSIENT, host, "no answer in time", host_failed=True)
         if isinstance(cause, ValueError) and not isinstance(cause, UnicodeError | HTTPError):
