@@ -28,6 +28,7 @@ lint: setup
 
 test: lint
 	scripts/need-fuse
+	scripts/need-registry
 	$(BIN)/pytest
 
 fuzz: setup

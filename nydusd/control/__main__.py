@@ -13,7 +13,7 @@ import sys
 
 import zmq
 
-from nydusd import logs
+from nydusd import logs, proctitle
 from nydusd.control.server import ApiServer
 from nydusd.ipc.spec import read_spec
 
@@ -23,6 +23,7 @@ def main() -> int:
     # A Ctrl-C goes to the whole process group; the supervisor decides, and needs us to report the end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     spec = read_spec(sys.argv[1:])
+    proctitle.set_title("api")
     log = spec["log"]
     logs.setup(log["level"], log.get("file"), "api", log.get("rotation_size", 0))
     with socket.socket(fileno=spec["listen_fd"]) as listener, zmq.Context() as context:

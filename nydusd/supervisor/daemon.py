@@ -25,11 +25,11 @@ from nydusd.ipc import messages
 from nydusd.ipc.messages import Json, decode, encode
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.prefetch import PrefetchWorker
-from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.supervisor import report
 from nydusd.supervisor.children import Child, end_all, stop_all
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener
+from nydusd.supervisor.planner import plan_prefetch
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
@@ -114,7 +114,7 @@ class Supervisor:
                     self._add(child)
         for cache in self.factory.blobs():
             self.router.open_blob(cache)
-        self._start_prefetch(image)
+        plan_prefetch(image, self.options.prefetch_files, self.prefetch, self.fetch)
         if self.options.apisock is not None:
             self._listener = Listener(self.options.apisock)
             self._add(Child("api", 0, "nydusd.control"))
@@ -141,38 +141,6 @@ class Supervisor:
             amplify=rafs.batch_size if rafs is not None else 1 << 20,
         )
 
-    def _start_prefetch(self, image: Image) -> None:
-        settings = self.config.rafs.prefetch if self.config.rafs is not None else None
-        if settings is None or not settings.enable or not all(cache.caches for cache in image.caches):
-            return
-        paths = None
-        if self.options.prefetch_files is not None:
-            from nydusd.cli.prefetch_list import read_prefetch_list
-
-            paths = [path.hex() for path in read_prefetch_list(self.options.prefetch_files)]
-
-        def resolved(_job: Job, answer: Answer) -> None:
-            if "error" in answer:
-                log.warning("prefetch list of %s: %s", image.source, answer["error"])
-            for index, first, count in answer.get("runs", []):
-                cache = image.blob(index)
-                if cache is not None:
-                    self.prefetch.want(cache, first, count)
-            if settings.prefetch_all or answer.get("whole"):
-                for cache in image.caches:
-                    self.prefetch.want(cache, 0, -1)
-
-        if paths is None and not image.has_prefetch_table:
-            resolved(Job("resolve", None, Priority.AHEAD, {}, resolved), {})
-            return
-        payload: Json = {
-            "bootstrap": image.bootstrap_path,
-            "path_id": image.path_id,
-            "extracted": image.extracted,
-            "paths": paths,
-        }
-        self.fetch.submit(Job("resolve", None, Priority.AHEAD, payload, resolved))
-
     # --- children ---------------------------------------------------------------------------------------------
 
     def _add(self, child: Child) -> Child:
@@ -181,7 +149,7 @@ class Supervisor:
         return child
 
     def _launch(self, child: Child) -> None:
-        spec: Json = {"log": {"level": self._log_level(), "file": self.options.log_file}, "lifeline_fd": self._lifeline}
+        spec: Json = {"log": self._log_spec(), "lifeline_fd": self._lifeline}
         fds = [self._lifeline]
         if child.role == "fuse":
             fds, more = self._frontend_spec(child.index)
@@ -197,11 +165,11 @@ class Supervisor:
         self._poller.register(child.pidfd, zmq.POLLIN)
         self._runtime.record([child.pid for child in self.children if child.pid])
 
-    @staticmethod
-    def _log_level() -> str:
+    def _log_spec(self) -> Json:
         from nydusd import logs
 
-        return logs.level_name()
+        size = self.options.log_rotation_size << 20
+        return {"level": logs.level_name(), "file": self.options.log_file, "rotation_size": size}
 
     def _frontend_spec(self, index: int) -> tuple[list[int], Json]:
         assert self._session is not None

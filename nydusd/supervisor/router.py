@@ -368,9 +368,11 @@ class Router:
     # --- checkpoints ------------------------------------------------------------------------------------------
 
     def checkpoint(self) -> int:
-        """Have the maps of all blobs stored that have gained chunks; gives how many jobs are queued or under way."""
+        """Have the maps of all blobs stored that have gained chunks; gives how many jobs that matter for it are not done."""
         running = 0
         for cache in self._factory.blobs():
+            # What a killed daemon left is known only when the blob is open: a stop must not be faster.
+            running += cache.state == "preparing" and cache.inherits
             if cache.state != "ready" or not cache.caches:
                 continue
             if not cache.checkpointing and cache.chunk_map.ready_count() != cache.stored:

@@ -1,9 +1,9 @@
 """The run-time folder of a daemon, and what an earlier daemon of the same mount point may have left.
 
 `/run/nydusd/<instance>` (or under $NYDUSD_RUNTIME_DIR), mode 0700: the ZeroMQ sockets and `state.json`, which names the
-supervisor and its children by pid and start time. Beside it `<instance>.lock`, locked as long as the supervisor lives. The
-instance is derived from the mount point, so the same command line finds its own leftovers after a SIGKILL: processes
-are ended, sockets removed, shared memory kept for `prepare` to inherit.
+supervisor and its children by pid and start time. Beside it `<instance>.lock`, locked as long as the supervisor lives.
+The instance is derived from the mount point and that place, so the same command line finds its own leftovers after a
+SIGKILL: processes are ended, sockets removed, shared memory kept for `prepare` to inherit.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ class Runtime:
     """Paths of one daemon's run-time folder."""
 
     def __init__(self, mountpoint: str) -> None:
-        self.instance = sha256(mountpoint.encode(errors="surrogateescape")).hexdigest()[:12]
-        self.folder = Path(os.environ.get("NYDUSD_RUNTIME_DIR") or _DEFAULT).absolute() / self.instance
+        root = Path(os.environ.get("NYDUSD_RUNTIME_DIR") or _DEFAULT).absolute()
+        # Both: shared memory is named by this, and a daemon that sees other records must not clear away what is ours.
+        self.instance = sha256(os.fsencode(f"{root}\0{mountpoint}")).hexdigest()[:12]
+        self.folder = root / self.instance
         self.front = f"ipc://{self.folder}/front"
         self.work = f"ipc://{self.folder}/work"
         self.arena = f"/nydusd.{self.instance}.arena"

@@ -80,10 +80,17 @@ def not_started(
         daemon.__exit__(None, None, None)
 
 
-def run_to_end(daemon: Daemon) -> tuple[int, list[str]]:
+def run_to_end(daemon: Daemon, environment: dict[str, str] | None = None) -> tuple[int, list[str]]:
     """Exit status and stderr, without what is logged, of a daemon that is expected to end by itself."""
     done = subprocess.run(
-        daemon.command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, cwd=ROOT, check=False
+        daemon.command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=ROOT,
+        env=os.environ | (environment or {}),
+        check=False,
     )
     assert done.stdout == ""
     return done.returncode, [line for line in done.stderr.splitlines() if not line.startswith("[")]

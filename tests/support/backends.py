@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from nydusd.storage.backend import make_backend
 from nydusd.storage.backend.http.base import HttpBackend
@@ -39,7 +40,7 @@ class Blob:
 
 @contextlib.contextmanager
 def registry_backend(
-    host: str, shared_fd: int = -1, timing: Timing | None = None, **config: object
+    host: str, shared_fd: int = -1, timing: Timing | None = None, **config: Any
 ) -> Iterator[RegistryBackend]:
     """A registry backend for a `with` block, quick unless `timing` says otherwise."""
     table = {"scheme": "http", "host": host, "repo": REPO, "timeout": 1, "connect_timeout": 2, **config}

@@ -14,7 +14,7 @@ from nydusd.storage.cache.meta_info import BlobMetaInfo
 from nydusd.storage.cache.requests import Job, Request
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.chunk_map import ChunkMap
-from nydusd.storage.state.segment import Segment, remove
+from nydusd.storage.state.segment import Segment, names, remove
 
 _BACK_OFF_FIRST, _BACK_OFF_MOST = 0.1, 5.0
 _PREPARE_FIRST, _PREPARE_MOST = 1.0, 30.0
@@ -26,6 +26,7 @@ class BlobCache:
     def __init__(self, spec: BlobSpec) -> None:
         self.spec = spec
         self.users = 0
+        self.inherits = bool(names(spec.segment[1:]))  # a killed daemon left what `prepare` will take over
         self.state = "new"  # new, preparing, ready, failed
         self.reason: str | None = None
         self.segment: Segment | None = None

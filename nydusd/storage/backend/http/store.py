@@ -13,6 +13,7 @@ import fcntl
 import os
 import struct
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 from zlib import crc32
@@ -51,9 +52,13 @@ class SharedStore:
     """
 
     def __init__(self, fd: int = -1) -> None:
-        self._made = os.memfd_create("nydusd-backend", os.MFD_CLOEXEC) if fd < 0 else -1
+        made = os.memfd_create("nydusd-backend", os.MFD_CLOEXEC) if fd < 0 else -1
         # Locks belong to the open file: an inherited descriptor is the same one in all processes, so open it anew.
-        self._fd = os.open(f"/proc/self/fd/{self._made if fd < 0 else fd}", os.O_RDWR | os.O_CLOEXEC)
+        self._fd = os.open(f"/proc/self/fd/{made if fd < 0 else fd}", os.O_RDWR | os.O_CLOEXEC)
+        if made >= 0:
+            os.close(made)
+        # A backend whose configuration is wrong is never finished, and nobody closes its store.
+        self._finish = weakref.finalize(self, os.close, self._fd)
         self._seen = b""
         self._table: dict[str, _Slot] = {}
 
@@ -63,10 +68,7 @@ class SharedStore:
 
     def close(self) -> None:
         """Give the descriptors back. The store is of no use afterwards."""
-        for fd in (self._fd, self._made):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._made = -1
+        self._finish()
 
     def get(self, key: str) -> Entry | None:
         """The entry of a key, None if there is none or its time is over."""

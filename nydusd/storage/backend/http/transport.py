@@ -231,6 +231,8 @@ class Transport:
                 except (OSError, ValueError) as error:
                     raise ConfigError(f"ca_cert_files: {path}: no certificates in PEM form ({error})") from error
             if self._skip_verify:
+                # It is what the configuration says; urllib3 would warn at each request.
+                urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
             self._context = context

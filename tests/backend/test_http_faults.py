@@ -1,0 +1,507 @@
+"""What a server does wrong, one fault at a time: what the reader gets, how often the server was asked, what the log says."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from nydusd.errors import (
+    BackendError,
+    BackendTimeoutError,
+    BackendUnavailableError,
+    CredentialsRejectedError,
+    NoRangeSupportError,
+    NoSuchBlobError,
+    RangeNotSatisfiableError,
+    ThrottledError,
+)
+from nydusd.storage.backend import make_backend
+from nydusd.storage.backend.base import ReadHow
+from nydusd.storage.backend.http.breaker import Policy
+from nydusd.storage.backend.http.fetch import Timing
+from nydusd.storage.backend.registry.backend import RegistryBackend
+from tests.support.backends import REPO, Blob, registry_backend
+from tests.support.faulty_server import Faulty, Handler, Reply, Request, faulty, part_of
+
+BLOB = Blob()
+PAGE = b"<html><body>" + b"Sorry, something went wrong. " * 40_000 + b"</body></html>"
+
+
+@pytest.fixture
+def server() -> Iterator[Faulty]:
+    with faulty() as server:
+        yield server
+
+
+@pytest.fixture
+def backend(server: Faulty) -> Iterator[RegistryBackend]:
+    with registry_backend(server.host) as backend:
+        yield backend
+
+
+def good(request: Request) -> Reply:
+    return part_of(BLOB.data, request)
+
+
+def read(backend: RegistryBackend, offset: int = 1000, size: int = 150_000, how: ReadHow | None = None) -> bytes:
+    return bytes(backend.get_reader(BLOB.id).read(offset, size, how or ReadHow()))
+
+
+def starts(server: Faulty) -> list[int]:
+    """The first byte that each request asked for."""
+    return [one.range[0] for one in server.requests if one.range is not None]
+
+
+ONCE: dict[str, tuple[Reply | Handler, int | None]] = {
+    "status 500": (Reply(500), 0),
+    "status 502": (Reply(502, {}, PAGE), 0),
+    "status 503": (Reply(503), 0),
+    "status 504": (Reply(504), 0),
+    "status 408": (Reply(408), 0),
+    "status 429": (Reply(429, {"Retry-After": "0"}), 0),
+    "status 503 with Retry-After": (Reply(503, {"Retry-After": "0"}), 0),
+    "cut off before the headers": (Reply(silent=True, reset=True), 0),
+    "reset in mid-body": (lambda request: part_of(BLOB.data, request, cut=70_000, reset=True), None),
+    "body shorter than Content-Length": (lambda request: part_of(BLOB.data, request, cut=70_000), 70_000),
+    "stalled body": (lambda request: part_of(BLOB.data, request, stall=70_000), 70_000),
+    "other bytes than asked for": (
+        lambda request: Reply(206, {"Content-Range": f"bytes 0-149999/{len(BLOB.data)}"}, BLOB.data[:150_000]),
+        0,
+    ),
+    "more bytes than asked for": (
+        lambda request: Reply(206, {"Content-Range": f"bytes 1000-299999/{len(BLOB.data)}"}, BLOB.data[1000:]),
+        0,
+    ),
+    "Content-Range that is none": (lambda request: Reply(206, {"Content-Range": "bytes x"}, BLOB.data[:150_000]), 0),
+    "206 without Content-Range": (lambda request: Reply(206, {}, BLOB.data[1000:151_000]), 0),
+    "Content-Range and Content-Length differ": (
+        lambda request: Reply(206, {"Content-Range": f"bytes 1000-150999/{len(BLOB.data)}"}, BLOB.data[1000:150_000]),
+        0,
+    ),
+    "compressed body": (
+        lambda request: Reply(200, {"Content-Encoding": "gzip"}, gzip.compress(BLOB.data, 1)),
+        0,
+    ),
+    "page with status 200": (Reply(200, {"Content-Type": "text/html"}, PAGE), 0),
+    "page with status 200 and no type": (Reply(200, {}, PAGE[:2000]), 0),
+    "page with status 206": (Reply(206, {"Content-Type": "text/html; charset=utf-8"}, PAGE), 0),
+    "a short 206": (
+        lambda request: Reply(206, {"Content-Range": f"bytes 1000-1999/{len(BLOB.data)}"}, BLOB.data[1000:2000]),
+        1000,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", ONCE)
+def test_one_fault_costs_one_more_request(
+    server: Faulty, backend: RegistryBackend, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    step, kept = ONCE[fault]
+    server.program(BLOB.path, step, good)
+    assert read(backend) == BLOB.data[1000:151_000]
+    assert server.count() == 2
+    if kept is not None:
+        assert starts(server) == [1000, 1000 + kept]
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(lines) == 1
+    assert BLOB.id in lines[0] and server.host in lines[0] and "attempt 1" in lines[0]
+    assert sum(backend.metrics.retries.values()) == 1
+
+
+LASTING = {
+    "status 400": (Reply(400), BackendError, "status 400"),
+    "status 401 without a challenge": (Reply(401), CredentialsRejectedError, "status 401"),
+    "status 403": (Reply(403), CredentialsRejectedError, "status 403"),
+    "status 404": (Reply(404, {}, PAGE), NoSuchBlobError, "status 404"),
+    "status 410": (Reply(410), NoSuchBlobError, "status 410"),
+    "status 416": (Reply(416, {"Content-Range": "bytes */500"}), RangeNotSatisfiableError, "bytes */500"),
+    "blob too short": (
+        Reply(206, {"Content-Range": "bytes 1000-1999/2000"}, BLOB.data[1000:2000]),
+        RangeNotSatisfiableError,
+        "has 2000 bytes",
+    ),
+    "redirect without a target": (Reply(302), BackendError, "redirect to nowhere"),
+    "redirect to another scheme": (Reply(302, {"Location": "file:///etc/passwd"}), BackendError, "redirect to nowhere"),
+    "redirect to a port that is none": (Reply(302, {"Location": "http://a:99999/"}), BackendError, "to nowhere"),
+    "status 501": (Reply(501), BackendError, "status 501"),
+}
+
+
+@pytest.mark.parametrize("fault", LASTING)
+def test_what_will_not_change_is_asked_once_and_remembered(
+    server: Faulty, backend: RegistryBackend, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    reply, error, text = LASTING[fault]
+    server.program(BLOB.path, reply)
+    with pytest.raises(error) as caught:
+        read(backend)
+    message = str(caught.value)
+    assert type(caught.value) is error
+    assert BLOB.id in message and server.host in message and text in message and "attempt 1" in message
+    assert message in caplog.text
+    for _ in range(3):
+        with pytest.raises(error, match="as a moment ago"):
+            read(backend)
+    assert server.count() == 1
+    assert backend.metrics.read_amount == 0 and backend.metrics.read_errors == 4
+
+
+def test_what_is_remembered_is_so_for_all_workers_of_a_daemon(server: Faulty, backend: RegistryBackend) -> None:
+    server.program(BLOB.path, Reply(404))
+    with pytest.raises(NoSuchBlobError):
+        read(backend)
+    with registry_backend(server.host, shared_fd=backend.store.fileno()) as other:
+        with pytest.raises(NoSuchBlobError, match="as a moment ago"):
+            read(other)
+        assert server.count() == 1
+        other.timing = backend.timing
+        server.program(BLOB.path, good)
+        assert read(other, how=ReadHow(bypass=True)) == BLOB.data[1000:151_000], "a bypass asks for itself"
+
+
+def test_a_blob_that_ends_too_early_does_not_spoil_what_is_there(server: Faulty, backend: RegistryBackend) -> None:
+    server.program(BLOB.path, good)
+    with pytest.raises(RangeNotSatisfiableError):
+        read(backend, len(BLOB.data) - 10, 100)
+    with pytest.raises(RangeNotSatisfiableError):
+        read(backend, len(BLOB.data) + 10, 100)
+    assert read(backend, len(BLOB.data) - 10, 10) == BLOB.data[-10:]
+
+
+FOR_EVER = {
+    "status 500": Reply(500),
+    "connection cut": Reply(silent=True, reset=True),
+    "wrong Content-Range": Reply(206, {"Content-Range": "bytes 0-9/10"}, bytes(10)),
+    "page with status 200": Reply(200, {"Content-Type": "text/html"}, PAGE),
+    "compressed": Reply(206, {"Content-Encoding": "br", "Content-Range": "bytes 1000-150999/300000"}, bytes(150_000)),
+}
+
+
+@pytest.mark.parametrize("fault", FOR_EVER)
+@pytest.mark.parametrize(("how", "requests"), [(ReadHow(), 4), (ReadHow(prefetch=True), 2)], ids=["user", "prefetch"])
+def test_a_lasting_fault_is_tried_a_few_times(
+    server: Faulty, backend: RegistryBackend, fault: str, how: ReadHow, requests: int
+) -> None:
+    server.program(BLOB.path, FOR_EVER[fault])
+    with pytest.raises(BackendUnavailableError, match=f"attempt {requests}"):
+        read(backend, how=how)
+    assert server.count() == requests
+
+
+def test_the_number_of_retries_is_configured(server: Faulty) -> None:
+    backend = make_backend("registry", {"scheme": "http", "host": server.host, "repo": REPO, "retry_limit": 1})
+    assert isinstance(backend, RegistryBackend)
+    server.program(BLOB.path, Reply(500))
+    with pytest.raises(BackendUnavailableError):
+        read(backend)
+    backend.close()
+    assert server.count() == 2
+
+
+def test_a_connection_that_is_cut_again_and_again_still_delivers(server: Faulty, backend: RegistryBackend) -> None:
+    """Bytes in quantity give the retries back: here are more cuts than retries."""
+    blob = Blob(1_000_000, seed=2)
+    server.program(blob.path, lambda request: part_of(blob.data, request, cut=70_000))
+    assert bytes(backend.get_reader(blob.id).read(0, 630_000)) == blob.data[:630_000]
+    assert server.count(blob.path) == 9
+
+
+def test_a_connection_that_gives_next_to_nothing_does_not_go_on_for_ever(
+    server: Faulty, backend: RegistryBackend
+) -> None:
+    server.program(BLOB.path, lambda request: part_of(BLOB.data, request, cut=100))
+    with pytest.raises(BackendUnavailableError):
+        read(backend)
+    assert starts(server) == [1000, 1100, 1200, 1300]
+
+
+def test_a_slow_body_that_moves_is_waited_for(server: Faulty, backend: RegistryBackend) -> None:
+    server.program(BLOB.path, lambda request: part_of(BLOB.data, request, pieces=30_000, pace=0.3))
+    assert read(backend) == BLOB.data[1000:151_000], "takes longer than the time-out, which is for each wait"
+    assert server.count() == 1
+
+
+@pytest.mark.parametrize("fault", ["stalled headers", "stalled body", "trickle", "endless redirect to itself"])
+def test_the_deadline_of_the_reader_ends_everything(server: Faulty, backend: RegistryBackend, fault: str) -> None:
+    steps = {
+        "stalled headers": Reply(silent=True),
+        "stalled body": Reply(206, {"Content-Range": "bytes 1000-150999/300000"}, bytes(150_000), stall=10),
+        "trickle": Reply(206, {"Content-Range": "bytes 1000-150999/300000"}, bytes(150_000), pieces=1, pace=0.01),
+        "endless redirect to itself": Reply(429, {"Retry-After": "0"}),
+    }
+    server.program(BLOB.path, steps[fault])
+    how = ReadHow(deadline=time.monotonic() + 0.3)
+    with pytest.raises((BackendTimeoutError, ThrottledError)) as caught:
+        read(backend, how=how)
+    if fault != "endless redirect to itself":
+        assert type(caught.value) is BackendTimeoutError
+        assert server.count() == 1
+
+
+def test_a_wait_that_the_deadline_does_not_allow_is_not_begun(server: Faulty, backend: RegistryBackend) -> None:
+    server.program(BLOB.path, Reply(429, {"Retry-After": "3000"}))
+    with pytest.raises(ThrottledError) as caught:
+        read(backend)
+    assert caught.value.retry_after == 3000
+    with pytest.raises(ThrottledError) as caught:
+        read(backend, 5, 6)
+    assert 2000 < caught.value.retry_after <= 3000
+    assert server.count() == 1, "the second read does not disturb the server"
+
+
+def test_prefetch_does_not_wait_for_a_server_that_wants_less(server: Faulty, backend: RegistryBackend) -> None:
+    server.program(BLOB.path, Reply(429, {"Retry-After": "1"}), good)
+    with pytest.raises(ThrottledError):
+        read(backend, how=ReadHow(prefetch=True))
+    with pytest.raises(ThrottledError):
+        read(backend, how=ReadHow(prefetch=True))
+    assert server.count() == 1
+    assert read(backend) == BLOB.data[1000:151_000], "a user waits"
+
+
+@pytest.mark.parametrize(("offset", "requests"), [(0, 1), (200_000, 1)])
+def test_a_server_without_ranges_is_good_for_the_start_of_a_blob(
+    server: Faulty, backend: RegistryBackend, offset: int, requests: int
+) -> None:
+    server.program(BLOB.path, Reply(200, {}, BLOB.data))
+    assert read(backend, offset, 1000) == BLOB.data[offset : offset + 1000]
+    assert server.count() == requests
+    assert backend.metrics.over_read >= offset
+
+
+def test_a_server_without_ranges_is_no_good_for_the_rest(server: Faulty, backend: RegistryBackend) -> None:
+    blob = Blob(1_200_000)
+    server.program(blob.path, Reply(200, {}, blob.data))
+    with pytest.raises(NoRangeSupportError, match="whole blob"):
+        backend.get_reader(blob.id).read(1_100_000, 10)
+    assert server.count() == 1
+
+
+def test_a_blob_of_another_length_is_refused_once_the_length_is_known(server: Faulty, backend: RegistryBackend) -> None:
+    server.program(BLOB.path, good, Reply(200, {}, bytes(400_000)))
+    reader = backend.get_reader(BLOB.id)
+    reader.read(0, 10)
+    with pytest.raises(BackendUnavailableError, match="a body of 400000 bytes"):
+        reader.read(0, 10)
+
+
+def test_a_body_in_chunks_is_understood(server: Faulty, backend: RegistryBackend) -> None:
+    chunked = b"".join(
+        b"%x\r\n%s\r\n" % (len(part), part) for part in (BLOB.data[1000:90_000], BLOB.data[90_000:151_000])
+    )
+    headers = {"Transfer-Encoding": "chunked", "Content-Range": f"bytes 1000-150999/{len(BLOB.data)}"}
+
+    def raw(body: bytes) -> Reply:
+        return Reply(206, headers, body, length=-1)
+
+    server.program(BLOB.path, raw(chunked[:70_000]), raw(b"zzzz\r\n" + chunked), raw(chunked + b"0\r\n\r\n"))
+    server.handlers[BLOB.path] = _whole_ranges(server.handlers[BLOB.path])
+    assert read(backend) == BLOB.data[1000:151_000]
+    assert server.count() == 3
+
+
+def _whole_ranges(handler: Handler) -> Handler:
+    """Chunked replies are the same whatever was asked for, so the continuation is answered from the blob."""
+
+    def wrapped(request: Request) -> Reply:
+        if request.range != (1000, 150_999):
+            return good(request)
+        return handler(request)
+
+    return wrapped
+
+
+def test_one_connection_is_used_again_and_again(server: Faulty, backend: RegistryBackend) -> None:
+    server.program(BLOB.path, good)
+    for number in range(20):
+        assert read(backend, number * 100, 100) == BLOB.data[number * 100 : number * 100 + 100]
+    assert backend.get_reader(BLOB.id).blob_size() == len(BLOB.data)
+    assert server.connections == 1
+    assert sum(backend.state()["connections"].values()) == 1  # type: ignore[attr-defined]
+
+
+def test_a_server_that_closes_each_connection_costs_no_retry(server: Faulty, backend: RegistryBackend) -> None:
+    server.program(BLOB.path, lambda request: part_of(BLOB.data, request, close=True))
+    for number in range(5):
+        assert read(backend, number, 100) == BLOB.data[number : number + 100]
+    assert server.count() == 5 and server.connections == 5
+    assert not backend.metrics.retries
+
+
+def test_a_server_that_is_replaced_is_found_again(server: Faulty, backend: RegistryBackend) -> None:
+    """The kept connection is dead then; that is noticed before or costs one retry."""
+    server.program(BLOB.path, lambda request: part_of(BLOB.data, request))
+    read(backend, 0, 10)
+    server._server.cut_all()
+    assert read(backend, 0, 10) == BLOB.data[:10]
+
+
+def test_a_breaker_keeps_readers_from_a_dead_host(server: Faulty) -> None:
+    timing = Timing(backoff=0.001, longest_backoff=0.002, longest_wait=0.0, breaker=Policy(5, pause=60.0, longest=60.0))
+    with registry_backend(server.host, timing=timing) as backend:
+        server.program(BLOB.path, Reply(503))
+        for _ in range(10):
+            with pytest.raises(BackendUnavailableError):
+                read(backend)
+        assert server.count() == 5
+        with pytest.raises(BackendUnavailableError, match="is down, so it was not asked") as caught:
+            read(backend)
+        assert caught.value.retry_after > 10
+        hosts = backend.state()["hosts"]
+        assert isinstance(hosts, dict) and hosts[server.url]["state"] == "open"
+
+
+READER = """
+import dataclasses, sys
+from nydusd.errors import BackendError
+from nydusd.storage.backend import make_backend
+from nydusd.storage.backend.http.breaker import Policy
+from nydusd.storage.backend.http.fetch import Timing
+fd, host, repo, blob = int(sys.argv[1]), *sys.argv[2:]
+backend = make_backend("registry", {"scheme": "http", "host": host, "repo": repo, "timeout": 10}, fd)
+backend.timing = Timing(backoff=0.001, longest_backoff=0.002, longest_wait=0.0, breaker=Policy(5, 60.0, 60.0))
+print("ready", flush=True)
+sys.stdin.readline()
+failed = 0
+for number in range(25):
+    try:
+        backend.get_reader(blob).read(number, 10)
+    except BackendError:
+        failed += 1
+print(failed, flush=True)
+"""
+
+
+def test_a_storm_of_readers_on_a_dead_origin_is_a_bounded_number_of_requests(server: Faulty) -> None:
+    """8 processes with 25 reads each, which would be 800 requests with their retries."""
+    server.program(BLOB.path, Reply(500))
+    fd = os.memfd_create("shared")
+    arguments = [sys.executable, "-c", READER, str(fd), server.host, REPO, BLOB.id]
+    workers = [
+        subprocess.Popen(arguments, pass_fds=[fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]
+    try:
+        for worker in workers:
+            assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+        for worker in workers:
+            assert worker.stdin is not None
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+        assert [worker.stdout.readline() for worker in workers if worker.stdout] == ["25\n"] * 8
+    finally:
+        for worker in workers:
+            worker.communicate()
+        os.close(fd)
+    # Five open the breaker; each of the others may have had one under way then.
+    assert 5 <= server.count() <= 5 + 7
+
+
+def test_an_origin_that_comes_back_serves_readers_that_waited(server: Faulty) -> None:
+    timing = Timing(backoff=0.001, longest_backoff=0.002, longest_wait=10.0, breaker=Policy(2, pause=0.1, longest=0.1))
+    with registry_backend(server.host, timing=timing) as backend:
+        server.program(BLOB.path, *[Reply(silent=True, reset=True)] * 3, good)
+        assert read(backend) == BLOB.data[1000:151_000]
+        assert server.count() == 4
+
+
+def test_a_breaker_lets_one_request_through_after_its_pause_and_closes_if_that_is_well(server: Faulty) -> None:
+    timing = Timing(backoff=0.001, longest_backoff=0.002, longest_wait=5.0, breaker=Policy(3, pause=0.05, longest=0.05))
+    with registry_backend(server.host, timing=timing) as backend:
+        server.program(BLOB.path, Reply(500), Reply(500), Reply(500), good)
+        assert read(backend) == BLOB.data[1000:151_000], "waits until it may"
+        assert server.count() == 4
+        hosts = backend.state()["hosts"]
+        assert isinstance(hosts, dict) and hosts[server.url]["state"] == "closed"
+
+
+def test_nobody_listens(server: Faulty) -> None:
+    with faulty() as gone:
+        host = gone.host
+    refused = r"no connection to it \(Connection refused\) \(attempt 4\)"
+    with registry_backend(host) as backend, pytest.raises(BackendUnavailableError, match=refused):
+        read(backend)
+
+
+def test_a_name_that_cannot_be_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with registry_backend("registry.invalid") as backend, pytest.raises(BackendUnavailableError, match="looked up"):
+        read(backend)
+
+
+SIZES: dict[str, tuple[list[Reply | Handler], list[str]]] = {
+    "by HEAD": ([good], ["HEAD"]),
+    "HEAD not allowed": ([Reply(405), good], ["HEAD", "GET"]),
+    "HEAD forbidden": ([Reply(403), good], ["HEAD", "GET"]),
+    "HEAD without a length": ([Reply(200, {}, b"", length=-1), good], ["HEAD", "GET"]),
+    "HEAD fails once": ([Reply(500), good], ["HEAD", "HEAD"]),
+    "HEAD answered by a page": ([Reply(200, {"Content-Type": "text/html"}, PAGE), good], ["HEAD", "GET"]),
+    "no ranges either": ([Reply(501), Reply(200, {}, BLOB.data)], ["HEAD", "GET"]),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_the_length_of_a_blob_is_found(server: Faulty, backend: RegistryBackend, case: str) -> None:
+    steps, methods = SIZES[case]
+    server.program(BLOB.path, *steps)
+    assert backend.get_reader(BLOB.id).blob_size() == len(BLOB.data)
+    assert [one.method for one in server.requests] == methods
+    assert backend.get_reader(BLOB.id).blob_size() == len(BLOB.data)
+    assert server.count() == len(methods), "it is remembered"
+
+
+def test_the_length_of_a_blob_that_is_not_there(server: Faulty, backend: RegistryBackend) -> None:
+    with pytest.raises(NoSuchBlobError):
+        backend.get_reader(BLOB.id).blob_size()
+    assert server.count() == 1
+
+
+def test_what_every_request_carries(server: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NYDUS_HEADER_X-Cluster", "blue")
+    monkeypatch.setenv("NYDUS_HEADER_Bad Name", "x")
+    monkeypatch.setenv("NYDUS_HEADER_X-Split", "a\r\nInjected: yes")
+    with registry_backend(server.host) as backend:
+        server.program(BLOB.path, good)
+        read(backend)
+    headers = server.requests[0].headers
+    assert re.fullmatch(r"nydusd/\d+\.\d+\.\d+", headers["user-agent"])
+    assert headers["accept-encoding"] == "identity"
+    assert headers["x-cluster"] == "blue"
+    assert "bad name" not in headers and "x-split" not in headers and "injected" not in headers
+    assert "authorization" not in headers and "x-dragonfly-use-p2p" not in headers
+
+
+def test_bytes_reach_the_callers_buffer_without_a_copy_in_between(server: Faulty, backend: RegistryBackend) -> None:
+    """Most of a long body must be received by calls that are handed a part of the caller's own memory."""
+    import ctypes
+
+    from nydusd.storage.backend.http import transport
+
+    server.program(BLOB.path, good)
+    buf = bytearray(200_000)
+    start = ctypes.addressof((ctypes.c_char * 1).from_buffer(buf))
+    into_buf = 0
+    plain = transport._Source.readinto
+
+    def spy(self: transport._Source, view: memoryview) -> int | None:
+        nonlocal into_buf
+        address = ctypes.addressof((ctypes.c_char * 1).from_buffer(view))
+        count = plain(self, view)
+        if start <= address < start + len(buf):
+            into_buf += count or 0
+        return count
+
+    transport._Source.readinto = spy  # type: ignore[method-assign,assignment]
+    try:
+        backend.get_reader(BLOB.id).read_into(memoryview(buf), 0)
+    finally:
+        transport._Source.readinto = plain  # type: ignore[method-assign]
+    assert buf == BLOB.data[:200_000]
+    assert into_buf > 180_000
