@@ -2,7 +2,7 @@
 
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 BIN := .venv/bin
-CHECKED := nydusd workers bench tests scripts/demo
+CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests
 
 .PHONY: help setup demo test lint fuzz bench clean
 
@@ -29,13 +29,14 @@ lint: setup
 test: lint
 	scripts/need-fuse
 	scripts/need-registry
-	$(BIN)/pytest
+	$(BIN)/python scripts/run-tests
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz
 
 bench: setup
 	scripts/need-fuse
+	scripts/need-bench
 	$(BIN)/python -m bench.run
 
 clean:

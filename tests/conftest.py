@@ -22,6 +22,19 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TMPDIR"] = tempfile.tempdir = str(discipline.folder)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="1/1", metavar="K/N", help="run each N-th module's tests, from the K-th on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep this shard's modules. Module by module: what a module's fixtures make is then made once."""
+    shard, shards = map(int, config.getoption("--shard").split("/"))
+    modules = {path: number for number, path in enumerate(sorted({item.path for item in items}))}
+    kept = [item for item in items if modules[item.path] % shards == shard - 1]
+    config.hook.pytest_deselected(items=[item for item in items if modules[item.path] % shards != shard - 1])
+    items[:] = kept
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     discipline.finish()
 

@@ -14,6 +14,7 @@ from tests.support.daemon import Daemon
 from tests.support.oracle import Image, images, truth
 
 READS_PER_FILE = 200
+READS_PER_FILE_OF_LARGER = 40
 SMALLEST = 4096
 """Files of at least this size are read at random (the manifest test reads all others in one piece)."""
 
@@ -48,7 +49,7 @@ def _read(path: bytes, flags: int, offset: int, length: int) -> bytes:
         os.close(fd)
 
 
-def check_random_reads(path: bytes, content: bytes) -> None:
+def check_random_reads(path: bytes, content: bytes, reads: int) -> None:
     """Draw (offset, length) pairs, some past the end, and read each in all three ways."""
     near_pages = st.integers(0, len(content) // 4096).map(lambda page: page * 4096)
     offsets = st.integers(0, len(content) + 4096) | st.builds(
@@ -56,7 +57,7 @@ def check_random_reads(path: bytes, content: bytes) -> None:
     )
     lengths = st.integers(0, 300) | st.integers(0, 1 << 17) | st.integers(0, len(content) + 4096)
 
-    @settings(max_examples=READS_PER_FILE, database=None)
+    @settings(max_examples=reads, database=None)
     @given(offsets, lengths)
     def check(offset: int, length: int) -> None:
         want = content[offset : offset + length]
@@ -78,6 +79,7 @@ def first_difference(have: bytes, want: bytes) -> int:
 def test_random_reads_match_the_oracle(image: Image, tmp_path: Path) -> None:
     contents = {path: content for path, content in truth(image.name).items() if len(content) >= SMALLEST}
     assert len(contents) >= 8
+    reads = READS_PER_FILE_OF_LARGER if image.name.startswith("large:") else READS_PER_FILE
     with Daemon(image.bootstrap, image.blobs, cache=tmp_path / "cache") as daemon:
         for path, content in contents.items():
-            check_random_reads(os.path.join(os.fsencode(daemon.mountpoint), path), content)
+            check_random_reads(os.path.join(os.fsencode(daemon.mountpoint), path), content, reads)

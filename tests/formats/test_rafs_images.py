@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import stat
 from pathlib import Path
@@ -14,10 +13,11 @@ from nydusd.codec.compress import decompress
 from nydusd.formats.model import TARFS_GRID, Bootstrap, Compressor, DirEntry, Extent
 from nydusd.formats.walk import walk
 from tests.support import manifest
+from tests.support.larger import larger_fixtures
 from tests.support.patched import resolve
 from tests.support.tree import SMALL, image_names, load, manifest_path, manifest_rows, paths
 
-_ROOTS = [SMALL] + ([Path(os.environ["NYDUSD_FIXTURES"])] if "NYDUSD_FIXTURES" in os.environ else [])
+_ROOTS = [SMALL, *filter(None, [larger_fixtures()])]
 IMAGES = [
     pytest.param(root, name, id=f"{root.name}-{name}") for root in _ROOTS for name in image_names(root / "images")
 ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.support import manifest
+from tests.support.larger import larger_fixtures
 
 SMALL = Path(__file__).resolve().parents[1] / "data" / "small"
 
@@ -33,12 +34,11 @@ class Image(NamedTuple):
 
 
 def images() -> list[Image]:
-    """The images in tests/data and, if $NYDUSD_FIXTURES names a folder, the larger ones in it."""
+    """The images in tests/data and, if this machine has them, the larger ones."""
     found = list(_set("", SMALL / "images", SMALL / "manifest.jsonl", SMALL / "manifest-tar.jsonl"))
     assert len(found) == 15, f"15 images belong into {SMALL}, there are {len(found)}"
-    larger = os.environ.get("NYDUSD_FIXTURES")
-    if larger:
-        top = Path(larger)
+    top = larger_fixtures()
+    if top is not None:
         found += _set("large:", top / "images", top / "edge.manifest.jsonl", top / "edge-tar.manifest.jsonl")
     return found
 
