@@ -127,3 +127,9 @@ class StaleCacheError(CacheError):
 
 class MountError(NydusError):
     """mount(2), umount(2) or the FUSE hand-shake failed."""
+
+
+class UnmountedError(NydusError):
+    """A request for an image that is not mounted any more, by who still has a file of it open."""
+
+    errno: ClassVar[int] = _errno.ESTALE

@@ -26,10 +26,17 @@ def _handlers(role: str) -> dict[str, Handler]:
     """The jobs of a role. Imported here so that a process loads only what its role needs."""
     if role == "fetch":
         from workers.checkpoint import checkpoint
+        from workers.inspect import find_folder, inspect_image
         from workers.prepare import prepare
         from workers.resolve import resolve
 
-        return {"prepare": prepare, "checkpoint": checkpoint, "resolve": resolve}
+        return {
+            "prepare": prepare,
+            "checkpoint": checkpoint,
+            "resolve": resolve,
+            "inspect": inspect_image,
+            "find_folder": find_folder,
+        }
     from workers.fill import fill
 
     return {"fill": fill}

@@ -44,6 +44,8 @@ class Route(NamedTuple):
     """Of success. 204 has no body."""
     shape: Callable[[Json], Json] | None = None
     """Changes the supervisor's answer."""
+    patience: float | None = None
+    """Seconds until a question to the supervisor counts as not answered (503), if it may take longer than others."""
 
 
 class Call(NamedTuple):
@@ -66,11 +68,31 @@ def error_answer(status: int, text: str) -> Answer:
     return Answer(status, {"code": "UNDEFINED", "message": text})
 
 
-def _log_level(body: bytes) -> Json:
+def _json(body: bytes) -> object:
     try:
-        data = json.loads(body)
+        return json.loads(body)
     except (ValueError, RecursionError):
         raise Refused(400, 'ParseBody(Error("the body is not JSON"))') from None
+
+
+def _mount_command(body: bytes) -> Json:
+    data = _json(body)
+    if not isinstance(data, dict):
+        raise Refused(400, 'ParseBody(Error("the body must be an object"))')
+    found: Json = {}
+    for name, default in (("source", None), ("fs_type", ""), ("config", None)):
+        value = data.get(name, default)
+        if not isinstance(value, str):
+            raise Refused(400, f'ParseBody(Error("the body must have the text `{name}`"))')
+        found[name] = value
+    files = data.get("prefetch_files")
+    if files is not None and not (isinstance(files, list) and all(isinstance(file, str) for file in files)):
+        raise Refused(400, 'ParseBody(Error("`prefetch_files` must be a list of texts"))')
+    return {**found, "prefetch_files": files}
+
+
+def _log_level(body: bytes) -> Json:
+    data = _json(body)
     level = data.get("log_level") if isinstance(data, dict) else None
     if not isinstance(level, str):
         raise Refused(400, 'ParseBody(Error("the body must be an object with the text `log_level`"))')
@@ -91,6 +113,10 @@ def _later(outer: str) -> Route:
     return Route(None, outer)
 
 
+def _mounting(op: str) -> Route:
+    return Route(op, "Mount", needs=("mountpoint",), body=_mount_command, status=204, patience=60.0)
+
+
 _SET_LOG_LEVEL = Route("set_log_level", "Configure", body=_log_level, status=204)
 
 ROUTES: Final[dict[str, dict[str, Route]]] = {
@@ -108,7 +134,11 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/api/v1/daemon/exit": {"PUT": Route("exit", "Configure", status=204)},
     "/api/v1/daemon/fuse/sendfd": {"PUT": _later("Upgrade")},
     "/api/v1/daemon/fuse/takeover": {"PUT": _later("Upgrade")},
-    "/api/v1/mount": {"POST": _later("Mount"), "PUT": _later("Mount"), "DELETE": _later("Mount")},
+    "/api/v1/mount": {
+        "POST": _mounting("mount"),
+        "PUT": _mounting("remount"),
+        "DELETE": Route("umount", "Mount", needs=("mountpoint",), status=204),
+    },
     "/api/v1/metrics": {"GET": Route("metrics", "GlobalMetrics", takes=("id",))},
     "/api/v1/metrics/backend": {"GET": Route("metrics_backend", "BackendMetrics", takes=("id",))},
     "/api/v1/metrics/blobcache": {"GET": Route("metrics_blobcache", "BlobcacheMetrics", takes=("id",))},

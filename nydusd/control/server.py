@@ -28,7 +28,7 @@ from nydusd.ipc.messages import CONTROL, NUMBER, decode, encode
 log = logging.getLogger(__name__)
 
 SUPERVISOR_PATIENCE: Final = 5.0
-"""Seconds until a question to the supervisor counts as not answered (503)."""
+"""Seconds until a question to the supervisor counts as not answered (503), unless its route says more."""
 REQUEST_PATIENCE: Final = 30.0
 """Seconds from the first byte of a request to its last."""
 _LAST_WORDS: Final = 1.0
@@ -56,7 +56,7 @@ class ApiServer:
         self._lifeline_fd = lifeline_fd
         self._selector = selectors.DefaultSelector()
         self._questions: dict[int, _Question] = {}
-        """By number. All wait equally long, so the first in order is the first to expire."""
+        """By number."""
         self._half_sent: dict[Client, float] = {}
         """Clients in the middle of a request and their deadlines, first to expire first."""
         self._ready: dict[Client, None] = {}
@@ -98,7 +98,7 @@ class ApiServer:
     def _timeout(self) -> float | None:
         if self._ready:
             return 0.0
-        times = [question.deadline for question in islice(self._questions.values(), 1)]
+        times = [question.deadline for question in self._questions.values()]
         times += islice(self._half_sent.values(), 1)
         if not self._listening and self._end is None:
             times.append(self._listen_again)
@@ -179,7 +179,9 @@ class ApiServer:
             client.answer(_not_ready(call))
             return
         client.waiting = True
-        self._questions[self._number] = _Question(client, call, time.monotonic() + SUPERVISOR_PATIENCE)
+        self._questions[self._number] = _Question(
+            client, call, time.monotonic() + (call.route.patience or SUPERVISOR_PATIENCE)
+        )
 
     def _take_replies(self) -> None:
         while True:
@@ -211,7 +213,7 @@ class ApiServer:
     def _expire(self, now: float) -> None:
         for number, question in list(self._questions.items()):
             if question.deadline > now:
-                break
+                continue
             del self._questions[number]
             log.warning("the supervisor did not answer %r in time", question.call.route.op)
             question.client.answer(_not_ready(question.call))

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from nydusd.errors import ConfigError, MountError, NydusError
+from nydusd.errors import MountError, NydusError
+from nydusd.frontends.fuse.kernel_cache import forget_attributes, forget_names
+from nydusd.frontends.fuse.protocol import ROOT_ID
 from nydusd.frontends.fuse.session import Session, clear_stale_mount
 from nydusd.ipc import messages
 from nydusd.ipc.messages import Json, decode, encode
@@ -29,7 +31,7 @@ from nydusd.supervisor import report
 from nydusd.supervisor.children import Child, end_all, stop_all
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener
-from nydusd.supervisor.planner import plan_prefetch
+from nydusd.supervisor.mounts import Mounts, Request
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
@@ -84,18 +86,12 @@ class Supervisor:
         signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        if self.options.bootstrap is None:
-            raise ConfigError("--bootstrap: missing; a daemon without an image is not supported yet")
         self._runtime.claim()
         clear_stale_mount(self.options.mountpoint)
-        image = Image(
-            self.options.virtual_mountpoint,
-            self.options.bootstrap,
-            self.config,
-            self.factory,
-            str(self._runtime.folder),
-        )
-        self.images[image.place] = image
+        self.mounts = Mounts(self._runtime.folder, self._runtime.mounts, self.factory, self._mounts_changed)
+        self.images = self.mounts.images
+        first = self._first_mount()
+        image = None if first is None else self.mounts.mount_first(first)
         self._session = Session.mount(self.options.mountpoint, read_ahead_kib=1024)
         self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
         self._bind()
@@ -112,14 +108,35 @@ class Supervisor:
             for children in places.values():
                 for child in children[turn : turn + 1]:
                     self._add(child)
-        for cache in self.factory.blobs():
-            self.router.open_blob(cache)
-        plan_prefetch(image, self.options.prefetch_files, self.prefetch, self.fetch)
+        if first is not None and image is not None:
+            self.mounts.serve(image, first.files)
         if self.options.apisock is not None:
             self._listener = Listener(self.options.apisock)
             self._add(Child("api", 0, "nydusd.control"))
         self.state = "RUNNING"
-        log.info("%s is mounted at %s", image.source, self.options.mountpoint)
+        log.info("%s is mounted at %s", image.source if image else "an empty folder", self.options.mountpoint)
+
+    def _first_mount(self) -> Request | None:
+        """The image of the command line. Raises ConfigError for a prefetch list that cannot be read."""
+        options = self.options
+        if options.bootstrap is None:
+            return None
+        files = None
+        if options.prefetch_files is not None:
+            from nydusd.cli.prefetch_list import read_prefetch_list
+
+            files = read_prefetch_list(options.prefetch_files)
+        return Request(options.virtual_mountpoint, options.bootstrap, self.config, files)
+
+    def _mounts_changed(self, place: str | None) -> None:
+        """Wake the front ends: those that nobody asks anything would not look at the table of mounts."""
+        if place is not None and self._session is not None:
+            forget_names(self._session.mountpoint)
+            if place == "/":
+                forget_attributes(self._session.fd, ROOT_ID, self._session.mountpoint)
+        for child in self.children:
+            if child.role == "fuse":
+                child.send(signal.SIGURG)
 
     def _bind(self) -> None:
         self._sockets = Sockets(self._runtime.front, self._runtime.work)
@@ -140,6 +157,7 @@ class Supervisor:
             self._reply,
             amplify=rafs.batch_size if rafs is not None else 1 << 20,
         )
+        self.mounts.start(self.fetch, self.router, self.prefetch)
 
     # --- children ---------------------------------------------------------------------------------------------
 
@@ -176,7 +194,6 @@ class Supervisor:
         lanes = self._session.lanes
         lane = lanes[index]
         others = [other.interrupt_out for i, other in enumerate(lanes) if i != index]
-        image = next(iter(self.images.values()))
         spec: Json = {
             "session_fd": lane.fd,
             "init_flags": self._session.negotiated.flags,
@@ -184,7 +201,7 @@ class Supervisor:
             "interrupt_out": others,
             "front": self._runtime.front,
             "read_deadline": self.config.nydusd.read_deadline,
-            "mount": image.spec(),
+            "mounts": self.mounts.table.spec(),
         }
         return [lane.fd, lane.interrupt_in, *others], spec
 
@@ -263,8 +280,8 @@ class Supervisor:
         elif kind == messages.RELEASE:
             self.router.release(*messages.NUMBER.unpack(body))
         elif kind == messages.CONTROL:
-            answer = report.answer(self, decode(frames[3]))
-            self._front.send_multipart([client, messages.CONTROL, body, encode(answer)])
+            head = [client, messages.CONTROL, body]
+            report.answer(self, decode(frames[3]), lambda answer: self._front.send_multipart([*head, encode(answer)]))
 
     def _from_work(self, frames: list[bytes]) -> None:
         identity, kind, body = frames
@@ -314,6 +331,7 @@ class Supervisor:
         if now >= self._next_checkpoint:
             self._next_checkpoint = now + self.config.nydusd.checkpoint_interval
             self.router.checkpoint()
+        self.mounts.collect()
         # In this order: an idle decompress worker may have prefetch want a blob opened.
         self.decompress.pump()
         self.fetch.pump()

@@ -1,110 +1,52 @@
-"""An image as the supervisor mounts it: its metadata checked, its blobs' caches found, its description for front ends."""
+"""An image as the supervisor mounts it: its facts, its configuration, its blobs' caches, its description for front ends."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import mmap
 import os
-import stat
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nydusd.errors import CacheError, ConfigError, FormatError
-from nydusd.formats import BootstrapKind, detect, open_bootstrap
-from nydusd.formats.blob_id import blob_id_from_path
-from nydusd.formats.model import Bootstrap
+from nydusd.errors import ConfigError
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.factory import BlobFactory
+from nydusd.storage.api.image import ImageFacts
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.manager import CacheConfig
 
 if TYPE_CHECKING:
     from nydusd.config import Config
 
-log = logging.getLogger(__name__)
-
 
 class Image:
-    """One mounted image. Raises FormatError, ConfigError or CacheError when it cannot be."""
+    """One mounted image. Raises ConfigError or CacheError when it cannot be."""
 
-    def __init__(self, place: str, source: str, config: Config, factory: BlobFactory, run_dir: str) -> None:
+    def __init__(self, place: str, source: str, config: Config, facts: ImageFacts, factory: BlobFactory) -> None:
         self.place = place
         self.source = source
         self.config = config
         self.mounted_at = datetime.now(UTC)
-        self._run_dir = run_dir
-        self.path_id = blob_id_from_path(source)
+        self.metadata = facts
+        self.index = 0
+        self.released = False
         cache_config = _cache_config(config)
-        self.bootstrap_path, self.extracted = self._metadata(cache_config)
-        with open(self.bootstrap_path, "rb") as f:
-            self.bootstrap_size = os.fstat(f.fileno()).st_size
-            mapping = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
-        view = memoryview(mapping)
-        bootstrap = open_bootstrap(view, self.bootstrap_path, self.path_id, extracted=self.extracted)
-        self.facts = bootstrap.superblock_facts()
-        self.version = bootstrap.version
-        self.has_prefetch_table = bool(bootstrap.prefetch_inodes())
         self.caches = [
-            factory.new_blob_cache(cache_config, info, self.bootstrap_path, self.path_id, self.extracted)
-            for info in bootstrap.blobs
+            factory.new_blob_cache(cache_config, info, facts.bootstrap, facts.path_id, facts.extracted)
+            for info in facts.blobs
         ]
-        self._check(bootstrap)
-        del bootstrap
-        view.release()
-        mapping.close()
 
-    def _check(self, bootstrap: Bootstrap) -> None:
-        bootstrap.inode(bootstrap.root_ino)
-
-    def _metadata(self, cache_config: CacheConfig) -> tuple[str, bool]:
-        """The file that holds the bootstrap: the source, or (True) what is extracted from it if the source is a blob."""
-        try:
-            # O_NONBLOCK: opening a named pipe would wait for its writer.
-            fd = os.open(self.source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (OSError, ValueError) as e:
-            raise FormatError(self.source, "bootstrap", f"cannot be opened: {getattr(e, 'strerror', e)}") from e
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise FormatError(self.source, "bootstrap", "is not a regular file")
-            if detect(memoryview(os.pread(fd, 4096, 0))) is not BootstrapKind.BLOB:
-                return os.path.abspath(self.source), False
-            from nydusd.storage.cache.load import extract_bootstrap
-
-            def read(offset: int, size: int) -> bytes:
-                return os.pread(fd, size, offset)
-
-            content = extract_bootstrap(read, os.fstat(fd).st_size, self.source)
-        finally:
-            os.close(fd)
-        return self._store(content, cache_config.work_dir or self._run_dir), True
-
-    def _store(self, content: bytes, folder: str) -> str:
-        """Keep an extracted bootstrap for the processes that map it; in the run-time folder if `folder` takes none."""
-        target = Path(folder) / f"{self.path_id}.image.boot"
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, target)
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            if folder == self._run_dir:
-                raise CacheError(f"bootstrap {target} cannot be written: {e.strerror}", e.errno) from e
-            log.warning("bootstrap %s cannot be written: %s", target, e.strerror)
-            return self._store(content, self._run_dir)
-        return str(target)
+    @property
+    def facts(self) -> Json:
+        """Those of the superblock."""
+        return self.metadata.facts
 
     def spec(self) -> Json:
         """The mount's description for a front end."""
         return {
             "id": self.place,
-            "bootstrap": self.bootstrap_path,
-            "bootstrap_size": self.bootstrap_size,
-            "path_id": self.path_id,
-            "extracted": self.extracted,
+            "bootstrap": self.metadata.bootstrap,
+            "bootstrap_size": self.metadata.size,
+            "path_id": self.metadata.path_id,
+            "extracted": self.metadata.extracted,
             "xattr": self.config.rafs.enable_xattr if self.config.rafs is not None else False,
             "blobs": [
                 {
@@ -122,8 +64,15 @@ class Image:
 
     def release(self) -> None:
         """The image is unmounted: it uses its blobs no more."""
+        self.released = True
         for cache in self.caches:
             cache.users -= 1
+
+
+def metadata_folders(config: Config, run_dir: str) -> list[str]:
+    """Where metadata that is extracted from a blob may be kept. Raises ConfigError for a configuration without a backend."""
+    work_dir = _cache_config(config).work_dir
+    return [run_dir] if work_dir is None else [work_dir, run_dir]
 
 
 def _cache_config(config: Config) -> CacheConfig:

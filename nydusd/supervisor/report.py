@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nydusd.errors import ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.supervisor import mount_ops
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor
@@ -20,15 +21,20 @@ class NotFoundError(NydusError):
     rest_status = 404
 
 
-def answer(daemon: Supervisor, request: Json) -> Json:
-    """The reply to a control request: {"ok": …} or {"error": {"status", "message"}}."""
-    handler = _OPS.get(str(request.get("op")))
-    if handler is None:
-        return {"error": {"status": 501, "message": f"operation {request.get('op')!r} is not supported"}}
+def answer(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -> None:
+    """Reply to a control request, now or later: {"ok": …} or {"error": {"status", "message"}}."""
+    op = str(request.get("op"))
+    later = mount_ops.OPS.get(op)
+    handler = _OPS.get(op)
     try:
-        return {"ok": handler(daemon, request)}
+        if later is not None:
+            later(daemon, request, reply)
+        elif handler is not None:
+            reply({"ok": handler(daemon, request)})
+        else:
+            reply({"error": {"status": 501, "message": f"operation {request.get('op')!r} is not supported"}})
     except NydusError as e:
-        return {"error": {"status": e.rest_status, "message": str(e)}}
+        reply({"error": {"status": e.rest_status, "message": str(e)}})
 
 
 def _daemon(daemon: Supervisor, _request: Json) -> Json:

@@ -186,6 +186,18 @@ class Router:
         self.open_blob(cache)
         self._retry_slots()
 
+    def may_close(self, cache: BlobCache) -> bool:
+        """Whether nothing of a blob that no image uses is under way any more. Has its map stored before it says so."""
+        if cache.state == "preparing" or cache.checkpointing or cache.jobs:
+            return False
+        if any(request.cache is cache for request in self._requests.values()):
+            return False
+        if cache.state == "ready" and cache.caches and cache.chunk_map.ready_count() != cache.stored:
+            cache.checkpointing = True
+            self._fetch.submit(Job("checkpoint", cache, Priority.AHEAD, {}, self._checkpointed))
+            return False
+        return True
+
     # --- misses -----------------------------------------------------------------------------------------------
 
     def _admit(self, request: Request) -> None:

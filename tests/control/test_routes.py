@@ -37,6 +37,31 @@ def refused(method: str, target: str, body: bytes = b"") -> tuple[int, str]:
         ("GET", "/api/v1/daemon/backend?mountpoint=%2Fa%20b", b"", {"op": "backend", "mountpoint": "/a b"}),
         ("GET", "/api/v1/daemon/backend?mountpoint=", b"", {"op": "backend", "mountpoint": ""}),
         ("PUT", "/api/v1/daemon/start", b"", {"op": "start"}),
+        (
+            *("POST", "/api/v1/mount?mountpoint=/a"),
+            b'{"source":"/b","fs_type":"rafs","config":"{}","prefetch_files":["/x"],"more":1}',
+            {
+                "op": "mount",
+                "mountpoint": "/a",
+                "source": "/b",
+                "fs_type": "rafs",
+                "config": "{}",
+                "prefetch_files": ["/x"],
+            },
+        ),
+        (
+            *("PUT", "/api/v1/mount?mountpoint=%2Fa%2Fb"),
+            b'{"source":"/b","config":""}',
+            {
+                "op": "remount",
+                "mountpoint": "/a/b",
+                "source": "/b",
+                "fs_type": "",
+                "config": "",
+                "prefetch_files": None,
+            },
+        ),
+        ("DELETE", "/api/v1/mount?mountpoint=/a", b"", {"op": "umount", "mountpoint": "/a"}),
         ("PUT", "/api/v1/daemon/exit", b"", {"op": "exit"}),
         ("GET", "/api/v1/metrics", b"", {"op": "metrics", "id": None}),
         ("GET", "/api/v1/metrics?id=/2", b"", {"op": "metrics", "id": "/2"}),
@@ -84,8 +109,34 @@ def test_request_becomes_an_operation(method: str, target: str, body: bytes, mes
         ),
         ("PUT", "/api/v1/daemon/fuse/sendfd", b"", 501, "Upgrade(DaemonAbnormal(Unsupported))"),
         ("PUT", "/api/v1/daemon/fuse/takeover", b"", 501, "Upgrade(DaemonAbnormal(Unsupported))"),
-        ("POST", "/api/v1/mount?mountpoint=/a", b"{}", 501, "Mount(DaemonAbnormal(Unsupported))"),
-        ("DELETE", "/api/v1/mount?mountpoint=/a", b"", 501, "Mount(DaemonAbnormal(Unsupported))"),
+        ("DELETE", "/api/v1/mount", b"", 400, "QueryString(\"'mountpoint' should be specified in query string\")"),
+        ("DELETE", "/api/v1/mount?mountpoint=/a", b"{}", 400, "BadRequest"),
+        ("POST", "/api/v1/mount?mountpoint=/a", b"", 400, 'ParseBody(Error("the body is not JSON"))'),
+        ("POST", "/api/v1/mount?mountpoint=/a", b"[]", 400, 'ParseBody(Error("the body must be an object"))'),
+        *(
+            (
+                "POST",
+                "/api/v1/mount?mountpoint=/a",
+                body,
+                400,
+                f'ParseBody(Error("the body must have the text `{key}`"))',
+            )
+            for body, key in (
+                (b"{}", "source"),
+                (b'{"source":1}', "source"),
+                (b'{"source":"/b","fs_type":null}', "fs_type"),
+                (b'{"source":"/b","fs_type":"rafs"}', "config"),
+                (b'{"source":"/b","fs_type":"rafs","config":{}}', "config"),
+            )
+        ),
+        *(
+            (
+                *("PUT", "/api/v1/mount?mountpoint=/a"),
+                b'{"source":"/b","config":"","prefetch_files":%s}' % files,
+                *(400, 'ParseBody(Error("`prefetch_files` must be a list of texts"))'),
+            )
+            for files in (b'"/a"', b"{}", b"[1]")
+        ),
         ("GET", "/api/v1/metrics/files", b"", 501, "FsFilesMetrics(DaemonAbnormal(Unsupported))"),
         ("GET", "/api/v1/metrics/pattern", b"", 501, "Pattern(DaemonAbnormal(Unsupported))"),
         ("GET", "/api/v1/metrics/inflight", b"", 501, "InflightMetrics(DaemonAbnormal(Unsupported))"),

@@ -23,6 +23,7 @@ from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import ANSWER, ANSWER_BODY, CANCEL, NUMBER, RELEASE, REQUEST, REQUEST_BODY
 from nydusd.ipc.spec import write_spec
 from nydusd.storage.state.segment import EMPTY, READY, RECORD, Identity, Segment, remove
+from nydusd.supervisor.mount_table import MountTable
 from tests.fuse.tree import CHUNK, Tree, sample
 from tests.support.discipline import discipline, is_running, wait_until
 
@@ -45,7 +46,9 @@ class Asked(NamedTuple):
 class Stage:
     """The mount, its cache file, its segment, its front ends. A context manager: it leaves nothing."""
 
-    def __init__(self, folder: Path, *, lanes: int = 1, filled: bool = True, deadline: float = 30.0) -> None:
+    def __init__(
+        self, folder: Path, *, lanes: int = 1, filled: bool = True, deadline: float = 30.0, place: str | None = "/"
+    ) -> None:
         self.folder = folder
         self.tree: Tree = sample()
         self.deadline = deadline
@@ -72,7 +75,9 @@ class Stage:
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.session: Session | None = None
         self.lanes: list[Lane] = []
+        self.table = MountTable(folder / "mounts", f"{self.name}.mounts")
         try:
+            self.table.add((), self.image_spec())
             self.session = Session.mount(str(self.mountpoint))
             self.lanes = self.session.open_lanes(lanes)
             for index in range(lanes):
@@ -143,8 +148,21 @@ class Stage:
             remove(name)
         self.segment.close()
         remove(self.name)
+        self.table.close()
+        remove(f"{self.name}.mounts")
 
-    def start(self, index: int, program: str = "tests.fuse.serve", **mount: object) -> subprocess.Popen[bytes]:
+    def image_spec(self, place: str = "/") -> dict[str, object]:
+        """The sample image as the supervisor would describe it, mounted at `place`."""
+        return {
+            "id": place,
+            "bootstrap": str(self.folder / "bootstrap"),
+            "path_id": None,
+            "extracted": False,
+            "xattr": False,
+            "blobs": [{"blob_id": "sample", "handle": HANDLE, "segment": self.name, "data": str(self.data)}],
+        }
+
+    def start(self, index: int, program: str = "tests.fuse.serve") -> subprocess.Popen[bytes]:
         """Start the front end of a lane; its predecessor must be gone."""
         assert self.session is not None
         lane = self.lanes[index]
@@ -159,17 +177,7 @@ class Stage:
                 "front": self.front,
                 "read_deadline": self.deadline,
                 "log": {"level": "info", "file": str(self.log)},
-                "mount": {
-                    "id": "/",
-                    "bootstrap": str(self.folder / "bootstrap"),
-                    "path_id": None,
-                    "extracted": False,
-                    "xattr": False,
-                    "blobs": [
-                        {"blob_id": "sample", "handle": HANDLE, "segment": self.name, "data": str(self.data)},
-                    ],
-                    **mount,
-                },
+                "mounts": self.table.spec(),
             }
         )
         process = subprocess.Popen(

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nydusd.errors import FormatError, InternalError, UnsupportedError
+from nydusd.errors import FormatError, InternalError
 from nydusd.formats.model import Extent
 from nydusd.frontends.fuse import protocol as p
 from nydusd.frontends.fuse.loop import Complaints, FrontEnd
-from nydusd.frontends.fuse.mount import INODE_MAX, Mount, runs_of
-from nydusd.frontends.fuse.ops import FOREVER
+from nydusd.frontends.fuse.mount import INODE_BITS, INODE_MAX, Mount, runs_of
+from nydusd.frontends.fuse.namespace import Namespace, View
+from nydusd.frontends.fuse.ops import FOREVER, Operations
 from nydusd.frontends.fuse.parking import Client
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
 from tests.fuse.tree import CHUNK, Tree, noise, sample
@@ -53,6 +54,17 @@ class WholeDevice:
     def count_errors(self, vec: BlobIoVec) -> None:
         raise AssertionError("nothing fails")
 
+    def close(self) -> None:
+        """It has nothing open."""
+
+
+def single(mount: Mount, flags: int) -> Namespace:
+    """A namespace of one image at "/" that nothing is ever added to."""
+    namespace = Namespace("", memoryview(bytearray(8)).cast("Q"), flags, lambda _spec, _index: mount)
+    operations = Operations(mount, flags, namespace.root_entry)
+    namespace[0] = View(mount, operations.table(), operations)
+    return namespace
+
 
 def no_supervisor() -> Client:
     raise AssertionError("no miss, no supervisor")
@@ -68,7 +80,7 @@ class Kernel:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         self.ours.setblocking(False)
         self.mount = Mount("/", tree, WholeDevice(tree), xattr)
-        self.front_end = FrontEnd(self.theirs.fileno(), self.mount, flags, no_supervisor)
+        self.front_end = FrontEnd(self.theirs.fileno(), single(self.mount, flags), no_supervisor)
         self.buffer = self.front_end._request
 
     def close(self) -> None:
@@ -307,22 +319,23 @@ def test_complaints_say_how_many_were_left_out(
     ]
 
 
-@given(root=st.integers(0, 1 << 40), ino=st.integers(0, 1 << 40))
-def test_node_ids_are_never_zero_and_lead_back(root: int, ino: int) -> None:
+@given(root=st.integers(0, 1 << 35), ino=st.integers(0, 1 << 35), index=st.sampled_from((0, 1, 300, 1 << 27)))
+def test_node_ids_are_never_zero_and_lead_back(root: int, ino: int, index: int) -> None:
     tree = Tree(root_ino=root)
-    mount = Mount("/", tree, WholeDevice(tree))
+    mount = Mount("/", tree, WholeDevice(tree), index=index)
     assert mount.node_of(root) == p.ROOT_ID
     assert mount.ino_of(p.ROOT_ID) == root
     node = mount.node_of(ino)
-    assert 0 < node <= INODE_MAX
+    assert 0 < node < 1 << 64
     assert mount.ino_of(node) == ino
     assert (node == p.ROOT_ID) == (ino == root)
+    assert node == p.ROOT_ID or node >> INODE_BITS == index
     assert mount.shown(ino) > 0
 
 
-def test_a_mount_elsewhere_is_not_supported(tree: Tree) -> None:
-    with pytest.raises(UnsupportedError, match="mount /x"):
-        Mount("/x", tree, WholeDevice(tree))
+def test_an_inode_number_that_no_image_has_gets_no_node(tree: Tree) -> None:
+    with pytest.raises(FormatError, match="/x: inode"):
+        Mount("/x", tree, WholeDevice(tree), index=1).node_of(INODE_MAX)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6)), max_size=12))

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlencode
 
 from tests.support.discipline import (
     becomes_true,
@@ -62,12 +63,13 @@ class Daemon:
     Entering waits until the mount is there and the API says RUNNING. Leaving stops the daemon by SIGTERM and demands exit
     status 0, no mount and no process within a deadline; a daemon that hangs writes its stacks into the log, is killed, and
     the test fails. `cache` names a cache folder to keep over several daemons (default: a fresh one); `config` replaces
-    the whole configuration; `args` are appended to the command line; `environment` is added to ours.
+    the whole configuration; without a bootstrap there is no image and no configuration; `args` are appended to the command
+    line; `environment` is added to ours.
     """
 
     def __init__(
         self,
-        bootstrap: Path,
+        bootstrap: Path | None,
         blobs: Path,
         *,
         cache: Path | None = None,
@@ -83,9 +85,11 @@ class Daemon:
         self.mountpoint.mkdir()
         config_file = self.folder / "config.json"
         config_file.write_text(json.dumps(config or image_config(blobs, self.cache)))
+        image = () if bootstrap is None else ("-B", str(bootstrap), "-C", str(config_file))
         self.command = [
             *(sys.executable, "-m", "nydusd", "fuse"),
-            *("-B", str(bootstrap), "-C", str(config_file), "-M", str(self.mountpoint), "-A", str(self.apisock)),
+            *image,
+            *("-M", str(self.mountpoint), "-A", str(self.apisock)),
             *args,
         ]
         self._environment = {**os.environ, **(environment or {})}
@@ -166,6 +170,20 @@ class Daemon:
             return response.status, response.read()
         finally:
             connection.close()
+
+    def mount(self, place: str, bootstrap: Path, blobs: Path, method: str = "POST", **more: object) -> tuple[int, str]:
+        """Mount (PUT: remount) an image by the API: status and the message of an error. `more` are keys of the command."""
+        config = json.dumps(image_config(blobs, self.cache) | {"id": place})
+        command = {"fs_type": "rafs", "source": str(bootstrap), "config": config} | more
+        return self._change(method, place, json.dumps(command).encode())
+
+    def umount(self, place: str) -> tuple[int, str]:
+        """Unmount an image by the API: status and the message of an error."""
+        return self._change("DELETE", place, None)
+
+    def _change(self, method: str, place: str, body: bytes | None) -> tuple[int, str]:
+        status, answer = self.request(method, f"/api/v1/mount?{urlencode({'mountpoint': place})}", body)
+        return status, json.loads(answer)["message"] if answer else ""
 
     def backend_reads(self) -> int:
         """How many requests the backend has had (`read_count` of `metrics/backend`)."""

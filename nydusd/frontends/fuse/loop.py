@@ -5,6 +5,9 @@ few dozen microseconds after each request, then blocks in read(2): on virtual ma
 more than Python does, and a program that reads has its next request ready sooner than a sleeper would be awake. While
 reads are parked, the fd is polled beside the line to the supervisor.
 
+When images were mounted or unmounted, the supervisor sends SIGURG. No request needs it, for each looks at the table's number
+first; it has a front end that nobody asks anything give up what was unmounted.
+
 What holds after SIGKILL: the supervisor holds the clone's fd too, so nothing is lost; a successor on the same fd gets
 the requests that were taken and not answered once the supervisor has written FUSE_NOTIFY_RESEND.
 """
@@ -21,11 +24,12 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 
-from nydusd.errors import NydusError, StaleCacheError
+from nydusd.errors import NydusError, StaleCacheError, UnmountedError
 
 from . import protocol as p
-from .mount import Mount
-from .ops import Handler, Operations
+from .mount import INODE_BITS, Mount
+from .namespace import Namespace
+from .ops import Handler
 from .parking import Client, Parked, Parking
 
 log = logging.getLogger(__name__)
@@ -47,37 +51,48 @@ _NOBODY_WAITS = (errno.ENOENT, *_GONE)
 
 
 class FrontEnd:
-    """Serves one mount on one fd of its session.
+    """Serves the mounts of one session on one fd of it.
 
     `flags` are those that INIT settled. `connect` opens the line to the supervisor at the first miss. A read waits
     `read_deadline` seconds for its chunks at most, then fails with ETIMEDOUT. `interrupt_in` and `interrupt_out` are pipes
-    from and to the front ends on the session's other clones (see `session.Lane`).
+    from and to the front ends on the session's other clones (see `session.Lane`). `wake` becomes readable at a signal.
     """
 
     def __init__(
         self,
         fd: int,
-        mount: Mount,
-        flags: int,
+        namespace: Namespace,
         connect: Callable[[], Client],
         *,
         read_deadline: float = 30.0,
         interrupt_in: int = -1,
         interrupt_out: Sequence[int] = (),
+        wake: int = -1,
     ) -> None:
         self._fd = fd
-        self._mount = mount
-        self._device = mount.device
+        self._views = namespace
         self._interrupt_in = interrupt_in
         self._interrupt_out = interrupt_out
-        self._parking = Parking(mount.device, connect, read_deadline, self._finish)
+        self._wake = wake
+        self._idle = False
+        self._parking = Parking(connect, read_deadline, self._finish)
         self._request = bytearray(_REQUEST_BUFFER)
         self._request_view = memoryview(self._request)
         self._reply_buffer = memoryview(mmap.mmap(-1, p.PAGE + p.MAX_READ))
         self._data = self._reply_buffer[p.PAGE :]
-        self._handlers: list[Handler] = Operations(mount, flags).table()
-        self._handlers[p.INTERRUPT] = self._interrupt
-        self._complaints = Complaints(f"mount {mount.id}")
+        self._of_the_session: dict[int, Handler] = {
+            p.INTERRUPT: self._interrupt,
+            p.FORGET: _forget,
+            p.BATCH_FORGET: _forget,
+            # To close a file of an image that was unmounted is no error.
+            p.FLUSH: _nothing,
+            p.RELEASE: _nothing,
+            p.RELEASEDIR: _nothing,
+        }
+        """Handlers of what is not asked of one image."""
+        self._complaints = Complaints("fuse")
+        self._leaving: list[Mount] = []
+        """Mounts that are gone, whose parked reads are not."""
 
     def run(self) -> None:
         """Serve until the file system is unmounted. Raises OSError when the fd is not a mounted session's."""
@@ -92,10 +107,7 @@ class FrontEnd:
         tries = 0
         while not parked:
             try:
-                if tries < _SPIN:
-                    length = readv(fd, buffers)
-                else:
-                    length = self._block(buffers)
+                length = readv(fd, buffers) if tries < _SPIN else self._block(buffers)
             except BlockingIOError:
                 tries += 1
                 give_way()
@@ -116,25 +128,66 @@ class FrontEnd:
         """Sleep until there is a request and take it."""
         os.set_blocking(self._fd, True)
         try:
+            # In this order, see `mounts_changed`.
+            self._idle = True
+            if self._views.shared[0] != self._views.generation:
+                self._update()
             return os.readv(self._fd, buffers)
         finally:
+            self._idle = False
             os.set_blocking(self._fd, False)
+
+    def mounts_changed(self) -> None:
+        """Called by the handler of the supervisor's signal, which may come between any two instructions.
+
+        While a request is served nothing is done: the loop looks before it waits again. It is idle from before that look on,
+        so a signal that comes too late for the look is acted upon here.
+        """
+        if self._idle and self._views.shared[0] != self._views.generation:
+            self._update()
+
+    def _update(self) -> None:
+        """Take over the new table of mounts; reads that wait for an image that is gone fail."""
+        try:
+            gone = self._views.reload()
+        except NydusError as e:
+            self._complaints.log("%s", e)
+            return
+        for mount in gone:
+            if not self._views.knows(mount.index):
+                self._parking.end_all(mount.device, errno.ESTALE)
+        self._leaving += gone
+        self._close_left()
+
+    def _close_left(self) -> None:
+        """Close what no parked read needs any more: one of an image that was replaced goes on with what it had."""
+        waiting = {id(read.device) for read in self._parking.reads.values()}
+        for mount in [mount for mount in self._leaving if id(mount.device) not in waiting]:
+            self._leaving.remove(mount)
+            mount.device.close()
 
     def _serve_polling(self, parked: dict[int, Parked]) -> bool:
         """Serve until no read is parked any more. False when the mount is gone."""
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         poll.register(self._parking.client.fileno(), select.POLLIN)
-        if self._interrupt_in >= 0:
-            poll.register(self._interrupt_in, select.POLLIN)
+        for extra in (self._interrupt_in, self._wake):
+            if extra >= 0:
+                poll.register(extra, select.POLLIN)
         buffers = [self._request]
         while True:
+            if self._views.shared[0] != self._views.generation:
+                self._update()
             timeout = self._parking.service()
+            if self._leaving:
+                self._close_left()
             if not parked:
                 return True
             for ready, _ in poll.poll(math.ceil(timeout * 1000)):
                 if ready == self._interrupt_in:
                     self._take_interrupts()
+                elif ready == self._wake:
+                    os.read(self._wake, 4096)
                 elif ready == self._fd:
                     try:
                         length = os.readv(self._fd, buffers)
@@ -154,6 +207,8 @@ class FrontEnd:
             self._complaints.log("request of %d bytes is too short", length)
             return
         _, opcode, unique, node, pid = p.REQUEST.unpack_from(self._request)
+        if self._views.shared[0] != self._views.generation:
+            self._update()
         try:
             if opcode == p.READ:
                 self._read(unique, node, pid, length)
@@ -161,7 +216,10 @@ class FrontEnd:
             if opcode >= p.OPCODES:
                 self._fail(unique, errno.ENOSYS)
                 return
-            result = self._handlers[opcode](node, self._request_view[p.REQUEST.size : length])
+            handler = self._of_the_session.get(opcode)
+            if handler is None:
+                handler = self._views[node >> INODE_BITS].handlers[opcode]
+            result = handler(node, self._request_view[p.REQUEST.size : length])
         except Exception as e:
             self._fail(unique, self._errno_of(e, opcode, node))
             return
@@ -176,18 +234,22 @@ class FrontEnd:
             self._fail(unique, errno.EINVAL)
             return
         offset, size, flags = p.READ_FIELDS.unpack_from(self._request, p.REQUEST.size)
-        mount = self._mount
+        mount = self._views[node >> INODE_BITS].mount
+        if mount is None:
+            self._fail(unique, errno.EISDIR)
+            return
+        device = mount.device
         vec = mount.bootstrap.extents(mount.ino_of(node), offset, size if size <= p.MAX_READ else p.MAX_READ)
-        missing = self._device.missing(vec)
+        missing = device.missing(vec)
         if not missing:
             try:
-                self._write_data(unique, self._device.read_into(vec, self._data))
+                self._write_data(unique, device.read_into(vec, self._data))
                 return
             except StaleCacheError as e:
-                self._complaints.log("%s: fetching it again", e)
+                self._complaints.log("%s: fetching it again", e, subject=mount.name)
         if unique & p.UNIQUE_RESEND:
             self._parking.forget(unique ^ p.UNIQUE_RESEND)
-        read = Parked(unique, vec, pid, bool(flags & os.O_DIRECT))
+        read = Parked(unique, vec, pid, bool(flags & os.O_DIRECT), mount)
         self._parking.park(read, missing)
         if not missing:
             self._parking.ask_lost(read)
@@ -198,17 +260,17 @@ class FrontEnd:
             if not code and self._retry(read):
                 return
         except Exception as e:
-            code = self._errno_of(e, p.READ, 0)
-        if code and code != errno.EINTR:
-            self._complaints.log("a read failed: %s", os.strerror(code))
-            self._device.count_errors(read.vec)
+            code = self._errno_of(e, p.READ, read.mount.node_of(read.mount.bootstrap.root_ino))
+        if code and code not in (errno.EINTR, errno.ESTALE):
+            self._complaints.log("a read failed: %s", os.strerror(code), subject=read.mount.name)
+            read.device.count_errors(read.vec)
         if code:
             self._fail(read.unique, code)
         self._parking.drop_slots(read)
 
     def _retry(self, read: Parked) -> bool:
         """Read and answer what was fetched. True when the read is parked once more. Raises StaleCacheError."""
-        vec, device = read.vec, self._device
+        vec, device = read.vec, read.device
         pieces = self._parking.pieces(read)
         if self._absent(read, pieces):
             device.refresh(vec)
@@ -221,7 +283,7 @@ class FrontEnd:
         except StaleCacheError as e:
             if not self._parking.ask_lost(read):
                 raise
-            self._complaints.log("%s: fetching it again", e)
+            self._complaints.log("%s: fetching it again", e, subject=read.mount.name)
             return True
         self._write_data(read.unique, length)
         return False
@@ -231,7 +293,7 @@ class FrontEnd:
         known = pieces or {}
         return any(
             (blob, chunk) not in known
-            for blob, first, count in self._device.missing(read.vec, again=True)
+            for blob, first, count in read.device.missing(read.vec, again=True)
             for chunk in range(first, first + count)
         )
 
@@ -271,14 +333,26 @@ class FrontEnd:
 
     def _errno_of(self, error: Exception, opcode: int, node: int) -> int:
         """The errno for the reader, and a line in the log: this is the border where errors end."""
+        if isinstance(error, UnmountedError):
+            return error.errno
+        view = self._views.get(node >> INODE_BITS)
+        subject = None if view is None or view.mount is None else view.mount.name
         if isinstance(error, NydusError) and not error.traceback:
-            self._complaints.log("%s", error)
+            self._complaints.log("%s", error, subject=subject)
             return error.errno
         if isinstance(error, struct.error):
-            self._complaints.log("opcode %d: request is too short", opcode)
+            self._complaints.log("opcode %d: request is too short", opcode, subject=subject)
             return errno.EINVAL
-        self._complaints.log("opcode %d, node %d: unexpected error", opcode, node, error=error)
+        self._complaints.log("opcode %d, node %d: unexpected error", opcode, node, error=error, subject=subject)
         return errno.EIO
+
+
+def _forget(_node: int, _body: memoryview) -> None:
+    """FORGET has no reply. Inodes are positions in the metadata: there is nothing to forget."""
+
+
+def _nothing(_node: int, _body: memoryview) -> bytes:
+    return b""
 
 
 class Complaints:
@@ -289,8 +363,8 @@ class Complaints:
         self._quiet_until = 0.0
         self._suppressed = 0
 
-    def log(self, message: str, *args: object, error: Exception | None = None) -> None:
-        """Log a line about the subject; with `error`, its traceback too."""
+    def log(self, message: str, *args: object, error: Exception | None = None, subject: str | None = None) -> None:
+        """Log a line about the subject, or another; with `error`, its traceback too."""
         now = time.monotonic()
         if now < self._quiet_until:
             self._suppressed += 1
@@ -298,4 +372,4 @@ class Complaints:
         more = f" ({self._suppressed} more lines were left out)" if self._suppressed else ""
         self._suppressed = 0
         self._quiet_until = now + 1.0
-        log.error("%s: " + message + "%s", self._subject, *args, more, exc_info=error)
+        log.error("%s: " + message + "%s", subject or self._subject, *args, more, exc_info=error)

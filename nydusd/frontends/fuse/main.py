@@ -5,8 +5,9 @@ It ends when the file system is unmounted (exit 0) or by SIGTERM's default actio
 
 The spec: `index` (of this front end), `identity` (its ZeroMQ name, optional), `session_fd` (its lane's clone), `init_flags`
 (`Session.negotiated.flags`), `interrupt_in` and `interrupt_out` (its lane's pipe, and the siblings'; optional), `front`
-(the supervisor's endpoint), `read_deadline` (seconds), `log` {`level`, `file`}, `mount` {`id`, `bootstrap`, `bootstrap_size`
-(optional), `path_id`, `extracted` (both for `open_bootstrap`), `xattr`, `blobs` (for `BlobDevice.from_spec`)}.
+(the supervisor's endpoint), `read_deadline` (seconds), `log` {`level`, `file`}, `mounts` {`folder`, `shared`}: where the
+supervisor publishes the table of mounts, see `nydusd.supervisor.mount_table`. The spec of a mount there: {`id`, `bootstrap`,
+`bootstrap_size` (optional), `path_id`, `extracted` (both for `open_bootstrap`), `xattr`, `blobs` (for `BlobDevice.from_spec`)}.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import Any
 from nydusd import logs
 from nydusd.errors import FormatError
 from nydusd.formats import open_bootstrap
+from nydusd.ipc.shared_number import map_number
 from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
 from nydusd.storage.api.device import BlobDevice
 
 from .loop import FrontEnd
 from .mount import Mount
+from .namespace import Namespace
 from .parking import Client
 
 
@@ -45,15 +48,26 @@ def main(argv: list[str]) -> int:
 
         return ChunkClient(front, identity)
 
+    def open_one(mount: Mapping[str, Any], number: int) -> Mount:
+        return open_mount(mount, index, number)
+
+    mounts = spec["mounts"]
+    shared = map_number(str(mounts["shared"]))
+    namespace = Namespace(str(mounts["folder"]), shared, int(spec["init_flags"]), open_one)
+    namespace.reload()
+    wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
     front_end = FrontEnd(
         int(spec["session_fd"]),
-        open_mount(spec["mount"], index),
-        int(spec["init_flags"]),
+        namespace,
         connect,
         read_deadline=float(spec["read_deadline"]),
         interrupt_in=int(spec.get("interrupt_in", -1)),
         interrupt_out=[int(fd) for fd in spec.get("interrupt_out", [])],
+        wake=wake,
     )
+    # Before this handler is there, SIGURG is ignored, as is every process's default.
+    signal.signal(signal.SIGURG, lambda *_: front_end.mounts_changed())
     # Requests make no reference cycles: what is alive now stays, and looking for garbage would only cost.
     gc.collect()
     gc.freeze()
@@ -61,17 +75,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def open_mount(spec: Mapping[str, Any], index: int) -> Mount:
-    """The mount that a spec's `mount` describes. Raises FormatError for a bad bootstrap, CacheError for its blobs."""
+def open_mount(spec: Mapping[str, Any], row: int, index: int = 0) -> Mount:
+    """The mount that a spec describes; `row`: our counters. Raises FormatError for a bad bootstrap, or CacheError."""
     path = str(spec["bootstrap"])
     view = _map(path, spec.get("bootstrap_size"))
     bootstrap = open_bootstrap(view, path, spec["path_id"], extracted=bool(spec["extracted"]))
-    return Mount(str(spec["id"]), bootstrap, BlobDevice.from_spec(spec["blobs"], index), bool(spec["xattr"]))
+    return Mount(str(spec["id"]), bootstrap, BlobDevice.from_spec(spec["blobs"], row), bool(spec["xattr"]), index)
 
 
 def _map(path: str, size: int | None) -> memoryview:
     """The file's bytes, mapped read-only. Raises FormatError when it is empty or its size is not the recorded one."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise FormatError(path, "bootstrap", f"cannot be opened: {e.strerror}") from e
     try:
         found = os.fstat(fd).st_size
         if size is not None and found != size:

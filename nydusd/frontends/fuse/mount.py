@@ -1,9 +1,11 @@
 """One image as the FUSE front end shows it: its metadata, its blobs, its options, and how its inodes are numbered.
 
-Runs in a front-end process. A node id (the kernel's handle of an inode) holds the image's index in its high 8 bits and the
-inode number below; one image at "/" has index 0. FUSE demands that the root has node id 1, and 0 means "no such
-file", so the root's inode is swapped with 1, and the numbers 0 and 1, should an image have them, move to the top of the
-56 bits, where no inode can be. Nothing is stored per inode: numbers are positions in the metadata.
+Runs in a front-end process. A node id (the kernel's handle of an inode) holds the image's index in its high 28 bits and the
+inode number below. Indexes are given out by the supervisor and never a second time, so the kernel's memory of an image
+that was unmounted can never lead into another. Index 0 is the image that a daemon was started with at "/": its inodes
+show their own numbers. FUSE demands that the root has node id 1, and 0 means "no such file", so there the root's inode is
+swapped with 1, and the numbers 0 and 1, should an image have them, move to the top of the 36 bits, where no inode can
+be. Nothing is stored per inode: numbers are positions in the metadata.
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nydusd.errors import UnsupportedError
+from nydusd.errors import FormatError
 from nydusd.formats.model import Bootstrap, Extent
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
 
 from .protocol import ROOT_ID
 
-INODE_BITS = 56
+INODE_BITS = 36
+"""Enough for a v6 bootstrap of 2 TiB; v5 inode numbers have 32."""
 INODE_MAX = (1 << INODE_BITS) - 1
+PSEUDO_INDEX = (1 << (64 - INODE_BITS)) - 1
+"""The index of the folders that lead to mount points and are in no image."""
 
 
 class Device(Protocol):
@@ -32,43 +37,46 @@ class Device(Protocol):
         self, vec: BlobIoVec, buf: memoryview, pieces: dict[tuple[int, int], memoryview] | None = None
     ) -> int: ...
     def count_errors(self, vec: BlobIoVec) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """An image in a session. `id` names it in messages: the path in the file system where it is mounted.
-
-    Raises UnsupportedError for any place but "/".
-    """
+    """An image in a session. `id` names it in messages: the path in the file system where it is mounted."""
 
     id: str
     bootstrap: Bootstrap
     device: Device
     xattr: bool = False
     """Answer xattr requests even if the image has none, so that the kernel goes on asking."""
+    index: int = 0
 
-    def __post_init__(self) -> None:
-        if self.id != "/":
-            raise UnsupportedError(
-                f"mount {self.id}: this front end serves one image, mounted at /: start one daemon per image"
-            )
+    @property
+    def name(self) -> str:
+        """What it is called in the log."""
+        return f"mount {self.id}"
 
     def node_of(self, ino: int) -> int:
-        """The node id of an inode."""
-        if ino == self.bootstrap.root_ino:
+        """The node id of an inode. Raises FormatError for a number that no image can have."""
+        if ino == self.bootstrap.root_ino and self.id == "/":
             return ROOT_ID
+        if ino > INODE_MAX - 2:
+            raise FormatError(self.id, "inode", f"number {ino} is more than {INODE_MAX - 2}")
+        if self.index:
+            return self.index << INODE_BITS | ino
         return ino if ino > ROOT_ID else INODE_MAX - ino
 
     def ino_of(self, node: int) -> int:
         """The inode of a node id that `node_of` gave."""
         if node == ROOT_ID:
             return self.bootstrap.root_ino
+        if self.index:
+            return node & INODE_MAX
         return node if node < INODE_MAX - ROOT_ID else INODE_MAX - node
 
-    @staticmethod
-    def shown(ino: int) -> int:
+    def shown(self, ino: int) -> int:
         """The inode number that programs see. C libraries skip directory entries numbered 0."""
-        return ino or INODE_MAX
+        return (self.index << INODE_BITS | ino & INODE_MAX) or INODE_MAX
 
 
 def runs_of(vec: Sequence[Extent]) -> list[ChunkRun]:

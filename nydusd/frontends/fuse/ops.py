@@ -48,10 +48,18 @@ _READ_ONLY = (
 
 
 class Operations:
-    """The handlers of one mount. `flags` are those of INIT: they say whether OPEN and OPENDIR may be refused for good."""
+    """The handlers of one mount. `flags` are those of INIT: they say whether OPEN and OPENDIR may be refused for good.
 
-    def __init__(self, mount: Mount, flags: int) -> None:
+    `covers` names the folders (inode of the parent, name) in whose place another mount's root is seen, and the index of
+    that mount; `root_entry(index)` gives that root.
+    """
+
+    def __init__(self, mount: Mount, flags: int, root_entry: Callable[[int], tuple[int, ...]]) -> None:
         self._mount = mount
+        self.covers: dict[tuple[int, bytes], int] = {}
+        self._entry_of_root = root_entry
+        # ENOSYS tells the kernel never to ask again in the whole session, so it is for the image that had it alone.
+        self._no_xattr: bytes | int = errno.ENOSYS if mount.index == 0 else errno.ENODATA
         self._bootstrap = mount.bootstrap
         self._xattr = mount.xattr or mount.bootstrap.has_xattr
         keep = p.OPEN_OUT.pack(0, p.FOPEN_KEEP_CACHE, 0)
@@ -61,14 +69,8 @@ class Operations:
         self._statfs = p.STATFS_OUT.pack(0, 0, 0, mount.bootstrap.inode_count & _U64, 0, 512, NAME_MAX, 512, 0)
 
     def table(self) -> list[Handler]:
-        """Handlers by opcode; READ, INTERRUPT and DESTROY are for the loop to add."""
-        table: list[Handler] = [self._unknown] * p.OPCODES
-        for opcode in _READ_ONLY:
-            table[opcode] = self._read_only
-        for opcode in (p.RELEASE, p.RELEASEDIR, p.FLUSH, p.FSYNC, p.FSYNCDIR):
-            table[opcode] = self._nothing
-        for opcode in (p.FORGET, p.BATCH_FORGET):
-            table[opcode] = self._forget
+        """Handlers by opcode."""
+        table = errors_of_a_read_only_mount()
         table[p.LOOKUP] = self._lookup
         table[p.GETATTR] = self._getattr
         table[p.READLINK] = self._readlink
@@ -79,8 +81,6 @@ class Operations:
         table[p.STATFS] = self._statfs_reply
         table[p.GETXATTR] = self._getxattr
         table[p.LISTXATTR] = self._listxattr
-        table[p.ACCESS] = self._access
-        table[p.IOCTL] = self._ioctl
         return table
 
     def _attr(self, inode: Inode) -> tuple[int, ...]:
@@ -110,8 +110,13 @@ class Operations:
         """The fields of ENTRY_OUT."""
         return (self._mount.node_of(ino), 0, FOREVER, FOREVER, 0, 0, *self._attr(self._bootstrap.inode(ino)))
 
+    def root_entry(self) -> tuple[int, ...]:
+        """The fields of ENTRY_OUT for the root, valid for one use: the image may be unmounted."""
+        node, generation, _, *rest = self._entry(self._bootstrap.root_ino)
+        return (node, generation, 0, *rest)
+
     def _lookup(self, node: int, body: memoryview) -> bytes | int:
-        name = _name(body, 0)
+        name = name_at(body, 0)
         if name is None:
             return errno.EINVAL
         if len(name) > NAME_MAX:
@@ -121,6 +126,8 @@ class Operations:
         if name == b"..":
             ino = self._bootstrap.parent(ino)
         elif name != b".":
+            if self.covers and (ino, name) in self.covers:
+                return p.ENTRY_OUT.pack(*self._entry_of_root(self.covers[ino, name]))
             ino = self._bootstrap.lookup(ino, name)
         return _ABSENT if ino is None else p.ENTRY_OUT.pack(*self._entry(ino))
 
@@ -142,7 +149,7 @@ class Operations:
         out = bytearray()
         for entry in self._bootstrap.readdir(self._mount.ino_of(node), offset):
             name = entry.name
-            if len(out) + _padded(p.DIRENT.size + len(name)) > size:
+            if len(out) + padded(p.DIRENT.size + len(name)) > size:
                 break
             out += p.DIRENT.pack(self._mount.shown(entry.ino), entry.next_offset, len(name), entry.kind)
             out += name
@@ -152,12 +159,16 @@ class Operations:
     def _readdirplus(self, node: int, body: memoryview) -> bytes:
         offset, size, _ = p.READ_FIELDS.unpack_from(body)
         out = bytearray()
-        for entry in self._bootstrap.readdir(self._mount.ino_of(node), offset):
+        folder = self._mount.ino_of(node)
+        for entry in self._bootstrap.readdir(folder, offset):
             name = entry.name
-            if len(out) + _padded(p.DIRENTPLUS.size + len(name)) > size:
+            if len(out) + padded(p.DIRENTPLUS.size + len(name)) > size:
                 break
             shown = self._mount.shown(entry.ino)
-            out += p.DIRENTPLUS.pack(*self._plus(entry), shown, entry.next_offset, len(name), entry.kind)
+            covered = self.covers and (folder, name) in self.covers
+            out += p.DIRENTPLUS.pack(
+                *(_NO_ENTRY if covered else self._plus(entry)), shown, entry.next_offset, len(name), entry.kind
+            )
             out += name
             out += bytes(-len(out) % 8)
         return bytes(out)
@@ -179,40 +190,57 @@ class Operations:
 
     def _getxattr(self, node: int, body: memoryview) -> bytes | int:
         if not self._xattr:
-            return errno.ENOSYS
+            return self._no_xattr
         size, _ = p.GETXATTR_IN.unpack_from(body)
-        name = _name(body, p.GETXATTR_IN.size)
+        name = name_at(body, p.GETXATTR_IN.size)
         if name is None:
             return errno.EINVAL
         value = self._bootstrap.xattrs(self._mount.ino_of(node)).get(name)
-        return errno.ENODATA if value is None else _sized(value, size)
+        return errno.ENODATA if value is None else sized(value, size)
 
     def _listxattr(self, node: int, body: memoryview) -> bytes | int:
-        if not self._xattr:
+        if not self._xattr and self._no_xattr == errno.ENOSYS:
             return errno.ENOSYS
         size, _ = p.GETXATTR_IN.unpack_from(body)
         names = self._bootstrap.xattrs(self._mount.ino_of(node))
-        return _sized(_EMPTY.join(name + b"\0" for name in names), size)
+        return sized(_EMPTY.join(name + b"\0" for name in names), size)
 
-    def _access(self, _: int, body: memoryview) -> bytes | int:
-        """Permissions are the kernel's work (default_permissions); it asks only where it is told not to."""
-        mask, _pad = p.ACCESS_IN.unpack_from(body)
-        return errno.EROFS if mask & _W_OK else _EMPTY
 
-    def _nothing(self, _: int, __: memoryview) -> bytes:
-        return _EMPTY
+def errors_of_a_read_only_mount() -> list[Handler]:
+    """Handlers by opcode for all that is the same whatever is mounted: what changes something, ends, or is not known.
 
-    def _forget(self, _: int, __: memoryview) -> None:
-        """Inodes are positions in the metadata: there is nothing to forget."""
+    READ, and what is not asked of one image (INTERRUPT, FORGET, RELEASE …), is for the loop.
+    """
+    table: list[Handler] = [_unknown] * p.OPCODES
+    for opcode in _READ_ONLY:
+        table[opcode] = _read_only
+    for opcode in (p.FSYNC, p.FSYNCDIR):
+        table[opcode] = _nothing
+    table[p.ACCESS] = _access
+    table[p.IOCTL] = _ioctl
+    return table
 
-    def _read_only(self, _: int, __: memoryview) -> int:
-        return errno.EROFS
 
-    def _ioctl(self, _: int, __: memoryview) -> int:
-        return errno.ENOTTY
+def _access(_: int, body: memoryview) -> bytes | int:
+    """Permissions are the kernel's work (default_permissions); it asks only where it is told not to."""
+    mask, _pad = p.ACCESS_IN.unpack_from(body)
+    return errno.EROFS if mask & _W_OK else _EMPTY
 
-    def _unknown(self, _: int, __: memoryview) -> int:
-        return errno.ENOSYS
+
+def _nothing(_: int, __: memoryview) -> bytes:
+    return _EMPTY
+
+
+def _read_only(_: int, __: memoryview) -> int:
+    return errno.EROFS
+
+
+def _ioctl(_: int, __: memoryview) -> int:
+    return errno.ENOTTY
+
+
+def _unknown(_: int, __: memoryview) -> int:
+    return errno.ENOSYS
 
 
 _NO_ENTRY = (0,) * 22
@@ -220,17 +248,17 @@ _ABSENT = p.ENTRY_OUT.pack(0, 0, FOREVER, 0, *(0,) * 18)
 """A negative entry: the kernel remembers that the name is not there, where ENOENT would be asked again."""
 
 
-def _name(body: memoryview, at: int) -> bytes | None:
+def name_at(body: memoryview, at: int) -> bytes | None:
     """The NUL-terminated name at `at`; None when its end is missing."""
     name, nul, _ = bytes(body[at:]).partition(b"\0")
     return name if nul else None
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
     return (length + 7) & ~7
 
 
-def _sized(value: bytes, size: int) -> bytes | int:
+def sized(value: bytes, size: int) -> bytes | int:
     """An xattr answer: its length when asked with size 0, the value when it fits, else ERANGE."""
     if size == 0:
         return p.GETXATTR_OUT.pack(len(value), 0)

@@ -15,7 +15,7 @@ from nydusd.formats.model import Extent
 from nydusd.ipc.messages import LOST, SlotRef
 from nydusd.storage.api.io import ChunkRun
 
-from .mount import Device, runs_of
+from .mount import Device, Mount, runs_of
 
 if TYPE_CHECKING:
     from nydusd.ipc.client import Reply  # loads ZeroMQ
@@ -40,9 +40,23 @@ class Client(Protocol):
 class Parked:
     """One read that waits. `direct`: the file was opened with O_DIRECT; `pid`: the thread that reads."""
 
-    __slots__ = ("asked_lost", "deadline", "direct", "interrupted", "pending", "pid", "slots", "unique", "vec")
+    __slots__ = (
+        "asked_lost",
+        "deadline",
+        "device",
+        "direct",
+        "interrupted",
+        "mount",
+        "pending",
+        "pid",
+        "slots",
+        "unique",
+        "vec",
+    )
 
-    def __init__(self, unique: int, vec: list[Extent], pid: int, direct: bool) -> None:
+    def __init__(self, unique: int, vec: list[Extent], pid: int, direct: bool, mount: Mount) -> None:
+        self.mount = mount
+        self.device = mount.device
         self.unique = unique
         self.vec = vec
         self.pid = pid
@@ -63,12 +77,10 @@ class Parking:
 
     def __init__(
         self,
-        device: Device,
         connect: Callable[[], Client],
         patience: float,
         finish: Callable[[Parked, int], None],
     ) -> None:
-        self._device = device
         self._connect = connect
         self._patience = patience
         self._finish = finish
@@ -126,6 +138,11 @@ class Parking:
         self._end_if_killed(read)
         return True
 
+    def end_all(self, device: Device, code: int) -> None:
+        """End the reads of an image that is gone."""
+        for read in [read for read in self.reads.values() if read.device is device]:
+            self._end(read, code)
+
     def service(self) -> float:
         """Take in the replies and what became due. Gives the seconds until it must be called again."""
         client = self.client
@@ -146,7 +163,7 @@ class Parking:
         """The chunks of a read that came in shared memory, None if none did. Drop them before `drop_slots`."""
         if not read.slots:
             return None
-        blobs = {self._device.handle(blob): blob for blob in {extent.blob for extent in read.vec}}
+        blobs = {read.device.handle(blob): blob for blob in {extent.blob for extent in read.vec}}
         found: dict[tuple[int, int], memoryview] = {}
         for slot in read.slots:
             if slot.handle in blobs:
@@ -162,7 +179,7 @@ class Parking:
 
     def _ask(self, read: Parked, runs: list[ChunkRun], flags: int) -> None:
         for blob, first, count in runs:
-            run = ChunkRun(self._device.handle(blob), first, count)
+            run = ChunkRun(read.device.handle(blob), first, count)
             number = self.client.request(run, flags)
             read.pending[number] = (run, flags)
             self._owners[number] = read

@@ -81,6 +81,7 @@ HAS_RESEND = 1 << 39
 FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_CACHE_DIR = 1 << 3
 
+NOTIFY_INVAL_INODE = 2
 NOTIFY_RESEND = 7
 UNIQUE_RESEND = 1 << 63
 """Set in `unique` of a request that the kernel sends again; the reply must carry it as well."""
@@ -124,6 +125,8 @@ ACCESS_IN = Struct("=II")
 """mask, padding."""
 INTERRUPT_IN = Struct("=Q")
 """unique of the request to interrupt."""
+NOTIFY_INVAL_INODE_OUT = Struct("=Qqq")
+"""ino, off, len; off < 0: attributes only."""
 STATFS_OUT = Struct("=QQQQQIIII24x")
 """blocks, bfree, bavail, files, ffree, bsize, namelen, frsize, padding, spare."""
 DIRENT = Struct("=QQII")

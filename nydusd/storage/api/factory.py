@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import count
 
 from nydusd.formats.model import BlobInfo
@@ -40,11 +40,11 @@ class BlobFactory:
     def blobs(self) -> Iterator[BlobCache]:
         return iter(list(self._by_handle.values()))
 
-    def gc(self) -> list[BlobCache]:
-        """Drop unused blobs and empty managers; gives the dropped blobs."""
+    def gc(self, ended: Collection[BlobCache] | None = None) -> list[BlobCache]:
+        """Drop unused blobs (only those in `ended`, if given) and empty managers; gives the dropped blobs."""
         dropped = []
         for key, manager in list(self._managers.items()):
-            dropped += manager.gc()
+            dropped += manager.gc(ended)
             if not manager.blobs:
                 del self._managers[key]
         for cache in dropped:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -70,9 +70,9 @@ class BlobCacheMgr(ABC):
         cache.users += 1
         return cache
 
-    def gc(self) -> list[BlobCache]:
-        """Drop blobs that no image uses; gives them, closed. Cache files stay."""
-        unused = [cache for cache in self.blobs.values() if cache.users <= 0]
+    def gc(self, ended: Collection[BlobCache] | None = None) -> list[BlobCache]:
+        """Drop blobs that no image uses (only those in `ended`, if given); gives them, closed. Cache files stay."""
+        unused = [cache for cache in self.blobs.values() if cache.users <= 0 and (ended is None or cache in ended)]
         for cache in unused:
             del self.blobs[cache.spec.info.blob_id]
             cache.close()

@@ -51,18 +51,28 @@ class BlobSpec:
         return self._path(".blob.meta")
 
     def to_json(self) -> dict[str, Any]:
-        out = asdict(self)
-        for name in _BYTES:
-            out["info"][name] = out["info"][name].hex()
-        return out
+        return asdict(self) | {"info": info_to_json(self.info)}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> BlobSpec:
-        info = dict(raw["info"])
-        for name in _BYTES:
-            info[name] = bytes.fromhex(info[name])
-        for name, kind in _ENUMS.items():
-            info[name] = kind(info[name])
         known = {f.name: raw[f.name] for f in fields(cls)}
-        known["info"] = BlobInfo(**info)
+        known["info"] = info_from_json(raw["info"])
         return cls(**known)
+
+
+def info_to_json(info: BlobInfo) -> dict[str, Any]:
+    """An entry of the blob table as plain data."""
+    out = asdict(info)
+    for name in _BYTES:
+        out[name] = out[name].hex()
+    return out
+
+
+def info_from_json(raw: dict[str, Any]) -> BlobInfo:
+    """What `info_to_json` gave."""
+    info = dict(raw)
+    for name in _BYTES:
+        info[name] = bytes.fromhex(info[name])
+    for name, kind in _ENUMS.items():
+        info[name] = kind(info[name])
+    return BlobInfo(**info)

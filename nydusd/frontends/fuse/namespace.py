@@ -1,0 +1,138 @@
+"""Which image answers for a node id: all mounts of the session, as one front end knows them.
+
+Runs in a front-end process. The supervisor writes the table of mounts to a file, then a number into shared memory; a front
+end compares that number with the table's that it has, before every request. So from the moment at which a mount or an umount
+is answered on the API no request is served by an older table, and nobody had to be waited for. An image is opened when
+something is first asked of it, and one that cannot be opened fails those requests alone.
+
+What holds after SIGKILL: the table and the number are the supervisor's; a successor reads them at its start.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nydusd.errors import FormatError, InternalError, NydusError, UnmountedError
+
+from .mount import PSEUDO_INDEX, Mount
+from .ops import Handler, Operations
+from .pseudo import ROOT, Place, PseudoFs, tree_of
+
+log = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+
+class View:
+    """What answers requests: the handlers by opcode, and the image, None for the pseudo file system."""
+
+    __slots__ = ("handlers", "mount", "operations")
+
+    def __init__(self, mount: Mount | None, handlers: list[Handler], operations: Operations | None = None) -> None:
+        self.mount = mount
+        self.handlers = handlers
+        self.operations = operations
+
+
+class Namespace(dict[int, View]):
+    """Views by the high bits of a node id; 0 is also that of the root. A view is made when it is first asked for.
+
+    `shared[0]` is the shared number, to be compared with `generation`. `open_mount(spec, index)` opens an image.
+    """
+
+    def __init__(self, folder: str, shared: memoryview, flags: int, open_mount: Callable[[Json, int], Mount]) -> None:
+        super().__init__()
+        self._folder = Path(folder)
+        self.shared = shared
+        self._flags = flags
+        self._open_mount = open_mount
+        self._pseudo = PseudoFs(flags, self.root_entry)
+        self._pseudo_view = View(None, self._pseudo.table())
+        self._images: dict[int, Place] = {}
+        self.generation = 0
+
+    def __missing__(self, index: int) -> View:
+        """Raises UnmountedError for an image that is not mounted (any more), and what opening one raises."""
+        if index == PSEUDO_INDEX:
+            view = self._pseudo_view
+        elif index in self._images:
+            view = self._open(self._images[index])
+        elif index == 0:
+            root = self._pseudo.places.get(ROOT)
+            view = self._pseudo_view if root is None or root.index is None else self[root.index]
+        else:
+            raise UnmountedError(f"image {index} is not mounted any more")
+        self[index] = view
+        return view
+
+    def knows(self, index: int) -> bool:
+        """Whether an image is mounted under this index."""
+        return index in self._images
+
+    def reload(self) -> list[Mount]:
+        """Read the table anew. Gives the mounts that are gone, or were replaced; the caller closes them."""
+        generation = self.shared[0]
+        try:
+            rows = json.loads((self._folder / "table.json").read_bytes())["places"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise InternalError(f"the table of mounts in {self._folder} cannot be read: {e}") from e
+        self.generation = generation
+        places = tree_of(rows)
+        images = {place.index: place for place in places.values() if place.index is not None}
+        before, self._images = self._images, images
+        self._pseudo.places = places
+        gone = []
+        for index, place in before.items():
+            now = images.get(index)
+            if now is None or now.revision != place.revision:
+                view = self.pop(index, None)
+                if view is not None and view.mount is not None:
+                    gone.append(view.mount)
+        self.pop(0, None)  # what the root is may have changed
+        for index, view in self.items():
+            if view.operations is not None and view.mount is not None:
+                self._cover(images[index], view.operations, view.mount)
+        return gone
+
+    def root_entry(self, index: int) -> tuple[int, ...]:
+        """The fields of ENTRY_OUT for the root of an image, to be looked up anew at each use."""
+        operations = self[index].operations
+        assert operations is not None
+        return operations.root_entry()
+
+    def _open(self, place: Place) -> View:
+        assert place.index is not None
+        path = self._folder / f"{place.index}.{place.revision}.json"
+        try:
+            spec = json.loads(path.read_bytes())
+        except (OSError, ValueError) as e:
+            raise FormatError(str(path), "mount", f"cannot be read: {e}") from e
+        mount = self._open_mount(spec, place.index)
+        operations = Operations(mount, self._flags, self.root_entry)
+        self._cover(place, operations, mount)
+        return View(mount, operations.table(), operations)
+
+    def _cover(self, place: Place, operations: Operations, mount: Mount) -> None:
+        """Note which folders of an image other mounts stand upon."""
+        operations.covers.clear()
+        try:
+            _find_covers(place, mount, operations.covers)
+        except NydusError as e:
+            log.error("mount %s: %s", mount.id, e)
+
+
+def _find_covers(place: Place, mount: Mount, covers: dict[tuple[int, bytes], int]) -> None:
+    todo = [(place, mount.bootstrap.root_ino)]
+    while todo:
+        above, ino = todo.pop()
+        for name, child in above.children.items():
+            if child.index is not None:
+                covers[ino, name] = child.index
+                continue
+            below = mount.bootstrap.lookup(ino, name)
+            if below is not None:
+                todo.append((child, below))

@@ -1,0 +1,226 @@
+"""The table of mounts: which image is mounted where in the file system, as the supervisor publishes it to its front ends.
+
+Runs in the supervisor. In its folder: `table.json` (the places: mount points and the folders that lead to them) and one
+`INDEX.REVISION.json` a mount, which a front end reads when it first needs the image. A change is written to files, and then
+made known by one store to a number in shared memory, which front ends compare before each request.
+
+After SIGKILL between the two, front ends go on with the table before, which is whole; the files of a mount that nobody
+knows of are removed with the run-time folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+
+from nydusd.errors import CacheError, MountError
+from nydusd.ipc.messages import Json
+from nydusd.ipc.shared_number import make_number
+
+INDEX_MAX = (1 << 28) - 2
+"""Indexes that the front ends' node ids have room for; the next is that of the folders between mounts."""
+_NAME_MAX = 255
+_PATH_MAX = 4096
+_ROOT = 1
+
+
+class PlaceError(MountError):
+    """A mount point is not a path, is taken, is in use, or is not there."""
+
+
+def parse_place(text: str) -> tuple[str, tuple[bytes, ...]]:
+    """A mount point inside the file system as its one spelling, and its names. Raises PlaceError."""
+    try:
+        raw = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise PlaceError(f"mount point {text[:64]!r} must be valid Unicode text") from None
+    names = tuple(name for name in raw.split(b"/") if name not in (b"", b"."))
+    if not raw.startswith(b"/"):
+        raise PlaceError(f"mount point {text[:64]!r} must begin with '/'")
+    if b"\0" in raw or b".." in names or len(raw) > _PATH_MAX or any(len(name) > _NAME_MAX for name in names):
+        raise PlaceError(
+            f"mount point {text[:64]!r} must be a path without '..', of names of at most {_NAME_MAX} bytes"
+        )
+    return "/" + os.fsdecode(b"/".join(names)), names
+
+
+class _Place:
+    """A folder in the tree of mount points. `index` is that of the image mounted on it, or None."""
+
+    def __init__(self, number: int, parent: _Place | None, name: bytes) -> None:
+        self.number = number
+        self.parent = parent
+        self.name = name
+        self.changed = time.time_ns()
+        self.index: int | None = None
+        self.revision = 0
+        self.children: dict[bytes, _Place] = {}
+
+    def below(self) -> Iterator[_Place]:
+        """This place and all below it, parents first."""
+        todo = [self]
+        while todo:
+            place = todo.pop()
+            yield place
+            todo += place.children.values()
+
+
+class MountTable:
+    """`folder` is made; `name` is that of the shared number."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._name = name
+        self._root = _Place(_ROOT, None, b"")
+        self._numbers = count(_ROOT + 1)
+        self._indexes = count(1)
+        self._first = True
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as e:
+            raise CacheError(f"{folder}: {e.strerror}", e.errno) from e
+        self._shared = make_number(name)
+        self._publish()
+
+    def spec(self) -> Json:
+        """What a front end must know to read the table."""
+        return {"folder": str(self._folder), "shared": self._name}
+
+    def under(self, names: Sequence[bytes]) -> tuple[int, int] | None:
+        """(index, number of names above it) of the mounted image that has this path inside it, None if none has."""
+        found = None
+        place: _Place | None = self._root
+        for depth, name in enumerate(names):
+            if place is None:
+                break
+            if place.index is not None:
+                found = (place.index, depth)
+            place = place.children.get(name)
+        return found
+
+    def check_free(self, names: Sequence[bytes]) -> None:
+        """Raises PlaceError when an image is mounted here, or below here, where this one would hide it."""
+        place = self._find(names)
+        if place is None:
+            return
+        if place.index is not None:
+            raise PlaceError("object or filesystem already exists")
+        hidden = next((_path(below) for below in place.below() if below.index is not None), None)
+        if hidden is not None:
+            raise PlaceError(f"it would hide what is mounted at {hidden}")
+
+    def add(self, names: Sequence[bytes], spec: Json) -> int:
+        """Mount an image; gives its index. Raises what `check_free` raises, and CacheError when nothing can be written."""
+        self.check_free(names)
+        index = 0 if not names and self._first else self._next_index()
+        self._write(f"{index}.0.json", spec)
+        self._first = False
+        place = self._root
+        for name in names:
+            if name not in place.children:
+                place.children[name] = _Place(next(self._numbers), place, name)
+                place.changed = time.time_ns()
+            place = place.children[name]
+        place.index, place.revision = index, 0
+        place.changed = time.time_ns()
+        try:
+            self._publish()
+        except CacheError:
+            place.index = None
+            raise
+        return index
+
+    def replace(self, names: Sequence[bytes], spec: Json, *, same: bool) -> int:
+        """Describe the image that is mounted here anew; gives its index, which is the old one if the metadata is the `same`."""
+        place = self._mounted(names)
+        before = place.index, place.revision
+        if same:
+            place.revision += 1
+        else:
+            place.index, place.revision = self._next_index(), 0
+        try:
+            self._write(f"{place.index}.{place.revision}.json", spec)
+            self._publish()
+        except CacheError:
+            place.index, place.revision = before
+            raise
+        self._remove("{}.{}.json".format(*before))
+        assert place.index is not None
+        return place.index
+
+    def check_unused(self, names: Sequence[bytes]) -> None:
+        """Raises PlaceError when no image is mounted here, or when others are mounted inside it."""
+        place = self._mounted(names)
+        inside = next((_path(below) for below in place.below() if below is not place and below.index is not None), None)
+        if inside is not None:
+            raise PlaceError(f"it is in use: {inside} is mounted in it")
+
+    def remove(self, names: Sequence[bytes]) -> None:
+        """Unmount an image, and remove the folders that led to it alone. Raises what `check_unused` raises."""
+        self.check_unused(names)
+        place = self._mounted(names)
+        old = f"{place.index}.{place.revision}.json"
+        place.index = None
+        place.children.clear()
+        place.changed = time.time_ns()
+        while place.parent is not None and place.index is None and not place.children:
+            del place.parent.children[place.name]
+            place = place.parent
+            place.changed = time.time_ns()
+        self._publish()
+        self._remove(old)
+
+    def close(self) -> None:
+        """Give the shared number back; its name goes with the run-time folder."""
+        self._shared.release()
+
+    def _next_index(self) -> int:
+        index = next(self._indexes)
+        if index > INDEX_MAX:
+            raise PlaceError(f"{INDEX_MAX} images were mounted by this daemon: start another one")
+        return index
+
+    def _find(self, names: Sequence[bytes]) -> _Place | None:
+        place: _Place | None = self._root
+        for name in names:
+            place = None if place is None else place.children.get(name)
+        return place
+
+    def _mounted(self, names: Sequence[bytes]) -> _Place:
+        place = self._find(names)
+        if place is None or place.index is None:
+            raise PlaceError("object or filesystem doesn't exist")
+        return place
+
+    def _publish(self) -> None:
+        rows = [
+            [p.number, p.parent.number if p.parent else p.number, p.name.hex(), p.changed, p.index, p.revision]
+            for p in self._root.below()
+        ]
+        self._write("table.json", {"places": rows})
+        self._shared[0] += 1
+
+    def _write(self, name: str, content: Json) -> None:
+        target = self._folder / name
+        temporary = target.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(content, separators=(",", ":")))
+            os.replace(temporary, target)
+        except OSError as e:
+            raise CacheError(f"{target}: {e.strerror}", e.errno) from e
+
+    def _remove(self, name: str) -> None:
+        (self._folder / name).unlink(missing_ok=True)
+
+
+def _path(place: _Place) -> str:
+    names = []
+    at: _Place | None = place
+    while at is not None and at.parent is not None:
+        names.append(os.fsdecode(at.name))
+        at = at.parent
+    return "/" + "/".join(reversed(names))

@@ -1,0 +1,233 @@
+"""Mounting, remounting and unmounting images in a running daemon: all images of the session, and what is done for each.
+
+Runs in the supervisor. What reads a disk or parses an image is a job of a fetch worker, so the answer comes later, by a
+callback; between a question and its answer the mount point is taken. Blobs that no image uses any more go when their last
+job is done and their chunk map is stored.
+
+After SIGKILL in the middle of a mount there is either no image, or a whole one: the table is published last.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nydusd.errors import NydusError
+from nydusd.ipc.messages import Json
+from nydusd.storage.api.factory import BlobFactory
+from nydusd.storage.api.image import ImageFacts, inspect
+from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.cache.prefetch import PrefetchWorker
+from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.supervisor.images import Image, metadata_folders
+from nydusd.supervisor.mount_table import MountTable, PlaceError, parse_place
+from nydusd.supervisor.planner import plan_prefetch
+from nydusd.supervisor.pool import WorkerPool
+from nydusd.supervisor.router import Router
+
+if TYPE_CHECKING:
+    from nydusd.config import Config
+
+log = logging.getLogger(__name__)
+
+Done = Callable[[NydusError | None], None]
+"""Told how an operation ended: None for well."""
+
+
+class WorkFailedError(NydusError):
+    """A worker could not do what a mount needs; the message is the worker's."""
+
+
+class Request:
+    """What a mount or a remount asks for. `files` is the prefetch list, None for the image's own."""
+
+    def __init__(self, place: str, source: str, config: Config, files: Sequence[bytes] | None) -> None:
+        self.place, self.names = parse_place(place)
+        self.source = source
+        self.config = config
+        self.files = files
+
+
+class Mounts:
+    """The images of a session. `changed(place)` is called after each change of the table.
+
+    `place` is where the kernel may have another memory of what is there now, None if that cannot be.
+    """
+
+    def __init__(self, folder: Path, number: str, factory: BlobFactory, changed: Callable[[str | None], None]) -> None:
+        self.table = MountTable(folder / "mounts", number)
+        self.images: dict[str, Image] = {}
+        self._folder = folder
+        self._factory = factory
+        self._changed = changed
+        self._under_way: set[str] = set()
+        self._leaving: list[BlobCache] = []
+
+    def start(self, fetch: WorkerPool, router: Router, prefetch: PrefetchWorker) -> None:
+        """Give what is needed once the daemon has workers, and prepare the image that it was started with."""
+        self._fetch = fetch
+        self._router = router
+        self._prefetch = prefetch
+
+    def mount_first(self, request: Request) -> Image:
+        """Mount the image of the command line, before there are workers. Raises NydusError."""
+        folders = metadata_folders(request.config, str(self._folder))
+        return self._add(request, inspect(request.source, folders))
+
+    def serve(self, image: Image, files: Sequence[bytes] | None) -> None:
+        """Have the blobs of an image opened, and fetch ahead what is to be fetched ahead."""
+        for cache in image.caches:
+            self._router.open_blob(cache)
+        plan_prefetch(image, files, self._prefetch, self._fetch)
+
+    # --- mount ------------------------------------------------------------------------------------------------
+
+    def mount(self, request: Request, done: Done) -> None:
+        """Mount an image. The same image at the same place once more is no error: whoever lost an answer may repeat."""
+        present = self.images.get(request.place)
+        if present is not None and (present.source, present.config) == (request.source, request.config):
+            done(None)
+            return
+
+        def inspected(facts: ImageFacts) -> None:
+            inside = self.table.under(request.names)
+            if inside is None:
+                self._mount(request, facts)
+                done(None)
+                return
+            index, depth = inside
+            outer = next(image for image in self.images.values() if image.index == index)
+            self._under_way.add(request.place)
+
+            def found(answer: Answer) -> None:
+                if not answer["found"]:
+                    raise PlaceError(f"the image at {outer.place} has no such folder to mount upon")
+                if outer.released:
+                    raise PlaceError(f"the image at {outer.place} was unmounted meanwhile")
+                self._mount(request, facts)
+                done(None)
+
+            path = [name.hex() for name in request.names[depth:]]
+            job: Json = {"image": outer.metadata.to_json(), "path": path}
+            self._ask("find_folder", request.place, job, found, done)
+
+        self._inspect(request, inspected, done)
+
+    def _mount(self, request: Request, facts: ImageFacts) -> None:
+        image = self._add(request, facts)
+        self.serve(image, request.files)
+        log.info("%s is mounted at %s", image.source, image.place)
+
+    def _add(self, request: Request, facts: ImageFacts) -> Image:
+        self.table.check_free(request.names)
+        image = Image(request.place, request.source, request.config, facts, self._factory)
+        try:
+            image.index = self.table.add(request.names, image.spec())
+        except NydusError:
+            self._release(image)
+            raise
+        self.images[image.place] = image
+        self._changed(image.place if self.table.under(request.names) else None)
+        return image
+
+    # --- remount ----------------------------------------------------------------------------------------------
+
+    def remount(self, request: Request, done: Done) -> None:
+        """Take another source and configuration for a mounted image.
+
+        If the metadata is the same, open files go on with it; else they are of an image that is gone.
+        """
+
+        def inspected(facts: ImageFacts) -> None:
+            old = self._mounted(request.place)
+            if facts.identity != old.metadata.identity:
+                self.table.check_unused(request.names)
+            new = Image(request.place, request.source, request.config, facts, self._factory)
+            try:
+                new.index = self.table.replace(request.names, new.spec(), same=facts.identity == old.metadata.identity)
+            except NydusError:
+                self._release(new)
+                raise
+            self._release(old)
+            self.images[new.place] = new
+            self._changed(self._stale(new.place, request.names))
+            self.serve(new, request.files)
+            log.info("%s is remounted at %s", new.source, new.place)
+            done(None)
+
+        self._mounted(request.place)
+        self._inspect(request, inspected, done)
+
+    # --- umount -----------------------------------------------------------------------------------------------
+
+    def umount(self, place: str) -> None:
+        """Unmount an image. Raises PlaceError when there is none, or when others are mounted inside it."""
+        place, names = parse_place(place)
+        image = self._mounted(place)
+        self.table.remove(names)
+        del self.images[place]
+        self._release(image)
+        self._changed(self._stale(place, names))
+        log.info("%s is unmounted from %s", image.source, place)
+
+    def _stale(self, place: str, names: Sequence[bytes]) -> str | None:
+        """The place, if the kernel keeps what it knows of it: the root, or a folder of an image."""
+        return place if not names or self.table.under(names) else None
+
+    def _mounted(self, place: str) -> Image:
+        if place not in self.images:
+            raise PlaceError("object or filesystem doesn't exist")
+        return self.images[place]
+
+    def _release(self, image: Image) -> None:
+        image.release()
+        for cache in image.caches:
+            if cache.users <= 0 and cache not in self._leaving:
+                self._prefetch_no_more(cache)
+                self._leaving.append(cache)
+
+    def _prefetch_no_more(self, cache: BlobCache) -> None:
+        if hasattr(self, "_prefetch"):
+            self._prefetch.cancel(cache)
+
+    def collect(self) -> None:
+        """Drop the blobs that are used no more and have nothing under way; called in each turn of the loop."""
+        if not self._leaving:
+            return
+        self._leaving = [cache for cache in self._leaving if cache.users <= 0]
+        idle = [cache for cache in self._leaving if self._router.may_close(cache)]
+        if idle:
+            self._leaving = [cache for cache in self._leaving if cache not in idle]
+            self._factory.gc(idle)
+
+    # --- jobs -------------------------------------------------------------------------------------------------
+
+    def _inspect(self, request: Request, then: Callable[[ImageFacts], None], done: Done) -> None:
+        payload: Json = {
+            "source": os.path.abspath(request.source),
+            "folders": metadata_folders(request.config, str(self._folder)),
+        }
+        self._ask("inspect", request.place, payload, lambda answer: then(ImageFacts.from_json(answer["image"])), done)
+
+    def _ask(self, kind: str, place: str, payload: Json, then: Callable[[Answer], None], done: Done) -> None:
+        """Have a worker do something for a mount at `place`, which is taken until then."""
+        if kind == "inspect" and place in self._under_way:
+            raise PlaceError("another mount or remount of it is under way")
+        self._under_way.add(place)
+
+        def ended(_job: Job, answer: Answer) -> None:
+            self._under_way.discard(place)
+            try:
+                if "error" in answer:
+                    raise WorkFailedError(answer["error"])
+                then(answer)
+            except NydusError as e:
+                done(e)
+
+        self._fetch.submit(Job(kind, None, Priority.USER, payload, ended))
+
+    def close(self) -> None:
+        self.table.close()

@@ -1,0 +1,264 @@
+"""Many images in one daemon: mounted and unmounted by the API, none disturbed by another, none taken for another."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.mkimage import build
+from tests.support import manifest, oracle
+from tests.support.daemon import Daemon, wait_for_role
+from tests.support.discipline import wait_until
+
+FIRST = oracle.image("v6-zstd-blake3")
+SECOND = oracle.image("v5-zstd-blake3")
+EXISTS = 'Mount(MountFilesystem(Other("object or filesystem already exists")))'
+ABSENT = 'Mount(MountFilesystem(Other("object or filesystem doesn\'t exist")))'
+
+
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    """A daemon without an image."""
+    with Daemon(None, Path("/nonexistent")) as made:
+        yield made
+
+
+def mount(daemon: Daemon, place: str, image: oracle.Image, method: str = "POST") -> None:
+    assert daemon.mount(place, image.bootstrap, image.blobs, method) == (204, "")
+
+
+def assert_right(daemon: Daemon, place: str, image: oracle.Image) -> None:
+    found = manifest.walk(Path(f"{daemon.mountpoint}{place}"))
+    assert manifest.differences(manifest.load(image.manifest), found) == []
+
+
+def test_images_are_mounted_and_unmounted_side_by_side(daemon: Daemon) -> None:
+    assert os.listdir(daemon.mountpoint) == []
+    mount(daemon, "/a", FIRST)
+    mount(daemon, "/deep/in/folders", SECOND)
+    assert sorted(os.listdir(daemon.mountpoint)) == ["a", "deep"]
+    assert_right(daemon, "/a", FIRST)
+    assert_right(daemon, "/deep/in/folders", SECOND)
+    assert daemon.umount("/a") == (204, "")
+    assert os.listdir(daemon.mountpoint) == ["deep"]
+    assert not (daemon.mountpoint / "a").exists()
+    assert_right(daemon, "/deep/in/folders", SECOND)
+    assert daemon.umount("/deep/in/folders") == (204, "")
+    assert os.listdir(daemon.mountpoint) == []
+    mount(daemon, "/a", SECOND)
+    assert_right(daemon, "/a", SECOND)
+
+
+def test_wrong_mounts_are_refused_in_the_known_words_and_harm_nothing(daemon: Daemon, tmp_path: Path) -> None:
+    mount(daemon, "/a", FIRST)
+    assert daemon.mount("/a", FIRST.bootstrap, FIRST.blobs) == (204, ""), "the same once more"
+    assert daemon.mount("/a", SECOND.bootstrap, SECOND.blobs) == (500, EXISTS)
+    assert daemon.mount("/b", FIRST.bootstrap, FIRST.blobs, method="PUT") == (500, ABSENT)
+    for place in ("/b", "/a/b", "/"):
+        assert daemon.umount(place) == (500, ABSENT)
+    for place in ("b", "/../b", "/a/../../b", ""):
+        status, message = daemon.mount(place, FIRST.bootstrap, FIRST.blobs)
+        assert (status, message.partition("(Os")[0]) == (
+            *(500, 'Mount(MountFilesystem(Other("VFS failed to handle request, PathWalk'),
+        )
+        assert "code: 22" in message
+    for kind in ("", "ext4"):
+        assert daemon.mount("/b", FIRST.bootstrap, FIRST.blobs, fs_type=kind) == (
+            500,
+            "Mount(MountFilesystem(Other(\"invalid argument `only 'rafs' and 'passthrough_fs' are supported, "
+            f'but {kind} was specified`")))',
+        )
+    for config, why in (("", "neither"), ("{", "not valid JSON"), ('{"device":{}}', "backend")):
+        status, message = daemon.mount("/b", FIRST.bootstrap, FIRST.blobs, config=config)
+        start = (
+            'Mount(MountFilesystem(Other("RAFS failed to handle request, Failed to load config: '
+            "failed to parse configuration information"
+        )
+        assert (status, message[: len(start)]) == (500, start)
+        assert why in message
+    (tmp_path / "bad").write_bytes(bytes(8192))
+    for source, why in (
+        (tmp_path / "bad", "no tar header"),
+        (tmp_path / "none", "No such file"),
+        (tmp_path, "regular"),
+    ):
+        status, message = daemon.mount("/b", source, FIRST.blobs)
+        assert status == 500
+        assert why in message
+    status, message = daemon.mount("/b", FIRST.bootstrap, FIRST.blobs, prefetch_files=["a"])
+    assert (status, "prefetch_files" in message) == (500, True)
+    assert daemon.mount("/b", FIRST.bootstrap, FIRST.blobs, fs_type="passthrough_fs")[0] == 501
+    assert os.listdir(daemon.mountpoint) == ["a"]
+    assert_right(daemon, "/a", FIRST)
+
+
+def test_a_mount_inside_an_image_takes_the_place_of_its_folder(daemon: Daemon) -> None:
+    mount(daemon, "/a", FIRST)
+    inner = daemon.mountpoint / "a" / "deep"
+    before = os.listdir(inner)
+    mount(daemon, "/a/deep", SECOND)
+    assert_right(daemon, "/a/deep", SECOND)
+    status, message = daemon.umount("/a")
+    assert (status, "in use: /a/deep" in message) == (500, True)
+    status, message = daemon.mount("/a/nothing", SECOND.bootstrap, SECOND.blobs)
+    assert (status, "no such folder" in message) == (500, True)
+    assert daemon.umount("/a/deep") == (204, "")
+    assert os.listdir(inner) == before
+    assert_right(daemon, "/a", FIRST)
+
+
+def test_an_image_at_the_root_comes_and_goes(daemon: Daemon) -> None:
+    for image in (FIRST, SECOND, FIRST):
+        mount(daemon, "/", image)
+        assert_right(daemon, "", image)
+        assert daemon.umount("/") == (204, "")
+        assert os.listdir(daemon.mountpoint) == []
+        mount(daemon, "/in", image)
+        assert (daemon.mountpoint / "in").is_dir(), "a name that the image did not have"
+        assert daemon.umount("/in") == (204, "")
+
+
+def test_an_open_file_of_an_unmounted_image_gives_an_error_and_never_another_images_bytes(daemon: Daemon) -> None:
+    path, content = next((path, data) for path, data in oracle.truth(FIRST.name).items() if len(data) > 100_000)
+    mount(daemon, "/a", FIRST)
+    fd = os.open(os.fsencode(daemon.mountpoint) + b"/a/" + path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        assert os.pread(fd, 4096, 0) == content[:4096]
+        assert daemon.umount("/a") == (204, "")
+        mount(daemon, "/a", SECOND)
+        with pytest.raises(OSError) as caught:
+            os.pread(fd, 4096, 4096)
+        assert caught.value.errno == errno.ESTALE
+    finally:
+        os.close(fd)
+
+
+def test_a_remount_with_the_same_metadata_keeps_open_files(daemon: Daemon, tmp_path: Path) -> None:
+    path, content = next((path, data) for path, data in oracle.truth(FIRST.name).items() if len(data) > 100_000)
+    mount(daemon, "/a", FIRST)
+    fd = os.open(os.fsencode(daemon.mountpoint) + b"/a/" + path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        daemon.cache = tmp_path / "other"
+        mount(daemon, "/a", FIRST, method="PUT")
+        assert os.pread(fd, 8192, 0) == content[:8192]
+        assert any(name.endswith(".blob.data") for name in os.listdir(tmp_path / "other"))
+        mount(daemon, "/a", SECOND, method="PUT")
+        with pytest.raises(OSError) as caught:
+            os.pread(fd, 4096, 16384)
+        assert caught.value.errno == errno.ESTALE
+    finally:
+        os.close(fd)
+    assert_right(daemon, "/a", SECOND)
+
+
+def test_an_unmounted_image_gives_back_all_it_held(daemon: Daemon) -> None:
+    """Its segment, its cache file, its metadata: in every process, also in those that nobody asks anything."""
+    mount(daemon, "/a", FIRST)
+    assert_right(daemon, "/a", FIRST)
+    family = [daemon.pid, *daemon.pids("fuse")]
+
+    def in_use() -> list[str]:
+        maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in family)
+        links = [os.readlink(link) for pid in family for link in Path(f"/proc/{pid}/fd").iterdir()]
+        files = [line.split(maxsplit=5)[-1] for line in maps.splitlines()] + links
+        return [name for name in files if str(FIRST.bootstrap) in name or ".blob.data" in name]
+
+    assert in_use()
+    assert daemon.umount("/a") == (204, "")
+    wait_until(lambda: not in_use(), "the end of all uses")
+    mount(daemon, "/a", FIRST)
+    reads = daemon.backend_reads()
+    assert_right(daemon, "/a", FIRST)
+    assert daemon.backend_reads() == reads, "what was fetched before the umount was fetched again"
+
+
+def test_front_ends_that_die_come_back_with_all_mounts(daemon: Daemon) -> None:
+    mount(daemon, "/a", FIRST)
+    for pid in daemon.pids("fuse"):
+        daemon.kill(pid)
+    mount(daemon, "/b", SECOND)
+    assert_right(daemon, "/a", FIRST)
+    assert_right(daemon, "/b", SECOND)
+    assert daemon.umount("/a") == (204, "")
+    for pid in daemon.pids("fuse"):
+        daemon.kill(pid)
+    assert os.listdir(daemon.mountpoint) == ["b"]
+    wait_for_role(daemon, "fuse", len(os.sched_getaffinity(0)))
+
+
+def test_a_bootstrap_that_vanished_fails_its_image_alone(
+    daemon: Daemon, tmp_path: Path, expect_log: Callable[..., None]
+) -> None:
+    expect_log("bootstrap: bootstrap: cannot be opened: No such file")
+    copy = tmp_path / "bootstrap"
+    copy.write_bytes(FIRST.bootstrap.read_bytes())
+    assert daemon.mount("/a", copy, FIRST.blobs) == (204, "")
+    mount(daemon, "/b", SECOND)
+    copy.unlink()
+    with pytest.raises(OSError, match="Input/output error"):
+        os.listdir(daemon.mountpoint / "a")
+    assert sorted(os.listdir(daemon.mountpoint)) == ["a", "b"]
+    assert_right(daemon, "/b", SECOND)
+    assert daemon.umount("/a") == (204, "")
+
+
+def test_mounts_come_and_go_under_readers_of_another(daemon: Daemon) -> None:
+    mount(daemon, "/steady", FIRST)
+    contents = list(oracle.truth(FIRST.name).items())[:40]
+    wrong: list[object] = []
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.is_set():
+            for path, content in contents:
+                try:
+                    with open(os.fsencode(daemon.mountpoint) + b"/steady/" + path, "rb") as file:
+                        if file.read() != content:
+                            wrong.append(path)
+                except OSError as e:
+                    wrong.append(e)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for turn in range(12):
+            mount(daemon, "/other", SECOND if turn % 2 else FIRST)
+            assert os.listdir(daemon.mountpoint / "other")
+            assert daemon.umount("/other") == (204, "")
+    finally:
+        over.set()
+        reader.join()
+    assert wrong == []
+
+
+def test_three_hundred_images_and_each_shows_its_own_files(daemon: Daemon, tmp_path: Path) -> None:
+    """More than fit into the 8 bits that the reference has for them."""
+    for number in range(300):
+        tree = tmp_path / "trees" / str(number)
+        tree.mkdir(parents=True)
+        (tree / "who").write_text(f"image {number}")
+        built = build(tree, tmp_path / "images" / str(number))
+        assert daemon.mount(f"/{number}", built.bootstrap, built.blob.parent) == (204, "")
+    assert sorted(map(int, os.listdir(daemon.mountpoint))) == list(range(300))
+    for number in range(300):
+        assert (daemon.mountpoint / str(number) / "who").read_text() == f"image {number}"
+        assert os.listdir(daemon.mountpoint / str(number)) == ["who"]
+    inodes = {os.stat(daemon.mountpoint / str(number) / "who").st_ino for number in range(300)}
+    assert len(inodes) == 300
+    for number in range(0, 300, 7):
+        assert daemon.umount(f"/{number}") == (204, "")
+    assert sorted(map(int, os.listdir(daemon.mountpoint))) == [n for n in range(300) if n % 7]
+    assert (daemon.mountpoint / "299" / "who").read_text() == "image 299"
+
+
+def test_the_image_of_the_command_line_may_be_mounted_elsewhere() -> None:
+    with Daemon(FIRST.bootstrap, FIRST.blobs, args=("--virtual-mountpoint", "/images/first")) as daemon:
+        assert os.listdir(daemon.mountpoint) == ["images"]
+        assert_right(daemon, "/images/first", FIRST)
+        mount(daemon, "/images/second", SECOND)
+        assert_right(daemon, "/images/second", SECOND)

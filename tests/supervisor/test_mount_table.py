@@ -1,0 +1,145 @@
+"""The table of mounts, and what a front end makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nydusd.errors import CacheError
+from nydusd.frontends.fuse.pseudo import tree_of
+from nydusd.ipc.shared_number import map_number
+from nydusd.storage.state.segment import remove
+from nydusd.supervisor import mount_table
+from nydusd.supervisor.mount_table import MountTable, PlaceError, parse_place
+
+NAME = f"/nydusd.test-{uuid.uuid4().hex[:12]}.mounts"
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Iterator[MountTable]:
+    made = MountTable(tmp_path / "mounts", NAME)
+    yield made
+    made.close()
+    remove(NAME)
+
+
+def names(place: str) -> tuple[bytes, ...]:
+    return parse_place(place)[1]
+
+
+def seen(table: MountTable, folder: Path) -> dict[str, int | None]:
+    """Path -> index of the image there, as a front end reads the table."""
+    places = tree_of(json.loads((folder / "mounts" / "table.json").read_bytes())["places"])
+    paths: dict[int, str] = {1: ""}
+    for place in places.values():
+        if place.number != 1:
+            paths[place.number] = f"{paths[place.parent]}/{place.name.decode()}"
+    return {paths[number] or "/": place.index for number, place in places.items()}
+
+
+def test_places_have_one_spelling() -> None:
+    for given in ("/a/b", "/a/b/", "//a///b", "/./a/./b/."):
+        assert parse_place(given) == ("/a/b", (b"a", b"b"))
+    assert parse_place("/") == parse_place("///") == parse_place("/.") == ("/", ())
+    assert parse_place("/\udcff") == ("/\udcff", (b"\xff",))
+
+
+@pytest.mark.parametrize("wrong", ["", "a", "./a", "/a/../b", "/..", "/a\0b", "/" + "x" * 256, "/x" * 2049, "/\ud800"])
+def test_what_is_no_place_is_refused(wrong: str) -> None:
+    with pytest.raises(PlaceError, match="mount point"):
+        parse_place(wrong)
+
+
+def test_folders_lead_to_mounts_and_go_with_them(table: MountTable, tmp_path: Path) -> None:
+    assert seen(table, tmp_path) == {"/": None}
+    assert table.add(names("/a/b/c"), {"id": "/a/b/c"}) == 1
+    assert table.add(names("/a/d"), {}) == 2
+    assert seen(table, tmp_path) == {"/": None, "/a": None, "/a/b": None, "/a/b/c": 1, "/a/d": 2}
+    assert json.loads((tmp_path / "mounts/1.0.json").read_bytes()) == {"id": "/a/b/c"}
+    table.remove(names("/a/b/c"))
+    assert seen(table, tmp_path) == {"/": None, "/a": None, "/a/d": 2}
+    table.remove(names("/a/d"))
+    assert seen(table, tmp_path) == {"/": None}
+    assert sorted(os.listdir(tmp_path / "mounts")) == ["table.json"]
+
+
+def test_every_change_is_announced(table: MountTable) -> None:
+    number = map_number(NAME)
+    before = number[0]
+    table.add(names("/a"), {})
+    table.replace(names("/a"), {}, same=True)
+    table.remove(names("/a"))
+    assert number[0] == before + 3
+    number.release()
+
+
+def test_indexes_are_never_given_twice(table: MountTable) -> None:
+    given = []
+    for _ in range(600):
+        given.append(table.add(names("/a"), {}))
+        table.remove(names("/a"))
+    assert len(set(given)) == 600
+
+
+def test_the_first_image_at_the_root_is_index_0_and_no_later_one(table: MountTable) -> None:
+    assert table.add((), {}) == 0
+    table.remove(())
+    assert table.add((), {}) == 1
+
+
+def test_no_more_indexes_is_an_error(table: MountTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mount_table, "INDEX_MAX", 1)
+    table.add(names("/a"), {})
+    with pytest.raises(PlaceError, match="start another one"):
+        table.add(names("/b"), {})
+
+
+def test_mounts_on_mounts(table: MountTable) -> None:
+    table.add(names("/a/b"), {})
+    with pytest.raises(PlaceError, match="already exists"):
+        table.add(names("/a/b"), {})
+    for above in ("/a", "/"):
+        with pytest.raises(PlaceError, match="would hide what is mounted at /a/b"):
+            table.add(names(above), {})
+    assert table.under(names("/a/b")) is None
+    assert table.under(names("/a/c")) is None
+    assert table.under(names("/a/b/c/d")) == (1, 2)
+    table.add(names("/a/b/c"), {})
+    with pytest.raises(PlaceError, match="in use: /a/b/c is mounted in it"):
+        table.remove(names("/a/b"))
+    for nothing in ("/", "/a", "/x", "/a/b/c/d"):
+        with pytest.raises(PlaceError, match="doesn't exist"):
+            table.remove(names(nothing))
+
+
+def test_a_deep_place_is_no_matter(table: MountTable, tmp_path: Path) -> None:
+    deep = "/x" * 2048
+    table.add(names(deep), {})
+    assert seen(table, tmp_path)[deep] == 1
+    table.remove(names(deep))
+    assert seen(table, tmp_path) == {"/": None}
+
+
+def test_the_same_metadata_keeps_its_index_and_other_gets_a_new_one(table: MountTable, tmp_path: Path) -> None:
+    table.add(names("/a"), {})
+    assert table.replace(names("/a"), {"n": 1}, same=True) == 1
+    assert json.loads((tmp_path / "mounts/1.1.json").read_bytes()) == {"n": 1}
+    assert table.replace(names("/a"), {"n": 2}, same=False) == 2
+    assert sorted(os.listdir(tmp_path / "mounts")) == ["2.0.json", "table.json"]
+
+
+def test_what_cannot_be_written_is_not_mounted(table: MountTable, tmp_path: Path) -> None:
+    table.add(names("/a"), {})
+    (tmp_path / "mounts").rename(tmp_path / "away")
+    with pytest.raises(CacheError, match="No such file"):
+        table.add(names("/b"), {})
+    with pytest.raises(CacheError, match="No such file"):
+        table.replace(names("/a"), {}, same=False)
+    (tmp_path / "away").rename(tmp_path / "mounts")
+    assert table.add(names("/c"), {}) > 1
+    assert {path: index for path, index in seen(table, tmp_path).items() if path in "/a/b"} == {"/": None, "/a": 1}

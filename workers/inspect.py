@@ -1,0 +1,17 @@
+"""The jobs of a mount, `inspect` and `find_folder`. Run in a fetch worker: they read a disk and parse what others wrote."""
+
+from __future__ import annotations
+
+from nydusd.ipc.messages import Json
+from nydusd.storage.api.image import ImageFacts, inspect, is_folder
+from workers.blobs import OpenBlobs
+
+
+def inspect_image(_blobs: OpenBlobs, job: Json) -> Json:
+    """Job: source, folders (where an extracted bootstrap may be kept). Answer: `image`, as plain data."""
+    return {"image": inspect(job["source"], job["folders"]).to_json()}
+
+
+def find_folder(_blobs: OpenBlobs, job: Json) -> Json:
+    """Job: image (plain data), path (hex names). Answer: `found`, whether the image has a folder there."""
+    return {"found": is_folder(ImageFacts.from_json(job["image"]), [bytes.fromhex(name) for name in job["path"]])}
