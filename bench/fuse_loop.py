@@ -79,6 +79,7 @@ def served(folder: Path, bootstrap: Path, data: Path, processes: int, read_ahead
             spec = {
                 "index": index,
                 "session_fd": lane.fd,
+                "journal_fd": lane.journal,
                 "init_flags": session.negotiated.flags,
                 "front": "ipc:///nowhere",
                 "read_deadline": 5,
@@ -94,7 +95,7 @@ def served(folder: Path, bootstrap: Path, data: Path, processes: int, read_ahead
             }
             fd = write_spec(spec)
             command = [sys.executable, "-m", "nydusd.frontends.fuse", "--spec-fd", str(fd)]
-            children.append(subprocess.Popen(command, cwd=REPO, pass_fds=(fd, lane.fd)))
+            children.append(subprocess.Popen(command, cwd=REPO, pass_fds=(fd, lane.fd, lane.journal)))
             os.close(fd)
         os.listdir(mountpoint)
         yield mountpoint

@@ -98,23 +98,6 @@ class Child:
             self.process.send_signal(number)
 
 
-def stop_all(children: Sequence[Child], patience: float = 0.02) -> None:
-    """Stop processes (SIGSTOP) and wait until none of them runs; one that is stuck in the kernel is not waited for."""
-    for child in children:
-        child.send(signal.SIGSTOP)
-    deadline = time.monotonic() + patience
-    while any(_runs(child.pid) for child in children) and time.monotonic() < deadline:
-        time.sleep(0.0005)  # the system gives no event for this but SIGCHLD, which a second stop would not repeat
-
-
-def _runs(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            return f.read().rpartition(b")")[2].split()[0] in (b"R", b"S")
-    except OSError:
-        return False
-
-
 def end_all(children: Sequence[Child], patience: float) -> None:
     """End processes: by SIGTERM, and by SIGKILL those that are still there after `patience` seconds."""
     for child in children:

@@ -28,7 +28,7 @@ from nydusd.ipc.messages import Json, decode, encode
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.supervisor import report
-from nydusd.supervisor.children import Child, end_all, stop_all
+from nydusd.supervisor.children import Child, end_all
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener
 from nydusd.supervisor.mounts import Mounts, Request
@@ -196,6 +196,7 @@ class Supervisor:
         others = [other.interrupt_out for i, other in enumerate(lanes) if i != index]
         spec: Json = {
             "session_fd": lane.fd,
+            "journal_fd": lane.journal,
             "init_flags": self._session.negotiated.flags,
             "interrupt_in": lane.interrupt_in,
             "interrupt_out": others,
@@ -203,7 +204,7 @@ class Supervisor:
             "read_deadline": self.config.nydusd.read_deadline,
             "mounts": self.mounts.table.spec(),
         }
-        return [lane.fd, lane.interrupt_in, *others], spec
+        return [lane.fd, lane.journal, lane.interrupt_in, *others], spec
 
     def _reap(self) -> None:
         """Look after children that have ended: their work goes to others, their place is filled again."""
@@ -234,28 +235,10 @@ class Supervisor:
         for child in self.children:
             if child.restart_at is None or now < child.restart_at:
                 continue
-            if child.role == "fuse":
-                self._resend()
             try:
                 self._launch(child)
             except NydusError as e:
                 log.error("%s; trying again", e)
-
-    def _resend(self) -> None:
-        """Have the kernel queue again what a dead front end had taken. The others are stopped for that moment.
-
-        The kernel's resend takes requests off the lists on which an answer looks for its own. With answers coming in
-        at the same time, both were seen to spin in the kernel for half a minute (6.18, 16 readers, 1 kill in 10).
-        Killed in here, the supervisor leaves stopped front ends: its successor ends them.
-        """
-        assert self._session is not None
-        others = [child for child in self.children if child.role == "fuse" and child.process is not None]
-        stop_all(others)
-        try:
-            self._session.resend()
-        finally:
-            for child in others:
-                child.send(signal.SIGCONT)
 
     # --- messages ---------------------------------------------------------------------------------------------
 

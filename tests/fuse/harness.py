@@ -171,6 +171,7 @@ class Stage:
             {
                 "index": index,
                 "session_fd": lane.fd,
+                "journal_fd": lane.journal,
                 "init_flags": self.session.negotiated.flags,
                 "interrupt_in": lane.interrupt_in,
                 "interrupt_out": siblings,
@@ -183,7 +184,7 @@ class Stage:
         process = subprocess.Popen(
             [sys.executable, "-m", program, "--spec-fd", str(spec_fd)],
             cwd=REPO,
-            pass_fds=(spec_fd, lane.fd, lane.interrupt_in, *siblings),
+            pass_fds=(spec_fd, lane.fd, lane.journal, lane.interrupt_in, *siblings),
             stdin=subprocess.DEVNULL,
         )
         os.close(spec_fd)

@@ -1,16 +1,16 @@
-"""A front end that is killed costs a pause and no read: its successor on the same fd answers what it had taken."""
+"""A front end that is killed costs a pause and no read: its successor on the same lane answers what it had taken."""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.fuse.harness import Asked, Stage
+from tests.fuse.harness import SECONDS, Stage
 from tests.fuse.tree import BIG, CHUNK, noise
 
 
@@ -20,19 +20,12 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
         yield made
 
 
-def restart(stage: Stage, index: int) -> None:
-    """What the supervisor does when a front end has died."""
-    assert stage.session is not None
-    stage.start(index)
-    assert stage.session.resend()
-
-
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_read_that_was_parked_is_answered_by_the_successor(stage: Stage, direct: bool) -> None:
     reader = stage.reader("big", direct=direct)
     old = stage.asked()
     stage.kill(0)
-    restart(stage, 0)
+    stage.start(0)
     new = stage.asked()
     assert (new.first, new.length) == (old.first, old.length)
     assert new.who != old.who
@@ -47,7 +40,7 @@ def test_a_read_issued_while_there_was_no_front_end_is_answered(stage: Stage) ->
     stage.kill(0)
     reader = stage.reader("big", direct=True)
     reader.wait_blocked()
-    restart(stage, 0)
+    stage.start(0)
     assert reader.result() == noise("big", BIG)[:4096]
 
 
@@ -57,22 +50,25 @@ def test_many_reads_survive_many_kills(stage: Stage) -> None:
         assert len({stage.asked().first for _ in readers}) == len(readers)
         stage.kill(0)
         stage.quiet()
-        restart(stage, 0)
+        stage.start(0)
     for _ in readers:
         stage.serve(stage.asked())
     for i, reader in enumerate(readers):
         assert reader.result() == noise("big", BIG)[i * CHUNK : i * CHUNK + 4096]
 
 
-def test_a_resend_while_all_front_ends_live_harms_no_read(tmp_path: Path) -> None:
+def test_the_reads_of_a_living_front_end_are_asked_for_once(tmp_path: Path) -> None:
     with Stage(tmp_path, filled=False, lanes=2) as stage:
-        assert stage.session is not None
         readers = [stage.reader("big", offset=i * CHUNK, direct=True) for i in range(6)]
-        waiting: list[Asked] = [stage.asked() for _ in readers]
-        for _ in range(3):
-            assert stage.session.resend()
-            waiting += [stage.asked() for _ in readers]
-        for request in waiting:
+        waiting = [stage.asked() for _ in readers]
+        (of_the_dead, lane) = (waiting[0].who, int(waiting[0].who.decode().split("-")[1]))
+        stage.kill(lane)
+        stage.start(lane)
+        lost = [request for request in waiting if request.who == of_the_dead]
+        again = [stage.asked() for _ in lost]
+        assert sorted(r.first for r in again) == sorted(r.first for r in lost)
+        assert not stage.quiet()
+        for request in [r for r in waiting if r.who != of_the_dead] + again:
             stage.serve(request)
         for i, reader in enumerate(readers):
             assert reader.result() == noise("big", BIG)[i * CHUNK : i * CHUNK + 4096]
@@ -87,26 +83,63 @@ def test_the_sibling_serves_while_a_front_end_is_dead(tmp_path: Path) -> None:
         assert listing.result() == noise("other", 300_000)[:CHUNK]
 
 
-def test_a_resent_read_can_be_interrupted(stage: Stage) -> None:
+def test_a_read_that_was_parked_again_can_be_interrupted(stage: Stage) -> None:
     reader = stage.reader("big", direct=True)
     stage.asked()
     stage.kill(0)
-    restart(stage, 0)
+    stage.start(0)
     stage.asked()
     reader.signal(signal.SIGUSR1)
     assert reader.result() == errno.EINTR
 
 
-def test_a_front_end_stopped_in_mid_flight_is_overtaken_without_a_wrong_answer(tmp_path: Path) -> None:
-    """The stopped one wakes up with an old copy of the request: the kernel refuses its reply, and it goes on."""
-    with Stage(tmp_path, filled=False, lanes=1) as stage:
-        assert stage.session is not None
+def test_an_interrupt_outlives_the_front_end_that_took_it(stage: Stage) -> None:
+    """A read for the page cache ends by a fatal signal alone, which the kernel reports once."""
+    reader = stage.reader("big")
+    stage.asked()
+    reader.signal(signal.SIGUSR1)
+    other = stage.reader("other", direct=True)  # it is asked for after the interrupt was taken
+    stage.asked()
+    stage.kill(0)
+    stage.start(0)
+    assert len({stage.asked().first for _ in range(2)}) == 2
+    reader.kill()
+    assert reader.result() == -signal.SIGKILL
+    other.kill()
+    other.result()
+
+
+def test_an_answered_request_is_answered_again_in_vain(stage: Stage) -> None:
+    """The last request stays in the journal until the next one comes: its successor serves it, the kernel refuses it."""
+    stage.fill(stage.chunks_of("big"))
+    for _ in range(3):
         reader = stage.reader("big", direct=True)
-        first = stage.asked()
-        os.kill(stage.processes[0].pid, signal.SIGSTOP)
-        stage.fill([first.first])
-        assert stage.session.resend()
-        os.kill(stage.processes[0].pid, signal.SIGCONT)
         assert reader.result() == noise("big", BIG)[:4096]
-        again = stage.reader("big", direct=True)
-        assert again.result() == noise("big", BIG)[:4096]
+        stage.kill(0)
+        stage.start(0)
+
+
+def test_a_journal_of_another_version_has_the_kernel_send_again(stage: Stage) -> None:
+    reader = stage.reader("big", direct=True)
+    stage.asked()
+    stage.kill(0)
+    os.pwrite(stage.lanes[0].journal, b"\xff" * 64, 0)
+    stage.start(0)
+    stage.serve(stage.asked())
+    assert reader.result() == noise("big", BIG)[:4096]
+
+
+def test_a_request_that_kills_every_front_end_is_failed(stage: Stage, expect_log: Callable[..., None]) -> None:
+    expect_log("front ends die of this request: it is failed")
+    stage.fill(stage.chunks_of("big"))
+    stage.kill(0)
+    killed = stage.start(0, "tests.fuse.serve_and_die")
+    reader = stage.reader("big", direct=True)
+    for _ in range(3):
+        assert killed.wait(SECONDS) == -signal.SIGKILL
+        killed = stage.start(0, "tests.fuse.serve_and_die")
+    assert killed.wait(SECONDS) == -signal.SIGKILL
+    stage.start(0)
+    assert reader.result() == errno.EIO
+    again = stage.reader("big", direct=True)
+    assert again.result() == noise("big", BIG)[:4096]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nydusd.errors import FormatError, InternalError
 from nydusd.formats.model import Extent
 from nydusd.frontends.fuse import protocol as p
+from nydusd.frontends.fuse.journal import Journal, create
 from nydusd.frontends.fuse.loop import Complaints, FrontEnd
 from nydusd.frontends.fuse.mount import INODE_BITS, INODE_MAX, Mount, runs_of
 from nydusd.frontends.fuse.namespace import Namespace, View
@@ -80,16 +81,19 @@ class Kernel:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         self.ours.setblocking(False)
         self.mount = Mount("/", tree, WholeDevice(tree), xattr)
-        self.front_end = FrontEnd(self.theirs.fileno(), single(self.mount, flags), no_supervisor)
-        self.buffer = self.front_end._request
+        fd = create()
+        self.journal = Journal(fd)
+        os.close(fd)
+        self.front_end = FrontEnd(self.theirs.fileno(), self.journal, single(self.mount, flags), no_supervisor)
 
     def close(self) -> None:
         self.ours.close()
         self.theirs.close()
+        del self.front_end, self.journal  # the mapping holds a descriptor
 
     def send(self, packet: bytes) -> bytes | None:
         """Hand over the bytes of a request; gives the reply, None if there was none."""
-        self.buffer[: len(packet)] = packet
+        self.journal.request[: len(packet)] = packet
         self.front_end.dispatch(len(packet))
         try:
             return self.ours.recv(2 << 20)
@@ -301,6 +305,8 @@ def test_an_error_becomes_an_errno_and_one_line_that_names_the_mount(
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert caplog.records[0].getMessage().startswith("mount /: ")
     assert bool(caplog.records[0].exc_info) == isinstance(error, InternalError | OSError | RecursionError)
+    caplog.clear()
+    error.__traceback__ = None  # its frames hold views of the journal
 
 
 def test_complaints_say_how_many_were_left_out(

@@ -84,7 +84,6 @@ def test_mount_clone_unmount(mountpoint: Path) -> None:
         for lane in lanes:
             assert all(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in lane)
         assert fcntl.fcntl(session.fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
-        assert session.resend()
         session.unmount()
         assert not is_mounted(mountpoint)
         with pytest.raises(OSError) as caught:
@@ -164,7 +163,6 @@ def test_adopt_serves_a_session_on_another_copy_of_its_fd(mountpoint: Path) -> N
         assert second.device == first.device
         first.close()
         second.open_lanes(1)
-        assert second.resend()
         second.unmount()
         assert not is_mounted(mountpoint)
     finally:
@@ -241,13 +239,3 @@ def test_a_loop_of_links_is_no_mount_point(tmp_path: Path) -> None:
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(MountError, match="too many symbolic links"):
         resolve_mountpoint(str(tmp_path / "a"))
-
-
-def test_a_kernel_without_resend_is_told_apart(monkeypatch: pytest.MonkeyPatch, mountpoint: Path) -> None:
-    session = Session.mount(str(mountpoint))
-    try:
-        monkeypatch.setattr(p, "NOTIFY_RESEND", 99)
-        assert not session.resend()
-    finally:
-        session.unmount()
-        session.close()

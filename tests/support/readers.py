@@ -2,8 +2,8 @@
 
 `storm PATH TRUTH PROCESSES THREADS LENGTH`: all threads open the file, wait for each other, and read once, each at
 another offset below LENGTH. `verify TREE TRUTH PROGRESS STOP PROCESSES SEED`: each process reads every file of TRUTH in
-TREE, in pieces and in an order of its own, again and again until the file STOP exists, and counts the pieces in its u64 of
-the file PROGRESS. All reads go past the page cache.
+TREE, in pieces and in an order of its own, again and again until the file STOP exists, and keeps two u64 in the file
+PROGRESS: the pieces it has read, and its longest read in nanoseconds. All reads go past the page cache.
 Exit status 0 if every byte was right; else what was wrong on stderr.
 """
 
@@ -12,8 +12,10 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,7 +65,7 @@ def storm(path: str, truth: str, processes: int, threads: int, length: int) -> i
 def verify(tree: str, truth: str, progress: str, stop: str, processes: int, seed: int) -> int:
     files = {path.name: path.read_bytes() for path in Path(truth).iterdir()}
     with open(progress, "wb") as file:
-        file.truncate(8 * processes)
+        file.truncate(16 * processes)
 
     def process(number: int) -> int:
         order = random.Random(seed + number)
@@ -73,6 +75,7 @@ def verify(tree: str, truth: str, progress: str, stop: str, processes: int, seed
 
         def check(name: str, offset: int) -> None:
             length = min(PIECE, len(files[name]) - offset)
+            began = time.monotonic_ns()
             try:
                 have = os.pread(opened[name], length, offset)
             except OSError as error:
@@ -80,6 +83,7 @@ def verify(tree: str, truth: str, progress: str, stop: str, processes: int, seed
             else:
                 if have != files[name][offset : offset + length]:
                     problems.append(f"{name} at {offset}: wrong bytes")
+            counters[2 * number + 1] = max(counters[2 * number + 1], time.monotonic_ns() - began)
 
         with open(progress, "r+b") as file, mmap.mmap(file.fileno(), 0) as shared:
             counters = memoryview(shared).cast("Q")
@@ -88,14 +92,29 @@ def verify(tree: str, truth: str, progress: str, stop: str, processes: int, seed
                 order.shuffle(pieces)
                 for name, offset in pieces:
                     check(name, offset)
-                    counters[number] += 1
-                    if rounds and counters[number] % 64 == 0 and os.path.exists(stop):
+                    counters[2 * number] += 1
+                    if rounds and counters[2 * number] % 64 == 0 and os.path.exists(stop):
                         break
                 rounds += 1
             counters.release()
         return report(problems)
 
     return wait_for([fork(process, number) for number in range(processes)])
+
+
+def pieces_read(progress: Path) -> int:
+    """How many pieces the readers of a PROGRESS file have read so far."""
+    return sum(_counters(progress)[::2])
+
+
+def longest_read(progress: Path) -> float:
+    """Seconds that the longest of all reads took."""
+    return max(_counters(progress)[1::2], default=0) / 1e9
+
+
+def _counters(progress: Path) -> tuple[int, ...]:
+    content = progress.read_bytes() if progress.exists() else b""
+    return struct.unpack(f"<{len(content) // 8}Q", content)
 
 
 def report(problems: list[str]) -> int:

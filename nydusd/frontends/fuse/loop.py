@@ -8,8 +8,8 @@ reads are parked, the fd is polled beside the line to the supervisor.
 When images were mounted or unmounted, the supervisor sends SIGURG. No request needs it, for each looks at the table's number
 first; it has a front end that nobody asks anything give up what was unmounted.
 
-What holds after SIGKILL: the supervisor holds the clone's fd too, so nothing is lost; a successor on the same fd gets
-the requests that were taken and not answered once the supervisor has written FUSE_NOTIFY_RESEND.
+What holds after SIGKILL: the supervisor holds the clone's fd and the journal too, so nothing is lost: a successor on the same
+fd answers first what the journal has of requests that were taken and not answered.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from nydusd.errors import NydusError, StaleCacheError, UnmountedError
 
 from . import protocol as p
+from .journal import REQUEST_SIZE, Journal
 from .mount import INODE_BITS, Mount
 from .namespace import Namespace
 from .ops import Handler
@@ -34,8 +35,6 @@ from .parking import Client, Parked, Parking
 
 log = logging.getLogger(__name__)
 
-_REQUEST_BUFFER = 64 * 1024
-"""A request without payload is small; a BATCH_FORGET fills whatever the buffer has."""
 _HEAD = p.PAGE - p.OUT_HEADER.size
 """Where a read's reply begins in its buffer, so that the data lies on a page boundary."""
 
@@ -47,11 +46,11 @@ _AGAIN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
 """read(2): the request was interrupted before it was read, we were, or another clone was faster."""
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
 _NOBODY_WAITS = (errno.ENOENT, *_GONE)
-"""write(2): the request ended meanwhile (interrupted, or a RESEND replaced it), or the mount did."""
+"""write(2): the request ended meanwhile (a predecessor had answered it, or it was interrupted), or the mount did."""
 
 
 class FrontEnd:
-    """Serves the mounts of one session on one fd of it.
+    """Serves the mounts of one session on one fd of it, whose `journal` is its own too.
 
     `flags` are those that INIT settled. `connect` opens the line to the supervisor at the first miss. A read waits
     `read_deadline` seconds for its chunks at most, then fails with ETIMEDOUT. `interrupt_in` and `interrupt_out` are pipes
@@ -61,6 +60,7 @@ class FrontEnd:
     def __init__(
         self,
         fd: int,
+        journal: Journal,
         namespace: Namespace,
         connect: Callable[[], Client],
         *,
@@ -70,14 +70,14 @@ class FrontEnd:
         wake: int = -1,
     ) -> None:
         self._fd = fd
+        self._journal = journal
         self._views = namespace
         self._interrupt_in = interrupt_in
         self._interrupt_out = interrupt_out
         self._wake = wake
         self._idle = False
-        self._parking = Parking(connect, read_deadline, self._finish)
-        self._request = bytearray(_REQUEST_BUFFER)
-        self._request_view = memoryview(self._request)
+        self._parking = Parking(journal, connect, read_deadline, self._finish)
+        self._request = journal.request
         self._reply_buffer = memoryview(mmap.mmap(-1, p.PAGE + p.MAX_READ))
         self._data = self._reply_buffer[p.PAGE :]
         self._of_the_session: dict[int, Handler] = {
@@ -97,6 +97,7 @@ class FrontEnd:
     def run(self) -> None:
         """Serve until the file system is unmounted. Raises OSError when the fd is not a mounted session's."""
         os.set_blocking(self._fd, False)  # a predecessor may have been killed while it blocked
+        self._recover()
         parked = self._parking.reads
         while self._serve_blocking(parked) and self._serve_polling(parked):
             pass
@@ -124,7 +125,7 @@ class FrontEnd:
             tries = 0
         return True
 
-    def _block(self, buffers: Sequence[bytearray]) -> int:
+    def _block(self, buffers: Sequence[memoryview]) -> int:
         """Sleep until there is a request and take it."""
         os.set_blocking(self._fd, True)
         try:
@@ -169,7 +170,6 @@ class FrontEnd:
     def _serve_polling(self, parked: dict[int, Parked]) -> bool:
         """Serve until no read is parked any more. False when the mount is gone."""
         poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
         poll.register(self._parking.client.fileno(), select.POLLIN)
         for extra in (self._interrupt_in, self._wake):
             if extra >= 0:
@@ -183,6 +183,7 @@ class FrontEnd:
                 self._close_left()
             if not parked:
                 return True
+            poll.register(self._fd, 0 if self._journal.full else select.POLLIN)
             for ready, _ in poll.poll(math.ceil(timeout * 1000)):
                 if ready == self._interrupt_in:
                     self._take_interrupts()
@@ -211,7 +212,7 @@ class FrontEnd:
             self._update()
         try:
             if opcode == p.READ:
-                self._read(unique, node, pid, length)
+                self._read(self._request, unique, node, pid, length)
                 return
             if opcode >= p.OPCODES:
                 self._fail(unique, errno.ENOSYS)
@@ -219,7 +220,7 @@ class FrontEnd:
             handler = self._of_the_session.get(opcode)
             if handler is None:
                 handler = self._views[node >> INODE_BITS].handlers[opcode]
-            result = handler(node, self._request_view[p.REQUEST.size : length])
+            result = handler(node, self._request[p.REQUEST.size : length])
         except Exception as e:
             self._fail(unique, self._errno_of(e, opcode, node))
             return
@@ -228,12 +229,48 @@ class FrontEnd:
         elif type(result) is int:
             self._fail(unique, result)
 
-    def _read(self, unique: int, node: int, pid: int, length: int) -> None:
+    def _recover(self) -> None:
+        """Answer, or park again, what a predecessor had taken and not answered."""
+        journal = self._journal
+        if not journal.intact:
+            self._ask_again()
+        for place, request, interrupted in journal.left():
+            _, _, unique, node, pid = p.REQUEST.unpack_from(request)
+            if self._may_serve(unique, p.READ, node):
+                try:
+                    self._read(request, unique, node, pid, len(request), place)
+                except Exception as e:
+                    self._fail(unique, self._errno_of(e, p.READ, node))
+            if unique not in self._parking.reads:
+                journal.drop(place)
+            elif interrupted:
+                self._parking.interrupt(unique)
+        length, opcode, unique, node, _ = p.REQUEST.unpack_from(self._request)
+        if length and unique not in self._parking.reads and self._may_serve(unique, opcode, node):
+            self.dispatch(min(length, REQUEST_SIZE))
+        journal.served_again()
+
+    def _may_serve(self, unique: int, opcode: int, node: int) -> bool:
+        """Whether a predecessor's request is to be served; if not, because that has killed too many, it is failed."""
+        if self._journal.serve_again(unique):
+            return True
+        self._complaints.log("opcode %d, node %d: front ends die of this request: it is failed", opcode, node)
+        self._fail(unique, errno.EIO)
+        return False
+
+    def _ask_again(self) -> None:
+        """Have the kernel send again what any front end has taken. A living one's first answer is then refused: no harm."""
+        try:
+            os.write(self._fd, p.OUT_HEADER.pack(p.OUT_HEADER.size, p.NOTIFY_RESEND, 0))
+        except OSError as e:
+            self._complaints.log("what a predecessor had taken is lost: FUSE_NOTIFY_RESEND: %s", e.strerror)
+
+    def _read(self, request: memoryview, unique: int, node: int, pid: int, length: int, place: int = -1) -> None:
         """READ. A hit is answered here and now, and passes through no other process."""
         if length < p.REQUEST.size + p.READ_FIELDS.size:
             self._fail(unique, errno.EINVAL)
             return
-        offset, size, flags = p.READ_FIELDS.unpack_from(self._request, p.REQUEST.size)
+        offset, size, flags = p.READ_FIELDS.unpack_from(request, p.REQUEST.size)
         mount = self._views[node >> INODE_BITS].mount
         if mount is None:
             self._fail(unique, errno.EISDIR)
@@ -249,7 +286,7 @@ class FrontEnd:
                 self._complaints.log("%s: fetching it again", e, subject=mount.name)
         if unique & p.UNIQUE_RESEND:
             self._parking.forget(unique ^ p.UNIQUE_RESEND)
-        read = Parked(unique, vec, pid, bool(flags & os.O_DIRECT), mount)
+        read = Parked(unique, vec, pid, bool(flags & os.O_DIRECT), mount, place)
         self._parking.park(read, missing)
         if not missing:
             self._parking.ask_lost(read)
@@ -266,7 +303,7 @@ class FrontEnd:
             read.device.count_errors(read.vec)
         if code:
             self._fail(read.unique, code)
-        self._parking.drop_slots(read)
+        self._parking.let_go(read)
 
     def _retry(self, read: Parked) -> bool:
         """Read and answer what was fetched. True when the read is parked once more. Raises StaleCacheError."""

@@ -3,11 +3,12 @@
 It outlives the supervisor: what is cached is served on, and a miss waits for the supervisor's successor until its deadline.
 It ends when the file system is unmounted (exit 0) or by SIGTERM's default action; SIGINT is the supervisor's business.
 
-The spec: `index` (of this front end), `identity` (its ZeroMQ name, optional), `session_fd` (its lane's clone), `init_flags`
-(`Session.negotiated.flags`), `interrupt_in` and `interrupt_out` (its lane's pipe, and the siblings'; optional), `front`
-(the supervisor's endpoint), `read_deadline` (seconds), `log` {`level`, `file`}, `mounts` {`folder`, `shared`}: where the
-supervisor publishes the table of mounts, see `nydusd.supervisor.mount_table`. The spec of a mount there: {`id`, `bootstrap`,
-`bootstrap_size` (optional), `path_id`, `extracted` (both for `open_bootstrap`), `xattr`, `blobs` (for `BlobDevice.from_spec`)}.
+The spec: `index` (of this front end), `identity` (its ZeroMQ name, optional), `session_fd` (its lane's clone), `journal_fd`
+(its lane's journal), `init_flags` (`Session.negotiated.flags`), `interrupt_in` and `interrupt_out` (its lane's pipe, and
+the siblings'; optional), `front` (the supervisor's endpoint), `read_deadline` (seconds), `log` {`level`, `file`}, `mounts`
+{`folder`, `shared`}: where the supervisor publishes the table of mounts, see `nydusd.supervisor.mount_table`. The spec of a
+mount there: {`id`, `bootstrap`, `bootstrap_size` (optional), `path_id`, `extracted` (both for `open_bootstrap`), `xattr`,
+`blobs` (for `BlobDevice.from_spec`)}.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
 from nydusd.storage.api.device import BlobDevice
 
+from .journal import Journal
 from .loop import FrontEnd
 from .mount import Mount
 from .namespace import Namespace
@@ -59,6 +61,7 @@ def main(argv: list[str]) -> int:
     signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
     front_end = FrontEnd(
         int(spec["session_fd"]),
+        Journal(int(spec["journal_fd"])),
         namespace,
         connect,
         read_deadline=float(spec["read_deadline"]),

@@ -1,7 +1,7 @@
 """Reads that wait for chunks: who waits for which request to the supervisor, until when, and how waiting ends.
 
-Runs in a front-end process, driven by its loop; nothing here blocks. All of it dies with the process: after a SIGKILL the
-kernel sends the reads again to the successor (FUSE_NOTIFY_RESEND), which parks them anew.
+Runs in a front-end process, driven by its loop; nothing here blocks. All of it dies with the process, but each parked read
+is in the lane's journal until it is answered: after a SIGKILL the successor parks them anew.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from nydusd.formats.model import Extent
 from nydusd.ipc.messages import LOST, SlotRef
 from nydusd.storage.api.io import ChunkRun
 
+from .journal import Journal
 from .mount import Device, Mount, runs_of
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ class Client(Protocol):
 
 
 class Parked:
-    """One read that waits. `direct`: the file was opened with O_DIRECT; `pid`: the thread that reads."""
+    """One read that waits. `direct`: the file was opened with O_DIRECT; `pid`: the thread that reads.
+
+    `place`: where it is in the journal; -1 while it is in the request buffer alone.
+    """
 
     __slots__ = (
         "asked_lost",
@@ -49,18 +53,20 @@ class Parked:
         "mount",
         "pending",
         "pid",
+        "place",
         "slots",
         "unique",
         "vec",
     )
 
-    def __init__(self, unique: int, vec: list[Extent], pid: int, direct: bool, mount: Mount) -> None:
+    def __init__(self, unique: int, vec: list[Extent], pid: int, direct: bool, mount: Mount, place: int) -> None:
         self.mount = mount
         self.device = mount.device
         self.unique = unique
         self.vec = vec
         self.pid = pid
         self.direct = direct
+        self.place = place
         self.deadline = 0.0
         self.pending: dict[int, tuple[ChunkRun, int]] = {}
         """Unanswered requests: number -> (run with the supervisor's handle, flags)."""
@@ -72,15 +78,17 @@ class Parked:
 class Parking:
     """The parked reads of one front end. `finish(read, errno)` is called when a read's wait is over.
 
-    `finish` may call `ask_lost` to send a read back into waiting; it must call `drop_slots` at the end.
+    `finish` may call `ask_lost` to send a read back into waiting; once it is answered it must call `let_go`.
     """
 
     def __init__(
         self,
+        journal: Journal,
         connect: Callable[[], Client],
         patience: float,
         finish: Callable[[Parked, int], None],
     ) -> None:
+        self._journal = journal
         self._connect = connect
         self._patience = patience
         self._finish = finish
@@ -99,8 +107,10 @@ class Parking:
         return self._client
 
     def park(self, read: Parked, missing: list[ChunkRun]) -> None:
-        """Ask for what is missing and remember the read. A second copy of a read (RESEND) replaces the first."""
+        """Ask for what is missing and remember the read. A second copy of a read (after a kill) replaces the first."""
         self.forget(read.unique)
+        if read.place < 0:
+            read.place = self._journal.keep()
         now = time.monotonic()
         read.deadline = now + self._patience
         if not self.reads:
@@ -122,7 +132,7 @@ class Parking:
         read = self.reads.get(unique)
         if read is not None:
             self._unpark(read)
-            self.drop_slots(read)
+            self.let_go(read)
 
     def interrupt(self, unique: int) -> bool:
         """The reader got a signal. False when the read is not parked here.
@@ -135,6 +145,7 @@ class Parking:
         if read is None:
             return False
         read.interrupted = True
+        self._journal.interrupted(read.place)
         self._end_if_killed(read)
         return True
 
@@ -160,7 +171,7 @@ class Parking:
         return max(0.0, self._tick - now)
 
     def pieces(self, read: Parked) -> dict[tuple[int, int], memoryview] | None:
-        """The chunks of a read that came in shared memory, None if none did. Drop them before `drop_slots`."""
+        """The chunks of a read that came in shared memory, None if none did. Drop them before `let_go`."""
         if not read.slots:
             return None
         blobs = {read.device.handle(blob): blob for blob in {extent.blob for extent in read.vec}}
@@ -171,8 +182,9 @@ class Parking:
                     found[blobs[slot.handle], chunk] = view
         return found
 
-    def drop_slots(self, read: Parked) -> None:
-        """Give the leases of a read's slots back."""
+    def let_go(self, read: Parked) -> None:
+        """A read is answered: take it off the journal, give the leases of its slots back."""
+        self._journal.drop(read.place)
         for slot in read.slots:
             self.client.release(slot)
         read.slots.clear()

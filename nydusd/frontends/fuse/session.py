@@ -1,9 +1,9 @@
-"""The kernel side of a FUSE mount: mount(2), the INIT exchange, clones of the session's fd, RESEND, umount2(2).
+"""The kernel side of a FUSE mount: mount(2), the INIT exchange, clones of the session's fd, umount2(2).
 
 Runs in the supervisor. It holds the session's fd and the fd of every clone for as long as the mount lives: the kernel
 fails the requests that a clone had taken when its *last* fd is closed, so a front end that dies by SIGKILL loses nothing
-while the supervisor keeps its own copy: give the same lane to a successor, call `resend()`, and the readers get their
-bytes. If the supervisor itself is killed, the front ends' copies keep the mount serving what is cached.
+while the supervisor keeps its own copy: give the same lane to a successor, and the readers get their bytes. If the
+supervisor itself is killed, the front ends' copies keep the mount serving what is cached.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from nydusd.errors import MountError
 
+from . import journal
 from . import protocol as p
 
 log = logging.getLogger(__name__)
@@ -60,13 +61,14 @@ class Negotiated(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """The fds of one front end: its clone, and the pipe by which its siblings pass on interrupts (-1 if it has none).
+    """The fds of one front end: its clone, its journal, and the pipe by which its siblings pass on interrupts.
 
     The kernel hands FUSE_INTERRUPT to whichever clone reads first, not to the one that has the request: a front end that
     gets one for a request it does not know writes its `unique` to `interrupt_out` of all others.
     """
 
     fd: int
+    journal: int
     interrupt_in: int
     interrupt_out: int
 
@@ -136,23 +138,10 @@ class Session:
         """Make the fds of `count` front ends, held here until `close`. Raises MountError."""
         for _ in range(count):
             reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            self.lanes.append(Lane(-1, reader, writer))
-            self.lanes[-1] = Lane(self.clone(), reader, writer)
+            self.lanes.append(Lane(-1, -1, reader, writer))
+            self.lanes[-1] = Lane(-1, journal.create(), reader, writer)
+            self.lanes[-1] = self.lanes[-1]._replace(fd=self.clone())
         return self.lanes[-count:] if count else []
-
-    def resend(self) -> bool:
-        """Have the kernel queue again all requests that were taken and not answered, by whomever.
-
-        A live front end's answer to the first copy is then refused by the kernel, and the second copy is answered: no
-        harm. False when the kernel does not know the notification (before 6.9): requests taken by a dead front end
-        then stay unanswered until its lane is closed.
-        """
-        try:
-            os.write(self.fd, p.OUT_HEADER.pack(p.OUT_HEADER.size, p.NOTIFY_RESEND, 0))
-        except OSError as exc:
-            log.warning("%s: FUSE_NOTIFY_RESEND: %s", self.mountpoint, exc.strerror)
-            return False
-        return True
 
     def unmount(self) -> None:
         """Unmount; lazily when the mount is in use; silently when it is gone already or another took its place.
