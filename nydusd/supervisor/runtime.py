@@ -43,6 +43,7 @@ class Runtime:
         self.front = f"ipc://{self.folder}/front"
         self.work = f"ipc://{self.folder}/work"
         self.arena = f"/nydusd.{self.instance}.arena"
+        self.stage = f"/nydusd.{self.instance}.stage"
         self._state = self.folder / "state.json"
         self._lock_path = self.folder.with_suffix(".lock")
         self._lock = -1
@@ -61,6 +62,7 @@ class Runtime:
             for path in self.folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             remove(self.arena)
+            remove(self.stage)
         except OSError as e:
             raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
         self.record([])

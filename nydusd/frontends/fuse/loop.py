@@ -182,6 +182,8 @@ class FrontEnd:
         if not missing:
             try:
                 self._write_data(unique, self._device.read_into(vec, self._data))
+                if self._device.hints:
+                    self._parking.hint(self._device.hints)
                 return
             except StaleCacheError as e:
                 self._complaints.log("%s: fetching it again", e)
