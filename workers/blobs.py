@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from nydusd.errors import CacheError, FormatError, InternalError, StaleCacheError
+from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import Json
 from nydusd.storage.backend import make_backend
 from nydusd.storage.backend.base import BlobBackend, BlobReader
@@ -40,7 +41,7 @@ def map_bootstrap(path: str) -> memoryview:
 class OpenBlob:
     """One blob as a worker uses it; everything but the spec is opened when first needed."""
 
-    def __init__(self, spec: BlobSpec, backend: BlobBackend) -> None:
+    def __init__(self, spec: BlobSpec, backend: Callable[[BlobSpec], BlobBackend]) -> None:
         self.spec = spec
         self._backend = backend
         self._segment: Segment | None = None
@@ -49,7 +50,7 @@ class OpenBlob:
 
     def reader(self, meta: bool = False) -> BlobReader:
         """Reader of the data blob, or of the object that holds the metadata."""
-        return self._backend.get_reader(self.spec.info.meta_blob_id if meta else self.spec.info.blob_id)
+        return self._backend(self.spec).get_reader(self.spec.info.meta_blob_id if meta else self.spec.info.blob_id)
 
     @property
     def segment(self) -> Segment:
@@ -115,9 +116,11 @@ class OpenBlob:
 
 
 class OpenBlobs:
-    """All blobs that this worker has met, by handle."""
+    """All blobs that this worker has met, by handle. `shared_fd`: what fetch workers share, see `make_backend`."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared_fd: int = -1) -> None:
+        self._shared_fd = shared_fd
+        self._arenas: dict[str, Arena] = {}
         self._blobs: dict[int, OpenBlob] = {}
         self._backends: dict[str, BlobBackend] = {}
 
@@ -130,13 +133,41 @@ class OpenBlobs:
         old = self._blobs.pop(spec.handle, None)
         if old is not None:
             old.close()
-        self._blobs[spec.handle] = OpenBlob(spec, self._backend(spec.backend, spec.backend_config))
+        self._blobs[spec.handle] = OpenBlob(spec, self._backend)
 
-    def _backend(self, kind: str, config: Mapping[str, object]) -> BlobBackend:
-        key = repr((kind, sorted(config.items(), key=lambda item: item[0])))
+    def _backend(self, spec: BlobSpec) -> BlobBackend:
+        """Made when it is first read from: a decompress worker needs none for a remote blob, and could not log in."""
+        key = repr((spec.backend, sorted(spec.backend_config.items(), key=lambda item: item[0])))
         if key not in self._backends:
-            self._backends[key] = make_backend(kind, config)
+            self._backends[key] = make_backend(spec.backend, spec.backend_config, self._shared_fd)
         return self._backends[key]
+
+    def arena(self, name: str) -> Arena:
+        """An arena of the supervisor's, which makes each of them once. Raises CacheError."""
+        arena = self._arenas.get(name)
+        if arena is None:
+            arena = self._arenas[name] = Arena.open(name)
+        return arena
+
+    def connections(self) -> dict[str, int]:
+        """Connections that are open now, by host."""
+        found: dict[str, int] = {}
+        for backend in self._backends.values():
+            for host, number in backend.connections().items():
+                found[host] = found.get(host, 0) + number
+        return found
+
+    def close(self) -> None:
+        """Give everything back; nothing of it may be used afterwards."""
+        for blob in self._blobs.values():
+            blob.close()
+        for backend in self._backends.values():
+            backend.close()
+        for arena in self._arenas.values():
+            arena.close()
+        self._blobs.clear()
+        self._backends.clear()
+        self._arenas.clear()
 
     def get(self, job: Json) -> OpenBlob:
         blob = self._blobs.pop(job["handle"], None)

@@ -1,8 +1,11 @@
 """The job `fill`: bring chunks of a blob into the cache file, or into a slot of shared memory. Runs in a decompress worker.
 
-For each chunk: read, decrypt, decompress, verify; then data into the file, then the state byte, in this order. So a
-worker that is killed leaves a chunk either marked and whole, or not marked. Doing a job twice writes the same bytes twice.
-A chunk that does not verify is read and decoded once more; then it fails, alone: its bytes are never stored.
+For each chunk: get its stored bytes, decrypt, decompress, verify; then data into the file, then the state byte, in this
+order. So a worker that is killed leaves a chunk either marked and whole, or not marked. Doing a job twice writes the same
+bytes twice. A local blob is read here. The stored bytes of a remote one are in shared memory already, where a fetch worker
+has put them: nothing here waits for a network or knows a credential.
+A chunk that does not verify is read (here, or by the supervisor's order) and decoded once more; then it fails, alone: its
+bytes are never stored.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from nydusd.errors import BackendError, CorruptChunkError, NydusError, StaleCacheError
+from nydusd.errors import BackendError, CorruptChunkError, InternalError, NydusError, StaleCacheError
 from nydusd.formats.model import ChunkFlag, ChunkRecord
 from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import Json
-from nydusd.storage.cache.decode import ChunkDecoder, fetch_range, verify_chunk
+from nydusd.storage.cache.decode import ChunkDecoder, verify_chunk
+from nydusd.storage.cache.stored import fetch_range
 from nydusd.storage.state.segment import READY
 from workers.blobs import OpenBlob, OpenBlobs
 
@@ -30,9 +34,10 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
 @dataclass(slots=True)
 class _Result:
-    """What is reported: failed chunks, chunks that found no room, and what the backend was asked for."""
+    """What is reported: failed chunks, those to be fetched once more, those that found no room; what the backend was asked."""
 
     failed: list[tuple[int, int, str]] = field(default_factory=list)
+    corrupt: list[int] = field(default_factory=list)
     unstored: list[int] = field(default_factory=list)
     why_unstored: str = ""
     placed: list[tuple[int, int, int]] = field(default_factory=list)
@@ -48,6 +53,7 @@ class _Result:
     def answer(self) -> Json:
         return {
             "failed": self.failed,
+            "corrupt": self.corrupt,
             "unstored": self.unstored,
             "why_unstored": self.why_unstored,
             "placed": self.placed,
@@ -94,8 +100,8 @@ class _CacheFile:
 class _Slot:
     """Places chunks in a slot of the arena; for the dummy cache, and when the disk is full."""
 
-    def __init__(self, job: Json, result: _Result) -> None:
-        self._arena = Arena.open(job["slot"]["arena"])
+    def __init__(self, arena: Arena, job: Json, result: _Result) -> None:
+        self._arena = arena
         self._at = int(job["slot"]["offset"])
         self._end = self._at + int(job["slot"]["length"])
         self._wanted = set(job["chunks"])
@@ -112,25 +118,64 @@ class _Slot:
         self._result.placed.append((chunk, self._at, len(data)))
         self._at += len(data)
 
-    def close(self) -> None:
-        self._arena.close()
+
+class _Backend:
+    """The stored bytes of a local blob."""
+
+    again = True
+    """A chunk that is damaged may be read once more."""
+
+    def __init__(self, blob: OpenBlob, result: _Result) -> None:
+        self._blob = blob
+        self._result = result
+
+    def read(self, coff: int, length: int) -> memoryview:
+        """Stored bytes; raises BackendError."""
+        self._result.reads += 1
+        try:
+            data = self._blob.reader().read(coff, length)
+        except BackendError:
+            self._result.read_errors += 1
+            raise
+        self._result.read_bytes += length
+        return memoryview(data)
+
+
+class _Fetched:
+    """Stored bytes that a fetch worker has put into shared memory."""
+
+    again = False
+
+    def __init__(self, arena: Arena, source: Json) -> None:
+        self.final = bool(source["final"])
+        self._view = arena.view(int(source["offset"]), int(source["length"]))
+        self._coff = int(source["coff"])
+
+    def read(self, coff: int, length: int) -> memoryview:
+        start = coff - self._coff if length else 0
+        if not 0 <= start <= len(self._view) - length:
+            raise InternalError(f"stored bytes {coff} to {coff + length} are not among those that were fetched")
+        return self._view[start : start + length]
 
 
 def fill(blobs: OpenBlobs, job: Json) -> Json:
-    """Fill job["chunks"]; those in job["verify"] are looked for in the cache file first."""
+    """Fill job["chunks"] from job["source"], or else from the backend if that is local.
+
+    Those in job["verify"] are looked for in the cache file first.
+    """
     blob = blobs.get(job)
     result = _Result()
+    target: _CacheFile | _Slot
     if job["slot"] is not None:
-        slot = _Slot(job, result)
-        try:
-            _fetch(blob, job["chunks"], slot, result)
-        finally:
-            slot.close()
-        return result.answer()
-    target = _CacheFile(blob, result)
-    for chunk in job["verify"]:
-        _adopt(blob, chunk)
-    _fetch(blob, job["chunks"], target, result)
+        target = _Slot(blobs.arena(job["slot"]["arena"]), job, result)
+    else:
+        target = _CacheFile(blob, result)
+        for chunk in job["verify"]:
+            _adopt(blob, chunk)
+    if job["source"] is not None:
+        _fetch(blob, job["chunks"], _Fetched(blobs.arena(job["source"]["arena"]), job["source"]), target, result)
+    elif not blob.spec.remote:
+        _fetch(blob, job["chunks"], _Backend(blob, result), target, result)
     return result.answer()
 
 
@@ -176,7 +221,9 @@ def _runs(chunks: list[int]) -> Iterator[tuple[int, int]]:
     yield first, last
 
 
-def _fetch(blob: OpenBlob, chunks: list[int], target: _CacheFile | _Slot, result: _Result) -> None:
+def _fetch(
+    blob: OpenBlob, chunks: list[int], source: _Backend | _Fetched, target: _CacheFile | _Slot, result: _Result
+) -> None:
     """Fill those of `chunks`, which are sorted, that are wanted."""
     wanted = [chunk for chunk in chunks if target.wants(chunk)]
     if not wanted:
@@ -186,10 +233,15 @@ def _fetch(blob: OpenBlob, chunks: list[int], target: _CacheFile | _Slot, result
         again = -1  # the chunk whose second try this is
         while first <= last:
             try:
-                _fill_run(blob, first, last, target, result)
+                _fill_run(blob, first, last, source, target)
                 break
             except CorruptChunkError as e:
-                if e.chunk != again:
+                if isinstance(source, _Fetched) and not source.final:
+                    log.warning("%s; fetching it once more", e)
+                    result.corrupt.append(e.chunk)
+                    first = e.chunk + 1
+                    continue
+                if source.again and e.chunk != again:
                     log.warning("%s; reading it once more", e)
                     first = again = e.chunk
                     continue
@@ -207,23 +259,17 @@ def _fetch(blob: OpenBlob, chunks: list[int], target: _CacheFile | _Slot, result
                 break
 
 
-def _fill_run(blob: OpenBlob, first: int, last: int, target: _CacheFile | _Slot, result: _Result) -> None:
-    """One backend read, decoded and stored chunk by chunk."""
+def _fill_run(blob: OpenBlob, first: int, last: int, source: _Backend | _Fetched, target: _CacheFile | _Slot) -> None:
+    """One read of the source, decoded and stored chunk by chunk."""
     segment = blob.segment
     decoder = _decoder(blob)
     records = [segment.record(chunk) for chunk in range(first, last + 1)]
     coff, length = fetch_range(records, segment.contexts, 0, last - first)
-    result.reads += 1
-    try:
-        data = blob.reader().read(coff, length)
-    except BackendError:
-        result.read_errors += 1
-        raise
-    result.read_bytes += len(data)
+    data = source.read(coff, length)
 
     def digest(chunk: int) -> bytes | None:
         return segment.digest(chunk) if segment.record(chunk).flags & ChunkFlag.DIGEST else None
 
-    for chunk, plain in decoder.decode_range(records, first, coff, memoryview(data), digest, segment.contexts):
+    for chunk, plain in decoder.decode_range(records, first, coff, data, digest, segment.contexts):
         if target.wants(chunk):
             target.store(chunk, records[chunk - first], memoryview(plain))

@@ -26,11 +26,13 @@ def _handlers(role: str) -> dict[str, Handler]:
     """The jobs of a role. Imported here so that a process loads only what its role needs."""
     if role == "fetch":
         from workers.checkpoint import checkpoint
+        from workers.fetch import fetch
         from workers.inspect import find_folder, inspect_image
         from workers.prepare import prepare
         from workers.resolve import resolve
 
         return {
+            "fetch": fetch,
             "prepare": prepare,
             "checkpoint": checkpoint,
             "resolve": resolve,
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     logs.setup(spec["log"]["level"], spec["log"]["file"], title)
     log = logging.getLogger(__name__)
     handlers = _handlers(role)
-    blobs = OpenBlobs()
+    blobs = OpenBlobs(int(spec.get("shared_fd", -1)))
     lifeline = int(spec["lifeline_fd"])
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
@@ -68,7 +70,9 @@ def main(argv: Sequence[str]) -> int:
             kind, body = socket.recv_multipart()
             if kind == JOB:
                 job = decode(body)
-                socket.send_multipart([DONE, encode(_run(handlers, blobs, job, log.exception) | {"id": job["id"]})])
+                answer = _run(handlers, blobs, job, log.exception)
+                about = {"id": job["id"], "connections": blobs.connections()}
+                socket.send_multipart([DONE, encode(answer | about)])
         elif supervisor_gone(lifeline):
             return 0
 

@@ -152,6 +152,7 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
         "DELETE": _later("DeleteBlobObject"),
     },
     "/api/v1/nydusd/cache": {"GET": Route("cache", "BlobcacheMetrics")},
+    "/api/v1/nydusd/workers": {"GET": Route("workers", "GlobalMetrics")},
 }
 
 

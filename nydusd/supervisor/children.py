@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,10 @@ log = logging.getLogger(__name__)
 _STEADY = 10.0
 """A child that lived this many seconds starts the next time without delay."""
 _DELAY_FIRST, _DELAY_MOST = 0.05, 5.0
+_FOR_FETCH_ONLY = ("NYDUS_HEADER_", "DOCKER_CONFIG")
+_SECRET_NAME = re.compile(r"(?i)secret|token|auth|passw|credential|cookie|key|sign|proxy")
+_SECRET_VALUE = re.compile(r"://[^/\s]*@")
+"""What may hold credentials, by its name or as an URL: only a process that talks to backends gets it."""
 
 
 class Child:
@@ -63,6 +68,7 @@ class Child:
                     [sys.executable, "-P", "-m", self.module, "--spec-fd", str(spec_fd)],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[spec_fd, *fds],
+                    env=_environment(self.role),
                 )
             finally:
                 os.close(spec_fd)
@@ -96,6 +102,16 @@ class Child:
     def send(self, number: signal.Signals) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
+
+
+def _environment(role: str) -> dict[str, str]:
+    """What a child finds in its environment: ours, without credentials unless it needs them."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if role == "fetch"
+        or not (name.startswith(_FOR_FETCH_ONLY) or _SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
+    }
 
 
 def end_all(children: Sequence[Child], patience: float) -> None:

@@ -66,6 +66,9 @@ class Supervisor:
         self._runtime = Runtime(options.mountpoint)
         self.factory = BlobFactory(self._runtime.instance, str(self._runtime.folder))
         self.slots = SlotTable(self._runtime.arena, config.nydusd.arena_size)
+        self.stage = SlotTable(self._runtime.stage, config.nydusd.arena_size)
+        # What fetch workers share (tokens, redirects, which host is down): in memory, inherited by them alone.
+        self._shared = os.memfd_create("nydusd-backend", os.MFD_CLOEXEC)
         settings = config.rafs.prefetch if config.rafs is not None else None
         self.prefetch = PrefetchWorker(
             settings.batch_size if settings is not None else 0, settings.bandwidth_limit if settings is not None else 0
@@ -153,9 +156,11 @@ class Supervisor:
             self.fetch,
             self.decompress,
             self.slots,
+            self.stage,
             self.prefetch,
             self._reply,
             amplify=rafs.batch_size if rafs is not None else 1 << 20,
+            deadline=self.config.nydusd.read_deadline,
         )
         self.mounts.start(self.fetch, self.router, self.prefetch)
 
@@ -178,6 +183,9 @@ class Supervisor:
             spec |= {"listen_fd": self._listener.fd, "front": self._runtime.front}
         else:
             spec |= {"role": child.role, "work": self._runtime.work}
+            if child.role == "fetch":
+                fds.append(self._shared)
+                spec["shared_fd"] = self._shared
         child.start(spec, fds)
         self._live.add(child.identity)
         self._poller.register(child.pidfd, zmq.POLLIN)
@@ -330,6 +338,8 @@ class Supervisor:
         self.state = "STOPPED"
         with ExitStack() as steps:  # backwards, and each one whatever becomes of those before it
             steps.callback(self._runtime.remove)
+            steps.callback(os.close, self._shared)
+            steps.callback(self.stage.close)
             steps.callback(self.slots.close)
             steps.callback(self.factory.close)
             if hasattr(self, "_sockets"):

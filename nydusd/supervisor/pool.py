@@ -33,6 +33,8 @@ class WorkerPool:
         self._idle: deque[bytes] = deque()
         self._busy: dict[bytes, Job] = {}
         self._knows: dict[bytes, dict[int, int]] = {}
+        self._done: dict[bytes, int] = {}
+        self._connections: dict[bytes, Json] = {}
         self._numbers = count(1)
         self.jobs_done = 0
 
@@ -41,15 +43,17 @@ class WorkerPool:
         job.number = next(self._numbers)
         self._queues[job.priority].append(job)
 
-    def promote(self, job: Job) -> None:
-        """A reader waits for this job now: put it among the users' jobs, at once or when its worker dies."""
+    def promote(self, job: Job) -> bool:
+        """A reader waits for this job now: put it among the users' jobs, at once (True) or when its worker dies."""
         if job.priority is Priority.USER:
-            return
+            return False
         queue = self._queues[job.priority]
         job.priority = Priority.USER
-        if job in queue:
-            queue.remove(job)
-            self._queues[Priority.USER].append(job)
+        if job not in queue:
+            return False
+        queue.remove(job)
+        self._queues[Priority.USER].append(job)
+        return True
 
     def cancel(self, cache: BlobCache) -> None:
         """Jobs of this blob are void: those queued end now, those under way when their worker reports or dies."""
@@ -67,6 +71,19 @@ class WorkerPool:
     def size(self) -> int:
         """Workers that are there now."""
         return len(self._idle) + len(self._busy)
+
+    def facts(self, identity: bytes) -> Json:
+        """What a worker does, for the operator: jobs done, the kind of the one under way, connections open by host.
+
+        `ready` is false while it starts, `connections` is as of the end of its last job.
+        """
+        job = self._busy.get(identity)
+        return {
+            "ready": identity in self._knows,
+            "jobs": self._done.get(identity, 0),
+            "busy": None if job is None else job.kind,
+            "connections": self._connections.get(identity, {}),
+        }
 
     def queued(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -86,7 +103,7 @@ class WorkerPool:
                 known = self._knows[identity]
                 if known.get(cache.handle) != cache.spec.generation:
                     known[cache.handle] = cache.spec.generation
-                    message["spec"] = cache.spec.to_json()
+                    message["spec"] = cache.spec.to_json(secrets=self.role == "fetch")
             self._send(identity, message)
 
     def _next(self) -> Job | None:
@@ -99,6 +116,7 @@ class WorkerPool:
         if identity in self._knows:
             return
         self._knows[identity] = {}
+        self._done[identity] = 0
         self._idle.append(identity)
 
     def worker_done(self, identity: bytes, answer: Answer) -> None:
@@ -109,11 +127,15 @@ class WorkerPool:
         del self._busy[identity]
         self._idle.append(identity)
         self.jobs_done += 1
+        self._done[identity] += 1
+        self._connections[identity] = answer.pop("connections", {})
         job.done(job, answer)
 
     def worker_died(self, identity: bytes) -> None:
         """Forget a worker; its job is done again, or given up."""
         self._knows.pop(identity, None)
+        self._done.pop(identity, None)
+        self._connections.pop(identity, None)
         if identity in self._idle:
             self._idle.remove(identity)
         job = self._busy.pop(identity, None)

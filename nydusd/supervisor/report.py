@@ -100,7 +100,11 @@ def _blob(cache: BlobCache, place: str) -> Json:
 
 def _cache(daemon: Supervisor, _request: Json) -> Json:
     blobs = [_blob(cache, image.place) for image in daemon.images.values() for cache in image.caches]
-    return {"blobs": blobs, "arena_bytes": daemon.slots.in_use(), "waiting": daemon.router.waiting()}
+    return {
+        "blobs": blobs,
+        "arena_bytes": daemon.slots.in_use() + daemon.stage.in_use(),
+        "waiting": daemon.router.waiting(),
+    }
 
 
 def _metrics_backend(daemon: Supervisor, _request: Json) -> Json:
@@ -142,7 +146,7 @@ def _metrics_blobcache(daemon: Supervisor, _request: Json) -> Json:
         "prefetch_end_time_secs": 0,
         "prefetch_end_time_millis": 0,
         "prefetch_unmerged_chunks": 0,
-        "buffered_backend_size": daemon.slots.in_use(),
+        "buffered_backend_size": daemon.slots.in_use() + daemon.stage.in_use(),
         "data_all_ready": all(row["ready"] == row["chunks"] for row in rows),
     }
 
@@ -158,11 +162,15 @@ def _set_log_level(daemon: Supervisor, request: Json) -> None:
 
 
 def _workers(daemon: Supervisor, _request: Json) -> Json:
+    pools = {"fetch": daemon.fetch, "decompress": daemon.decompress}
+    rows: list[Json] = []
+    for child in daemon.children:
+        row: Json = {"role": child.role, "index": child.index, "pid": child.pid, "generation": child.generation}
+        if child.role in pools:
+            row |= pools[child.role].facts(child.identity)
+        rows.append(row)
     return {
-        "processes": [
-            {"role": child.role, "index": child.index, "pid": child.pid, "generation": child.generation}
-            for child in daemon.children
-        ],
+        "processes": rows,
         "supervisor": daemon.pid,
         "uptime": time.monotonic() - daemon.started,
     }

@@ -16,15 +16,17 @@ from nydusd.storage.cache.requests import Request
 from nydusd.supervisor.slots import SlotTable
 
 Submit = Callable[[BlobCache, list[int], tuple[int, int]], None]
+Cut = Callable[[BlobCache, Sequence[int]], list[tuple[list[int], int]]]
 
 
 class Room:
-    """`submit(cache, chunks, (offset, length))` starts the job that fills a region; `job_bytes` is the size of one."""
+    """`cut(cache, chunks)` says what is filled by one job each, and how long a region it needs; `submit(cache, chunks,
+    (offset, length))` starts it."""
 
-    def __init__(self, slots: SlotTable, submit: Submit, job_bytes: int) -> None:
+    def __init__(self, slots: SlotTable, cut: Cut, submit: Submit) -> None:
         self._slots = slots
+        self._cut = cut
         self._submit = submit
-        self._job_bytes = job_bytes
         self._line: deque[Request] = deque()
 
     def enter(self, request: Request, missing: Sequence[int]) -> list[int] | None:
@@ -85,12 +87,11 @@ class Room:
 
     def _start(self, request: Request, chunks: Sequence[int]) -> bool:
         cache = request.cache
-        parts = cache.meta.split(chunks, self._job_bytes)
-        lengths = [sum(cache.meta.record(chunk).usize for chunk in part) for part in parts]
-        offsets = self._slots.reserve(lengths)
+        parts = self._cut(cache, chunks)
+        offsets = self._slots.reserve([length for _part, length in parts])
         if offsets is None:
             return False
-        for part, offset, length in zip(parts, offsets, lengths, strict=True):
+        for (part, length), offset in zip(parts, offsets, strict=True):
             self._slots.hold(offset)
             request.held.append(offset)
             self._submit(cache, part, (offset, length))

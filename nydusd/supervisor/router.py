@@ -2,7 +2,8 @@
 
 A chunk is fetched by one job however many wait for it. A user's chunks become jobs at once; the chunks behind them, up to
 `amplify` compressed bytes (more for a reader that goes on sequentially), follow at a lower priority, and a reader that
-runs into one of those raises it. All is single-threaded; a claim ends with its job, on every path.
+runs into one of those raises it. Chunks of a local blob are read by the worker that decodes them, those of a remote one
+are fetched first (`Transfers`). All is single-threaded; a claim ends with its job, on every path.
 
 What holds after SIGKILL of the supervisor: state bytes are true, claims died with the segment that held them (`prepare`
 builds a new one), and clients send their requests again.
@@ -16,24 +17,19 @@ import time
 from collections.abc import Callable, Iterable
 
 from nydusd.errors import CacheError, NydusError
-from nydusd.ipc.messages import LOST, SlotRef
+from nydusd.ipc.messages import AHEAD, LOST, SlotRef
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority, Request
-from nydusd.storage.state.segment import VERIFY
+from nydusd.supervisor.checkpoints import Checkpoints
+from nydusd.supervisor.launch import Launch
 from nydusd.supervisor.pool import ATTEMPTS, WorkerPool
 from nydusd.supervisor.room import Room
 from nydusd.supervisor.slots import SlotTable
 
 log = logging.getLogger(__name__)
 
-_JOB_BYTES = 512 << 10
-"""Plain bytes of a job: small enough that a user's miss behind one waits a few milliseconds."""
-_WINDOW_MOST = 8 << 20
-"""Compressed bytes that are fetched ahead of a sequential reader at most (or `amplify`, if that is more)."""
-_NEAR = 16
-"""Chunks that a reader may skip and still count as sequential."""
 _NO_ROOM_RETRY = 30.0
 """Seconds after which a full cache folder is tried again."""
 _ROUNDS = 20
@@ -45,7 +41,11 @@ Reply = Callable[[bytes, int, int, SlotRef | None], None]
 
 
 class Router:
-    """`reply(client, number, errno, slot)` answers a front end; `fetch` and `decompress` are the pools."""
+    """`reply(client, number, errno, slot)` answers a front end; `fetch` and `decompress` are the pools.
+
+    `slots` is for chunks on their way to readers, `stage` for stored bytes on their way to a cache file. A request of the
+    backend, with all its retries, takes `deadline` seconds at most.
+    """
 
     def __init__(
         self,
@@ -53,9 +53,11 @@ class Router:
         fetch: WorkerPool,
         decompress: WorkerPool,
         slots: SlotTable,
+        stage: SlotTable,
         prefetch: PrefetchWorker,
         reply: Reply,
         amplify: int,
+        deadline: float,
     ) -> None:
         self._factory = factory
         self._fetch = fetch
@@ -63,9 +65,10 @@ class Router:
         self._slots = slots
         self._prefetch = prefetch
         self._reply = reply
-        self._amplify = amplify
         self._requests: dict[tuple[bytes, int], Request] = {}
-        self._room = Room(slots, self._submit_by_slot, _JOB_BYTES)
+        self._launch = Launch(fetch, decompress, slots, stage, prefetch, self._filled, self._count, amplify, deadline)
+        self._room = Room(slots, self._launch.cut, self._launch.start_in)
+        self._checkpoints = Checkpoints(factory, fetch, self._reopen)
         self.backend = {"reads": 0, "read_errors": 0, "read_bytes": 0}
 
     # --- what clients ask -------------------------------------------------------------------------------------
@@ -75,6 +78,10 @@ class Router:
         if (client, number) in self._requests:
             return
         cache = self._factory.get(handle)
+        if flags & AHEAD:
+            if cache is not None and cache.state == "ready" and not cache.uses_slots and first < cache.chunk_map.count:
+                self._launch.read_ahead(cache, first, first)
+            return
         if cache is None or count <= 0:
             self._reply(client, number, errno.EIO, None)
             return
@@ -102,6 +109,15 @@ class Router:
         """A client has copied what it was given in shared memory."""
         self._slots.release(lease)
         self._retry_slots()
+
+    def checkpoint(self) -> int:
+        """Have maps stored that have gained chunks; gives how many jobs that matter for it are not done."""
+        return self._checkpoints.start()
+
+    def prefetch(self) -> None:
+        """Submit jobs for a worker that has nothing else to do, if there is anything to fetch before it is asked for."""
+        for cache in self._launch.prefetch():
+            self.open_blob(cache)
 
     def waiting(self) -> int:
         """Requests that are not answered yet."""
@@ -179,6 +195,7 @@ class Router:
         requests = {request: None for waiters in cache.waiters.values() for request in waiters}
         cache.reopen()
         # In this order: the end of a decompress job may make room for a request, which has the blob prepared again.
+        self._launch.cancel(cache)
         for pool in (self._fetch, self._decompress):
             pool.cancel(cache)
         for request in requests:
@@ -192,11 +209,7 @@ class Router:
             return False
         if any(request.cache is cache for request in self._requests.values()):
             return False
-        if cache.state == "ready" and cache.caches and cache.chunk_map.ready_count() != cache.stored:
-            cache.checkpointing = True
-            self._fetch.submit(Job("checkpoint", cache, Priority.AHEAD, {}, self._checkpointed))
-            return False
-        return True
+        return not self._checkpoints.store(cache)
 
     # --- misses -----------------------------------------------------------------------------------------------
 
@@ -213,8 +226,8 @@ class Router:
             self._admit_by_slot(request, missing)
         else:
             self._wait_for(request, missing)
-            self._start(cache, missing, Priority.USER)
-            self._read_ahead(cache, request.first, request.chunks[-1])
+            self._launch.miss(cache, missing)
+            self._launch.read_ahead(cache, request.first, request.chunks[-1])
 
     def _wait_for(self, request: Request, chunks: Iterable[int]) -> None:
         cache = request.cache
@@ -223,49 +236,7 @@ class Router:
             cache.waiters.setdefault(chunk, []).append(request)
             job = cache.jobs.get(chunk)
             if job is not None:
-                self._decompress.promote(job)
-
-    def _read_ahead(self, cache: BlobCache, first: int, last: int) -> None:
-        """Take along what follows; twice as much each time a reader goes on where the last read-ahead ended."""
-        if not self._amplify:
-            return
-        sequential = cache.ahead_start <= first <= cache.ahead_end + _NEAR
-        cache.window = max(self._amplify, min(cache.window * 2, _WINDOW_MOST)) if sequential else self._amplify
-        ahead = cache.meta.ahead(last, cache.window)
-        cache.ahead_start, cache.ahead_end = first, ahead[-1] if ahead else last
-        self._start(cache, (chunk for chunk in ahead if not cache.failure(chunk)), Priority.AHEAD)
-
-    def _start(self, cache: BlobCache, chunks: Iterable[int], priority: Priority) -> None:
-        """Make jobs of those chunks that nobody fetches, and of what is decoded with them."""
-        free = cache.meta.with_units(chunk for chunk in chunks if chunk not in cache.jobs)
-        free = [chunk for chunk in free if chunk not in cache.jobs and not cache.chunk_map.is_ready(chunk)]
-        for part in cache.meta.split(free, _JOB_BYTES):
-            self._submit(cache, part, priority)
-
-    def _submit(self, cache: BlobCache, chunks: list[int], priority: Priority, attempts: int = 0) -> None:
-        """Claim chunks and have them stored in the cache file."""
-        states = cache.chunk_map.states()
-        payload: Answer = {"verify": [c for c in chunks if states[c] == VERIFY], "slot": None}
-        cache.chunk_map.check_ready_and_mark_pending(chunks)
-        self._decompress.submit(self._claim(Job("fill", cache, priority, payload, self._filled, chunks), attempts))
-
-    @staticmethod
-    def _claim(job: Job, attempts: int = 0) -> Job:
-        assert job.cache is not None
-        job.attempts = attempts
-        job.cache.jobs.update(dict.fromkeys(job.chunks, job))
-        return job
-
-    def prefetch(self) -> None:
-        """Submit jobs for a worker that has nothing else to do, if there is anything to fetch before it is asked for."""
-        while (batch := self._prefetch.take(time.monotonic())) is not None:
-            cache, wanted = batch
-            before = len(cache.jobs)
-            self._start(cache, [chunk for chunk in wanted if not cache.failure(chunk)], Priority.PREFETCH)
-            if len(cache.jobs) > before:
-                return
-        for cache in self._prefetch.aside():
-            self.open_blob(cache)
+                self._launch.promote(job)
 
     # --- slots ------------------------------------------------------------------------------------------------
 
@@ -282,13 +253,9 @@ class Router:
         elif left is not None:
             self._finish(request, 0)
 
-    def _submit_by_slot(self, cache: BlobCache, chunks: list[int], region: tuple[int, int]) -> None:
-        slot = {"arena": self._slots.arena.name, "offset": region[0], "length": region[1]}
-        job = Job("fill", cache, Priority.USER, {"verify": [], "slot": slot}, self._filled, chunks, region)
-        self._decompress.submit(self._claim(job))
-
     def _retry_slots(self) -> None:
         """Somebody may have given up a region: serve those who wait for room."""
+        self._launch.retry()
         self._room.call(self._serve_if_alive)
 
     def _serve_if_alive(self, request: Request) -> None:
@@ -300,10 +267,8 @@ class Router:
     def _filled(self, job: Job, answer: Answer) -> None:
         cache = job.cache
         assert cache is not None
-        for key in self.backend:
-            self.backend[key] += answer.get(key, 0)
-        if job.priority is not Priority.PREFETCH and not self._prefetch.idle():
-            self._prefetch.limiter.spend(time.monotonic(), answer.get("read_bytes", 0))
+        if job.kind != "fetch":
+            self._count(job, answer)
         if job.slot is not None:
             self._slots.place(job.slot[0], cache.handle, answer.get("placed", []))
         if not job.cancelled:
@@ -316,20 +281,31 @@ class Router:
                 self._settle(job, cache, answer)
         self._retry_slots()
 
+    def _count(self, job: Job, answer: Answer) -> None:
+        """Add up what the backend was asked for; a user's reads take from what prefetch may."""
+        for key in self.backend:
+            self.backend[key] += answer.get(key, 0)
+        if job.priority is not Priority.PREFETCH and not self._prefetch.idle():
+            self._prefetch.limiter.spend(time.monotonic(), answer.get("read_bytes", 0))
+
     def _settle(self, job: Job, cache: BlobCache, answer: Answer) -> None:
         """Tell all who waited for a job's chunks how it ended."""
         failed = {chunk: code for chunk, code, _why in answer.get("failed", [])}
         if "error" in answer:
             parts = cache.meta.split(job.chunks, 0)
-            if answer.get("type") == "WorkerDied" and len(parts) > 1 and job.slot is None:
+            if answer.get("type") == "WorkerDied" and len(parts) > 1 and job.slot is None and not cache.remote:
                 for part in parts:  # one of them kills workers: find out which
-                    self._submit(cache, part, job.priority, ATTEMPTS - 1)
+                    self._launch.fill(cache, part, job.priority, ATTEMPTS - 1)
                 return
             name, first, last = cache.spec.info.blob_id, job.chunks[0], job.chunks[-1]
-            log.error("blob %s chunks %d…%d: %s", name, first, last, answer["error"])
-            failed = {chunk: answer["errno"] for chunk in job.chunks if not cache.chunk_map.is_ready(chunk)}
-        elif job.slot is None:
-            self._note_room(cache, answer.get("why_unstored", ""))
+            # What nobody has asked for yet may be tried again as soon as somebody does.
+            spare = job.kind == "fetch" and job.priority is Priority.PREFETCH
+            level = logging.WARNING if spare else logging.ERROR
+            log.log(level, "blob %s chunks %d…%d: %s", name, first, last, answer["error"])
+            if not spare:
+                failed = {chunk: answer["errno"] for chunk in job.chunks if not cache.chunk_map.is_ready(chunk)}
+        elif job.slot is None and "why_unstored" in answer:
+            self._note_room(cache, answer["why_unstored"])
         ended: dict[Request, int] = {}
         for chunk in job.chunks:
             code = failed.get(chunk, 0)
@@ -376,33 +352,3 @@ class Router:
         del self._requests[request.key]
         self._detach(request)
         self._reply(request.client, request.number, code, slot)
-
-    # --- checkpoints ------------------------------------------------------------------------------------------
-
-    def checkpoint(self) -> int:
-        """Have the maps of all blobs stored that have gained chunks; gives how many jobs that matter for it are not done."""
-        running = 0
-        for cache in self._factory.blobs():
-            # What a killed daemon left is known only when the blob is open: a stop must not be faster.
-            running += cache.state == "preparing" and cache.inherits
-            if cache.state != "ready" or not cache.caches:
-                continue
-            if not cache.checkpointing and cache.chunk_map.ready_count() != cache.stored:
-                cache.checkpointing = True
-                self._fetch.submit(Job("checkpoint", cache, Priority.AHEAD, {}, self._checkpointed))
-            running += cache.checkpointing
-        return running
-
-    def _checkpointed(self, job: Job, answer: Answer) -> None:
-        cache = job.cache
-        assert cache is not None
-        cache.checkpointing = False
-        if job.cancelled:
-            return
-        if "stored" in answer:
-            cache.stored = answer["stored"]
-        elif answer.get("type") == "StaleCacheError":
-            self._reopen(cache, answer["error"])
-        else:
-            cache.stored = cache.chunk_map.ready_count()
-            log.warning("%s; it is tried again when more chunks are ready", answer["error"])

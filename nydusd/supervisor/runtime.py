@@ -44,6 +44,7 @@ class Runtime:
         self.work = f"ipc://{self.folder}/work"
         self.arena = f"/nydusd.{self.instance}.arena"
         self.mounts = f"/nydusd.{self.instance}.mounts"
+        self.stage = f"/nydusd.{self.instance}.stage"
         self._state = self.folder / "state.json"
         self._lock_path = self.folder.with_suffix(".lock")
         self._lock = -1
@@ -63,6 +64,7 @@ class Runtime:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             remove(self.arena)
             remove(self.mounts)
+            remove(self.stage)
         except OSError as e:
             raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
         self.record([])

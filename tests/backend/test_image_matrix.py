@@ -18,8 +18,8 @@ import pytest
 from nydusd.formats.blob_id import blob_id_from_path
 from nydusd.formats.model import ChunkRecord
 from nydusd.storage.backend import make_backend
-from nydusd.storage.cache.decode import fetch_range
 from nydusd.storage.cache.load import extract_bootstrap, load_ci
+from nydusd.storage.cache.stored import fetch_range
 from tests.support import blobs, oracle
 from tests.support import oss_server as oss
 from tests.support.blobs import OpenedBlob

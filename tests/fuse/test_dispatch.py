@@ -33,6 +33,7 @@ class WholeDevice:
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
+        self.hints: list[ChunkRun] = []
 
     def handle(self, blob: int) -> int:
         return blob

@@ -21,8 +21,8 @@ from nydusd.formats import toc
 from nydusd.formats.blob_meta import pack_header
 from nydusd.formats.model import BlobInfo, Bootstrap, Compressor, RawChunk
 from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_from_raw
-from nydusd.storage.cache.decode import fetch_range
 from nydusd.storage.cache.load import extract_bootstrap, load_ci, load_digest_array, meta_file_bytes, parse_meta_file
+from nydusd.storage.cache.stored import fetch_range
 from tests.support import oracle
 from tests.support.blobs import OpenedBlob, open_image, records_of
 

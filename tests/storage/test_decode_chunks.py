@@ -14,7 +14,8 @@ from nydusd.codec.crc import crc32c
 from nydusd.codec.digest import sha256
 from nydusd.errors import CorruptChunkError, FormatError, InternalError
 from nydusd.formats.model import BlobFeature, BlobInfo, ChunkFlag, ChunkRecord, Compressor
-from nydusd.storage.cache.decode import ChunkDecoder, fetch_range
+from nydusd.storage.cache.decode import ChunkDecoder
+from nydusd.storage.cache.stored import fetch_range
 from tests.support.blobs import V2, blob_info
 
 KEY, IV = bytes(range(32)), bytes(16)

@@ -13,8 +13,9 @@ from nydusd.formats.model import BlobFeature, Bootstrap, ChunkFlag, ChunkRecord
 from nydusd.storage.backend import make_backend
 from nydusd.storage.cache import decode
 from nydusd.storage.cache.chunk_table import build_from_ci
-from nydusd.storage.cache.decode import fetch_range, verify_chunk
+from nydusd.storage.cache.decode import verify_chunk
 from nydusd.storage.cache.load import load_digest_array, meta_file_bytes, parse_meta_file
+from nydusd.storage.cache.stored import fetch_range
 from tests.support import oracle
 from tests.support.blobs import OpenedBlob, open_image
 

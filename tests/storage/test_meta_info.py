@@ -90,7 +90,7 @@ def test_ahead_gives_what_is_missing_within_the_budget(places: list[Place], budg
             if state[i] == EMPTY:
                 expected.append(i)
         meta = BlobMetaInfo(segment)
-        assert meta.ahead(after, budget) == expected
+        assert meta.ahead(after, budget)[0] == expected
         assert meta.bytes_of(segment.state) == sum(p.usize for p, s in zip(places, state, strict=True) if s == READY)
         segment.close()
 
@@ -104,5 +104,5 @@ def test_table_of_tiny_chunks_costs_the_supervisor_a_bounded_number_of_steps() -
         unit = meta.unit(2 * many)
         assert 2 * many in unit and len(unit) <= 2 * many
         assert max(map(len, meta.split(range(5 * many), 1 << 30))) <= many
-        assert len(meta.ahead(0, 1 << 30)) <= many
+        assert len(meta.ahead(0, 1 << 30)[0]) <= many
         segment.close()

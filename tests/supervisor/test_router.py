@@ -139,23 +139,23 @@ class TestReadAhead:
         found = []
         for number, first in enumerate(starts):
             world.ask(A, number, world.plain, first, 1)
-            found.append(world.plain.window)
+            found.append(world.plain.ahead.window)
             world.settle()
         return found
 
     def test_doubles_for_a_sequential_reader_up_to_a_bound(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("nydusd.supervisor.router._WINDOW_MOST", 100_000)
+        monkeypatch.setattr("nydusd.supervisor.launch._WINDOW_MOST", 100_000)
         misses: list[int] = []
         for number in range(CHUNKS):  # one that reads everything, and misses where the read-ahead ended
             if not world.plain.chunk_map.is_ready(number):
                 world.ask(A, number, world.plain, number, 1)
-                misses.append(world.plain.window)
+                misses.append(world.plain.ahead.window)
                 world.settle()
         assert misses[:2] == [40_000, 80_000]
         assert max(misses) <= 100_000
 
     def test_stays_small_for_a_random_reader(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("nydusd.supervisor.router._NEAR", 0)
+        monkeypatch.setattr("nydusd.storage.cache.ahead._NEAR", 0)
         assert self.windows(world, [23, 9, 0]) == [40_000] * 3
 
     def test_takes_no_chunk_that_has_just_failed(self, world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from enum import Enum, auto
 
 import pytest
@@ -9,12 +10,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from nydusd.ipc.messages import LOST
+from nydusd.ipc.messages import AHEAD, LOST
 from tests.supervisor.world import CHUNKS, World
 
 CLIENTS = (b"fuse-0-1", b"fuse-1-1", b"fuse-2-1")
 clients = st.sampled_from(CLIENTS)
 picks = st.integers(0, 1 << 16)
+blobs = st.integers(0, 2)
 starts = st.sampled_from([*range(9), CHUNKS - 1, CHUNKS])
 some_chunks = st.sets(st.integers(0, CHUNKS - 1), max_size=6)
 
@@ -33,11 +35,12 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.world = World(self.patch)
+        self.blobs = self.world.blobs[:3]
         self.number = 0
         self.workers = {"fetch": 0, "decompress": 0}
         self.eager = True
 
-    @initialize(opened=st.sets(st.integers(0, 2)), eager=st.booleans(), workers=st.integers(0, 3))
+    @initialize(opened=st.sets(blobs), eager=st.booleans(), workers=st.integers(0, 3))
     def start(self, opened: set[int], eager: bool, workers: int) -> None:
         """`eager`: jobs are sent after every event, as in a daemon that has little to do."""
         for role in ("fetch", "decompress"):
@@ -45,21 +48,26 @@ class Machine(RuleBasedStateMachine):
                 self.new_worker(role)
         if workers:
             for blob in opened:
-                self.world.router.open_blob(self.world.blobs[blob])
+                self.world.router.open_blob(self.blobs[blob])
             self.world.pump()
             for identity in list(self.world.sent):
                 self.world.finish(identity)
         self.eager = eager
 
-    @rule(client=clients, blob=st.integers(0, 2), first=starts, size=st.integers(0, 5))
+    @rule(client=clients, blob=blobs, first=starts, size=st.integers(0, 5))
     def request(self, client: bytes, blob: int, first: int, size: int) -> None:
         self.number += 1
-        self.world.ask(client, self.number, self.world.blobs[blob], first, size)
+        self.world.ask(client, self.number, self.blobs[blob], first, size)
 
-    @rule(client=clients, blob=st.integers(0, 2), first=starts)
+    @rule(client=clients, blob=blobs, first=starts)
+    def hint(self, client: bytes, blob: int, first: int) -> None:
+        self.number += 1
+        self.world.router.request(client, self.number, self.blobs[blob].handle, first, 1, AHEAD)
+
+    @rule(client=clients, blob=blobs, first=starts)
     def request_of_lost_chunk(self, client: bytes, blob: int, first: int) -> None:
         self.number += 1
-        self.world.ask(client, self.number, self.world.blobs[blob], first, 2, LOST)
+        self.world.ask(client, self.number, self.blobs[blob], first, 2, LOST)
 
     @rule(pick=picks, first=starts)
     def duplicate(self, pick: int, first: int) -> None:
@@ -71,7 +79,7 @@ class Machine(RuleBasedStateMachine):
     def duplicate_after_answer(self, pick: int) -> None:
         if self.world.answers:
             client, number, _code, _slot = self.world.answers[pick % len(self.world.answers)]
-            self.world.ask(client, number, self.world.blobs[pick % 3], pick % CHUNKS, 1)
+            self.world.ask(client, number, self.blobs[pick % 3], pick % CHUNKS, 1)
 
     @rule(pick=picks)
     def cancel(self, pick: int) -> None:
@@ -123,6 +131,9 @@ class Machine(RuleBasedStateMachine):
                 self.world.filled(identity, unstored=range(CHUNKS))
             elif self.world.sent[identity]["slot"] is None:
                 self.world.stale(identity)
+        elif kind == "fetch" and how is Bad.CHUNKS_FAIL:
+            error = {"error": "the blob is too short", "errno": errno.EIO, "type": "RangeNotSatisfiableError"}
+            self.world.done(identity, error)
         elif kind == "prepare" and how is Bad.CHUNKS_FAIL:
             self.world.prepared(identity, ready=some)
         elif kind == "checkpoint" and how is Bad.FILE_REPLACED:
@@ -162,7 +173,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(blob=st.integers(0, 1), first=st.integers(0, CHUNKS - 1), size=st.sampled_from([-1, 1, 4]))
     def prefetch(self, blob: int, first: int, size: int) -> None:
-        self.world.prefetch.want(self.world.blobs[blob], first, size)
+        self.world.prefetch.want(self.blobs[blob], first, size)
 
     @rule()
     def checkpoint(self) -> None:
@@ -186,5 +197,27 @@ class Machine(RuleBasedStateMachine):
             self.patch.undo()
 
 
-def test_every_request_is_answered_once_and_nothing_is_left() -> None:
-    run_state_machine_as_test(Machine, settings=settings(max_examples=400, stateful_step_count=60, deadline=None))
+class RemoteMachine(Machine):
+    """The blobs are remote: what they hold is fetched by one worker and decoded by another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blobs = self.world.blobs[3:]
+
+    @rule(pick=picks, bad=some_chunks)
+    def chunks_come_damaged(self, pick: int, bad: set[int]) -> None:
+        filling = [identity for identity, message in self.world.sent.items() if message["kind"] == "fill"]
+        if filling:
+            identity = filling[pick % len(filling)]
+            chunks = self.world.sent[identity]["chunks"]
+            self.world.filled(identity, failed={chunks[number % len(chunks)] for number in bad})
+
+    @rule()
+    def all_is_fetched(self) -> None:
+        for identity in [identity for identity, message in self.world.sent.items() if message["kind"] == "fetch"]:
+            self.world.finish(identity)
+
+
+@pytest.mark.parametrize("machine", [Machine, RemoteMachine])
+def test_every_request_is_answered_once_and_nothing_is_left(machine: type[Machine]) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=300, stateful_step_count=60, deadline=None))

@@ -22,7 +22,8 @@ from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.manager import CacheConfig
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Job, Priority, Request
-from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, Identity, Segment, names, remove
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Identity, Segment, names, remove
+from nydusd.supervisor import launch, transfers
 from nydusd.supervisor import router as router_module
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
@@ -47,35 +48,52 @@ class Clock:
 class World:
     """`plain` and `batch` store their chunks in a cache file, `dummy` does not; of `batch`, three chunks make a unit.
 
-    Chunks are 8 to 20 KiB, a job has 32 KiB or one unit, the arena 64 KiB: so few requests already compete for it.
+    `far` and `far_batch` are the same of a remote backend, `far_dummy` is remote and stores nothing. Chunks are 8 to 20 KiB,
+    half of that stored; a job has 32 KiB or one unit, an arena 64 KiB: so few requests already compete for it.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, amplify: int = 40_000, bandwidth: int = 0) -> None:
         self.clock = Clock()
         patch.setattr(blob_cache, "time", self.clock)
         patch.setattr(router_module, "time", self.clock)
-        patch.setattr(router_module, "_JOB_BYTES", 32 << 10)
+        patch.setattr(launch, "time", self.clock)
+        patch.setattr(launch, "_JOB_BYTES", 32 << 10)
+        patch.setattr(transfers, "_FILL_BYTES", 32 << 10)
+        patch.setattr(transfers, "MIN_REQUEST", 8 << 10)
         self.instance = f"world-{time.monotonic_ns()}-{next(_worlds)}"
         self.factory = BlobFactory(self.instance, "/nonexistent")
         self.slots = SlotTable(f"/nydusd.{self.instance}.arena", 64 << 10)
+        self.stage = SlotTable(f"/nydusd.{self.instance}.stage", 64 << 10)
         self.prefetch = PrefetchWorker(64 << 10, bandwidth)
         self.sent: dict[bytes, Json] = {}
         self.fetch = WorkerPool("fetch", self._sender("fetch"), lambda: None)
         self.decompress = WorkerPool("decompress", self._sender("decompress"), lambda: self.router.prefetch())
         self.router = Router(
-            self.factory, self.fetch, self.decompress, self.slots, self.prefetch, self._reply, amplify=amplify
+            self.factory,
+            self.fetch,
+            self.decompress,
+            self.slots,
+            self.stage,
+            self.prefetch,
+            self._reply,
+            amplify=amplify,
+            deadline=30.0,
         )
+        self.transfers = self.router._launch.transfers
         self.plain = self._blob("plain", "/cache")
         self.batch = self._blob("batch", "/cache")
         self.dummy = self._blob("dummy", None)
-        self.blobs = [self.plain, self.batch, self.dummy]
+        self.far = self._blob("far", "/cache", "s3")
+        self.far_batch = self._blob("far-batch", "/cache", "s3")
+        self.far_dummy = self._blob("far-dummy", None, "s3")
+        self.blobs = [self.plain, self.batch, self.dummy, self.far, self.far_batch, self.far_dummy]
         self.open: dict[tuple[bytes, int], BlobCache] = {}
         self.answers: list[tuple[bytes, int, int, SlotRef | None]] = []
         self.leases: list[int] = []
         self.dispatched: list[Json] = []
 
-    def _blob(self, name: str, work_dir: str | None) -> BlobCache:
-        config = CacheConfig("localfs", {"dir": "/"}, work_dir, False)
+    def _blob(self, name: str, work_dir: str | None, backend: str = "localfs") -> BlobCache:
+        config = CacheConfig(backend, {"secret": "of the test"}, work_dir, False)
         return self.factory.new_blob_cache(config, replace(blob_info(), blob_id=name), "/boot", "", False)
 
     def open_all(self) -> None:
@@ -91,6 +109,7 @@ class World:
     def close(self) -> None:
         self.factory.close()
         self.slots.close()
+        self.stage.close()
         for name in names(f"nydusd.{self.instance}."):
             remove(name)
 
@@ -101,6 +120,9 @@ class World:
             pool = self.pool(role)
             job = pool._busy[identity]
             assert identity not in self.sent, "a worker got a second job"
+            assert role == "fetch" or "s3" not in str(message) or "secret" not in str(message), (
+                "a secret was given away"
+            )
             if job.priority is not Priority.USER:
                 assert not pool._queues[Priority.USER], "a user's job waits behind another"
             self.sent[identity] = message
@@ -145,16 +167,18 @@ class World:
         pool.worker_done(identity, answer | {"id": message["id"]})
 
     def prepared(self, identity: bytes, ready: Collection[int] = ()) -> None:
-        """The worker has prepared a blob; these chunks are in its cache file."""
+        """The worker has prepared a blob; these chunks are in its cache file (of a remote blob, perhaps)."""
         cache = self.cache_of(identity)
         records = b""
         uoff = coff = 0
         for chunk in range(CHUNKS):
             usize = 8192 + chunk % 4 * 4096
-            grouped = int(ChunkFlag.BATCH) if cache is self.batch else 0
+            grouped = int(ChunkFlag.BATCH) if cache in (self.batch, self.far_batch) else 0
             records += RECORD.pack(coff, uoff, usize // 2, usize, grouped, chunk // 3 if grouped else 0, 0, 0)
-            uoff, coff = uoff + usize, coff + usize // 2
-        state = bytes(READY if chunk in ready and cache.caches else EMPTY for chunk in range(CHUNKS))
+            uoff += usize
+            coff += usize // 2 if not grouped or chunk % 3 == 2 else 0
+        value = VERIFY if cache.remote else READY
+        state = bytes(value if chunk in ready and cache.caches else EMPTY for chunk in range(CHUNKS))
         Segment.create(
             cache.spec.segment,
             generation=cache.spec.generation,
@@ -192,12 +216,25 @@ class World:
         assert at <= message["slot"]["offset"] + message["slot"]["length"]
         return placed
 
+    def fetched(self, identity: bytes) -> None:
+        """The worker has put the stored bytes of its job into shared memory."""
+        self.done(identity, {"reads": 1, "read_errors": 0, "read_bytes": self.sent[identity]["slot"]["length"]})
+
     def filled(self, identity: bytes, failed: Collection[int] = (), unstored: Collection[int] = ()) -> None:
         """The worker has filled its chunks, all but these."""
-        chunks = self.sent[identity]["chunks"]
+        message = self.sent[identity]
+        chunks = message["chunks"]
         placed = self.store(identity, [c for c in chunks if c not in failed and c not in unstored])
+        bad = [chunk for chunk in chunks if chunk in failed]
+        corrupt = []
+        if self.cache_of(identity).remote:
+            # Looked at in the cache file only, or to be fetched once more, or damaged for the second time.
+            once_more = message["source"] is None or not message["source"]["final"]
+            corrupt = bad if once_more and message["source"] is not None else []
+            bad = [] if once_more else bad
         answer: Json = {
-            "failed": [[chunk, errno.EIO, "corrupt"] for chunk in chunks if chunk in failed],
+            "failed": [[chunk, errno.EIO, "corrupt"] for chunk in bad],
+            "corrupt": corrupt,
             "unstored": [chunk for chunk in chunks if chunk in unstored],
             "why_unstored": "No space left on device" if unstored else "",
             "placed": placed,
@@ -222,6 +259,8 @@ class World:
             self.prepared(identity)
         elif kind == "checkpoint":
             self.done(identity, {"stored": self.cache_of(identity).chunk_map.ready_count()})
+        elif kind == "fetch":
+            self.fetched(identity)
         else:
             self.filled(identity)
 
@@ -248,7 +287,9 @@ class World:
     # --- what must hold at any time --------------------------------------------------------------------------
 
     def jobs(self) -> Iterator[tuple[Job, bool]]:
-        """All jobs, and whether they are with a worker."""
+        """All jobs, and whether they are with a worker, or wait for one that is."""
+        yield from ((job, False) for job in self.transfers._line)
+        yield from ((t.again, True) for t in self.transfers._open if t.again is not None)
         for pool in (self.fetch, self.decompress):
             yield from ((job, True) for job in pool._busy.values())
             yield from ((job, False) for queue in pool._queues.values() for job in queue)
@@ -260,13 +301,15 @@ class World:
             assert busy or not job.cancelled, "a void job is queued"
             if job.slot is not None:
                 holders[job.slot[0]] = holders.get(job.slot[0], 0) + 1
-            if job.kind != "fill" or job.cancelled or job.cache is None:
+            if job.kind not in ("fill", "fetch") or job.cancelled or job.cache is None:
                 continue
             for chunk in job.chunks:
                 assert chunk not in claims[job.cache], f"chunk {chunk} is fetched by two jobs"
                 claims[job.cache][chunk] = job
         for cache, claimed in claims.items():
-            assert cache.jobs == claimed
+            void = [t for t in self.transfers._open if t.cache is cache and t.generation != cache.spec.generation]
+            again = {chunk for t in void if t.again is not None for chunk in t.again.chunks}
+            assert cache.jobs == {chunk: job for chunk, job in claimed.items() if chunk not in again}
             self._check_waiters(cache)
         assert not self.router._room._line or self.slots.held(), "a request waits for room that nobody will give up"
         requests = self.router._requests
@@ -282,6 +325,11 @@ class World:
             assert region.holders == holders.pop(offset, 0), "a region is held by nobody, or by too few"
             assert region.holders or region.chunks, "a region is kept for nothing"
         assert not holders
+        staged = {t.offset: t.size for t in self.transfers._open if t.staged}
+        assert staged == {region.offset: region.length for region in self.stage._regions.values()}
+        assert all(region.holders == 1 for region in self.stage._regions.values())
+        under_way = self.transfers._fetching - self.transfers._line.keys()
+        assert not self.transfers._line or staged or under_way, "a transfer waits for room that nobody will give up"
         used = sum(-(-region.length // 4096) * 4096 for region in self.slots._regions.values())
         assert self.slots.in_use() == used
 
@@ -315,6 +363,10 @@ class World:
         assert not self.fetch.queued()
         assert not self.decompress.queued()
         assert not self.slots.held()
+        assert not self.transfers._line
+        assert not self.transfers._open
+        assert not self.transfers._fetching
+        assert not self.stage.in_use()
         for cache in self.blobs:
             assert not cache.jobs
             assert not cache.waiters

@@ -107,7 +107,7 @@ class Jobs:
         return prepare(self.open, self._take())
 
     def fill(self, chunks: Sequence[int], verify: Sequence[int] = (), slot: Json | None = None) -> Json:
-        return fill(self.open, self._take(chunks=list(chunks), verify=list(verify), slot=slot))
+        return fill(self.open, self._take(chunks=list(chunks), verify=list(verify), slot=slot, source=None))
 
     def checkpoint(self) -> Json:
         return checkpoint(self.open, self._take())
@@ -182,10 +182,7 @@ class Jobs:
         return not self.info.features & BlobFeature.TARFS
 
     def close(self) -> None:
-        for opened in self.open._blobs.values():
-            opened.close()
-            opened.reader().close()
-            opened.reader(meta=True).close()
+        self.open.close()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from tests.support import oracle
 from tests.workers.harness import jobs, slot_of
 
 NAMES = [image.name for image in oracle.images()]
-CLEAN = {"failed": [], "unstored": [], "why_unstored": "", "placed": [], "read_errors": 0}
+CLEAN = {"failed": [], "corrupt": [], "unstored": [], "why_unstored": "", "placed": [], "read_errors": 0}
 
 
 @pytest.mark.parametrize("name", NAMES)

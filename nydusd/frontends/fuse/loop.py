@@ -281,6 +281,8 @@ class FrontEnd:
         if not missing:
             try:
                 self._write_data(unique, device.read_into(vec, self._data))
+                if device.hints:
+                    self._parking.hint(device.hints)
                 return
             except StaleCacheError as e:
                 self._complaints.log("%s: fetching it again", e, subject=mount.name)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from nydusd.formats.model import Extent
-from nydusd.ipc.messages import LOST, SlotRef
+from nydusd.ipc.messages import AHEAD, LOST, SlotRef
 from nydusd.storage.api.io import ChunkRun
 
 from .journal import Journal
@@ -117,6 +117,12 @@ class Parking:
             self._tick = now + self._interval
         self.reads[read.unique] = read
         self._ask(read, missing, 0)
+
+    def hint(self, hints: list[ChunkRun]) -> None:
+        """Tell the supervisor where sequential readers are; empties the list."""
+        for run in hints:
+            self.client.request(run, AHEAD)
+        hints.clear()
 
     def ask_lost(self, read: Parked) -> bool:
         """Have the chunks of a read fetched anew, because the cache file lacks what the map promises; once per read."""

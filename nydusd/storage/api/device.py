@@ -7,17 +7,28 @@ The state byte is loaded before the file is read, and a worker stores it after i
 Segment and file are a pair: the file is the very inode that the segment speaks of, or neither is used. So when others
 replace them, a device that still has the old pair reads the old file's bytes, which are right, until it needs more and
 opens the new pair. The file is read and never mapped, so one that is cut off costs a short read.
+
+A reader that goes on sequentially would stop where what was fetched ahead of it ends. So when that end is near, the device
+gives a hint for the supervisor, which fetches more.
 """
 
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from nydusd.errors import CacheError, CorruptChunkError, StaleCacheError
 from nydusd.formats.model import Extent
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
-from nydusd.storage.state.segment import READY, RECORD, Segment
+from nydusd.storage.state.segment import EMPTY, READY, RECORD, Segment
+
+_LOOK_AHEAD = 16 << 20
+"""Plain bytes behind a sequential reader that should be there, or on their way."""
+_STEADY = 4 << 20
+"""Plain bytes that a reader may skip and still count as sequential: each front end sees only a part of the reads."""
+_STEP = 1 << 20
+"""Plain bytes after which a sequential reader is looked at again."""
 
 Pieces = Mapping[tuple[int, int], memoryview]
 """Chunks that are not in the cache file but at hand in shared memory: (blob index, chunk) -> plain bytes."""
@@ -31,8 +42,12 @@ class _BlobView:
         "count",
         "counters",
         "data_path",
+        "early",
+        "early_bytes",
         "fd",
         "handle",
+        "looked",
+        "place",
         "records",
         "row",
         "segment",
@@ -49,6 +64,9 @@ class _BlobView:
         self.fd = -1
         self.segment: Segment | None = None
         self.count = 0
+        self.early = self.early_bytes = 0  # misses from before there was a place to count them
+        self.place = -1  # where in the blob the last reader of another chunk was,
+        self.looked = 0  # and from where on to look again whether enough is there for it
 
     def open(self) -> bool:
         """Map the segment if it is there; the cache file must be the one that the segment speaks of."""
@@ -68,7 +86,25 @@ class _BlobView:
         self.segment = segment
         self.state, self.records, self.count = segment.state, segment.records, segment.count
         self.counters = segment.counters(self.row)
+        self.counters[2] += self.early
+        self.counters[3] += self.early_bytes
+        self.early = self.early_bytes = 0
         return True
+
+    def lacks(self, at: int) -> bool:
+        """A reader is at this offset: whether it goes on sequentially, and what it will come to is not fetched yet."""
+        steady = self.place < at <= self.place + _STEADY
+        self.place = at
+        if not steady:
+            self.looked = at + _STEP
+        elif at >= self.looked:
+            self.looked = at + _STEP
+            chunk = bisect_right(range(self.count), at + _LOOK_AHEAD, key=self._offset) - 1
+            return bool(self.state[chunk] == EMPTY)
+        return False
+
+    def _offset(self, chunk: int) -> int:
+        return int(RECORD.unpack_from(self.records, chunk * RECORD.size)[1])
 
     def close(self) -> None:
         if self.segment is not None:
@@ -85,6 +121,8 @@ class BlobDevice:
 
     def __init__(self, views: Sequence[_BlobView]) -> None:
         self._views = views
+        self.hints: list[ChunkRun] = []
+        """Where sequential readers are that will miss soon (`blob` is a handle). Who sends them clears the list."""
 
     @classmethod
     def from_spec(cls, blobs: Sequence[Mapping[str, object]], row: int) -> BlobDevice:
@@ -128,7 +166,12 @@ class BlobDevice:
                     view.counters[at] += 1
                     view.counters[at + 1] += length
                 if ready:
+                    if uoff != view.place and not again and view.lacks(uoff):
+                        self.hints.append(ChunkRun(view.handle, chunk, 1))
                     continue
+            elif not again:
+                view.early += 1
+                view.early_bytes += length
             last = runs[-1] if runs else None
             if last is not None and last.blob == blob and last.first + last.count == chunk:
                 runs[-1] = ChunkRun(blob, last.first, last.count + 1)

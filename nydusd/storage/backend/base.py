@@ -154,6 +154,10 @@ class BlobBackend(ABC):
             reader = self._readers[blob_id] = self._new_reader(validate_blob_id(blob_id))
         return reader
 
+    def connections(self) -> dict[str, int]:
+        """Connections that are open now, by host."""
+        return {}
+
     def state(self) -> dict[str, object]:
         """What whoever operates the daemon may want to see, JSON-able, without credentials."""
         return {}

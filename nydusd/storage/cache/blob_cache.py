@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 from nydusd.errors import InternalError
+from nydusd.storage.cache.ahead import ReadAhead
 from nydusd.storage.cache.meta_info import BlobMetaInfo
 from nydusd.storage.cache.requests import Job, Request
 from nydusd.storage.cache.spec import BlobSpec
@@ -36,8 +37,7 @@ class BlobCache:
         self.stored = 0  # ready chunks at the last checkpoint, -1: not known
         self.checkpointing = False
         self.no_room_until = 0.0  # 0: the cache folder had room the last time
-        self.ahead_start, self.ahead_end = 0, -1  # chunks of the last miss and its read-ahead
-        self.window = 0  # compressed bytes of that read-ahead
+        self.ahead = ReadAhead()
         self._failures: dict[int, tuple[int, float, float]] = {}
         self.retry_at = 0.0  # when a failed blob may be opened again
         self._retry_delay = _PREPARE_FIRST
@@ -50,6 +50,11 @@ class BlobCache:
     def caches(self) -> bool:
         """Whether data goes to a cache file (not with the dummy cache)."""
         return self.spec.work_dir is not None
+
+    @property
+    def remote(self) -> bool:
+        """Whether stored bytes come by a fetch worker."""
+        return self.spec.remote
 
     @property
     def uses_slots(self) -> bool:
@@ -84,6 +89,7 @@ class BlobCache:
         """The cache file is not what we opened: the next `prepare` makes a new segment. All claims end here."""
         self.spec = replace(self.spec, generation=self.spec.generation + 1)
         self.state = "new"
+        self.ahead.forget()
         self.jobs.clear()
         self.waiters.clear()
 

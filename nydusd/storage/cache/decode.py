@@ -34,29 +34,6 @@ Digests = Callable[[int], bytes | None]
 """Gives the 32-byte digest of a chunk id; called only for records with the DIGEST flag."""
 
 
-def stored_range(record: ChunkRecord, contexts: Buffer) -> tuple[int, int]:
-    """First byte and end of what has to be fetched from the blob to decode this chunk."""
-    if record.flags & _ZRAN:
-        ctx = zran_context(contexts, record.ctx)
-        return ctx.in_offset, ctx.in_offset + ctx.in_len
-    return record.coff, record.coff + record.csize
-
-
-def fetch_range(records: Sequence[ChunkRecord], contexts: Buffer, first: int, last: int) -> tuple[int, int]:
-    """Offset and length in the stored blob of all that is needed to decode `records[first]` to `records[last]`.
-
-    Whole batches and whole zran contexts. Chunks of 0 bytes need nothing; (0, 0) if there are no others.
-    """
-    start, end = -1, 0
-    for index in range(first, last + 1):
-        record = records[index]
-        if record.usize:
-            low, high = stored_range(record, contexts)
-            start = low if start < 0 else min(start, low)
-            end = max(end, high)
-    return (start, end - start) if start >= 0 else (0, 0)
-
-
 def verify_chunk(info: BlobInfo, record: ChunkRecord, digest: bytes | None, plain: Buffer) -> bool:
     """Whether plain bytes that come from elsewhere (a cache file) are the chunk's.
 

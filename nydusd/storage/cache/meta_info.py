@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from nydusd.formats.model import ChunkFlag, ChunkRecord
+from nydusd.storage.cache.stored import fetch_range, stored_range
 from nydusd.storage.state.segment import READY, RECORD, Segment
 
 _GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
@@ -22,6 +23,7 @@ class BlobMetaInfo:
     def __init__(self, segment: Segment) -> None:
         self._records = segment.records
         self._state = segment.state
+        self._contexts = segment.contexts
         self.count = segment.count
 
     def record(self, chunk: int) -> ChunkRecord:
@@ -53,19 +55,56 @@ class BlobMetaInfo:
                 out.update(self.unit(chunk))
         return sorted(out)
 
-    def ahead(self, after: int, budget: int) -> list[int]:
-        """Chunks that follow `after` and are not ready, up to `budget` compressed bytes of blob past its end."""
+    def ahead(self, after: int, budget: int) -> tuple[list[int], int]:
+        """Chunks that follow `after` and are not ready, up to `budget` compressed bytes of blob past its end.
+
+        Also the last chunk within that budget, ready or not.
+        """
         out = []
         spent = 0
+        end = after
         for chunk in range(after + 1, min(self.count, after + 1 + _MANY)):
             _coff, _uoff, csize, usize, flags, _ctx, _off, _crc = RECORD.unpack_from(self._records, chunk * RECORD.size)
             # A grouped chunk's csize is its whole group's.
             spent += usize if flags & _GROUPED else csize
             if spent > budget:
                 break
+            end = chunk
             if self._state[chunk] != READY:
                 out.append(chunk)
+        return out, end
+
+    def span(self, chunks: Sequence[int]) -> tuple[int, int]:
+        """Offset and length in the stored blob of what has to be fetched to decode all of these."""
+        return fetch_range([self.record(chunk) for chunk in chunks], self._contexts, 0, len(chunks) - 1)
+
+    def distance(self, first: int, last: int) -> int:
+        """Stored bytes from the start of one chunk to the start of another, 0 if they are not in this order."""
+        return max(self.record(last).coff - self.record(first).coff, 0)
+
+    def ranges(self, chunks: Sequence[int], limit: int, gap: int) -> list[list[int]]:
+        """Cut sorted ids into backend requests: neighbours in the stored blob, with gaps of up to `gap` bytes between them.
+
+        A request has up to `limit` bytes, and one unit if that is more.
+        """
+        out: list[list[int]] = []
+        start = end = 0
+        for chunk in chunks:
+            record = self.record(chunk)
+            low, high = stored_range(record, self._contexts) if record.usize else (end, end)
+            joined = max(end, high) - start
+            inside = low >= start and high <= end  # of the same unit, or empty: nothing more to fetch
+            near = low >= start and low - end <= gap and joined <= limit and len(out[-1]) < _MANY if out else False
+            if out and (inside or near):
+                out[-1].append(chunk)
+                end = max(end, high)
+            else:
+                out.append([chunk])
+                start, end = low, high
         return out
+
+    def plain_bytes(self, chunks: Iterable[int]) -> int:
+        return sum(self.record(chunk).usize for chunk in chunks)
 
     def bytes_of(self, states: memoryview) -> int:
         """Plain bytes of the chunks that are ready."""

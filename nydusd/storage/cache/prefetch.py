@@ -8,7 +8,7 @@ be filled now (not open, no room) are set aside, so that looking for work costs 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from nydusd.formats.model import ChunkFlag
 from nydusd.storage.cache.blob_cache import BlobCache
@@ -52,7 +52,7 @@ class PrefetchWorker:
     """The queue of one daemon. Sizes are plain bytes for a batch, compressed bytes for the limiter."""
 
     def __init__(self, batch_size: int, bandwidth: int) -> None:
-        self._batch_size = max(batch_size, 128 << 10)
+        self.batch_size = max(batch_size, 128 << 10)
         self.limiter = Limiter(bandwidth)
         self._runs: deque[tuple[BlobCache, int, int]] = deque()
         self._aside: dict[BlobCache, deque[tuple[BlobCache, int, int]]] = {}
@@ -82,13 +82,20 @@ class PrefetchWorker:
         until += [cache.no_room_until for cache in self._aside if cache.state == "ready"]
         return max(0.0, min(until) - now) if until else None
 
-    def take(self, now: float) -> tuple[BlobCache, Sequence[int]] | None:
-        """The next batch: chunks of one blob that nobody has or fetches; None if there is nothing to do now."""
+    def take(
+        self, now: float, may: Callable[[BlobCache], bool] = lambda _: True
+    ) -> tuple[BlobCache, Sequence[int]] | None:
+        """The next batch: chunks of one blob that nobody has or fetches; None if there is nothing to do now.
+
+        `may` says whether chunks of this blob may be prefetched now; those behind them wait with them.
+        """
         if self.limiter.wait(now) > 0:
             return None
         for cache in [cache for cache in self._aside if _can_be_filled(cache)]:
             self._runs.extendleft(reversed(self._aside.pop(cache)))
         while self._runs:
+            if not may(self._runs[0][0]):
+                return None
             run = self._runs.popleft()
             if not _can_be_filled(run[0]):
                 self._aside.setdefault(run[0], deque()).append(run)
@@ -105,7 +112,7 @@ class PrefetchWorker:
         batch: list[int] = []
         size = stored = 0
         state = cache.chunk_map.states()
-        while chunk < end and size < self._batch_size:
+        while chunk < end and size < self.batch_size:
             if state[chunk] in (EMPTY, VERIFY):
                 record = cache.meta.record(chunk)
                 batch.append(chunk)

@@ -9,6 +9,8 @@ from typing import Any
 from nydusd.formats.model import BlobInfo, Cipher, Compressor, Digester
 
 _ENUMS = {"compressor": Compressor, "digester": Digester, "cipher": Cipher, "ci_compressor": Compressor}
+LOCAL = ("localfs", "localdisk")
+"""Backends that decompress workers read by themselves."""
 _BYTES = ("toc_digest", "meta_digest", "cipher_key", "cipher_iv")
 
 
@@ -50,8 +52,17 @@ class BlobSpec:
         """The chunk information, as the reference stores it."""
         return self._path(".blob.meta")
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"info": info_to_json(self.info)}
+    @property
+    def remote(self) -> bool:
+        """Whether reading from the backend waits for a network: then fetch workers do it, and they alone."""
+        return self.backend not in LOCAL
+
+    def to_json(self, secrets: bool = True) -> dict[str, Any]:
+        """As plain data. Without `secrets`, for who does not talk to a remote backend, the settings of one are left out."""
+        out = asdict(self) | {"info": info_to_json(self.info)}
+        if self.remote and not secrets:
+            out["backend_config"] = {}
+        return out
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> BlobSpec:

@@ -105,10 +105,13 @@ class HttpBackend(BlobBackend):
             breaker = self._breakers[name] = Breaker(self.store, name, self.timing.breaker)
         return breaker
 
+    def connections(self) -> dict[str, int]:
+        return self.transport.open_connections()
+
     def state(self) -> dict[str, object]:
         return {
             "type": self.kind,
-            "connections": self.transport.open_connections(),
+            "connections": self.connections(),
             "in_flight": self.transport.in_flight,
             "hosts": {name: breaker.state() for name, breaker in self._breakers.items()},
             "routes": self.routes.state(),

@@ -186,8 +186,14 @@ class Transport:
         return Answer(response, exchange.raw, url, host, exchange)
 
     def open_connections(self) -> dict[str, int]:
-        """How many connections were made to each host of those whose connections are kept."""
-        return {f"{pool.host}:{pool.port}": pool.num_connections for pool in self._pools()}
+        """How many connections are kept open to each host; the one of a request under way is not among them."""
+        found: dict[str, int] = {}
+        for pool in self._pools():
+            kept = list(pool.pool.queue) if pool.pool is not None else []
+            number = sum(1 for each in kept if each is not None and not each.is_closed)
+            if number:
+                found[f"{pool.host}:{pool.port}"] = number
+        return found
 
     def close(self) -> None:
         """Close all connections."""

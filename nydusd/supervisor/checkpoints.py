@@ -1,0 +1,57 @@
+"""Checkpoints: when which blob's chunk map is stored on disk. Tables of the supervisor; the work is a job of a fetch worker.
+
+What holds after SIGKILL: state bytes in shared memory are true, and the next daemon's `prepare` takes them over.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from nydusd.storage.api.factory import BlobFactory
+from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.supervisor.pool import WorkerPool
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """`reopen(cache, why)` is called when a cache file turns out to be another one."""
+
+    def __init__(self, factory: BlobFactory, fetch: WorkerPool, reopen: Callable[[BlobCache, str], None]) -> None:
+        self._factory = factory
+        self._fetch = fetch
+        self._reopen = reopen
+
+    def start(self) -> int:
+        """Have the maps of all blobs stored that have gained chunks; gives how many jobs that matter for it are not done."""
+        running = 0
+        for cache in self._factory.blobs():
+            # What a killed daemon left is known only when the blob is open: a stop must not be faster.
+            running += cache.state == "preparing" and cache.inherits
+            running += self.store(cache)
+        return running
+
+    def store(self, cache: BlobCache) -> bool:
+        """Have the map of a blob stored if it has gained chunks; whether that is under way."""
+        if cache.state != "ready" or not cache.caches:
+            return False
+        if not cache.checkpointing and cache.chunk_map.ready_count() != cache.stored:
+            cache.checkpointing = True
+            self._fetch.submit(Job("checkpoint", cache, Priority.AHEAD, {}, self._done))
+        return cache.checkpointing
+
+    def _done(self, job: Job, answer: Answer) -> None:
+        cache = job.cache
+        assert cache is not None
+        cache.checkpointing = False
+        if job.cancelled:
+            return
+        if "stored" in answer:
+            cache.stored = answer["stored"]
+        elif answer.get("type") == "StaleCacheError":
+            self._reopen(cache, answer["error"])
+        else:
+            cache.stored = cache.chunk_map.ready_count()
+            log.warning("%s; it is tried again when more chunks are ready", answer["error"])

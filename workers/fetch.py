@@ -1,0 +1,30 @@
+"""The job `fetch`: bring a range of a stored blob into shared memory. Runs in a fetch worker.
+
+Fetch workers alone talk to remote backends, so they alone hold credentials. The bytes are received straight into the region
+of the job and not looked at here: a decompress worker checks every chunk. Killed in the middle, a worker leaves a region
+of which nobody has been told; the one that repeats the job writes all of it.
+"""
+
+from __future__ import annotations
+
+import time
+
+from nydusd.errors import BackendError
+from nydusd.ipc.messages import Json
+from nydusd.storage.backend.base import ReadHow
+from workers.blobs import OpenBlobs
+
+
+def fetch(blobs: OpenBlobs, job: Json) -> Json:
+    """Fill job["slot"] with the stored bytes from job["coff"] on. Answer: what the backend was asked for, and the error."""
+    slot = job["slot"]
+    # Nobody waits for what is prefetched, so its patience is the backend's own.
+    deadline = None if job["prefetch"] else time.monotonic() + job["deadline"]
+    how = ReadHow(prefetch=job["prefetch"], deadline=deadline, bypass=job["bypass"])
+    with blobs.arena(slot["arena"]).view(slot["offset"], slot["length"]) as view:
+        try:
+            blobs.get(job).reader().read_into(view, job["coff"], how)
+        except BackendError as e:
+            error = {"error": str(e), "errno": e.errno, "type": type(e).__name__}
+            return error | {"reads": 1, "read_errors": 1, "read_bytes": 0}
+    return {"reads": 1, "read_errors": 0, "read_bytes": slot["length"]}
