@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from nydusd.errors import NydusError
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import write_spec
+from nydusd.storage.backend.base import HEADER_VARIABLE
 
 log = logging.getLogger(__name__)
 
 _STEADY = 10.0
 """A child that lived this many seconds starts the next time without delay."""
 _DELAY_FIRST, _DELAY_MOST = 0.05, 5.0
+_ASK_BACKENDS = ("fetch", "decompress")
+"""Roles whose processes read from backends."""
 
 
 class Child:
@@ -63,6 +66,7 @@ class Child:
                     [sys.executable, "-P", "-m", self.module, "--spec-fd", str(spec_fd)],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[spec_fd, *fds],
+                    env=self._environment(),
                 )
             finally:
                 os.close(spec_fd)
@@ -76,6 +80,11 @@ class Child:
             self._back_off()
             raise NydusError(f"{self.name} cannot be started: {e.strerror or e}") from e
         self.process = process
+
+    def _environment(self) -> dict[str, str]:
+        """Ours, without what is for servers of blobs where none is asked: it may be a credential."""
+        asks = self.role in _ASK_BACKENDS
+        return {name: value for name, value in os.environ.items() if asks or not name.startswith(HEADER_VARIABLE)}
 
     def reap(self) -> int | None:
         """The exit status (negative: signal) if the process has ended; sets when it may be started again."""
