@@ -240,6 +240,12 @@ class Fetch:
             self._remedies += 1
             if self._remedies <= MAX_REMEDIES and self._remedy(answer):
                 self._backend.metrics.retries["auth"] += 1
+                log.info(
+                    "blob %s: %s (attempt %d), asked again with what it wants to see",
+                    self._blob_id,
+                    failure.text(),
+                    self._exchanges,
+                )
                 raise _AgainError
         raise failure
 
@@ -267,9 +273,16 @@ class Fetch:
         backend, route = self._backend, self._route
         if isinstance(failure, _AgainError):
             return
+        kept = self._used_kept
         backend.last_error = f"blob {self._blob_id}: {failure.text()}"
         if failure.kind is not Kind.DEADLINE and self._other_way(failure):
-            log.warning("blob %s: %s, by %s; another way is tried", self._blob_id, failure.text(), route.name)
+            log.warning(
+                "blob %s: %s (attempt %d), by %s; another way is tried",
+                self._blob_id,
+                failure.text(),
+                self._exchanges,
+                "a remembered redirect" if kept else route.name,
+            )
             backend.metrics.retries["route"] += 1
             return
         if failure.kind in REMEMBERED:
