@@ -85,7 +85,8 @@ def _load(options: FuseOptions) -> Config:
     if options.config is None:
         return config.Config()
     loaded = config.load_config_file(options.config)
-    auth = os.environ.get(AUTH_VARIABLE)
+    # Not left there: every process that we start would have it.
+    auth = os.environ.pop(AUTH_VARIABLE, None)
     if auth:
         loaded = config.with_registry_auth(loaded, auth, AUTH_VARIABLE)
     for secret in config.secret_values(loaded):

@@ -93,13 +93,17 @@ class Mirror(Table, frozen=True, kw_only=True):
 
 
 class Remote(Table, frozen=True, kw_only=True):
-    """What every backend over a network has. A time-out of 0 means none."""
+    """What every backend over a network has. A time-out of 0 means none.
+
+    `failure_memory`: for how many seconds a refusal (no such blob, no right to it) is not asked for again.
+    """
 
     skip_verify: bool = False
     ca_cert_files: tuple[str, ...] = ()
     timeout: U32 = 5
     connect_timeout: U32 = 5
     retry_limit: U8 = 0
+    failure_memory: Annotated[float, Meta(ge=0.0, le=3600)] = 5.0
     proxy: Proxy = Proxy()
     mirrors: tuple[Mirror, ...] = ()
 

@@ -61,8 +61,10 @@ def warnings(config: Config) -> Iterator[str]:
     if config.cache is not None and config.cache.compressed:
         yield "cache.compressed: ignored, the cache keeps uncompressed data"
     backend = config.backend.chosen() if config.backend is not None else None
-    if isinstance(backend, Remote) and backend.mirrors and config.backend is not None:
-        yield f"backend.{config.backend.type}.mirrors: not used yet, all requests go to the backend itself"
+    if isinstance(backend, Remote) and backend.proxy.dragonfly_scheduler_endpoint and config.backend is not None:
+        path = f"backend.{config.backend.type}.proxy"
+        instead = "requests go by the proxy" if backend.proxy.url else "and without a url no request goes by a proxy"
+        yield f"{path}.dragonfly_scheduler_endpoint: not used, {instead}"
 
 
 def check_auth(path: str, auth: str) -> None:

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from nydusd.errors import NydusError
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import write_spec
+from nydusd.storage.backend.base import HEADER_VARIABLE
 
 log = logging.getLogger(__name__)
 
 _STEADY = 10.0
 """A child that lived this many seconds starts the next time without delay."""
 _DELAY_FIRST, _DELAY_MOST = 0.05, 5.0
-_FOR_FETCH_ONLY = ("NYDUS_HEADER_", "DOCKER_CONFIG")
+_FOR_FETCH_ONLY = (HEADER_VARIABLE, "DOCKER_CONFIG")
 _SECRET_NAME = re.compile(r"(?i)secret|token|auth|passw|credential|cookie|key|sign|proxy")
 _SECRET_VALUE = re.compile(r"://[^/\s]*@")
 """What may hold credentials, by its name or as an URL: only a process that talks to backends gets it."""

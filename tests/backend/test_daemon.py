@@ -1,4 +1,4 @@
-"""A real daemon on a real mount over an HTTP backend: what it asks for, what faults and killed workers cost, who has secrets."""
+"""A daemon on a real mount over an HTTP backend: what it asks for, what faults and killed workers cost, who has secrets."""
 
 from __future__ import annotations
 

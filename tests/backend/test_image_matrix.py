@@ -7,7 +7,6 @@ the blob, that are read from there.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -21,23 +20,13 @@ from nydusd.storage.backend import make_backend
 from nydusd.storage.cache.load import extract_bootstrap, load_ci
 from nydusd.storage.cache.stored import fetch_range
 from tests.support import blobs, oracle
-from tests.support import oss_server as oss
 from tests.support.blobs import OpenedBlob
-from tests.support.gpt_disk import Part, blob_part, loop_device, old_blob_part, write_disk
-from tests.support.object_server import names_are_local, object_server
-from tests.support.oss_server import oss_server
-from tests.support.s3_server import S3Server
+from tests.support.places import IMAGES
+from tests.support.places import place as place_of
 
-IMAGES = [image.name for image in oracle.images() if ":" not in image.name]
 PLACES = ["s3", "oss", "http-proxy tcp", "http-proxy unix", "localdisk image", "localdisk 512", "localdisk 4096"]
 RUN = 256 << 10
 """Stored bytes that are fetched by one read, as far as chunks are not longer."""
-
-
-@functools.cache
-def stored() -> dict[str, bytes]:
-    """All blobs of the small images by id."""
-    return {path.name: path.read_bytes() for name in IMAGES for path in oracle.image(name).blobs.iterdir()}
 
 
 @functools.cache
@@ -68,31 +57,12 @@ def runs(records: list[ChunkRecord], contexts: bytes) -> Iterator[tuple[int, int
 def place(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, dict[str, object]]]:
-    """A place that has all blobs: the backend's name and its configuration."""
-    kind, _, variant = request.param.partition(" ")
-    folder: Path = tmp_path_factory.mktemp("place")
-    with contextlib.ExitStack() as stack:
-        if kind == "s3":
-            server: S3Server = request.getfixturevalue("s3")
-            server.put({f"matrix/{blob_id}": data for blob_id, data in stored().items()})
-            yield kind, server.config(object_prefix="matrix/")
-        elif kind == "oss":
-            stack.enter_context(names_are_local(oss.DOMAIN))
-            running = stack.enter_context(oss_server({f"matrix/{key}": data for key, data in stored().items()}))
-            yield kind, running.config(object_prefix="matrix/")
-        elif kind == "http-proxy":
-            objects = {f"/blobs/{blob_id}": data for blob_id, data in stored().items()}
-            socket_path = folder / "socket" if variant == "unix" else None
-            near = stack.enter_context(object_server(objects, socket_path=socket_path))
-            yield kind, {"addr": near.address if socket_path else f"http://{near.address}", "path": "blobs"}
-        else:
-            parts = [Part("EFI System Partition", b"not a blob")]
-            for number, (blob_id, data) in enumerate(stored().items()):
-                parts.append(blob_part(blob_id, data) if number % 2 else old_blob_part(blob_id, data, number))
-            sector = 512 if variant == "image" else int(variant)
-            path = write_disk(folder / "disk", parts, sector)
-            device = str(path) if variant == "image" else stack.enter_context(loop_device(path, sector))
-            yield kind, {"device_path": device}
+    with place_of(
+        request.param,
+        tmp_path_factory.mktemp("place"),
+        request.getfixturevalue("s3") if request.param == "s3" else None,
+    ) as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", IMAGES)

@@ -9,15 +9,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nydusd.errors import BackendError, BackendUnavailableError, CredentialsRejectedError
+from nydusd.config.model import Registry
+from nydusd.errors import BackendError, BackendUnavailableError, ConfigError, CredentialsRejectedError
+from nydusd.storage.backend.http.breaker import Policy
+from nydusd.storage.backend.http.fetch import Timing
 from nydusd.storage.backend.registry.challenge import Challenge, parse_challenges
 from nydusd.storage.backend.registry.credentials import CredentialSource
+from nydusd.storage.backend.registry.given import give_credentials
 from tests.support.backends import REPO, Blob, registry_backend
+from tests.support.certificates import Authority
 from tests.support.faulty_server import Faulty, Handler, Reply, Request, faulty, part_of
 
 BLOB = Blob(50_000)
@@ -83,6 +89,10 @@ def hub() -> Iterator[Hub]:
         yield Hub(server)
 
 
+def table(hub: Hub) -> Registry:
+    return Registry(host=hub.server.host, repo=REPO)
+
+
 def docker_config(tmp_path: Path, config: object) -> None:
     folder = tmp_path / "docker"
     folder.mkdir(exist_ok=True)
@@ -91,47 +101,60 @@ def docker_config(tmp_path: Path, config: object) -> None:
     part.rename(folder / "config.json")
 
 
-READER = """
-import sys
+READERS = 64
+STORM = """
+import os, struct, sys
 from nydusd.storage.backend import make_backend
-fd, host, repo, auth, blob = int(sys.argv[1]), *sys.argv[2:]
-backend = make_backend("registry", {"scheme": "http", "host": host, "repo": repo, "auth": auth, "timeout": 10}, fd)
-reader = backend.get_reader(blob)
-print("ready", flush=True)
+from nydusd.storage.backend.registry import backend as _
+fd, count, host, repo, auth, blob = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+result, report = os.pipe()
+starts = []
+for _ in range(count):
+    begin, start = os.pipe()
+    if not os.fork():
+        backend = make_backend("registry", {"scheme": "http", "host": host, "repo": repo, "auth": auth, "timeout": 20}, fd)
+        reader = backend.get_reader(blob)
+        while os.read(begin, 1) == b"g":
+            reader.read(0, 10)
+            metrics = backend.metrics
+            os.write(report, struct.pack("<II", metrics.token_requests, metrics.requests))
+        os._exit(0)
+    starts.append(start)
 for line in sys.stdin:
-    for offset in range(8):
-        reader.read(offset, 10)
-    print(backend.metrics.token_requests, backend.metrics.requests, flush=True)
+    for start in starts:
+        os.write(start, b"g")
+    counts = [struct.unpack("<II", os.read(result, 8)) for _ in range(count)]
+    print(sum(tokens for tokens, _ in counts), sum(requests for _, requests in counts), flush=True)
+for start in starts:
+    os.write(start, b"q")
+for _ in range(count):
+    os.wait()
 """
 
 
-def test_eight_processes_that_meet_a_challenge_at_once_ask_for_one_token(hub: Hub) -> None:
+def test_sixty_four_processes_that_meet_a_challenge_at_once_ask_for_one_token(hub: Hub) -> None:
+    """Each is a worker with connections of its own; what they share is the store."""
     fd = os.memfd_create("shared")
-    arguments = [sys.executable, "-c", READER, str(fd), hub.server.host, REPO, OLD, BLOB.id]
-    workers = [
-        subprocess.Popen(arguments, pass_fds=[fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(8)
-    ]
-
-    def go() -> list[list[int]]:
-        for worker in workers:
-            assert worker.stdin is not None
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-        return [[int(part) for part in worker.stdout.readline().split()] for worker in workers if worker.stdout]
-
-    try:
-        assert {worker.stdout.readline() for worker in workers if worker.stdout} == {"ready\n"}
-        counts = go()
-        assert sum(tokens for tokens, _ in counts) == hub.asked == hub.given == 1
-        hub.good.clear()
-        counts = go()
-        assert hub.asked == hub.given == 2, "the token was revoked: one new one for all"
-        assert sum(requests for _, requests in counts) <= 2 * 8 * 8 + 2 * 8
-    finally:
-        for worker in workers:
-            worker.communicate()
+    arguments = [sys.executable, "-c", STORM, str(fd), str(READERS), hub.server.host, REPO, OLD, BLOB.id]
+    with subprocess.Popen(arguments, pass_fds=[fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as storm:
         os.close(fd)
+        assert storm.stdin is not None and storm.stdout is not None
+
+        def go() -> tuple[int, int]:
+            assert storm.stdin is not None and storm.stdout is not None
+            storm.stdin.write("go\n")
+            storm.stdin.flush()
+            tokens, requests = storm.stdout.readline().split()
+            return int(tokens), int(requests)
+
+        tokens, requests = go()
+        assert (tokens, hub.asked, hub.given) == (1, 1, 1)
+        assert requests <= 2 * READERS
+        hub.good.clear()
+        tokens, _ = go()
+        assert (tokens, hub.asked, hub.given) == (2, 2, 2), "the token was revoked: one new one for all"
+        storm.stdin.close()
+        assert storm.wait(30) == 0
 
 
 def test_a_token_is_used_by_all_reads_and_by_the_next_worker(hub: Hub) -> None:
@@ -230,12 +253,66 @@ def test_a_reply_without_a_token_is_an_error_and_not_asked_for_again_at_once(hub
 
 
 def test_a_token_server_that_is_down_is_not_hammered(hub: Hub) -> None:
-    hub.server.program("/token", Reply(503))
-    with registry_backend(hub.server.host, auth=OLD) as backend:
-        for _ in range(5):
+    timing = Timing(
+        backoff=0.001, longest_backoff=0.002, longest_wait=0.01, breaker=Policy(5, pause=60.0, longest=60.0)
+    )
+    with faulty() as down, registry_backend(hub.server.host, auth=OLD, timing=timing) as backend:
+        hub.server.program(BLOB.path, Reply(401, {"WWW-Authenticate": f'Bearer realm="{down.url}/token"'}))
+        down.default = lambda request: Reply(503)
+        for _ in range(10):
             with pytest.raises(BackendUnavailableError, match="no token"):
                 backend.get_reader(BLOB.id).read(0, 10)
-    assert hub.asked == 1, "and for some seconds that is known"
+        assert down.count() == 5, "then it counts as down, for all workers"
+    assert hub.server.count(BLOB.path) == 1, "and the registry is not asked either"
+
+
+@pytest.mark.parametrize("fault", [Reply(500), Reply(silent=True, reset=True), Reply(429, {"Retry-After": "0"})])
+def test_a_token_server_that_fails_once_is_a_delay(hub: Hub, fault: Reply) -> None:
+    right = hub.server.handlers["/token"]
+    hub.server.program("/token", fault, right)
+    with registry_backend(hub.server.host, auth=OLD) as backend:
+        assert bytes(backend.get_reader(BLOB.id).read(0, 10)) == BLOB.data[:10]
+    assert hub.asked == 2
+
+
+def test_what_fails_for_want_of_a_token_is_not_asked_for_past_the_proxy(hub: Hub) -> None:
+    hub.server.program("/token", Reply(503))
+    with faulty() as proxy:
+        proxy.default = lambda request: hub.server.handlers[BLOB.path](request)
+        with registry_backend(hub.server.host, auth=OLD, proxy={"url": proxy.url}) as backend:
+            with pytest.raises(BackendUnavailableError, match="no token"):
+                backend.get_reader(BLOB.id).read(0, 10)
+            assert backend.metrics.retries["route"] == 0
+    assert hub.server.count(BLOB.path) == 0
+
+
+def test_a_dead_token_server_of_one_mount_is_nothing_to_another(hub: Hub) -> None:
+    """Both mounts are served by the same workers, which share one store."""
+    hub.server.program("/token", Reply(401))
+    other = Blob(20_000, seed=7)
+    with (
+        faulty() as second,
+        registry_backend(hub.server.host, auth=OLD) as expired,
+        registry_backend(second.host, expired.store.fileno()) as well,
+    ):
+        second.program(other.path, lambda request: part_of(other.data, request))
+        for offset in range(4):
+            with pytest.raises(CredentialsRejectedError):
+                expired.get_reader(BLOB.id).read(0, 10)
+            assert bytes(well.get_reader(other.id).read(offset, 10)) == other.data[offset : offset + 10]
+        assert well.metrics.retries.total() == 0
+    assert hub.asked == 2, "by POST and by GET"
+
+
+def test_a_token_server_without_tls_gets_no_credentials_of_a_registry_with_tls(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "tls")
+    with faulty() as plain, faulty(authority.server_context()) as secure:
+        secure.program(BLOB.path, Reply(401, {"WWW-Authenticate": f'Bearer realm="{plain.url}/token"'}))
+        options: dict[str, Any] = {"scheme": "https", "ca_cert_files": [str(authority.ca_file)]}
+        without = pytest.raises(BackendError, match="names a token server without")
+        with registry_backend(secure.host, auth=OLD, **options) as backend, without:
+            backend.get_reader(BLOB.id).read(0, 10)
+        assert plain.count() == 0
 
 
 @pytest.mark.parametrize("realm", ["", "ftp://x/", "http://[", "http://user:pw@x/", "/token", "http:///x"])
@@ -252,8 +329,42 @@ def test_new_credentials_are_used_from_the_next_read_on(hub: Hub) -> None:
         reader = backend.get_reader(BLOB.id)
         with pytest.raises(CredentialsRejectedError):
             reader.read(0, 10)
-        backend.update_credentials(NEW)
+        give_credentials(backend.store, table(hub), NEW)
         assert bytes(reader.read(0, 10)) == BLOB.data[:10]
+
+
+def test_credentials_that_are_given_reach_every_worker_and_its_successor(hub: Hub) -> None:
+    hub.users = {NEW}
+    with registry_backend(hub.server.host, auth=OLD) as one:
+        with registry_backend(hub.server.host, one.store.fileno(), auth=OLD) as two:
+            for backend in (one, two):
+                with pytest.raises(CredentialsRejectedError):
+                    backend.get_reader(BLOB.id).read(0, 10)
+            give_credentials(one.store, table(hub), NEW)
+            for backend in (one, two):
+                assert bytes(backend.get_reader(BLOB.id).read(0, 10)) == BLOB.data[:10]
+        with registry_backend(hub.server.host, one.store.fileno(), auth=OLD) as successor:
+            assert bytes(successor.get_reader(BLOB.id).read(0, 10)) == BLOB.data[:10]
+        assert hub.given == 1
+
+
+def test_new_credentials_that_are_wrong_do_not_spoil_a_token_that_is_good(hub: Hub) -> None:
+    with registry_backend(hub.server.host, auth=OLD) as backend:
+        reader = backend.get_reader(BLOB.id)
+        reader.read(0, 10)
+        give_credentials(backend.store, table(hub), NEW)
+        for _ in range(3):
+            assert bytes(reader.read(0, 10)) == BLOB.data[:10]
+        assert hub.given == 1
+
+
+def test_credentials_of_another_form_are_refused_without_showing_them(hub: Hub) -> None:
+    with registry_backend(hub.server.host, auth=OLD) as backend:
+        for wrong in (SECRETS[1], base64.b64encode(SECRETS[1].encode()).decode()):
+            with pytest.raises(ConfigError, match="registry_auth: must be base64") as caught:
+                give_credentials(backend.store, table(hub), wrong)
+            assert wrong not in str(caught.value)
+        assert bytes(backend.get_reader(BLOB.id).read(0, 10)) == BLOB.data[:10]
 
 
 def test_docker_config_is_used_and_read_again_when_it_is_renewed(hub: Hub, tmp_path: Path) -> None:
@@ -402,7 +513,6 @@ def test_any_header_is_survived(header: str) -> None:
     ],
 )
 def test_a_wrong_configuration_is_refused(config: dict[str, object]) -> None:
-    from nydusd.errors import ConfigError
     from nydusd.storage.backend import make_backend
 
     with pytest.raises(ConfigError):

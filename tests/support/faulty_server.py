@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from tests.support.discipline import wait_until
+
 
 @dataclass(frozen=True)
 class Request:
@@ -39,7 +41,7 @@ class Reply:
 
     `cut` ends the connection after so many bytes of the body, by RST if `reset`. `stall` sends nothing more after so
     many bytes, until the server ends. `pieces` sends the body in pieces of so many bytes, `pace` seconds apart.
-    `silent` answers nothing at all (and cuts the connection if `reset`).
+    `silent` answers nothing at all (and cuts the connection if `reset`). `delay` is seconds before the first byte.
     """
 
     status: int = 200
@@ -52,6 +54,7 @@ class Reply:
     pieces: int = 0
     pace: float = 0.0
     silent: bool = False
+    delay: float = 0.0
     close: bool = False
 
 
@@ -74,14 +77,14 @@ def part_of(blob: bytes, request: Request, **extra: object) -> Reply:
 class Faulty:
     """The server. `handlers` are by path without query, `default` answers the rest."""
 
-    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, context: ssl.SSLContext | None = None, port: int = 0) -> None:
         self.requests: list[Request] = []
         self.connections = 0
         self.handlers: dict[str, Handler] = {}
         self.default: Handler = lambda request: Reply(404)
         self.ended = threading.Event()
         self.lock = threading.Lock()
-        self._server = _Server(self, context)
+        self._server = _Server(self, context, port)
         self.port: int = self._server.server_address[1]
         self.host = f"127.0.0.1:{self.port}"
         self.url = f"{'https' if context else 'http'}://{self.host}"
@@ -103,6 +106,13 @@ class Faulty:
         """How many requests there were whose path begins so."""
         return sum(one.path.startswith(path) and method in ("", one.method) for one in self.requests)
 
+    def cut(self) -> None:
+        """End all connections, as at the end of a test that others follow with the same server."""
+        waiting, self.ended = self.ended, threading.Event()
+        waiting.set()
+        self._server.cut_all()
+        wait_until(lambda: not self._server.open, "the end of all connections")
+
     def close(self) -> None:
         """End the server and all its connections."""
         self.ended.set()
@@ -117,11 +127,11 @@ class _Server(ThreadingHTTPServer):
     block_on_close = True
     request_queue_size = 128
 
-    def __init__(self, owner: Faulty, context: ssl.SSLContext | None) -> None:
+    def __init__(self, owner: Faulty, context: ssl.SSLContext | None, port: int) -> None:
         self.owner = owner
         self.context = context
         self.open: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", 0), _Connection)
+        super().__init__(("127.0.0.1", port), _Connection)
 
     def get_request(self) -> tuple[socket.socket, object]:
         sock, address = self.socket.accept()
@@ -181,6 +191,8 @@ class _Connection(BaseHTTPRequestHandler):
             owner.requests.append(request)
         path = self.path.partition("?")[0]
         reply = owner.handlers.get(path, owner.default)(request)
+        if reply.delay:
+            owner.ended.wait(reply.delay)
         if reply.silent:
             if not reply.reset:
                 owner.ended.wait(30)
@@ -230,9 +242,9 @@ class _Connection(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def faulty(context: ssl.SSLContext | None = None) -> Iterator[Faulty]:
+def faulty(context: ssl.SSLContext | None = None, port: int = 0) -> Iterator[Faulty]:
     """A server for a `with` block."""
-    server = Faulty(context)
+    server = Faulty(context, port)
     try:
         yield server
     finally:

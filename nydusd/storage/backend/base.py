@@ -31,6 +31,8 @@ def validate_blob_id(blob_id: str) -> str:
     return blob_id
 
 
+HEADER_VARIABLE = "NYDUS_HEADER_"
+"""Environment variables that begin so name headers for each request over HTTP. They may hold credentials."""
 SIZE_CLASSES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
 """Reads are counted by size: below the first, from each to the next, and the last for all that is longer."""
 LATENCY_CLASSES = (0.001, 0.020, 0.050, 0.100, 0.500, 1.0, 2.0)

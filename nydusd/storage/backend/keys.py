@@ -49,6 +49,7 @@ class KeySource:
         self._path = path
         self._seen: tuple[int, int, int] | None = None
         self._complained = False
+        _register(fixed)
 
     def current(self) -> Keys:
         """The keys as of now. A file that cannot be read or understood any more leaves the last ones in force.
@@ -63,8 +64,7 @@ class KeySource:
             if state != self._seen:
                 self._keys = _parse(_read(self._path))
                 self._seen, self._complained = state, False
-                for secret in (self._keys.key_id, self._keys.secret, self._keys.session_token):
-                    register_secret(secret)
+                _register(self._keys)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             if self._seen is None:
@@ -73,6 +73,12 @@ class KeySource:
                 log.warning("credentials_file %s: %s; the keys read before stay in use", self._path, reason)
                 self._complained = True
         return self._keys
+
+
+def _register(keys: Keys) -> None:
+    """Make sure that no log line of this process shows them."""
+    for secret in (keys.key_id, keys.secret, keys.session_token):
+        register_secret(secret)
 
 
 def _read(path: str) -> str:

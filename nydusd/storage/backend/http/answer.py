@@ -59,7 +59,7 @@ class Answer:
         with memoryview(buf) as view:
             count = self.fill(view)
         if count > limit:
-            raise Failure(Kind.TRANSIENT, self.host, f"an answer of more than {limit} bytes", status=self.status)
+            raise Failure(Kind.PERMANENT, self.host, f"an answer of more than {limit} bytes", status=self.status)
         if self._exchange.error is not None or self.left():
             raise self.cut_off()
         return bytes(buf[:count])

@@ -16,17 +16,17 @@ from nydusd.config.model import SECRET_NAME, Remote
 from nydusd.errors import BackendError, BackendTimeoutError, BackendUnavailableError, NoSuchBlobError
 from nydusd.logs import clean, register_secret
 from nydusd.redact import user_info
-from nydusd.storage.backend.base import USER, BackendMetrics, BlobBackend, BlobReader, ReadHow
+from nydusd.storage.backend.base import HEADER_VARIABLE, USER, BackendMetrics, BlobBackend, BlobReader, ReadHow
 from nydusd.storage.backend.http.answer import Answer, check_body, total_of
 from nydusd.storage.backend.http.breaker import Breaker
 from nydusd.storage.backend.http.failure import Failure, Kind
 from nydusd.storage.backend.http.fetch import Fetch, Timing
+from nydusd.storage.backend.http.gate import Patience
 from nydusd.storage.backend.http.route import Routes
 from nydusd.storage.backend.http.store import SharedStore
 from nydusd.storage.backend.http.transport import Transport, host_of
 from nydusd.version import VERSION
 
-_HEADER_VARIABLE = "NYDUS_HEADER_"
 _HEADER_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 _MAX_BREAKERS = 64
 _RETRIES = 3
@@ -46,9 +46,9 @@ class HttpBackend(BlobBackend):
         self.kind = kind
         self.remote = remote
         self.store = store
-        self.timing = Timing(retries=remote.retry_limit or _RETRIES)
+        self.timing = Timing(retries=remote.retry_limit or _RETRIES, remembered=remote.failure_memory)
         self.last_error = ""
-        self.deadline = 0.0
+        self.patience = Patience()
         """Of the read that is under way, for hooks that send requests of their own."""
         self.common_headers = _common_headers()
         register_secret(user_info(remote.proxy.url))
@@ -220,7 +220,7 @@ def _common_headers() -> dict[str, str]:
     """What every request carries: who we are, no compression, and what the environment adds (NYDUS_HEADER_Name)."""
     headers = {"User-Agent": f"nydusd/{VERSION}", "Accept-Encoding": "identity"}
     for variable, value in os.environ.items():
-        name = variable.removeprefix(_HEADER_VARIABLE)
+        name = variable.removeprefix(HEADER_VARIABLE)
         if name == variable or not _HEADER_NAME.fullmatch(name) or not value.isprintable():
             continue
         headers[name] = value

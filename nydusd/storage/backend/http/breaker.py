@@ -53,6 +53,11 @@ class Breaker:
             return 0.0
         return self._store.update(self._key, self._claim)
 
+    def busy(self) -> float:
+        """As `admit`, but nothing is claimed: 0 means that a request could be sent now."""
+        entry = self._store.get(self._key) or {}
+        return 0.0 if _number(entry, "failures") < self._policy.limit else self._wait(entry)
+
     def is_open(self) -> bool:
         """Whether the host counts as down."""
         return _number(self._store.get(self._key) or {}, "failures") >= self._policy.limit
@@ -95,15 +100,19 @@ class Breaker:
         }
 
     def _claim(self, entry: Entry | None) -> tuple[Entry | None, float | None, float]:
-        now = time.monotonic()
         if entry is None or _number(entry, "failures") < self._policy.limit:
             return entry, _FORGET, 0.0
-        wait = max(_number(entry, "until"), _number(entry, "trial")) - now
-        if wait > 0:
-            # The one who tries may be done long before its time is over.
-            return entry, _FORGET, wait if _number(entry, "until") > now else min(wait, 0.1)
-        entry["trial"] = now + self._policy.trial
+        if wait := self._wait(entry):
+            return entry, _FORGET, wait
+        entry["trial"] = time.monotonic() + self._policy.trial
         return entry, _FORGET, 0.0
+
+    @staticmethod
+    def _wait(entry: Entry) -> float:
+        now = time.monotonic()
+        wait = max(_number(entry, "until"), _number(entry, "trial")) - now
+        # The one who tries may be done long before its time is over.
+        return max(0.0, wait if _number(entry, "until") > now else min(wait, 0.1))
 
     def _close(self, entry: Entry | None) -> tuple[Entry | None, float | None, None]:
         hold = _number(entry or {}, "hold")

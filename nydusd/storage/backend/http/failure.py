@@ -79,6 +79,8 @@ class Failure(Exception):
         self.status = status
         self.retry_after = retry_after
         self.tls_or_refused = tls_or_refused
+        self.for_want_of_credentials = False
+        """Nothing was sent for want of a token: another way to the blob would not help."""
         self.host_failed = host_failed
         """The host itself is to blame (no connection, cut off, 5xx): its breaker counts this."""
 

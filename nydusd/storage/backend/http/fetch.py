@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from nydusd.storage.backend.base import ReadHow
 from nydusd.storage.backend.http.answer import Answer
-from nydusd.storage.backend.http.breaker import Breaker, Policy
+from nydusd.storage.backend.http.breaker import Policy
 from nydusd.storage.backend.http.failure import REMEMBERED, RETRIED, Failure, Kind, error_of, of_status
+from nydusd.storage.backend.http.gate import Patience, pass_gate
 from nydusd.storage.backend.http.redirect import MAX_HOPS, life_of, same_origin, target_of
 from nydusd.storage.backend.http.route import Route
 from nydusd.storage.backend.http.store import Entry
@@ -157,7 +158,7 @@ class Fetch:
     def _send(self, task: Task, route: Route, url: str, origin_url: str) -> Answer:
         backend = self._backend
         at_origin = same_origin(url, origin_url)
-        backend.deadline = self._deadline
+        backend.patience = Patience(self._deadline, 0.0 if self._prefetch else self._timing.longest_wait)
         headers = {
             name: value
             for name, value in backend.common_headers.items()
@@ -166,7 +167,11 @@ class Fetch:
         if asked := task.range():
             headers["Range"] = asked
         if at_origin:
-            backend.authorize(task.method, url, headers)
+            try:
+                backend.authorize(task.method, url, headers)
+            except Failure as failure:
+                failure.for_want_of_credentials = True
+                raise
         if not route.is_origin:
             headers.update(route.headers)
             headers["X-Dragonfly-Use-P2P"] = "true"
@@ -175,7 +180,7 @@ class Fetch:
         sent_to = route.url(url) if url == origin_url or not route.base else url
         breaker = route.breaker or backend.breaker_of(sent_to)
         if route.is_origin:
-            self._gate(breaker, host_of(sent_to))
+            pass_gate(breaker, breaker.admit, host_of(sent_to), "", backend.patience)
         backend.metrics.requests += 1
         try:
             return backend.transport.send(task.method, sent_to, headers, self._deadline, proxied=route.proxied)
@@ -201,11 +206,13 @@ class Fetch:
             breaker.succeeded()
             raise
         except Failure as failure:
-            if failure.kind is Kind.THROTTLED:
+            if failure.kind is Kind.THROTTLED and not failure.for_want_of_credentials:
                 failure.retry_after = self._timing.throttled if failure.retry_after is None else failure.retry_after
                 breaker.hold_off(failure.retry_after)
             # A proxy that gives something else than the blob is as bad as one that gives nothing.
-            if failure.host_failed or (not route.is_origin and failure.kind is Kind.TRANSIENT):
+            if failure.for_want_of_credentials:
+                breaker.succeeded()
+            elif failure.host_failed or (not route.is_origin and failure.kind is Kind.TRANSIENT):
                 breaker.failed(failure.text())
             else:
                 breaker.succeeded()
@@ -231,10 +238,23 @@ class Fetch:
             answer.peek()
             self._done_with(answer)
             self._remedies += 1
-            if self._remedies <= MAX_REMEDIES and self._backend.remedy(answer, self._remedies - 1):
+            if self._remedies <= MAX_REMEDIES and self._remedy(answer):
                 self._backend.metrics.retries["auth"] += 1
+                log.info(
+                    "blob %s: %s (attempt %d), asked again with what it wants to see",
+                    self._blob_id,
+                    failure.text(),
+                    self._exchanges,
+                )
                 raise _AgainError
         raise failure
+
+    def _remedy(self, answer: Answer) -> bool:
+        try:
+            return self._backend.remedy(answer, self._remedies - 1)
+        except Failure as failure:
+            failure.for_want_of_credentials = True
+            raise
 
     def _target(self, answer: Answer) -> str:
         target = target_of(answer.url, answer.headers.get("Location", ""))
@@ -248,32 +268,21 @@ class Fetch:
     def _done_with(self, answer: Answer) -> None:
         self._backend.metrics.over_read += answer.finish()
 
-    def _gate(self, breaker: Breaker, host: str) -> None:
-        """Wait while the host is to be left alone, if that is not for too long."""
-        waited = 0.0
-        while True:
-            hold = breaker.hold()
-            wait = hold or breaker.admit()
-            if not wait:
-                return
-            left = self._deadline - time.monotonic()
-            limit = left if hold else min(left, self._timing.longest_wait - waited)
-            if self._prefetch or wait > limit:
-                kind, what = (
-                    (Kind.THROTTLED, "wants no request") if hold else (Kind.DOWN, "is down, so it was not asked")
-                )
-                raise Failure(kind, host, f"{what} for {wait:.1f} s", retry_after=wait)
-            time.sleep(wait)
-            waited += 0.0 if hold else wait
-
     def _failed(self, failure: Failure, moved: int, key: str) -> None:
         """Return if there is something to try (after the pause for it), else raise `BackendError`."""
         backend, route = self._backend, self._route
         if isinstance(failure, _AgainError):
             return
+        kept = self._used_kept
         backend.last_error = f"blob {self._blob_id}: {failure.text()}"
         if failure.kind is not Kind.DEADLINE and self._other_way(failure):
-            log.warning("blob %s: %s, by %s; another way is tried", self._blob_id, failure.text(), route.name)
+            log.warning(
+                "blob %s: %s (attempt %d), by %s; another way is tried",
+                self._blob_id,
+                failure.text(),
+                self._exchanges,
+                "a remembered redirect" if kept else route.name,
+            )
             backend.metrics.retries["route"] += 1
             return
         if failure.kind in REMEMBERED:
@@ -297,6 +306,8 @@ class Fetch:
     def _other_way(self, failure: Failure) -> bool:
         """Leave the way that failed, if there is another one."""
         backend, route = self._backend, self._route
+        if failure.for_want_of_credentials:
+            return False
         if self._used_kept:
             backend.store.drop(f"redirect:{backend.blob_url(self._blob_id)}")
             self._use_kept = self._used_kept = False

@@ -48,7 +48,8 @@ _decode = msgspec.msgpack.Decoder(dict[str, _Slot]).decode
 class SharedStore:
     """A table of small entries by key. `fd` is the memfd that all share, -1 makes one for this process alone.
 
-    Entries whose time is over are not given. The table is bounded: the entries that end first go first.
+    Entries whose time is over are not given. The table is bounded: the entries that end first go first, those without an
+    end last. Such keys must come from the configuration, not from what a server says.
     """
 
     def __init__(self, fd: int = -1) -> None:
@@ -185,7 +186,7 @@ class SharedStore:
         table = {key: slot for key, slot in table.items() if slot.expires is None or slot.expires > now}
         data = _encode(table)
         if len(table) > _MAX_ENTRIES or len(data) > _MAX_BYTES:
-            by_end = sorted(table.items(), key=lambda item: item[1].expires or 0.0, reverse=True)
+            by_end = sorted(table.items(), key=lambda item: item[1].expires or float("inf"), reverse=True)
             table = dict(by_end[: min(len(table), _MAX_ENTRIES) // 2])
             data = _encode(table)
         if len(data) > _MAX_BYTES:

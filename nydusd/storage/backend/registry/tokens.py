@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlencode, urlsplit
 
-from nydusd.storage.backend.http.failure import Failure, Kind, of_status
+from nydusd.storage.backend.http.failure import REMEMBERED, Failure, Kind, of_status
+from nydusd.storage.backend.http.gate import pass_gate
 from nydusd.storage.backend.http.store import Entry
 from nydusd.storage.backend.http.transport import host_of
 from nydusd.storage.backend.registry.credentials import Credentials
@@ -29,7 +31,8 @@ _DEFAULT_LIFE: Final = 600.0
 _LIVES: Final = (1.0, 30 * 86400.0)
 _MARGIN: Final = 20.0
 _MAX_REPLY: Final = 256 << 10
-_FAILED_SECONDS: Final = 5.0
+_GET_KNOWN: Final = 3600.0
+"""How long it is remembered that a token server knows GET only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +67,31 @@ class Tokens:
             if time.monotonic() >= float(entry["renew"] or 0.0):
                 return self._renew_early(key, entry, realm, credentials)
             return str(entry["token"])
-        deadline = self._backend.deadline
-        with self._store.lock(key, deadline) as locked:
+        # Not while others wait for us: behind the lock nobody sleeps.
+        self._raise_if_known(key, realm)
+        breaker = self._backend.breaker_of(realm.url)
+        pass_gate(breaker, breaker.busy, host_of(realm.url), "no token: it ", self._backend.patience)
+        begun = time.monotonic()
+        with self._store.lock(key, self._backend.patience.deadline) as locked:
             if not locked:
                 raise Failure(Kind.DEADLINE, host_of(realm.url), "no time left for a token")
-            # Somebody else may have got it while we waited.
+            # Somebody else may have got it while we waited, or may have failed to: that is our answer, too.
             entry = self._store.get(key)
             if entry is not None and _usable(entry, not_this):
                 return str(entry["token"])
+            self._raise_if_known(key, realm, begun)
             return self._ask(key, realm, credentials)
 
-    def forget_failures(self) -> None:
-        """Other credentials are there: what failed may succeed."""
-        self._store.drop_all("no-token:")
+    def known(self, realm: Realm, credentials: Credentials, not_this: str = "") -> str:
+        """A token that was got earlier and is good still, empty if there is none."""
+        entry = self._store.get(_key(realm, credentials))
+        return str(entry["token"]) if entry is not None and _usable(entry, not_this) else ""
+
+    def _raise_if_known(self, key: str, realm: Realm, since: float = math.inf) -> None:
+        """Raise `Failure` if a token was refused a moment ago, or could not be had since that time."""
+        known = self._store.get(f"no-token:{key}")
+        if known is not None and (Kind(known["kind"]) in REMEMBERED or float(known["at"] or 0.0) >= since):
+            raise Failure(Kind(known["kind"]), host_of(realm.url), f"{known['what']}, as a moment ago")
 
     def _renew_early(self, key: str, entry: Entry, realm: Realm, credentials: Credentials) -> str:
         """The old token is good still: renew it if nobody else does."""
@@ -94,16 +109,13 @@ class Tokens:
                 return old
 
     def _ask(self, key: str, realm: Realm, credentials: Credentials) -> str:
-        host = host_of(realm.url)
-        if known := self._store.get(f"no-token:{key}"):
-            raise Failure(Kind(known["kind"]), host, f"{known['what']}, as a moment ago", retry_after=_FAILED_SECONDS)
         try:
             start = time.monotonic()
             token, life = self._request(realm, credentials)
         except Failure as failure:
             if failure.kind is not Kind.DEADLINE:
-                known = {"kind": failure.kind.value, "what": failure.what}
-                self._store.put(f"no-token:{key}", known, min(_FAILED_SECONDS, self._backend.timing.remembered))
+                known: Entry = {"kind": failure.kind.value, "what": failure.what, "at": time.monotonic()}
+                self._store.put(f"no-token:{key}", known, self._backend.timing.remembered)
             raise
         margin = min(_MARGIN, life / 10)
         self._store.put(key, {"token": token, "renew": start + life - margin}, life)
@@ -122,7 +134,7 @@ class Tokens:
                 if not 300 <= failure.status < 500 or failure.kind is Kind.THROTTLED:
                     raise
         result = self._send("GET", realm, credentials, None)
-        self._store.put(by_get, {"yes": 1})
+        self._store.put(by_get, {"yes": 1}, _GET_KNOWN)
         return result
 
     def _send(self, method: str, realm: Realm, credentials: Credentials, body: bytes | None) -> tuple[str, float]:
@@ -137,13 +149,12 @@ class Tokens:
         if credentials.basic:
             headers["Authorization"] = f"Basic {credentials.basic}"
         breaker = backend.breaker_of(realm.url)
-        wait = breaker.hold() or breaker.admit()
-        if wait:
-            raise Failure(Kind.DOWN, host, f"the token server is left alone for {wait:.1f} s", retry_after=wait)
+        if wait := breaker.hold() or breaker.admit():
+            raise Failure(Kind.DOWN, host, f"no token: it is left alone for {wait:.1f} s", retry_after=wait)
         backend.metrics.token_requests += 1
         try:
             # Never by a proxy or a mirror: it would see the credentials.
-            answer = backend.transport.send(method, url, headers, backend.deadline, body=body)
+            answer = backend.transport.send(method, url, headers, backend.patience.deadline, body=body)
         except Failure as failure:
             failure.what = f"no token: {failure.what}"
             if failure.host_failed:

@@ -1,0 +1,165 @@
+"""Credentials of a mount: expired ones, new ones, and where none may ever be seen."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import wait_for_role
+from tests.support.discipline import descendants, wait_until
+from tests.support.fault_table import CREDENTIALS, METADATA, rows_of
+from tests.support.faulty_server import Reply, faulty
+from tests.support.mounted import AUTH, PASSWORD, TOKEN, Hub, Mounted, Tree
+
+NAMES = [f"{number:02}" for number in range(6)]
+HEADER_SECRET = "cookie-of-the-operator"
+FAILED = "ERROR .*(blob|a read failed)"
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    return Tree(NAMES, tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture
+def hub(tree: Tree) -> Iterator[Hub]:
+    with faulty() as server:
+        yield Hub(tree, server)
+
+
+def docker_login(mounted: Mounted, host: str, auth: str) -> None:
+    """What `docker login` leaves: the file is replaced."""
+    part = mounted.docker / "part"
+    part.write_text(json.dumps({"auths": {host: {"auth": auth}}}))
+    part.rename(mounted.docker / "config.json")
+
+
+def test_expired_credentials_end_neither_the_mount_nor_the_daemon(
+    tree: Tree, hub: Hub, expect_log: Callable[..., None]
+) -> None:
+    """The daemon starts, says so, and serves as soon as somebody has logged in again."""
+    assert rows_of(CREDENTIALS) == ["expired credentials at start"]
+    hub.users = set()
+    expect_log(FAILED)
+    with Mounted(tree, {"host": hub.server.host}) as mounted:
+        assert sorted(os.listdir(mounted.daemon.mountpoint)) == NAMES, "metadata is served"
+        assert mounted.read(NAMES[0]) == errno.EIO
+        refused = rf"blob {tree.blob_id}: {re.escape(hub.server.host)}: no token: status 401, credentials are missing"
+        assert re.search(refused, mounted.log())
+        hub.users = {AUTH}
+        docker_login(mounted, hub.server.host, AUTH)
+        wait_until(lambda: mounted.is_right(NAMES[0]), "the new credentials to be used", 30)
+        assert all(mounted.is_right(name) for name in NAMES)
+        assert hub.server.count("/token") < 20, "the token server was not hammered meanwhile"
+
+
+def test_new_credentials_are_taken_from_dockers_file_while_the_daemon_runs(tree: Tree, hub: Hub) -> None:
+    with Mounted(tree, {"host": hub.server.host}) as mounted:
+        assert mounted.is_right(NAMES[0])
+        renewed = "dXNlcjphbm90aGVyLXBhc3N3b3Jk"  # user:another-password
+        hub.users = {renewed}
+        hub.good.clear()
+        docker_login(mounted, hub.server.host, renewed)
+        assert all(mounted.is_right(name) for name in NAMES[1:])
+        assert not re.search("WARN .*blob", mounted.log()) and "another-password" not in mounted.log()
+
+
+def test_metadata_that_could_not_be_had_is_asked_for_again(
+    tree: Tree, hub: Hub, expect_log: Callable[..., None]
+) -> None:
+    assert rows_of(METADATA) == ["blob metadata not to be had at start"]
+    expect_log(FAILED)
+    hub.always = Reply(404)
+    with Mounted(tree, {"host": hub.server.host}) as mounted:
+        assert mounted.read(NAMES[0]) == errno.EIO
+        assert re.search(rf"blob {tree.blob_id}: {re.escape(hub.server.host)}: status 404", mounted.log())
+        hub.always = None
+        wait_until(lambda: mounted.is_right(NAMES[0]), "the metadata to be asked for again", 30)
+        assert all(mounted.is_right(name) for name in NAMES)
+
+
+def test_credentials_are_nowhere_but_where_they_are_used(tree: Tree, hub: Hub) -> None:
+    """Not in files, the log, the API, titles and environments; and not in the memory of front ends and the API process."""
+    environment = {
+        "NYDUS_HEADER_Cookie": HEADER_SECRET,
+        "IMAGE_PULL_AUTH": AUTH,
+    }
+    with Mounted(tree, {"host": hub.server.host, "auth": None}, environment=environment) as mounted:
+        daemon = mounted.daemon
+        assert all(mounted.is_right(name) for name in NAMES)
+        assert {request.headers["cookie"] for request in hub.server.requests if request.path == hub.path} == {
+            HEADER_SECRET
+        }
+        secrets = [text.encode() for text in (PASSWORD, AUTH, TOKEN + "1", HEADER_SECRET)]
+        shown = [
+            daemon.ctl("info"),
+            daemon.ctl("--raw", "info"),
+            daemon.ctl("metrics", "backend"),
+            daemon.ctl("cache"),
+            json.dumps(daemon.get("/api/v1/daemon")),
+            json.dumps(daemon.get("/api/v1/daemon/backend?mountpoint=/")),
+            mounted.log(),
+        ]
+        for text in shown:
+            assert not [secret for secret in secrets if secret in text.encode()]
+        runtime = Path(os.environ["NYDUSD_RUNTIME_DIR"])
+        for path in [
+            *daemon.folder.rglob("*"),
+            *daemon.cache.rglob("*"),
+            *runtime.rglob("*"),
+            *Path("/dev/shm").iterdir(),
+        ]:
+            if path.is_file() and daemon.mountpoint not in path.parents and path.name != "config.json":
+                assert not [secret for secret in secrets if secret in path.read_bytes()], path
+        for pid in descendants(daemon.pid):
+            for file in ("cmdline", "environ"):
+                known = [HEADER_SECRET.encode()] if file == "environ" and is_worker(pid) else []
+                content = Path(f"/proc/{pid}/{file}").read_bytes()
+                assert not [secret for secret in secrets if secret in content and secret not in known], (pid, file)
+        for role in ("fuse", "api"):
+            for pid in daemon.pids(role):
+                assert found_in_memory(pid, secrets) == [], f"a core file of {role} would hold them"
+        assert found_in_memory(daemon.pids("fetch")[0], secrets), "the search finds what is there"
+
+
+def is_worker(pid: int) -> bool:
+    return b"nydusd: fetch" in (title := Path(f"/proc/{pid}/cmdline").read_bytes()) or b"nydusd: decompress" in title
+
+
+def found_in_memory(pid: int, secrets: list[bytes]) -> list[bytes]:
+    """Which of these byte strings a process has in memory that it can write to: what a core file of it would hold."""
+    found: set[bytes] = set()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                place, rights, *_ = line.split()
+                if not rights.startswith("rw") or "[vvar" in line:
+                    continue
+                first, end = (int(part, 16) for part in place.split("-"))
+                memory.seek(first)
+                try:
+                    content = memory.read(end - first)
+                except OSError:
+                    continue  # a part of a mapping behind the end of its file
+                found.update(secret for secret in secrets if secret in content)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    return sorted(found)
+
+
+def test_a_worker_that_is_started_again_has_the_credentials(tree: Tree, hub: Hub) -> None:
+    with Mounted(tree, {"host": hub.server.host}) as mounted:
+        assert mounted.is_right(NAMES[0])
+        for role in ("fetch", "decompress"):
+            (pid,) = mounted.daemon.pids(role)
+            mounted.daemon.kill(pid)
+            wait_for_role(mounted.daemon, role, 1, without=pid)
+        assert all(mounted.is_right(name) for name in NAMES[1:])
