@@ -159,8 +159,8 @@ class LogBook:
         becomes_true(self._all_came, self.grace)
         lines = self._collect()
         found = [
-            f"unannounced in a log: {line}"
-            for line in lines
+            "\n  ".join([f"unannounced in a log: {line}", *(_after(lines, number) if "Traceback" in line else ())])
+            for number, line in enumerate(lines)
             if SUSPICIOUS.search(line) and not any(pattern.search(line) for pattern in self.expected)
         ]
         found += [
@@ -178,6 +178,14 @@ class LogBook:
     def tails(self, lines: int = 60) -> list[tuple[str, str]]:
         """The last lines of each log that is being watched, for the report of a failed test."""
         return [(str(path), "\n".join(_read(str(path)).splitlines()[-lines:])) for path in self.offsets]
+
+
+def _after(lines: list[str], number: int) -> list[str]:
+    """The lines of a traceback that begins at this one."""
+    end = number + 1
+    while end < len(lines) and lines[end].startswith((" ", "\t")):
+        end += 1
+    return lines[number + 1 : end + 1]
 
 
 class Discipline:
