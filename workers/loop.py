@@ -71,8 +71,9 @@ def main(argv: Sequence[str]) -> int:
             if kind == JOB:
                 job = decode(body)
                 answer = _run(handlers, blobs, job, log.exception)
-                about = {"id": job["id"], "connections": blobs.connections()}
-                socket.send_multipart([DONE, encode(answer | about)])
+                if connections := blobs.connections():
+                    answer["connections"] = connections
+                socket.send_multipart([DONE, encode(answer | {"id": job["id"]})])
         elif supervisor_gone(lifeline):
             return 0
 

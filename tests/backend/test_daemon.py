@@ -1,9 +1,15 @@
-"""A daemon on a real mount over an HTTP backend: what it asks for, what faults and killed workers cost, who has secrets."""
+"""A daemon on a real mount over an HTTP backend: what it asks for, what faults and killed workers cost, who has secrets.
+
+The server runs in the test's process, so whatever waits for the mount is read by a process of its own.
+"""
 
 from __future__ import annotations
 
+import base64
+import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import os
 import signal
 import subprocess
@@ -15,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import manifest
+from tests.support import blobs, manifest
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import wait_until
 from tests.support.faulty_server import Faulty, Reply, Request, faulty, part_of
@@ -104,14 +110,16 @@ def test_cold_sequential_read_asks_for_each_byte_once_in_few_requests(tmp_path: 
         assert len(asked) <= 2 + size // (1 << 20) * 2, asked
 
 
-def test_smaller_amplify_io_makes_smaller_requests(tmp_path: Path) -> None:
+def test_requests_are_as_long_as_amplify_io_says(tmp_path: Path) -> None:
     with registry(SMALL) as server:
-        rafs = {"mode": "direct", "batch_size": 128 << 10}
-        with Daemon(SMALL.bootstrap, SMALL.blobs, config=config(server, tmp_path, rafs=rafs)) as daemon:
-            (daemon.mountpoint / "bigowner").read_bytes()
-            wait_until(lambda: daemon.get("/api/v1/metrics/backend") is not None, "an answer")
-        largest = max(length for _offset, length in ranges(server)[1:])
-        assert largest <= 128 << 10 or largest <= max(truth(SMALL.name).values(), key=len).__len__()
+        settings = config(server, tmp_path, rafs={"mode": "direct", "batch_size": 128 << 10})
+        with Daemon(SMALL.bootstrap, SMALL.blobs, config=settings) as daemon:
+            read_all(daemon, SMALL)
+        _, (blob,) = blobs.open_image(SMALL.name)
+        chunks = {(record.coff, record.csize) for record in blob.records}
+        longer = [asked for asked in ranges(server) if asked[1] > 128 << 10]
+        assert set(longer) <= chunks, "several chunks in a request that is too long"
+        assert len(ranges(server)) < len(chunks) / 4
 
 
 def test_thousand_readers_of_one_cold_chunk_are_one_request(tmp_path: Path) -> None:
@@ -125,6 +133,99 @@ def test_thousand_readers_of_one_cold_chunk_are_one_request(tmp_path: Path) -> N
             command = [sys.executable, "-m", "tests.support.readers", "storm", str(daemon.mountpoint / BIG)]
             subprocess.run([*command, str(tmp_path / "truth"), "50", "20", str(CHUNK)], check=True, timeout=120)
             assert len(server.requests) == before + 1
+
+
+def test_failing_backend_is_asked_a_few_times_however_many_read(
+    tmp_path: Path, expect_log: Callable[..., None]
+) -> None:
+    """Five failures in a row and the host counts as down, for all workers: then one request in a pause of up to 4 s."""
+    chosen = image("v6-none-sha256")
+    (blob,) = chosen.blobs.iterdir()
+    with registry(chosen) as server:
+        settings = config(server, tmp_path, rafs={"mode": "direct", "batch_size": 0}, nydusd={"read_deadline": 3.0})
+        with Daemon(chosen.bootstrap, chosen.blobs, config=settings) as daemon:
+            (daemon.mountpoint / "bigowner").read_bytes()
+            server.handlers[f"/v2/{REPO}/blobs/sha256:{blob.name}"] = lambda request: Reply(503)
+            before = len(server.requests)
+            names = [name for name, content in truth(chosen.name).items() if content]
+            paths = [os.path.join(os.fsencode(daemon.mountpoint), name) for name in names]
+            expect_log("ERROR")
+            with concurrent.futures.ThreadPoolExecutor(32) as readers:
+                failed = list(readers.map(_fails, paths * 3))
+            assert any(failed)
+            asked = len(server.requests) - before
+            assert 5 <= asked <= 40, asked
+            serve(server, blob.name, blob.read_bytes())
+            wait_until(lambda: not any(map(_fails, paths)), "the backend to be used again", 30)
+            read_all(daemon, chosen)
+
+
+def _fails(path: bytes) -> bool:
+    try:
+        Path(os.fsdecode(path)).read_bytes()
+    except OSError:
+        return True
+    return False
+
+
+def test_only_fetch_workers_and_the_supervisor_hold_credentials(tmp_path: Path) -> None:
+    environment = {"NYDUS_HEADER_X-Secret": SECRET, "DEPLOY_TOKEN": SECRET, "MIRROR": f"http://user:{SECRET}@host/"}
+    with registry(SMALL) as server:
+        daemon = Daemon(SMALL.bootstrap, SMALL.blobs, config=config(server, tmp_path), environment=environment)
+        with daemon:
+            read_all(daemon, SMALL)
+            daemon.ctl("info")
+            holders = {
+                role: [_holds(pid) for pid in daemon.pids(role)] for role in ("fuse", "decompress", "api", "fetch")
+            }
+            assert any(holders.pop("fetch")), "the search finds nothing"
+            assert not any(any(found) for found in holders.values()), holders
+            assert SECRET not in daemon.log.read_text()
+            assert SECRET not in daemon.ctl("--raw", "info")
+            assert not any(SECRET in path.read_text() for path in Path(f"/proc/{daemon.pid}").glob("cmdline"))
+
+
+def _holds(pid: int) -> bool:
+    """Whether a process has the secret anywhere in its memory: what a core file of it would tell."""
+    plain = base64.b64decode(SECRET)
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, rights, *_ = line.split()
+            if "w" not in rights and "[stack]" not in line:
+                continue
+            start, end = (int(part, 16) for part in span.split("-"))
+            try:
+                memory.seek(start)
+                content = memory.read(end - start)
+            except OSError:
+                continue
+            if SECRET.encode() in content or plain in content:
+                return True
+    return False
+
+
+def test_chunk_that_comes_damaged_is_fetched_once_more(tmp_path: Path) -> None:
+    (blob,) = SMALL.blobs.iterdir()
+    data = blob.read_bytes()
+    with registry(SMALL) as server, Daemon(SMALL.bootstrap, SMALL.blobs, config=config(server, tmp_path)) as daemon:
+        wait_until(lambda: _cache(daemon)["blobs"][0]["state"] == "ready", "the blob to be open", 30)
+        before = len(server.requests)
+        broken = data[:1000] + bytes([data[1000] ^ 1]) + data[1001:]
+        serve(server, blob.name, data, lambda request, _data: part_of(broken, request))
+        read_all(daemon, SMALL)
+        asked = ranges(server)[before:]
+        assert len([offset for offset, length in asked if offset <= 1000 < offset + length]) == 2
+        assert _cache(daemon)["blobs"][0]["failed"] == 0
+
+
+def test_open_connections_of_each_worker_are_reported(tmp_path: Path) -> None:
+    with registry(SMALL) as server, Daemon(SMALL.bootstrap, SMALL.blobs, config=config(server, tmp_path)) as daemon:
+        read_all(daemon, SMALL)
+        rows = [row for row in _processes(daemon) if row["role"] == "fetch"]
+        assert len(rows) == 4
+        assert sum(row["jobs"] for row in rows) >= daemon.backend_reads()
+        open_now = [row["connections"] for row in rows if row["connections"]]
+        assert open_now and all(row == {server.host: 1} for row in open_now)
 
 
 class TestKilled:
@@ -181,10 +282,14 @@ def _busy(daemon: Daemon, kind: str) -> list[int]:
     return [row["pid"] for row in _processes(daemon) if row.get("busy") == kind]
 
 
-def _arena(daemon: Daemon) -> int:
+def _cache(daemon: Daemon) -> dict[str, Any]:
     answer = daemon.get("/api/v1/nydusd/cache")
     assert isinstance(answer, dict)
-    return int(answer["arena_bytes"])
+    return answer
+
+
+def _arena(daemon: Daemon) -> int:
+    return int(_cache(daemon)["arena_bytes"])
 
 
 @contextlib.contextmanager
@@ -195,8 +300,6 @@ def _reader(daemon: Daemon) -> Iterator[subprocess.Popen[bytes]]:
         "import hashlib, sys; sys.exit(hashlib.sha256(open(sys.argv[1].encode('utf-8', 'surrogateescape'), 'rb').read())"
         ".hexdigest() != sys.argv[2])"
     )
-    import hashlib
-
     name = os.fsdecode(os.path.join(os.fsencode(daemon.mountpoint), path))
     with subprocess.Popen([sys.executable, "-c", script, name, hashlib.sha256(content).hexdigest()]) as process:
         try:

@@ -97,7 +97,7 @@ def test_blob_is_prepared_filled_and_stored_by_processes(image: Jobs, fetch: Wor
     answer = fetch.do(image.job(kind="prepare"))
     count = answer["count"]
     assert answer["ready"] == 0
-    job = image.job(kind="fill", chunks=list(range(count)), verify=[], slot=None)
+    job = image.job(kind="fill", chunks=list(range(count)), verify=[], slot=None, source=None)
     assert decompress.do(job)["failed"] == []
     assert decompress.do({key: value for key, value in job.items() if key != "spec"})["reads"] == 0
     assert set(image.states()) == {READY}
@@ -108,7 +108,7 @@ def test_blob_is_prepared_filled_and_stored_by_processes(image: Jobs, fetch: Wor
 def test_error_comes_back_with_its_class_and_errno(image: Jobs, fetch: Worker, decompress: Worker) -> None:
     assert fetch.do(image.job(kind="prepare"))["ready"] == 0
     image.data.unlink()
-    answer = decompress.do(image.job(kind="fill", chunks=[0], verify=[], slot=None))
+    answer = decompress.do(image.job(kind="fill", chunks=[0], verify=[], slot=None, source=None))
     assert (answer["type"], answer["errno"]) == ("StaleCacheError", errno.EIO)
     assert str(image.data) in answer["error"]
 

@@ -65,7 +65,7 @@ class _BlobView:
         self.segment: Segment | None = None
         self.count = 0
         self.early = self.early_bytes = 0  # misses from before there was a place to count them
-        self.place = -1  # where in the blob the last reader of another chunk was,
+        self.place = -_STEADY - 1  # where in the blob the last reader of another chunk was,
         self.looked = 0  # and from where on to look again whether enough is there for it
 
     def open(self) -> bool:
