@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 
-from tests.support import blobs, manifest
+from tests.support import blobs
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import wait_until
 from tests.support.faulty_server import Faulty, Reply, Request, faulty, part_of
-from tests.support.oracle import Image, image, images, truth
+from tests.support.oracle import Image, image, truth
 
 SMALL = image("v6-zstd-blake3")
 REPO = "shop/frontend"
@@ -73,14 +73,6 @@ def read_all(daemon: Daemon, chosen: Image) -> None:
     for path, content in truth(chosen.name).items():
         with open(os.path.join(os.fsencode(daemon.mountpoint), path), "rb") as file:
             assert (file.read() == content) is True, path
-
-
-@pytest.mark.parametrize("chosen", [one for one in images() if ":" not in one.name], ids=lambda one: one.name)
-def test_image_shows_its_manifest(chosen: Image, tmp_path: Path) -> None:
-    expected = manifest.load(chosen.manifest)
-    with registry(chosen) as server, Daemon(chosen.bootstrap, chosen.blobs, config=config(server, tmp_path)) as daemon:
-        assert manifest.differences(expected, manifest.walk(daemon.mountpoint)) == []
-        assert 0 < daemon.backend_reads() <= len(server.requests)
 
 
 def test_what_was_fetched_is_there_without_the_backend(tmp_path: Path) -> None:
