@@ -229,6 +229,30 @@ def test_a_slow_body_that_moves_is_waited_for(server: Faulty, backend: RegistryB
     assert server.count() == 1
 
 
+def test_a_server_that_is_too_slow_for_a_long_range_is_asked_for_shorter_ones(
+    server: Faulty, backend: RegistryBackend
+) -> None:
+    blob = Blob(1 << 20)
+
+    def slow(request: Request) -> Reply:
+        assert request.range is not None
+        first, last = request.range
+        return part_of(blob.data, request) if last - first < 300_000 else Reply(silent=True)
+
+    server.handlers[blob.path] = slow
+    reader = backend.get_reader(blob.id)
+
+    def lengths() -> list[int]:
+        before = len(server.requests)
+        assert reader.read(0, 1 << 20) == blob.data
+        asked = [one.range for one in server.requests[before:] if one.range is not None]
+        return [(last + 1 - first) >> 10 for first, last in asked]
+
+    assert lengths() == [1024, 512, 256, 256, 256, 256]
+    assert lengths() == [256] * 4, "what was learnt is forgotten"
+    assert lengths() == [512, 256, 256, 256, 256], "what was learnt is never tried anew"
+
+
 @pytest.mark.parametrize("fault", ["stalled headers", "stalled body", "trickle", "endless redirect to itself"])
 def test_the_deadline_of_the_reader_ends_everything(server: Faulty, backend: RegistryBackend, fault: str) -> None:
     steps = {

@@ -30,6 +30,9 @@ from nydusd.version import VERSION
 _HEADER_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 _MAX_BREAKERS = 64
 _RETRIES = 3
+MIN_LIMITED = 128 << 10
+MAX_LIMITED = 16 << 20
+"""Bounds of what is asked for at once of a server that was slow to answer (bytes); beyond, there is no limit again."""
 
 
 class HttpBackend(BlobBackend):
@@ -140,6 +143,7 @@ class HttpReader(BlobReader):
         super().__init__(blob_id, backend.metrics)
         self._backend = backend
         self._size: int | None = None
+        self._most = 0  # bytes to ask for at once, 0: as many as are wanted
 
     def blob_size(self) -> int:
         """Length of the stored blob in bytes: by HEAD, else by asking for its first byte. Raises `BackendError`."""
@@ -156,8 +160,14 @@ class HttpReader(BlobReader):
         return self._size
 
     def _read_into(self, buf: memoryview, offset: int, how: ReadHow = USER) -> None:
-        part = _Part(buf, offset, self._size, self._metrics)
-        Fetch(self._backend, self.blob_id, how).run(part)
+        part = _Part(buf, offset, self._size, self._metrics, self._most)
+        most = self._most
+        try:
+            Fetch(self._backend, self.blob_id, how).run(part)
+            # Halved for each answer that did not come in time, doubled by each read for which all came.
+            most = most * 2 if most < MAX_LIMITED else 0
+        finally:
+            self._most = most if part.most == self._most else part.most
         if part.blob_size is not None:
             self._size = part.blob_size
 
@@ -171,18 +181,30 @@ class _Part:
 
     method = "GET"
 
-    def __init__(self, buf: memoryview, offset: int, blob_size: int | None, metrics: BackendMetrics) -> None:
+    def __init__(
+        self, buf: memoryview, offset: int, blob_size: int | None, metrics: BackendMetrics, most: int = 0
+    ) -> None:
         self.progress = 0
         self.blob_size = blob_size
+        self.most = most
         self._buf = buf
         self._offset = offset
         self._metrics = metrics
 
+    def _asked(self) -> int:
+        left = len(self._buf) - self.progress
+        return min(left, self.most) if self.most else left
+
     def range(self) -> str:
-        return f"bytes={self._offset + self.progress}-{self._offset + len(self._buf) - 1}"
+        start = self._offset + self.progress
+        return f"bytes={start}-{start + self._asked() - 1}"
+
+    def shrink(self) -> None:
+        if self._asked() >= 2 * MIN_LIMITED:
+            self.most = self._asked() // 2
 
     def take(self, answer: Answer) -> bool:
-        left = len(self._buf) - self.progress
+        left = self._asked()
         skip, count, total = check_body(answer, self._offset + self.progress, left, self.blob_size)
         skipped = answer.skip(skip)
         self._metrics.over_read += skipped
@@ -206,6 +228,9 @@ class _Size:
 
     def range(self) -> str:
         return "bytes=0-0" if self.method == "GET" else ""
+
+    def shrink(self) -> None:
+        """It is as small as can be."""
 
     def take(self, answer: Answer) -> bool:
         size = total_of(answer) if answer.status == 206 else answer.length()

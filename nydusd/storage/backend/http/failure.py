@@ -71,6 +71,7 @@ class Failure(Exception):
         retry_after: float | None = None,
         tls_or_refused: bool = False,
         host_failed: bool = False,
+        slow: bool = False,
     ) -> None:
         super().__init__(what)
         self.kind = kind
@@ -81,6 +82,8 @@ class Failure(Exception):
         self.tls_or_refused = tls_or_refused
         self.for_want_of_credentials = False
         """Nothing was sent for want of a token: another way to the blob would not help."""
+        self.slow = slow
+        """The server took a request and gave nothing in time: it may do better with a smaller one."""
         self.host_failed = host_failed
         """The host itself is to blame (no connection, cut off, 5xx): its breaker counts this."""
 

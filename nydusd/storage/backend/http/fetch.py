@@ -63,13 +63,19 @@ class Timing:
 
 
 class Task(Protocol):
-    """What is to be done with the answers. `progress` is bytes that need not be asked for again."""
+    """What is to be done with the answers. `progress` is bytes that need not be asked for again.
+
+    A task may ask for less than all at once: then it is done when its last part is.
+    """
 
     method: str
     progress: int
 
     def range(self) -> str:
         """The Range header to send now, empty for none."""
+
+    def shrink(self) -> None:
+        """The server was too slow for a request of this size: ask for less at once."""
 
     def take(self, answer: Answer) -> bool:
         """Use an answer with status 2xx; True if the task is done now. Raises `Failure`."""
@@ -117,6 +123,8 @@ class Fetch:
                 continue
             if failure is None:
                 failure = Failure(Kind.TRANSIENT, self._host, f"gave {moved} bytes only")
+            if failure.slow:
+                task.shrink()
             self._failed(failure, moved, ranged if failure.kind is Kind.NO_RANGE else key)
 
     def _once(self, task: Task) -> bool:

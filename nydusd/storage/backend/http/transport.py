@@ -276,7 +276,7 @@ class Transport:
         if isinstance(cause, ConnectTimeoutError):
             return Failure(Kind.TRANSIENT, host, f"no connection {where} in time", host_failed=True)
         if isinstance(cause, urllib3.exceptions.TimeoutError | TimeoutError):
-            return Failure(Kind.TRANSIENT, host, "no answer in time", host_failed=True)
+            return Failure(Kind.TRANSIENT, host, "no answer in time", host_failed=True, slow=True)
         if isinstance(cause, ValueError) and not isinstance(cause, UnicodeError | HTTPError):
             return Failure(Kind.PERMANENT, host, "the request cannot be written (header or URL)")
         return Failure(Kind.TRANSIENT, host, f"the connection broke ({_text(cause)})", host_failed=True)
