@@ -363,9 +363,15 @@ class Supervisor:
 
     def _last_checkpoint(self) -> None:
         deadline = time.monotonic() + _STOP_PATIENCE
+        fetchers = [child for child in self.children if child.role == "fetch"]
+        # A server that does not answer must not keep the worker that is to store what is here.
+        stuck = self.fetch.refuse("fetch")
+        for child in fetchers:
+            if child.identity in stuck:
+                child.send(signal.SIGKILL)
         while self.router.checkpoint() and time.monotonic() < deadline:
-            if not any(child.role == "fetch" and child.pid for child in self.children):
-                break
+            if fetchers and not any(child.pid for child in fetchers):
+                self._launch(fetchers[0])
             self._turn(0.05)
 
 

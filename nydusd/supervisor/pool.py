@@ -35,11 +35,14 @@ class WorkerPool:
         self._knows: dict[bytes, dict[int, int]] = {}
         self._done: dict[bytes, int] = {}
         self._connections: dict[bytes, Json] = {}
+        self._refused: set[str] = set()
         self._numbers = count(1)
         self.jobs_done = 0
 
     def submit(self, job: Job) -> None:
         """Queue a job; it is sent by `pump`."""
+        if job.kind in self._refused:
+            return
         job.number = next(self._numbers)
         self._queues[job.priority].append(job)
 
@@ -66,6 +69,13 @@ class WorkerPool:
         for job in ended:
             job.cancelled = True
             job.done(job, {})
+
+    def refuse(self, kind: str) -> list[bytes]:
+        """No job of this kind is begun any more, and nobody is told: the daemon ends. Gives the workers that have one."""
+        self._refused.add(kind)
+        for priority, queue in self._queues.items():
+            self._queues[priority] = deque(job for job in queue if job.kind != kind)
+        return [identity for identity, job in self._busy.items() if job.kind == kind]
 
     @property
     def size(self) -> int:
@@ -139,7 +149,7 @@ class WorkerPool:
         if identity in self._idle:
             self._idle.remove(identity)
         job = self._busy.pop(identity, None)
-        if job is None:
+        if job is None or job.kind in self._refused:
             return
         job.attempts += 1
         if job.cancelled:

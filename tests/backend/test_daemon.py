@@ -220,6 +220,35 @@ def test_open_connections_of_each_worker_are_reported(tmp_path: Path) -> None:
         assert open_now and all(row == {server.host: 1} for row in open_now)
 
 
+def test_stop_while_all_fetch_workers_wait_for_a_dead_server_loses_nothing(tmp_path: Path) -> None:
+    chosen = image("v6-none-sha256")
+    (blob,) = chosen.blobs.iterdir()
+    contents = truth(chosen.name)
+    first = b"sizes/4096"
+    with registry(chosen) as server:
+        tuning = {"checkpoint_interval": 3600.0, "read_deadline": 60.0}
+        settings = config(server, tmp_path, rafs={"mode": "direct", "batch_size": 0}, nydusd=tuning)
+        with Daemon(chosen.bootstrap, chosen.blobs, config=settings) as daemon:
+            here = os.path.join(os.fsencode(daemon.mountpoint), first)
+            assert Path(os.fsdecode(here)).read_bytes() == contents[first]
+            server.handlers[f"/v2/{REPO}/blobs/sha256:{blob.name}"] = lambda request: Reply(silent=True)
+            names = [
+                os.path.join(os.fsencode(daemon.mountpoint), name) for name in contents if len(contents[name]) > 99
+            ]
+            readers = [
+                subprocess.Popen(["cat", name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for name in names
+            ]
+            wait_until(lambda: len(_busy(daemon, "fetch")) == 4, "four requests under way", 30)
+            for reader in readers:
+                reader.kill()
+                reader.wait()
+        served = len(server.requests)
+        with Daemon(chosen.bootstrap, chosen.blobs, config=settings) as daemon:
+            here = os.path.join(os.fsencode(daemon.mountpoint), first)
+            assert Path(os.fsdecode(here)).read_bytes() == contents[first]
+        assert len(server.requests) == served
+
+
 class TestKilled:
     """SIGKILL of a worker that has something in hands: its reader sees a delay and nothing else."""
 

@@ -139,3 +139,25 @@ def test_dead_idle_worker_gets_no_job(pool: Pool) -> None:
     pool.submit("a")
     pool.pool.pump()
     assert pool.sent == []
+
+
+def test_refused_kind_is_neither_begun_nor_repeated_and_others_go_on() -> None:
+    sent: list[tuple[bytes, int]] = []
+    pool = WorkerPool("fetch", lambda identity, message: sent.append((identity, message["id"])), lambda: None)
+    ended: list[Answer] = []
+    jobs = [Job(kind, None, Priority.USER, {}, lambda _job, answer: ended.append(answer)) for kind in "abab"]
+    for job in jobs:
+        pool.submit(job)
+    pool.worker_ready(b"one")
+    pool.pump()
+    assert pool.refuse("a") == [b"one"]
+    pool.worker_died(b"one")
+    pool.worker_ready(b"two")
+    pool.submit(Job("a", None, Priority.USER, {}, lambda _job, answer: ended.append(answer)))
+    for _ in range(3):
+        pool.pump()
+        if len(sent) > 1:
+            identity, number = sent[-1]
+            pool.worker_done(identity, {"id": number})
+    assert sent == [(b"one", jobs[0].number), (b"two", jobs[1].number), (b"two", jobs[3].number)]
+    assert len(ended) == 2
