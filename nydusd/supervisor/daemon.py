@@ -251,14 +251,15 @@ class Supervisor:
                 log.error("%s; trying again", e)
 
     def _end_hung(self, now: float) -> None:
-        """Kill workers that do nothing on their job; it goes to another when they are reaped."""
-        busy = self.fetch.busy() | self.decompress.busy()
-        workers = {child.pid: child for child in self.children if child.identity in busy and child.pid}
-        for pid in self._watch.hung({pid: busy[child.identity] for pid, child in workers.items()}, now):
-            patience = self.config.nydusd.worker_patience
-            log.warning("%s (pid %d) has not moved for %g s on its job; killing it", workers[pid].name, pid, patience)
-            workers[pid].hung = True
-            workers[pid].send(signal.SIGKILL)
+        """Kill workers that do nothing on their job, or never get ready; the job goes to another when they are reaped."""
+        pools = {"fetch": self.fetch, "decompress": self.decompress}
+        workers = {child.pid: child for child in self.children if child.role in pools and child.pid}
+        jobs = {pid: pools[child.role].job_of(child.identity) for pid, child in workers.items()}
+        for pid in self._watch.hung({pid: job for pid, job in jobs.items() if job is not None}, now):
+            child, patience = workers[pid], self.config.nydusd.worker_patience
+            log.warning("%s (pid %d) has shown no sign of life for %g s; killing it", child.name, pid, patience)
+            child.hung = True
+            child.send(signal.SIGKILL)
 
     # --- messages ---------------------------------------------------------------------------------------------
 

@@ -89,9 +89,10 @@ class WorkerPool:
             "connections": self._connections.get(identity, {}),
         }
 
-    def busy(self) -> dict[bytes, int]:
-        """The number of the job under way, by worker."""
-        return {identity: job.number for identity, job in self._busy.items()}
+    def job_of(self, identity: bytes) -> int | None:
+        """The number of the job that a worker has; None if it has none; 0 if it has not announced itself yet."""
+        job = self._busy.get(identity)
+        return job.number if job is not None else None if identity in self._knows else 0
 
     def queued(self) -> int:
         return sum(map(len, self._queues.values()))

@@ -86,6 +86,29 @@ def test_a_new_job_is_a_sign_of_life_and_so_is_none(process: Callable[[str], int
     assert watch.hung({pid: 99}, 116.0) == []
 
 
+def test_one_that_starts_and_is_only_slow_is_not(process: Callable[[str], int]) -> None:
+    pid = process(SPINS)  # whoever computes is interrupted at times
+    watch, before = Watch(4.0), ""
+
+    def switches() -> str:
+        with open(f"/proc/{pid}/status") as status:
+            return next(line for line in status if line.startswith("nonvoluntary"))
+
+    rival = process(SPINS)
+    for number in (pid, rival):
+        os.sched_setaffinity(number, {min(os.sched_getaffinity(0))})
+    for now in range(6):
+        while switches() == before:
+            pass
+        before = switches()
+        assert watch.hung({pid: 0}, 100.0 + now) == []
+
+
+def test_one_that_is_stopped_while_it_starts_is_hung(process: Callable[[str], int]) -> None:
+    pid = process(SLEEPS)
+    assert looks(Watch(4.0), {pid: 0}, 7)[-1] == [pid]
+
+
 def test_time_in_which_nobody_looked_does_not_count(process: Callable[[str], int]) -> None:
     pid = process(SLEEPS)
     watch = Watch(4.0)
