@@ -291,6 +291,8 @@ class Tuning(Table, frozen=True, kw_only=True):
     fetch_workers: Annotated[int, Meta(ge=0, le=MAX_THREADS)] = 0
     read_deadline: Annotated[float, Meta(ge=0.1, le=86400)] = 30.0
     checkpoint_interval: Annotated[float, Meta(ge=0.1, le=86400)] = 5.0
+    worker_patience: Annotated[float, Meta(ge=0.1, le=86400)] = 10.0
+    """Seconds in which a worker that has a job must show a sign of life; longer than any timeout of the backend."""
     arena_size: Annotated[int, Meta(ge=MIB, le=1 << 36)] = 64 * MIB
 
 

@@ -18,9 +18,9 @@ from nydusd.storage.backend.base import HEADER_VARIABLE
 
 log = logging.getLogger(__name__)
 
-_STEADY = 10.0
-"""A child that lived this many seconds starts the next time without delay."""
-_DELAY_FIRST, _DELAY_MOST = 0.05, 5.0
+_STEADY = 2.0
+"""A child that lived this many seconds starts the next time without delay: it did not die of its start or its first job."""
+_DELAY_FIRST, _DELAY_MOST, _DOUBLINGS = 0.05, 5.0, 7
 _FOR_FETCH_ONLY = (HEADER_VARIABLE, "DOCKER_CONFIG")
 _SECRET_NAME = re.compile(r"(?i)secret|token|auth|passw|credential|cookie|key|sign|proxy")
 _SECRET_VALUE = re.compile(r"://[^/\s]*@")
@@ -38,8 +38,11 @@ class Child:
         self.process: subprocess.Popen[bytes] | None = None
         self.pidfd = -1
         self.restart_at: float | None = None
+        self.deaths = 0
+        """How often in a row it died early: what its back-off grows with."""
+        self.hung = False
+        """Killed by us because it hung."""
         self._started = 0.0
-        self._delay = 0.0
 
     @property
     def name(self) -> str:
@@ -61,6 +64,7 @@ class Child:
         """
         self.generation += 1
         self.restart_at = None
+        self.hung = False
         self._started = time.monotonic()
         try:
             spec_fd = write_spec(spec | {"identity": self.identity.decode(), "index": self.index})
@@ -96,9 +100,10 @@ class Child:
 
     def _back_off(self) -> None:
         now = time.monotonic()
-        self._delay = 0.0 if now - self._started > _STEADY else min(max(self._delay * 2, _DELAY_FIRST), _DELAY_MOST)
+        self.deaths = 0 if now - self._started > _STEADY else self.deaths + 1
         # The first restart is at once: a single kill must not cost its readers a delay.
-        self.restart_at = now + (self._delay if self._delay > _DELAY_FIRST else 0.0)
+        exponent = min(self.deaths - 1, _DOUBLINGS)
+        self.restart_at = now + (min(_DELAY_FIRST * 2**exponent, _DELAY_MOST) if exponent > 0 else 0.0)
 
     def send(self, number: signal.Signals) -> None:
         if self.process is not None and self.process.poll() is None:

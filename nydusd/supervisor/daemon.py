@@ -37,6 +37,7 @@ from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.slots import SlotTable
 from nydusd.supervisor.sockets import Sockets, drain
+from nydusd.supervisor.watch import Watch
 
 if TYPE_CHECKING:
     from nydusd.cli.options import FuseOptions
@@ -73,6 +74,7 @@ class Supervisor:
         self.prefetch = PrefetchWorker(
             settings.batch_size if settings is not None else 0, settings.bandwidth_limit if settings is not None else 0
         )
+        self._watch = Watch(config.nydusd.worker_patience)
         self._session: Session | None = None
         self._listener: Listener | None = None
         self._live: set[bytes] = set()
@@ -227,7 +229,7 @@ class Supervisor:
             self._live.discard(identity)
             self.router.drop_client(identity)
             for pool in (self.fetch, self.decompress):
-                pool.worker_died(identity)
+                pool.worker_died(identity, killed=status == -signal.SIGKILL and not child.hung)
             if self._stopping:
                 continue
             if child.role == "fuse" and status == 0:
@@ -247,6 +249,17 @@ class Supervisor:
                 self._launch(child)
             except NydusError as e:
                 log.error("%s; trying again", e)
+
+    def _end_hung(self, now: float) -> None:
+        """Kill workers that do nothing on their job, or never get ready; the job goes to another when they are reaped."""
+        pools = {"fetch": self.fetch, "decompress": self.decompress}
+        workers = {child.pid: child for child in self.children if child.role in pools and child.pid}
+        jobs = {pid: pools[child.role].job_of(child.identity) for pid, child in workers.items()}
+        for pid in self._watch.hung({pid: job for pid, job in jobs.items() if job is not None}, now):
+            child, patience = workers[pid], self.config.nydusd.worker_patience
+            log.warning("%s (pid %d) has shown no sign of life for %g s; killing it", child.name, pid, patience)
+            child.hung = True
+            child.send(signal.SIGKILL)
 
     # --- messages ---------------------------------------------------------------------------------------------
 
@@ -299,7 +312,11 @@ class Supervisor:
 
     def _timeout(self) -> float:
         now = time.monotonic()
-        until = [self._next_checkpoint, *(c.restart_at for c in self.children if c.restart_at is not None)]
+        until = [
+            self._next_checkpoint,
+            self._watch.next_look(),
+            *(c.restart_at for c in self.children if c.restart_at is not None),
+        ]
         wait = self.prefetch.wait(now)
         if wait is not None:
             until.append(now + max(wait, 0.05))
@@ -319,6 +336,8 @@ class Supervisor:
         now = time.monotonic()
         if not self._stopping:
             self._restart(now)
+        if now >= self._watch.next_look():
+            self._end_hung(now)
         if now >= self._next_checkpoint:
             self._next_checkpoint = now + self.config.nydusd.checkpoint_interval
             self.router.checkpoint()

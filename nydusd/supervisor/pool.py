@@ -1,7 +1,9 @@
 """WorkerPool: the workers of one role, the queue of jobs before them, and who does what.
 
 One job a worker. A job whose worker died goes to another, first in line; after three deaths it is given up, so that a chunk
-that kills workers does not kill them all. Jobs of a higher priority go first; within one, in order of arrival.
+that kills workers does not kill them all. A worker that was killed from outside is hardly the job's fault, unless it is the
+system that ends what eats its memory: that is believed after ten. Jobs of a higher priority go first; within one, in
+order of arrival.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Workers that may die on one job."""
+_KILLS = 10
+"""Workers that may be killed from outside while they do it."""
 
 
 class WorkerPool:
@@ -95,6 +99,11 @@ class WorkerPool:
             "connections": self._connections.get(identity, {}),
         }
 
+    def job_of(self, identity: bytes) -> int | None:
+        """The number of the job that a worker has; None if it has none; 0 if it has not announced itself yet."""
+        job = self._busy.get(identity)
+        return job.number if job is not None else None if identity in self._knows else 0
+
     def queued(self) -> int:
         return sum(map(len, self._queues.values()))
 
@@ -141,8 +150,8 @@ class WorkerPool:
         self._connections[identity] = answer.pop("connections", {})
         job.done(job, answer)
 
-    def worker_died(self, identity: bytes) -> None:
-        """Forget a worker; its job is done again, or given up."""
+    def worker_died(self, identity: bytes, *, killed: bool = False) -> None:
+        """Forget a worker; its job is done again, or given up. `killed`: by SIGKILL, and not by us."""
         self._knows.pop(identity, None)
         self._done.pop(identity, None)
         self._connections.pop(identity, None)
@@ -151,13 +160,17 @@ class WorkerPool:
         job = self._busy.pop(identity, None)
         if job is None or job.kind in self._refused:
             return
-        job.attempts += 1
+        if killed:
+            job.kills += 1
+        else:
+            job.attempts += 1
         if job.cancelled:
             job.done(job, {})
             return
-        if job.attempts < ATTEMPTS:
+        if job.attempts < ATTEMPTS and job.kills < _KILLS:
             log.warning("job %s of %s is given to another worker", job.kind, identity.decode())
             self._queues[job.priority].appendleft(job)
             return
-        log.error("job %s has lost %d workers and is given up", job.kind, job.attempts)
-        job.done(job, {"error": f"{job.attempts} workers died on it", "errno": errno.EIO, "type": "WorkerDied"})
+        deaths = job.attempts + job.kills
+        log.error("job %s has lost %d workers and is given up", job.kind, deaths)
+        job.done(job, {"error": f"{deaths} workers died on it", "errno": errno.EIO, "type": "WorkerDied"})

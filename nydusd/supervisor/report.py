@@ -162,10 +162,15 @@ def _set_log_level(daemon: Supervisor, request: Json) -> None:
 
 
 def _workers(daemon: Supervisor, _request: Json) -> Json:
+    now = time.monotonic()
     pools = {"fetch": daemon.fetch, "decompress": daemon.decompress}
     rows: list[Json] = []
     for child in daemon.children:
         row: Json = {"role": child.role, "index": child.index, "pid": child.pid, "generation": child.generation}
+        row |= {
+            "deaths": child.deaths,
+            "starts_in": None if child.restart_at is None else max(0.0, child.restart_at - now),
+        }
         if child.role in pools:
             row |= pools[child.role].facts(child.identity)
         rows.append(row)

@@ -310,7 +310,7 @@ class Router:
         for chunk in job.chunks:
             code = failed.get(chunk, 0)
             if code:
-                cache.failed(chunk, code)
+                cache.failed(chunk, code, poison=answer.get("type") == "WorkerDied")
             elif cache.chunk_map.is_ready(chunk) or self._slots.has(cache.handle, chunk):
                 cache.succeeded(chunk)
             else:

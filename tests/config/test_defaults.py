@@ -99,6 +99,7 @@ TUNING = {
     "fetch_workers": 0,
     "read_deadline": 30.0,
     "checkpoint_interval": 5.0,
+    "worker_patience": 10.0,
     "arena_size": 64 << 20,
 }
 NOTHING = {"localdisk": None, "localfs": None, "oss": None, "s3": None, "registry": None, "http-proxy": None}

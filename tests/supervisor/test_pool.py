@@ -115,6 +115,28 @@ def test_third_death_gives_a_job_up(pool: Pool) -> None:
     assert pool.pool.size == 0
 
 
+def test_kills_from_outside_are_no_fault_of_the_job_until_the_tenth(pool: Pool) -> None:
+    pool.submit("a")
+    for number in range(10):
+        assert pool.ended == []
+        name = f"w{number}".encode()
+        pool.pool.worker_ready(name)
+        pool.pool.pump()
+        pool.pool.worker_died(name, killed=True)
+    assert [(kind, answer["type"]) for kind, answer in pool.ended] == [("a", "WorkerDied")]
+
+
+def test_what_a_worker_does_is_known(pool: Pool) -> None:
+    assert pool.pool.job_of(b"w") == 0
+    pool.pool.worker_ready(b"w")
+    assert pool.pool.job_of(b"w") is None
+    job = pool.submit("a")
+    pool.pool.pump()
+    assert pool.pool.job_of(b"w") == job.number > 0
+    pool.pool.worker_died(b"w")
+    assert pool.pool.job_of(b"w") == 0
+
+
 def test_report_of_a_dead_worker_is_ignored(pool: Pool) -> None:
     job = pool.submit("a")
     pool.pool.worker_ready(b"w1")

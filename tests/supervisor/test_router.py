@@ -95,6 +95,12 @@ def test_three_deaths_single_out_the_chunk_that_kills_workers(world: World) -> N
     die_on(1)
     assert sorted(codes(world)) == [(1, 0), (2, errno.EIO)]
     assert deaths in (3, 4)  # three, and one more when it shared its job with another
+    world.clock.now += 30  # long after any other failure would be tried again
+    world.ask(A, 3, world.plain, 1, 1)
+    assert codes(world)[-1] == (3, errno.EIO)
+    world.clock.now += 31
+    world.ask(A, 4, world.plain, 1, 1)
+    assert 1 in world.plain.jobs
 
 
 def test_job_of_a_dead_worker_goes_first(world: World) -> None:

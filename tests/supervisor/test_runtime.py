@@ -154,18 +154,19 @@ class TestChild:
     ) -> None:
         child = Child("fuse", 0, "nydusd.nothing_of_this_name")
         delays = []
-        for _ in range(9):
-            child._started, before = child._started + 1, child._delay
-            monkeypatch.setattr("time.monotonic", lambda: 5.0)
+        monkeypatch.setattr("time.monotonic", lambda: 5.0)
+        for number in range(100):
             child._started = 4.9
             child._back_off()
             assert child.restart_at is not None
-            assert child._delay >= before
+            assert child.deaths == number + 1
             delays.append(child.restart_at - 5.0)
-        assert delays == pytest.approx([0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5])
-        child._started = -6.0  # it lived for 11 seconds
+        assert delays[:9] == pytest.approx([0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5])
+        assert set(delays[9:]) == {5.0}
+        child._started = 2.0  # it lived for 3 seconds
         child._back_off()
         assert child.restart_at == 5.0
+        assert child.deaths == 0
 
     def test_that_cannot_be_started_is_tried_again_later(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def no_process(*_: object, **__: object) -> None:

@@ -17,7 +17,7 @@ from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.chunk_map import ChunkMap
 from nydusd.storage.state.segment import Segment, names, remove
 
-_BACK_OFF_FIRST, _BACK_OFF_MOST = 0.1, 5.0
+_BACK_OFF, _POISON = (0.1, 5.0), (60.0, 3600.0)
 _PREPARE_FIRST, _PREPARE_MOST = 1.0, 30.0
 
 
@@ -93,10 +93,14 @@ class BlobCache:
         self.jobs.clear()
         self.waiters.clear()
 
-    def failed(self, chunk: int, errno: int) -> None:
-        """Remember a failure: new readers get it at once until the back-off is over (100 ms, doubling to 5 s)."""
-        _, _, delay = self._failures.get(chunk, (0, 0.0, _BACK_OFF_FIRST / 2))
-        delay = min(delay * 2, _BACK_OFF_MOST)
+    def failed(self, chunk: int, errno: int, *, poison: bool = False) -> None:
+        """Remember a failure: new readers get it at once until the back-off is over (100 ms, doubling to 5 s).
+
+        `poison`: workers died on it, which must not go on (1 min, doubling to 1 h).
+        """
+        first, most = _POISON if poison else _BACK_OFF
+        _, _, delay = self._failures.get(chunk, (0, 0.0, 0.0))
+        delay = min(max(delay * 2, first), most)
         self._failures[chunk] = (errno, time.monotonic() + delay, delay)
 
     def succeeded(self, chunk: int) -> None:

@@ -50,8 +50,9 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """Work for one worker. `done` gets the worker's answer, or an answer with `error` when three workers died on it.
+    """Work for one worker. `done` gets the worker's answer, or an answer with `error` when too many workers died on it.
 
+    `attempts` are those that died of themselves or hung, `kills` those that were killed.
     A job that is `cancelled` has lost its claims; `done` is still called, once, to take back what else it holds.
     """
 
@@ -64,4 +65,5 @@ class Job:
     slot: tuple[int, int] | None = None
     number: int = 0
     attempts: int = 0
+    kills: int = 0
     cancelled: bool = False
