@@ -3,8 +3,9 @@
 Ours, and a reference if $NYDUSD_REF names one, in turn, several rounds, medians. The registry is a process on loopback that
 holds each answer back (`bench/link.py`). Cold start is the time from the start of the process to the first byte of a small
 file; the sequential read is of one file of $NYDUSD_BENCH_MIB (64) MiB after that. The cache folder is on tmpfs and empty, the
-page cache is dropped before each run; there is no prefetch. The table goes to stdout, with $NYDUSD_BENCH_OUT also into that
-folder, as `delays.md` and `delays.svg`. $NYDUSD_BENCH_ROUNDS (3) sets the number of rounds.
+mount is new in each run, there is no prefetch. Programs and libraries are in the page cache, as on a node that has started
+an image before. The table goes to stdout; $NYDUSD_BENCH_OUT=docs makes docs/delays.md and docs/delays.svg anew.
+$NYDUSD_BENCH_ROUNDS (3) sets the number of rounds.
 """
 
 from __future__ import annotations
@@ -24,13 +25,23 @@ from pathlib import Path
 from bench.link import link
 from bench.mkimage import Built, build
 from bench.plot import page, panel
-from bench.run import ROUNDS, drop_caches
+from bench.run import ROUNDS
 
 ROUND_TRIPS = (0.0, 0.005, 0.020, 0.100)
 REPO = "bench/image"
 SIZE = int(os.environ.get("NYDUSD_BENCH_MIB", "64")) << 20
 START, READ = "cold start, s", "cold read, MB/s"
 Figures = dict[str, float]
+PAGE = """# What a registry far away costs
+
+Time from the start of the daemon to the first byte of a small file, and speed of a cold read of a file of {size} MiB after it, from
+a registry that is 0, 5, 20 and 100 ms away: medians of {rounds} rounds, no prefetch, empty cache. `make bench-delays`
+measures this; `bench/delays.py` says how, `NYDUSD_BENCH_OUT=docs` makes this page anew, `NYDUSD_REF` names a reference.
+
+{table}
+
+![The same as a plot](delays.svg)
+"""
 
 
 def main() -> int:
@@ -57,7 +68,7 @@ def main() -> int:
     }
     print(table(medians))
     if out := os.environ.get("NYDUSD_BENCH_OUT"):
-        Path(out, "delays.md").write_text(table(medians) + "\n")
+        Path(out, "delays.md").write_text(PAGE.format(table=table(medians), rounds=ROUNDS, size=SIZE >> 20))
         Path(out, "delays.svg").write_text(plot(medians))
     return 0
 
@@ -88,7 +99,6 @@ def measure(image: Built, far: float, command: Sequence[str], environment: Mappi
         cache = {"type": "blobcache", "config": {"work_dir": f"{name}/cache"}}
         config.write_text(json.dumps({"device": {"backend": backend, "cache": cache}, "mode": "direct"}))
         arguments = ["-B", str(image.bootstrap), "-C", str(config), "-M", str(mountpoint), "--log-level", "error"]
-        drop_caches()
         begin = time.perf_counter()
         process = subprocess.Popen([*command, *arguments], env=os.environ | environment, stderr=subprocess.DEVNULL)
         try:
