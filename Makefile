@@ -4,7 +4,7 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 BIN := .venv/bin
 CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests
 
-.PHONY: help setup demo test lint fuzz bench clean
+.PHONY: help setup demo test lint fuzz bench bench-delays clean
 
 help:
 	@echo 'make demo    mount a packed image, read it cold and warm, show what was fetched'
@@ -12,6 +12,7 @@ help:
 	@echo 'make lint    the checks alone'
 	@echo 'make fuzz    at least 100,000 mutated inputs through every parser (FUZZ_INPUTS=N)'
 	@echo 'make bench   figures against the kernel'"'"'s EROFS, and against a reference binary if $$NYDUSD_REF names one'
+	@echo 'make bench-delays   cold start and cold read at 0, 5, 20 and 100 ms of round trip, $$NYDUSD_REF as above'
 	@echo 'make setup   what the others do first: system packages, .venv, pinned libraries'
 	@echo 'make clean   remove what the above left in this folder, .venv included'
 
@@ -38,6 +39,10 @@ bench: setup
 	scripts/need-fuse
 	scripts/need-bench
 	$(BIN)/python -m bench.run
+
+bench-delays: setup
+	scripts/need-fuse
+	$(BIN)/python -m bench.delays
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
