@@ -31,8 +31,21 @@ def test_a_pulled_image_runs_and_its_removal_ends_the_daemon(shop: Shop) -> None
         wait_until(lambda: node.daemons() == [], "the end of the daemon")
         wait_until(lambda: not any(is_running(pid) for pid in family), "the end of all of its processes")
         assert all("rafs" not in mount for mount in node.mounts())
-        wait_until(lambda: not any(file.exists() for file in files), "the removal of the cache files")
+        wait_until(lambda: not list(node.cache.iterdir()), f"the removal of {list(node.cache.iterdir())}")
         assert node.complaints() == []
+
+
+def test_an_image_removed_right_after_it_ran_leaves_nothing_in_the_cache(shop: Shop) -> None:
+    """The snapshotter deletes the cache files first and then ends the daemon, which has chunks to note down."""
+    with Node("dedicated") as node:
+        container = node.start_container(shop.references[SMALL])
+        node.watch_daemon_logs()
+        (pid,) = node.daemon_pids()
+        assert node.nerdctl("exec", container, "python3", "-c", "import json; print(42)") == "42\n"
+        node.nerdctl("rm", "--force", container)
+        node.nerdctl("rmi", shop.references[SMALL])
+        wait_until(lambda: not is_running(pid), "the end of the daemon")
+        assert list(node.cache.iterdir()) == []
 
 
 def test_two_images_run_at_once_each_with_its_own_daemon(shop: Shop) -> None:
