@@ -41,7 +41,7 @@ def test_an_image_removed_right_after_it_ran_leaves_nothing_in_the_cache(shop: S
         container = node.start_container(shop.references[SMALL])
         node.watch_daemon_logs()
         (pid,) = node.daemon_pids()
-        assert node.nerdctl("exec", container, "python3", "-c", "import json; print(42)") == "42\n"
+        assert node.exec_python(container, "import json; print(42)") == "42\n"
         node.nerdctl("rm", "--force", container)
         node.nerdctl("rmi", shop.references[SMALL])
         wait_until(lambda: not is_running(pid), "the end of the daemon")
@@ -57,12 +57,12 @@ def test_two_images_run_at_once_each_with_its_own_daemon(shop: Shop) -> None:
         node.watch_daemon_logs()
         assert len(set(node.daemon_pids())) == 2
         look = f"import os, json; print(os.path.exists('/{MARK}'), json.dumps(6 * 7))"
-        assert node.nerdctl("exec", first, "python3", "-c", look) == "False 42\n"
-        assert node.nerdctl("exec", second, "python3", "-c", look) == "True 42\n"
+        assert node.exec_python(first, look) == "False 42\n"
+        assert node.exec_python(second, look) == "True 42\n"
         node.nerdctl("rm", "--force", first)
         node.nerdctl("rmi", shop.references[FULL])
         wait_until(lambda: len(node.daemons()) == 1, "the end of the first image's daemon")
-        assert node.nerdctl("exec", second, "python3", "-c", "import csv, sqlite3; print(42)") == "42\n"
+        assert node.exec_python(second, "import csv, sqlite3; print(42)") == "42\n"
         assert node.complaints() == []
         node.nerdctl("rm", "--force", second)
 
@@ -73,7 +73,7 @@ def test_daemons_outlive_the_snapshotter_and_are_taken_on_by_the_next(shop: Shop
         container = node.start_container(reference)
         (pid,) = node.daemon_pids()
         node.stop_snapshotter()
-        assert node.nerdctl("exec", container, "python3", "-c", "import json; print(42)") == "42\n"
+        assert node.exec_python(container, "import json; print(42)") == "42\n"
         node.start_snapshotter()
         assert node.daemon_pids() == [pid]
         assert node.run_python(reference, "import csv; print(42)") == "42\n"
