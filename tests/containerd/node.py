@@ -224,6 +224,11 @@ class Node:
         home.mkdir(exist_ok=True)
         return {**os.environ, "HOME": str(home), "DOCKER_CONFIG": str(home), "NERDCTL_TOML": str(home / "none.toml")}
 
+    def log_in(self, host: str, auth: str) -> None:
+        """Have the client and the snapshotter know a registry's credential: base64 of user, colon, password."""
+        text = json.dumps({"auths": {host: {"auth": auth}}})
+        Path(self._environment()["DOCKER_CONFIG"], "config.json").write_text(text)
+
     def nerdctl(self, *arguments: str) -> str:
         """What `nerdctl` prints on stdout; AssertionError with everybody's logs if it fails."""
         program = cache_folder() / "bin" / NERDCTL

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 
 from tests.containerd.images import Image
 from tests.support.registry import DockerRegistry
@@ -22,8 +23,8 @@ META_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 _ANNOTATION = "containerd.io/snapshot/nydus-"
 
 
-def push_image(registry: DockerRegistry, repo: str, image: Image) -> str:
-    """Push `image` and give the reference to pull it by."""
+def push_image(registry: DockerRegistry, repo: str, image: Image, headers: Mapping[str, str] | None = None) -> str:
+    """Push `image`, `headers` with each request, and give the reference to pull it by."""
     blob = image.blob.read_bytes()
     layer_tar = _bootstrap_tar(image.bootstrap.read_bytes())
     layer = gzip.compress(layer_tar, compresslevel=1, mtime=0)
@@ -45,8 +46,8 @@ def push_image(registry: DockerRegistry, repo: str, image: Image) -> str:
         ],
     }
     for data in (blob, layer, config_text):
-        registry.push(repo, data, hashlib.sha256(data).hexdigest())
-    registry.push_manifest(repo, image.name, MANIFEST, json.dumps(manifest).encode())
+        registry.push(repo, data, hashlib.sha256(data).hexdigest(), headers)
+    registry.push_manifest(repo, image.name, MANIFEST, json.dumps(manifest).encode(), headers)
     return f"{registry.host}/{repo}:{image.name}"
 
 

@@ -132,11 +132,13 @@ class DockerRegistry:
             done = manager.request("PUT", url, body=data, headers=sent)
             assert done.status == 201, done.data
 
-    def push_manifest(self, repo: str, tag: str, media_type: str, manifest: bytes) -> None:
+    def push_manifest(
+        self, repo: str, tag: str, media_type: str, manifest: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
         """Store a manifest, whose blobs are there, under a tag."""
         with _client() as manager:
             url = f"{self.scheme}://{self.host}/v2/{repo}/manifests/{tag}"
-            done = manager.request("PUT", url, body=manifest, headers={"Content-Type": media_type})
+            done = manager.request("PUT", url, body=manifest, headers={"Content-Type": media_type, **(headers or {})})
             assert done.status == 201, done.data
 
     def close(self) -> None:
