@@ -4,11 +4,12 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 BIN := .venv/bin
 CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests
 
-.PHONY: help setup demo test lint fuzz bench bench-delays clean
+.PHONY: help setup demo test test-containerd lint fuzz bench bench-delays clean
 
 help:
 	@echo 'make demo    mount a packed image, read it cold and warm, show what was fetched'
 	@echo 'make test    checks (ruff, mypy --strict) and all tests'
+	@echo 'make test-containerd  of these, what containerd and nydus-snapshotter do with the daemon'
 	@echo 'make lint    the checks alone'
 	@echo 'make fuzz    at least 100,000 mutated inputs through every parser (FUZZ_INPUTS=N)'
 	@echo 'make bench   figures against the kernel'"'"'s EROFS, and against a reference binary if $$NYDUSD_REF names one'
@@ -30,7 +31,14 @@ lint: setup
 test: lint
 	scripts/need-fuse
 	scripts/need-registry
+	scripts/need-containerd
 	$(BIN)/python scripts/run-tests
+
+test-containerd: setup
+	scripts/need-fuse
+	scripts/need-registry
+	scripts/need-containerd
+	$(BIN)/pytest tests/containerd
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz

@@ -117,7 +117,8 @@ class Router:
     def prefetch(self) -> None:
         """Submit jobs for a worker that has nothing else to do, if there is anything to fetch before it is asked for."""
         for cache in self._launch.prefetch():
-            self.open_blob(cache)
+            if not cache.lost:
+                self.open_blob(cache)
 
     def waiting(self) -> int:
         """Requests that are not answered yet."""
@@ -190,7 +191,11 @@ class Router:
                 self._serve(request)
 
     def _reopen(self, cache: BlobCache, why: str) -> None:
-        """The cache file was changed under us: void all claims, open the blob anew, then serve all who waited."""
+        """The cache file was changed under us: void all claims, and serve all who waited from a new one.
+
+        Only a reader has the blob opened again, not a checkpoint or prefetch: a container runtime deletes the cache files
+        of an image that it removes before it ends the daemon, and nobody would delete new ones.
+        """
         log.warning("blob %s: %s; opening it again", cache.spec.info.blob_id, why)
         requests = {request: None for waiters in cache.waiters.values() for request in waiters}
         cache.reopen()
@@ -200,7 +205,6 @@ class Router:
             pool.cancel(cache)
         for request in requests:
             self._again(request)
-        self.open_blob(cache)
         self._retry_slots()
 
     def may_close(self, cache: BlobCache) -> bool:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nydusd.errors import CacheError
 from nydusd.storage.state import map_file
-from nydusd.storage.state.map_file import UnsyncedError, checkpoint, drop_holes, load, record_path
+from nydusd.storage.state.map_file import UnsyncedError, checkpoint, drop_holes, forget_deleted, load, record_path
 from nydusd.storage.state.segment import EMPTY, READY, VERIFY, Identity
 from tests.support.segments import in_child, join
 
@@ -244,6 +244,16 @@ def test_record_without_map_claims_nothing(cache: Cache) -> None:
     cache.checkpoint([1, 2])
     cache.path.unlink()
     assert bytes(cache.load()) == bytes(COUNT)
+
+
+def test_record_goes_when_its_map_was_deleted_and_not_before(cache: Cache) -> None:
+    cache.checkpoint([1, 2])
+    forget_deleted(cache.path)
+    assert cache.believed() == [1, 2]
+    cache.path.unlink()
+    forget_deleted(cache.path)
+    assert not cache.record.exists()
+    forget_deleted(cache.path)
 
 
 def test_record_torn_or_flipped_anywhere_is_no_record(cache: Cache) -> None:

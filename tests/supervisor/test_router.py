@@ -445,6 +445,22 @@ class TestCheckpoint:
         world.done(identity, {"error": "disk", "errno": errno.EIO, "type": "CacheError"})
         assert world.router.checkpoint() == 0
 
+    def test_that_finds_the_file_deleted_makes_no_new_one_and_a_reader_does(self, world: World) -> None:
+        world.ask(A, 1, world.plain, 0, 1)
+        world.settle()
+        world.router.checkpoint()
+        world.pump()
+        (identity,) = world.sent
+        world.stale(identity)
+        world.prefetch.want(world.plain, 1, 1)
+        world.pump()
+        assert not world.sent
+        assert world.router.checkpoint() == 0
+        world.ask(A, 2, world.plain, 0, 1)
+        world.settle()
+        assert sorted(codes(world)) == [(1, 0), (2, 0)]
+        assert world.plain.chunk_map.is_ready(1), "prefetch goes on when a reader had the blob opened"
+
     def test_under_way_while_the_file_is_lost_says_nothing_of_the_new_one(self, world: World) -> None:
         world.ask(A, 1, world.plain, 0, 1)
         world.settle()

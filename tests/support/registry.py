@@ -123,15 +123,22 @@ class DockerRegistry:
 
     def push(self, repo: str, data: bytes, digest: str, headers: Mapping[str, str] | None = None) -> None:
         """Store a blob by the distribution API."""
-        manager = urllib3.PoolManager(cert_reqs="CERT_NONE", assert_hostname=False)
-        with contextlib.closing(_Closing(manager)):
-            urllib3.disable_warnings()
+        with _client() as manager:
             sent = dict(headers or {})
             begun = manager.request("POST", f"{self.scheme}://{self.host}/v2/{repo}/blobs/uploads/", headers=sent)
             assert begun.status == 202, begun.data
             place = begun.headers["Location"]
             url = f"{place}{'&' if '?' in place else '?'}digest=sha256:{digest}"
             done = manager.request("PUT", url, body=data, headers=sent)
+            assert done.status == 201, done.data
+
+    def push_manifest(
+        self, repo: str, tag: str, media_type: str, manifest: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Store a manifest, whose blobs are there, under a tag."""
+        with _client() as manager:
+            url = f"{self.scheme}://{self.host}/v2/{repo}/manifests/{tag}"
+            done = manager.request("PUT", url, body=manifest, headers={"Content-Type": media_type, **(headers or {})})
             assert done.status == 201, done.data
 
     def close(self) -> None:
@@ -149,13 +156,16 @@ class DockerRegistry:
         return False
 
 
-class _Closing:
-    def __init__(self, manager: urllib3.PoolManager) -> None:
-        self._manager = manager
-
-    def close(self) -> None:
-        for key in self._manager.pools.keys():  # noqa: SIM118  (it cannot be iterated itself)
-            pool = self._manager.pools.get(key)
+@contextlib.contextmanager
+def _client() -> Iterator[urllib3.PoolManager]:
+    """A client that closes its connections: the tests look for descriptors that are left."""
+    urllib3.disable_warnings()
+    manager = urllib3.PoolManager(cert_reqs="CERT_NONE", assert_hostname=False)
+    try:
+        yield manager
+    finally:
+        for key in manager.pools.keys():  # noqa: SIM118  (it cannot be iterated itself)
+            pool = manager.pools.get(key)
             if pool is not None:
                 pool.close()
 

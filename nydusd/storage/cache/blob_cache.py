@@ -15,6 +15,7 @@ from nydusd.storage.cache.meta_info import BlobMetaInfo
 from nydusd.storage.cache.requests import Job, Request
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.chunk_map import ChunkMap
+from nydusd.storage.state.map_file import forget_deleted
 from nydusd.storage.state.segment import Segment, names, remove
 
 _BACK_OFF, _POISON = (0.1, 5.0), (60.0, 3600.0)
@@ -29,6 +30,7 @@ class BlobCache:
         self.users = 0
         self.inherits = bool(names(spec.segment[1:]))  # a killed daemon left what `prepare` will take over
         self.state = "new"  # new, preparing, ready, failed
+        self.lost = False  # its cache file was taken from under it, and nobody has asked for it since
         self.reason: str | None = None
         self.segment: Segment | None = None
         self.waiting: list[Request] = []
@@ -73,7 +75,7 @@ class BlobCache:
         self.meta = BlobMetaInfo(segment)
         # Some of them may come from the segment of a daemon that was killed before it could store its map.
         self.stored = -1 if self.chunk_map.ready_count() else 0
-        self.state, self.reason = "ready", None
+        self.state, self.reason, self.lost = "ready", None, False
         self._retry_delay = _PREPARE_FIRST
 
     def open_failed(self, reason: str) -> None:
@@ -88,7 +90,7 @@ class BlobCache:
     def reopen(self) -> None:
         """The cache file is not what we opened: the next `prepare` makes a new segment. All claims end here."""
         self.spec = replace(self.spec, generation=self.spec.generation + 1)
-        self.state = "new"
+        self.state, self.lost = "new", True
         self.ahead.forget()
         self.jobs.clear()
         self.waiters.clear()
@@ -112,8 +114,10 @@ class BlobCache:
         return errno if time.monotonic() < until else 0
 
     def close(self) -> None:
-        """Unmap and remove the segment."""
+        """Unmap and remove the segment; and of cache files that were deleted under us, what only we know of."""
         if self.segment is not None:
             self.segment.close()
             self.segment = None
         remove(self.spec.segment)
+        if self.caches:
+            forget_deleted(self.spec.map_path)

@@ -66,6 +66,18 @@ def set_aside(path: Path, why: str) -> None:
         log.warning("chunk map %s cannot be renamed: %s", path, e.strerror)
 
 
+def forget_deleted(path: Path) -> None:
+    """Remove the record of a map that somebody has deleted. Never raises: a record without a map says nothing.
+
+    A garbage collector knows the names of the reference's files only.
+    """
+    try:
+        if not path.exists():
+            record_path(path).unlink(missing_ok=True)
+    except OSError as e:
+        log.warning("%s cannot be removed: %s", record_path(path), e.strerror)
+
+
 def load(path: Path, count: int, identity: Identity) -> bytearray:
     """The state of each chunk as the stored map tells it: EMPTY, READY, or VERIFY.
 

@@ -1,0 +1,392 @@
+"""A container node in a folder: Debian's containerd, an unmodified nydus-snapshotter that starts our daemons, and nerdctl.
+
+All of them are children of the test, ended by pid. Their files are below one folder, apart from what containerd's shim,
+runc and nerdctl keep in /run/containerd and /sys/fs/cgroup: what they leave there is removed at the end. To know it for its
+own, one node at a time lives on a machine, whatever test run it belongs to; the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import http.client
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.containerd.images import cache_folder
+from tests.support.discipline import (
+    becomes_true,
+    cmdline,
+    descendants,
+    detach_mount,
+    discipline,
+    is_running,
+    mounts_under,
+    wait_until,
+)
+
+SNAPSHOTTER = "containerd-nydus-grpc-v0.15.0"
+NERDCTL = "nerdctl-v2.1.2"
+START_SECONDS = 60.0
+STOP_SECONDS = 60.0
+COMMAND_SECONDS = 120.0
+FIFOS = "/run/containerd/fifo"
+"""Where nerdctl makes a folder for each container's standard streams, and leaves it; there is no flag for it."""
+_numbers = itertools.count()
+
+CONTAINERD_TOML = """\
+version = 2
+root = "{folder}/ctd/root"
+state = "{folder}/ctd/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+  address = "{folder}/ctd.sock"
+[ttrpc]
+  address = "{folder}/ctd.ttrpc"
+[proxy_plugins.nydus]
+  type = "snapshot"
+  address = "{folder}/sn.sock"
+"""
+
+SNAPSHOTTER_TOML = """\
+version = 1
+root = "{folder}/sn"
+address = "{folder}/sn.sock"
+daemon_mode = "{mode}"
+cleanup_on_close = {cleanup}
+[system]
+  enable = true
+  address = "{folder}/system.sock"
+[daemon]
+  nydusd_path = "{nydusd}"
+  nydusd_config = "{folder}/nydusd.json"
+  nydusimage_path = "/nonexistent/nydus-image"
+  fs_driver = "fusedev"
+  recover_policy = "{recover_policy}"
+  threads_number = 4
+  log_rotation_size = 100
+[cgroup]
+  enable = false
+[metrics]
+  address = ""
+[log]
+  level = "info"
+  log_to_stdout = false
+  dir = "{folder}/sn/logs"
+"""
+
+
+def daemon_config() -> dict[str, object]:
+    """The template of the daemons' configurations: a registry by plain HTTP, as the snapshotter documents it."""
+    return {
+        "device": {
+            "backend": {
+                "type": "registry",
+                "config": {"scheme": "http", "timeout": 10, "connect_timeout": 5, "retry_limit": 2},
+            },
+            "cache": {"type": "blobcache", "config": {"work_dir": "cache"}},
+        },
+        "mode": "direct",
+        "digest_validate": False,
+        "iostats_files": False,
+        "enable_xattr": True,
+        "amplify_io": 1048576,
+        "fs_prefetch": {"enable": True, "prefetch_all": False, "threads_count": 4, "merging_size": 1048576},
+    }
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=30)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def http_get(sock: str, path: str) -> object:
+    """The JSON behind a unix socket; AssertionError for anything but 200."""
+    connection = _UnixConnection(sock)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read()
+        assert response.status == 200, f"GET {path} of {sock}: {response.status} {body!r}"
+        return json.loads(body)
+    finally:
+        connection.close()
+
+
+def _listdir(path: str) -> set[str]:
+    try:
+        return set(os.listdir(path))
+    except FileNotFoundError:
+        return set()
+
+
+def _remove_fifos(folder: Path) -> None:
+    """Remove a folder of named pipes that nobody has open any more; one in use belongs to somebody else's container."""
+    pipes = list(folder.iterdir())
+    for pipe in pipes:
+        with contextlib.suppress(OSError):
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+            return
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Node:
+    """`with Node("dedicated") as node:` pulls and runs containers by `node.nerdctl(...)`.
+
+    Leaving stops the snapshotter, which is told to clean up, and containerd; what still runs or is mounted then is an
+    AssertionError, and ended by force.
+    """
+
+    def __init__(self, mode: str, *, recover_policy: str = "none", clean_up: bool = True) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="n", dir=discipline.folder))
+        self.namespace = f"nydusd-test-{discipline.run_id}-{next(_numbers)}"
+        self.mode = mode
+        self.nydusd = os.environ.get("NYDUSD_TEST_DAEMON") or str(Path(sys.executable).with_name("nydusd"))
+        self.cache = self.folder / "sn" / "cache"
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._recover_policy = recover_policy
+        self._clean_up = clean_up
+        self._turn = (cache_folder() / "node.lock").open("wb")
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        self._fifos_before = _listdir(FIFOS)
+        (self.folder / "nydusd.json").write_text(json.dumps(daemon_config()))
+        (self.folder / "containerd.toml").write_text(CONTAINERD_TOML.format(folder=self.folder))
+
+    def __enter__(self) -> Self:
+        try:
+            self._start("containerd", ["containerd", "-c", str(self.folder / "containerd.toml")], "ctd.sock")
+            self.start_snapshotter()
+        except BaseException:
+            self._end_by_force()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._give_up(error)
+
+    def start_snapshotter(self) -> None:
+        """Start the snapshotter, again if it was stopped; it finds the daemons that it knew by its database."""
+        text = SNAPSHOTTER_TOML.format(
+            folder=self.folder,
+            mode=self.mode,
+            cleanup=str(self._clean_up).lower(),
+            nydusd=self.nydusd,
+            recover_policy=self._recover_policy,
+        )
+        (self.folder / "snapshotter.toml").write_text(text)
+        program = cache_folder() / "bin" / SNAPSHOTTER
+        assert program.exists(), f"there is no {program}: run scripts/need-containerd"
+        self._start("snapshotter", [str(program), "--config", str(self.folder / "snapshotter.toml")], "sn.sock")
+        # After a restart containerd fails every call for a second before it connects again.
+        wait_until(self._containerd_reaches_it, "containerd's connection to the snapshotter", START_SECONDS)
+
+    def _containerd_reaches_it(self) -> bool:
+        command = ["ctr", "--address", str(self.folder / "ctd.sock"), "--namespace", self.namespace]
+        listing = [*command, "snapshots", "--snapshotter", "nydus", "list"]
+        return subprocess.run(listing, capture_output=True, env=self._environment(), check=False).returncode == 0
+
+    def _start(self, name: str, command: list[str], sock: str) -> None:
+        log = self.folder / f"{name}.log"
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=self.folder, env=self._environment()
+            )
+        self._processes[name] = process
+        path = self.folder / sock
+        becomes_true(lambda: process.poll() is not None or path.is_socket(), START_SECONDS)
+        assert process.poll() is None and path.is_socket(), f"{name} did not start\n{self.logs()}"
+
+    def _environment(self) -> dict[str, str]:
+        home = self.folder / "home"
+        home.mkdir(exist_ok=True)
+        return {**os.environ, "HOME": str(home), "DOCKER_CONFIG": str(home), "NERDCTL_TOML": str(home / "none.toml")}
+
+    def log_in(self, host: str, auth: str) -> None:
+        """Have the client and the snapshotter know a registry's credential: base64 of user, colon, password."""
+        text = json.dumps({"auths": {host: {"auth": auth}}})
+        Path(self._environment()["DOCKER_CONFIG"], "config.json").write_text(text)
+
+    def nerdctl(self, *arguments: str) -> str:
+        """What `nerdctl` prints on stdout; AssertionError with everybody's logs if it fails."""
+        program = cache_folder() / "bin" / NERDCTL
+        options = [
+            *("--address", str(self.folder / "ctd.sock"), "--namespace", self.namespace, "--snapshotter", "nydus"),
+            *("--data-root", str(self.folder / "nerdctl"), "--cgroup-manager", "cgroupfs", "--insecure-registry"),
+            *("--cni-netconfpath", str(self.folder / "cni"), "--cni-path", str(self.folder / "cni")),
+        ]
+        done = subprocess.run(
+            [str(program), *options, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS,
+            cwd=self.folder,
+            env=self._environment(),
+            check=False,
+        )
+        assert done.returncode == 0, f"nerdctl {arguments}: {done.returncode}\n{done.stderr}\n{self.logs()}"
+        return done.stdout
+
+    def daemons(self) -> list[Mapping[str, object]]:
+        """What the snapshotter's own API tells of its daemons."""
+        found = http_get(str(self.folder / "system.sock"), "/api/v1/daemons")
+        assert isinstance(found, list)
+        return found
+
+    def run_python(self, reference: str, code: str) -> str:
+        """What a line of Python prints in a new container of the image, which is removed then."""
+        return self._printed("run", "--rm", "--net", "host", *self._volume(), reference, code=code)
+
+    def exec_python(self, container: str, code: str) -> str:
+        """What a line of Python prints in a running container."""
+        return self._printed("exec", container, code=code)
+
+    def _printed(self, *arguments: str, code: str) -> str:
+        """By way of a file: nerdctl loses the output of a command that ends soon, about once in a hundred (2.1.2)."""
+        out = self.folder / "out" / f"{next(_numbers)}"
+        self.nerdctl(*arguments, "sh", "-c", 'exec python3 -c "$1" >"/out/$0"', out.name, code)
+        return out.read_text()
+
+    def _volume(self) -> tuple[str, str]:
+        folder = self.folder / "out"
+        folder.mkdir(exist_ok=True)
+        return "--volume", f"{folder}:/out"
+
+    def start_container(self, reference: str) -> str:
+        """A container that sleeps until it is removed: its id."""
+        command = ["run", "--detach", "--net", "host", *self._volume(), reference, "sleep", "infinity"]
+        return self.nerdctl(*command).strip()
+
+    def daemon_pids(self) -> list[int]:
+        """The pids that the snapshotter started and watches."""
+        return [int(str(daemon["pid"])) for daemon in self.daemons()]
+
+    def complaints(self) -> list[str]:
+        """Warnings and errors in the snapshotter's log, but for what it says of a daemon without counters of files."""
+        log = self.folder / "sn" / "logs" / "nydus-snapshotter.log"
+        lines = log.read_text(errors="replace").splitlines()
+        bad = [line for line in lines if re.search(r"level=(warning|error|fatal|panic)", line)]
+        return [line for line in bad if "Failed to get file system metrics" not in line]
+
+    def watch_daemon_logs(self) -> list[Path]:
+        """Have the discipline look at the logs of the daemons that there are now."""
+        logs = sorted((self.folder / "sn" / "logs").glob("*/nydusd.log"))
+        for log in logs:
+            discipline.logs.watch(log)
+        return logs
+
+    def mounts(self) -> list[tuple[str, str, str]]:
+        """Mount points below the node's folder, each with its type and source."""
+        found = []
+        with open("/proc/self/mountinfo", encoding="utf-8") as lines:
+            for line in lines:
+                left, _, right = line.partition(" - ")
+                point = left.split(" ")[4]
+                if point.startswith(f"{self.folder}/"):
+                    kind, source = right.split(" ")[:2]
+                    found.append((point, kind, source))
+        return found
+
+    def logs(self, lines: int = 40) -> str:
+        """The ends of all logs of the node."""
+        files = [*self.folder.glob("*.log"), *(self.folder / "sn" / "logs").glob("**/*.log")]
+        return "\n".join(
+            f"--- {path}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) for path in files
+        )
+
+    def stop_snapshotter(self) -> None:
+        """SIGTERM, and wait; AssertionError if it does not end."""
+        self._stop("snapshotter")
+
+    def _stop(self, name: str) -> None:
+        process = self._processes.pop(name, None)
+        if process is None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise AssertionError(f"{name} did not end within {STOP_SECONDS:g} s\n{self.logs()}") from None
+
+    def close(self) -> None:
+        """Stop everything; AssertionError for what is left, after it was cleaned up."""
+        family = [pid for process in self._processes.values() for pid in descendants(process.pid)]
+        try:
+            self._stop("snapshotter")
+            self._stop("containerd")
+            # containerd's shims are not its children: the test process adopts them.
+            becomes_true(lambda: not self._ours(family) and not mounts_under(self.folder), 10.0)
+            left = [f"process {pid} ({cmdline(pid)})" for pid in self._ours(family)]
+            left += [f"mount {point}" for point in sorted(mounts_under(self.folder))]
+            assert not left, f"left behind: {', '.join(left)}\n{self.logs()}"
+        finally:
+            self._end_by_force(family)
+
+    def _give_up(self, error: BaseException) -> None:
+        """After a failed test: show the logs, remove what runs as far as that works, and end the rest by force."""
+        error.add_note(self.logs())
+        family = [pid for process in self._processes.values() for pid in descendants(process.pid)]
+        try:
+            with contextlib.suppress(AssertionError, OSError, subprocess.TimeoutExpired):
+                containers = self.nerdctl("ps", "--all", "--quiet").split()
+                if containers:
+                    self.nerdctl("rm", "--force", *containers)
+                self._stop("snapshotter")
+                self._stop("containerd")
+        finally:
+            self._end_by_force(family)
+
+    def _ours(self, family: list[int]) -> list[int]:
+        return [pid for pid in {*family, *descendants(os.getpid())} if is_running(pid) and self._belongs(pid)]
+
+    def _belongs(self, pid: int) -> bool:
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
+        return f"HOME={self.folder}/home\0".encode() in environment
+
+    def _end_by_force(self, family: list[int] | None = None) -> None:
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+        self._processes.clear()
+        for pid in self._ours(family or []):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not self._ours([]), "processes that were killed")
+        for point in sorted(mounts_under(self.folder), reverse=True):
+            detach_mount(point)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(f"/run/containerd/runc/{self.namespace}", ignore_errors=True)
+        for folder in _listdir(FIFOS) - self._fifos_before:
+            _remove_fifos(Path(FIFOS, folder))
+        for parent in Path("/sys/fs/cgroup").glob(f"**/{self.namespace}"):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        self._turn.close()

@@ -1,0 +1,30 @@
+"""What the snapshotter does when a daemon of ours dies, by its recover policy."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.containerd.conftest import Shop
+from tests.containerd.images import SMALL
+from tests.containerd.node import Node
+from tests.support.discipline import descendants, is_running, wait_until
+
+
+@pytest.mark.parametrize("mode", ["dedicated", "shared"])
+def test_a_killed_daemon_is_started_again_and_containers_run(shop: Shop, mode: str) -> None:
+    reference = shop.references[SMALL]
+    with Node(mode, recover_policy="restart") as node:
+        assert node.run_python(reference, "print(42)") == "42\n"
+        (pid,) = node.daemon_pids()
+        family = [pid, *descendants(pid)]
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: node.daemon_pids() not in ([], [pid]), "the next daemon", 30.0)
+        assert node.run_python(reference, "import json; print(42)") == "42\n"
+        node.watch_daemon_logs()
+        wait_until(lambda: not any(is_running(pid) for pid in family), "the end of all of the first daemon's processes")
+        node.nerdctl("rmi", reference)
+        if mode == "dedicated":
+            wait_until(lambda: node.daemons() == [], "the end of the daemon")
