@@ -52,6 +52,7 @@ class Request:
 class Job:
     """Work for one worker. `done` gets the worker's answer, or an answer with `error` when three workers died on it.
 
+    `started` is when it went to a worker (monotonic seconds).
     A job that is `cancelled` has lost its claims; `done` is still called, once, to take back what else it holds.
     """
 
@@ -64,4 +65,5 @@ class Job:
     slot: tuple[int, int] | None = None
     number: int = 0
     attempts: int = 0
+    started: float = 0.0
     cancelled: bool = False
