@@ -20,6 +20,7 @@ def fetch(blobs: OpenBlobs, job: Json) -> Json:
     slot = job["slot"]
     # Nobody waits for what is prefetched, so its patience is the backend's own.
     deadline = None if job["prefetch"] else time.monotonic() + job["deadline"]
+    started = time.monotonic()
     how = ReadHow(prefetch=job["prefetch"], deadline=deadline, bypass=job["bypass"])
     with blobs.arena(slot["arena"]).view(slot["offset"], slot["length"]) as view:
         try:
@@ -27,4 +28,5 @@ def fetch(blobs: OpenBlobs, job: Json) -> Json:
         except BackendError as e:
             error = {"error": str(e), "errno": e.errno, "type": type(e).__name__}
             return error | {"reads": 1, "read_errors": 1, "read_bytes": 0}
-    return {"reads": 1, "read_errors": 0, "read_bytes": slot["length"]}
+    took = round((time.monotonic() - started) * 1000, 3)
+    return {"reads": 1, "read_errors": 0, "read_bytes": slot["length"], "timed": [(slot["length"], took)]}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -44,6 +45,7 @@ class _Result:
     reads: int = 0
     read_errors: int = 0
     read_bytes: int = 0
+    timed: list[tuple[int, float]] = field(default_factory=list)
 
     def fail(self, chunks: Iterable[int], error: NydusError) -> None:
         """These chunks have failed, of one cause: one line in the log."""
@@ -60,6 +62,7 @@ class _Result:
             "reads": self.reads,
             "read_errors": self.read_errors,
             "read_bytes": self.read_bytes,
+            "timed": self.timed,
         }
 
 
@@ -132,12 +135,14 @@ class _Backend:
     def read(self, coff: int, length: int) -> memoryview:
         """Stored bytes; raises BackendError."""
         self._result.reads += 1
+        started = time.monotonic()
         try:
             data = self._blob.reader().read(coff, length)
         except BackendError:
             self._result.read_errors += 1
             raise
         self._result.read_bytes += length
+        self._result.timed.append((length, round((time.monotonic() - started) * 1000, 3)))
         return memoryview(data)
 
 

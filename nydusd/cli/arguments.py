@@ -11,12 +11,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
-from nydusd.cli.options import FuseOptions
+from nydusd.cli.options import FuseOptions, Options, SingletonOptions
 from nydusd.errors import ConfigError, UnsupportedError
 
 LOG_LEVELS: Final = ("trace", "debug", "info", "warn", "error")
 FAILOVER_POLICIES: Final = ("none", "resend", "flush")
-NOT_YET: Final = ("singleton", "virtiofs", "nbd", "uffd")
+NOT_YET: Final = ("virtiofs", "nbd", "uffd")
 """Subcommands of the reference daemon that this version knows by name only."""
 _EARLY: Final = "early_"
 """Prefix of the destinations of fuse options given without a subcommand, to tell where they stood."""
@@ -45,12 +45,12 @@ class _Help(argparse.Action):
         raise HelpAsked(parser.format_help())
 
 
-def parse_arguments(argv: Sequence[str]) -> FuseOptions:
+def parse_arguments(argv: Sequence[str]) -> FuseOptions | SingletonOptions:
     """The options of a command line, the mount point still as given.
 
     Raises `ConfigError` (wrong flags), `UnsupportedError` (a front end of a later version), `VersionAsked`, `HelpAsked`.
     """
-    parser, fuse = _parsers()
+    parser, topics = _parsers()
     found, extra = parser.parse_known_args(argv)
     given = dict(vars(found))
     command = given.pop("command", None)
@@ -59,11 +59,17 @@ def parse_arguments(argv: Sequence[str]) -> FuseOptions:
     if extra:
         parser.error(f"unexpected argument {extra[0]!r}")
     if command == "help":
-        raise HelpAsked((fuse if given.get("topic") == "fuse" else parser).format_help())
+        raise HelpAsked(topics.get(str(given.get("topic")), parser).format_help())
     early = {name: given.pop(name) for name in list(given) if name.startswith(_EARLY)}
     if command is not None and early:
         flag = next(iter(early)).removeprefix(_EARLY).replace("_", "-")
         raise ConfigError(f"--{flag} must stand after the subcommand {command!r}")
+    if command == "singleton":
+        singleton = SingletonOptions(**given)
+        _check_instance(singleton)
+        if singleton.fscache_tag is not None and singleton.fscache is None:
+            raise ConfigError("--fscache-tag needs --fscache")
+        return singleton
     given.update((name.removeprefix(_EARLY), value) for name, value in early.items())
     if "mountpoint" not in given:
         raise ConfigError("--mountpoint is missing")
@@ -72,9 +78,13 @@ def parse_arguments(argv: Sequence[str]) -> FuseOptions:
     return options
 
 
-def _check(options: FuseOptions) -> None:
+def _check_instance(options: Options) -> None:
     if (options.id is None) != (options.supervisor is None):
         raise ConfigError("--id and --supervisor must be given together")
+
+
+def _check(options: FuseOptions) -> None:
+    _check_instance(options)
     if options.bootstrap is not None and options.shared_dir is not None:
         raise ConfigError("--bootstrap cannot be used with --shared-dir")
     if options.localfs_dir is not None and options.config is not None:
@@ -87,7 +97,8 @@ def _check(options: FuseOptions) -> None:
         raise ConfigError(f"--virtual-mountpoint: must be an absolute path, but is {options.virtual_mountpoint!r}")
 
 
-def _parsers() -> tuple[_Parser, _Parser]:
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser, and those of the subcommands that `help` knows."""
     about = "Image service daemon: mounts container images before their data has arrived."
     parser = _Parser(
         "nydusd", description=about, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
@@ -104,10 +115,13 @@ def _parsers() -> tuple[_Parser, _Parser]:
     fuse = add("fuse", "serve images over FUSE (also without a subcommand)")
     _add_globals(fuse)
     _add_fuse_options(fuse, "")
+    singleton = add("singleton", "serve many images without a mount of its own")
+    _add_globals(singleton)
+    _add_singleton_options(singleton)
     for name in NOT_YET:
         _add_globals(add(name, "not supported yet"))
     add("help", "print this").add_argument("topic", nargs="?")
-    return parser, fuse
+    return parser, {"fuse": fuse, "singleton": singleton}
 
 
 def _add_globals(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +181,13 @@ def _add_fuse_options(parser: argparse.ArgumentParser, prefix: str) -> None:
     )
     add("-m", "--virtual-mountpoint", dest=f"{prefix}virtual_mountpoint", metavar="PATH", help="place in the mount (/)")
     add("--dedup-db", dest=f"{prefix}dedup_db", metavar="PATH", help="chunk deduplication database")
+
+
+def _add_singleton_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("options of singleton").add_argument
+    add("-F", "--fscache", metavar="DIR", help="existing folder for the cache of the kernel's fscache")
+    add("--fscache-tag", metavar="TEXT", help="tag of that cache, needs --fscache")
+    add("--fscache-threads", type=_Number(1, 1024), metavar="N", help="processes that serve fscache (4)")
 
 
 class _Number:

@@ -13,13 +13,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nydusd.cli.arguments import HelpAsked, VersionAsked, parse_arguments
-from nydusd.cli.options import FuseOptions
-from nydusd.errors import NydusError, UnsupportedError
+from nydusd.cli.options import FuseOptions, Options, SingletonOptions
+from nydusd.errors import ConfigError, NydusError, UnsupportedError
 from nydusd.version import build_info, version_text
 
 if TYPE_CHECKING:
     from nydusd.config import Config
+    from nydusd.config.blob_entry import BlobEntry
 
+_CACHEFILES = "/dev/cachefiles"
 AUTH_VARIABLE = "IMAGE_PULL_AUTH"
 
 
@@ -50,15 +52,17 @@ def _main(argv: Sequence[str]) -> int:
 
     from nydusd import logs
 
-    options = _complete(parse_arguments(argv))
-    config = _load(options)
+    options = parse_arguments(argv)
+    config, entries = _configuration(options)
+    if isinstance(options, FuseOptions):
+        options = _complete(options)
     logs.setup(options.log_level, options.log_file, "supervisor", options.log_rotation_size << 20)
     _log_start(options, config)
 
     from nydusd.supervisor.main import run
 
     try:
-        return run(options, config)
+        return run(options, config, entries)
     except Exception:
         if options.log_file is not None:  # else it would stand twice on stderr
             logging.getLogger(__name__).exception("ended by an error")
@@ -75,6 +79,30 @@ def _complete(options: FuseOptions) -> FuseOptions:
     if options.dedup_db is not None:
         raise UnsupportedError("--dedup-db is not supported yet: leave it out, chunks are then fetched for each blob")
     return replace(options, mountpoint=resolve_mountpoint(options.mountpoint))
+
+
+def _configuration(options: Options) -> tuple[Config, list[BlobEntry]]:
+    """The configuration of an image, or the images of a singleton. Raises ConfigError."""
+    from nydusd import config, logs
+
+    if isinstance(options, FuseOptions):
+        return _load(options), []
+    assert isinstance(options, SingletonOptions)
+    if options.fscache is not None and not os.path.isdir(options.fscache):
+        raise ConfigError(f"--fscache {options.fscache}: must be an existing folder")
+    if options.fscache is not None:
+        why = "in this build" if os.path.exists(_CACHEFILES) else f"on this kernel: it has no {_CACHEFILES}"
+        raise UnsupportedError(f"--fscache {options.fscache}: fscache is not available {why}; use `nydusd fuse`")
+    if options.config is None:
+        return config.Config(), []
+    from nydusd.config.blob_entry import parse_singleton_config
+    from nydusd.config.file import read_named_file
+
+    entries = parse_singleton_config(read_named_file(options.config, 16 << 20, options.config), options.config)
+    for entry in entries:
+        for secret in config.secret_values(entry.config):
+            logs.register_secret(secret)
+    return config.Config(), entries
 
 
 def _load(options: FuseOptions) -> Config:
@@ -94,7 +122,7 @@ def _load(options: FuseOptions) -> Config:
     return loaded
 
 
-def _log_start(options: FuseOptions, config: Config) -> None:
+def _log_start(options: Options, config: Config) -> None:
     import logging
 
     from nydusd.cli.limits import raise_nofile_limit

@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FuseOptions:
-    """Options of `nydusd fuse` and of the form without a subcommand, checked against each other.
+class Options:
+    """Options of any subcommand, checked against each other.
 
-    `mountpoint` is absolute and free of symbolic links. `log_rotation_size` is MiB, 0 for never. `rlimit_nofile` 0 leaves
-    the limit. `id` and `supervisor` are both given or both None. `prefetch_files` is the path of a list, see
+    `log_rotation_size` is MiB, 0 for never. `rlimit_nofile` 0 leaves the limit. `id` and `supervisor` are both given, or both
+    None.
+    """
+
+    config: str | None = None
+    apisock: str | None = None
+    id: str | None = None
+    supervisor: str | None = None
+    upgrade: bool = False
+    log_level: str = "info"
+    log_file: str | None = None
+    log_rotation_size: int = 0
+    rlimit_nofile: int = 1_000_000
+
+    @property
+    def serves(self) -> str:
+        """What there can be one daemon for: a mount point, a folder, a socket."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SingletonOptions(Options):
+    """Options of `nydusd singleton`. `fscache` is the folder of the kernel's cache, None for a daemon that serves none."""
+
+    fscache: str | None = None
+    fscache_tag: str | None = None
+    fscache_threads: int = 4
+
+    @property
+    def serves(self) -> str:
+        where = self.fscache or self.apisock
+        return "singleton " + (str(os.getpid()) if where is None else os.path.abspath(where))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FuseOptions(Options):
+    """Options of `nydusd fuse` and of the form without a subcommand.
+
+    `mountpoint` is absolute and free of symbolic links. `prefetch_files` is the path of a list, see
     `nydusd.cli.prefetch_list`.
     """
 
     mountpoint: str
     bootstrap: str | None = None
-    config: str | None = None
     localfs_dir: str | None = None
-    apisock: str | None = None
-    id: str | None = None
-    supervisor: str | None = None
-    upgrade: bool = False
     fuse_threads: int = 4
     failover_policy: str = "resend"
     writable: bool = False
@@ -29,7 +62,7 @@ class FuseOptions:
     prefetch_files: str | None = None
     virtual_mountpoint: str = "/"
     dedup_db: str | None = None
-    log_level: str = "info"
-    log_file: str | None = None
-    log_rotation_size: int = 0
-    rlimit_nofile: int = 1_000_000
+
+    @property
+    def serves(self) -> str:
+        return self.mountpoint

@@ -1,6 +1,6 @@
 """Configuration: v2 JSON, v2 TOML and v1 JSON become one typed, checked `Config`."""
 
-from nydusd.config.load import load_config, load_config_file, localfs_dir_config, with_registry_auth
+from nydusd.config.load import load_config, load_config_file, localfs_dir_config, with_registry_auth, with_settings
 from nydusd.config.model import Config
 from nydusd.config.redacted import redacted, secret_values
 
@@ -12,4 +12,5 @@ __all__ = (
     "redacted",
     "secret_values",
     "with_registry_auth",
+    "with_settings",
 )

@@ -7,13 +7,14 @@ with both keys is v2 unless a v2 key has the wrong type.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, cast
 
 import msgspec
 
 from nydusd.config.file import read_named_file
 from nydusd.config.legacy import read_v1, v1_path
-from nydusd.config.model import Backend, Cache, Config, FileCache, LocalFs, Rafs
+from nydusd.config.model import Backend, Cache, Config, FileCache, LocalFs, Rafs, Remote
 from nydusd.config.parse import BadKey, TableReader, kind_of
 from nydusd.config.rules import check, check_auth, warnings
 from nydusd.errors import ConfigError
@@ -77,6 +78,30 @@ def with_registry_auth(config: Config, auth: str, where: str) -> Config:
         raise ConfigError(f"{error.path}: {error.problem}") from None
     registry = msgspec.structs.replace(config.backend.registry, auth=auth.strip() or None)
     return msgspec.structs.replace(config, backend=msgspec.structs.replace(config.backend, registry=registry))
+
+
+def with_settings(config: Config, values: Mapping[str, str]) -> Config:
+    """The same configuration with other `registry_auth`, `proxy_url`, `dragonfly_scheduler_endpoint`, where it has such.
+
+    Raises `ConfigError` that begins with the name of the wrong one.
+    """
+    if "registry_auth" in values:
+        config = with_registry_auth(config, values["registry_auth"], "registry_auth")
+    names = {"proxy_url": "url", "dragonfly_scheduler_endpoint": "dragonfly_scheduler_endpoint"}
+    changes = {names[key]: value for key, value in values.items() if key in names}
+    backend = config.backend
+    table = None if backend is None else backend.chosen()
+    if not changes or backend is None or not isinstance(table, Remote):
+        return config
+    remote = msgspec.structs.replace(table, proxy=msgspec.structs.replace(table.proxy, **changes))
+    changed = msgspec.structs.replace(
+        config, backend=msgspec.structs.replace(backend, **{backend.type.replace("-", "_"): remote})
+    )
+    try:
+        check(changed)
+    except BadKey as error:
+        raise ConfigError(f"{error.path}: {error.problem}") from None
+    return changed
 
 
 def _parse_json(text: str, where: str) -> dict[str, object]:

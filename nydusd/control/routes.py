@@ -38,11 +38,13 @@ class Route(NamedTuple):
     """Parts of the query that must be there."""
     takes: tuple[str, ...] = ()
     """Parts of the query that may be there; None is passed on for an absent one."""
+    any_of: tuple[str, ...] = ()
+    """Parts of the query of which one must be there."""
     body: Callable[[bytes], Json] | None = None
     """Reads the body; None: there must not be one."""
     status: int = 200
     """Of success. 204 has no body."""
-    shape: Callable[[Json], Json] | None = None
+    shape: Callable[[Json], object] | None = None
     """Changes the supervisor's answer."""
     patience: float | None = None
     """Seconds until a question to the supervisor counts as not answered (503), if it may take longer than others."""
@@ -91,6 +93,28 @@ def _mount_command(body: bytes) -> Json:
     return {**found, "prefetch_files": files}
 
 
+def _settings(body: bytes) -> Json:
+    data = _json(body)
+    if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
+        raise Refused(400, 'ParseBody(Error("the body must be an object of texts"))')
+    return {"values": data}
+
+
+def _blob_entry(body: bytes) -> Json:
+    data = _json(body)
+    if not isinstance(data, dict):
+        raise Refused(400, 'ParseBody(Error("the body must be an object"))')
+    for name in ("type", "id"):
+        if not isinstance(data.get(name), str):
+            raise Refused(400, f'ParseBody(Error("the body must have the text `{name}`"))')
+    for name in ("config", "config_v2"):
+        if data.get(name) is not None and not isinstance(data[name], dict):
+            raise Refused(400, f'ParseBody(Error("`{name}` must be an object"))')
+    if data.get("config") is None and data.get("config_v2") is None:
+        raise Refused(400, "BadRequest")
+    return {"entry": data}
+
+
 def _log_level(body: bytes) -> Json:
     data = _json(body)
     level = data.get("log_level") if isinstance(data, dict) else None
@@ -109,6 +133,25 @@ def _v2_info(info: Json) -> Json:
     return {**_with_version(info), "backend_collection": None}
 
 
+def _files(tables: Json) -> object:
+    """The counts of each file, read here: the supervisor has no time for a hundred thousand rows."""
+    from nydusd.ipc import file_counters
+
+    names = tables["tables"]
+    assert isinstance(names, list)
+    if tables["told"] == "true":
+        return file_counters.latest(names) if tables["latest"] else []
+    return file_counters.files(names) if tables["files"] else {}
+
+
+def _pattern(tables: Json) -> object:
+    from nydusd.ipc import file_counters
+
+    names = tables["tables"]
+    assert isinstance(names, list)
+    return file_counters.pattern(names) if tables["pattern"] else []
+
+
 def _later(outer: str) -> Route:
     return Route(None, outer)
 
@@ -117,6 +160,7 @@ def _mounting(op: str) -> Route:
     return Route(op, "Mount", needs=("mountpoint",), body=_mount_command, status=204, patience=60.0)
 
 
+_BLOB = ("domain_id", "blob_id")
 _SET_LOG_LEVEL = Route("set_log_level", "Configure", body=_log_level, status=204)
 
 ROUTES: Final[dict[str, dict[str, Route]]] = {
@@ -132,8 +176,8 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/api/v1/daemon/backend": {"GET": Route("backend", "FsBackendInfo", needs=("mountpoint",))},
     "/api/v1/daemon/start": {"PUT": Route("start", "Configure", status=204)},
     "/api/v1/daemon/exit": {"PUT": Route("exit", "Configure", status=204)},
-    "/api/v1/daemon/fuse/sendfd": {"PUT": _later("Upgrade")},
-    "/api/v1/daemon/fuse/takeover": {"PUT": _later("Upgrade")},
+    "/api/v1/daemon/fuse/sendfd": {"PUT": Route("sendfd", "Upgrade", status=204)},
+    "/api/v1/daemon/fuse/takeover": {"PUT": Route("takeover", "Upgrade", status=204)},
     "/api/v1/mount": {
         "POST": _mounting("mount"),
         "PUT": _mounting("remount"),
@@ -142,14 +186,17 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/api/v1/metrics": {"GET": Route("metrics", "GlobalMetrics", takes=("id",))},
     "/api/v1/metrics/backend": {"GET": Route("metrics_backend", "BackendMetrics", takes=("id",))},
     "/api/v1/metrics/blobcache": {"GET": Route("metrics_blobcache", "BlobcacheMetrics", takes=("id",))},
-    "/api/v1/metrics/files": {"GET": _later("FsFilesMetrics")},
-    "/api/v1/metrics/pattern": {"GET": _later("Pattern")},
-    "/api/v1/metrics/inflight": {"GET": _later("InflightMetrics")},
-    "/api/v1/config": {"GET": _later("Configure"), "PUT": _later("Configure")},
+    "/api/v1/metrics/files": {"GET": Route("metrics_tables", "FsFilesMetrics", takes=("id", "latest"), shape=_files)},
+    "/api/v1/metrics/pattern": {"GET": Route("metrics_tables", "Pattern", takes=("id",), shape=_pattern)},
+    "/api/v1/metrics/inflight": {"GET": Route("metrics_inflight", "InflightMetrics")},
+    "/api/v1/config": {
+        "GET": Route("get_config", "Configure", takes=("id",)),
+        "PUT": Route("set_config", "Configure", takes=("id",), body=_settings, status=204),
+    },
     "/api/v2/blobs": {
-        "GET": _later("GetBlobObjects"),
-        "PUT": _later("CreateBlobObject"),
-        "DELETE": _later("DeleteBlobObject"),
+        "GET": Route("list_blobs", "GetBlobObjects", takes=_BLOB, any_of=("domain_id",)),
+        "PUT": Route("bind_blob", "CreateBlobObject", body=_blob_entry, status=204, patience=60.0),
+        "DELETE": Route("delete_blob", "DeleteBlobObject", takes=_BLOB, any_of=_BLOB, status=204),
     },
     "/api/v1/nydusd/cache": {"GET": Route("cache", "BlobcacheMetrics")},
     "/api/v1/nydusd/workers": {"GET": Route("workers", "GlobalMetrics")},
@@ -174,13 +221,15 @@ def resolve(method: str, target: str, body: bytes) -> Call:
         raise Refused(400, "BadRequest")
     if route.op is None:
         raise Refused(501, f"{route.outer}(DaemonAbnormal(Unsupported))")
-    if route.body is None and body:
+    if (route.body is None) == bool(body):
         raise Refused(400, "BadRequest")
     message: Json = {"op": route.op, **route.fixed}
     for name in route.needs:
         if name not in query:
             raise Refused(400, f"QueryString(\"'{name}' should be specified in query string\")")
         message[name] = query[name]
+    if route.any_of and not any(name in query for name in route.any_of):
+        raise Refused(400, "BadRequest")
     for name in route.takes:
         message[name] = query.get(name)
     if route.body is not None:
@@ -195,7 +244,7 @@ def answer(route: Route, reply: Json) -> Answer:
         status = error.get("status")
         if not isinstance(status, int) or not 400 <= status < 600:
             status = 500
-        if status == 404 and route.outer.endswith("Metrics"):
+        if status == 404 and (route.outer.endswith("Metrics") or route.outer == "Pattern"):
             return error_answer(404, f"{route.outer}(Metrics(Stats(NoCounter)))")
         return error_answer(status, _nested(route.outer, str(error.get("message", ""))))
     if "ok" not in reply:
@@ -203,6 +252,8 @@ def answer(route: Route, reply: Json) -> Answer:
     if route.status == 204:
         return Answer(204)
     result = reply["ok"]
+    if result is None:
+        return Answer(204)
     if route.shape is not None and isinstance(result, dict):
         result = route.shape(result)
     return Answer(route.status, result)
@@ -220,6 +271,6 @@ def _nested(outer: str, message: str) -> str:
         return f"{outer}({message})"
     if not _KIND.fullmatch(message):
         message = f"Other({json.dumps(message, ensure_ascii=False)})"
-    if outer.endswith("Metrics") or outer == "FsBackendInfo":
+    if outer.endswith("Metrics") or outer in ("FsBackendInfo", "Pattern"):
         return f"{outer}(Metrics(Daemon({message})))"
     return f"{outer}(DaemonAbnormal({message}))"

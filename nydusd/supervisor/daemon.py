@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from nydusd.cli.options import FuseOptions
 from nydusd.errors import MountError, NydusError
 from nydusd.frontends.fuse.kernel_cache import forget_attributes, forget_names
 from nydusd.frontends.fuse.protocol import ROOT_ID
@@ -29,9 +30,11 @@ from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.supervisor import report
 from nydusd.supervisor.children import Child, end_all
+from nydusd.supervisor.control_ops import ErrorRing
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener
-from nydusd.supervisor.mounts import Mounts, Request
+from nydusd.supervisor.mounts import Mounts, first_request
+from nydusd.supervisor.notify import Notifier
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
@@ -40,8 +43,9 @@ from nydusd.supervisor.sockets import Sockets, drain
 from nydusd.supervisor.watch import Watch
 
 if TYPE_CHECKING:
-    from nydusd.cli.options import FuseOptions
+    from nydusd.cli.options import Options
     from nydusd.config import Config
+    from nydusd.supervisor.blobs import BlobTable
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +58,12 @@ _END_PATIENCE = 2.0
 
 
 class Supervisor:
-    """One daemon with one FUSE session."""
+    """One daemon with one FUSE session; `Singleton` is one without."""
 
-    def __init__(self, options: FuseOptions, config: Config) -> None:
+    blobs: BlobTable | None = None
+    """The images of a singleton."""
+
+    def __init__(self, options: Options, config: Config) -> None:
         self.options = options
         self.config = config
         self.pid = os.getpid()
@@ -64,7 +71,12 @@ class Supervisor:
         self.state = "INIT"
         self.images: dict[str, Image] = {}
         self.children: list[Child] = []
-        self._runtime = Runtime(options.mountpoint)
+        self.errors = ErrorRing()
+        self.settings: dict[str, dict[str, str]] = {}
+        """What was set by the API at run time, by the id that it was set for."""
+        self._runtime = Runtime(options.serves)
+        self.run_dir = str(self._runtime.folder)
+        self._notifier = Notifier()
         self.factory = BlobFactory(self._runtime.instance, str(self._runtime.folder))
         self.slots = SlotTable(self._runtime.arena, config.nydusd.arena_size)
         self.stage = SlotTable(self._runtime.stage, config.nydusd.arena_size)
@@ -86,52 +98,53 @@ class Supervisor:
 
     def start(self) -> None:
         """Everything up to RUNNING. The mount is served before the workers are there: `ls` needs none."""
-        # First of all: a signal during the start ends the daemon after it, and nothing is left behind.
-        self._wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-        self._runtime.claim()
-        clear_stale_mount(self.options.mountpoint)
-        self.mounts = Mounts(self._runtime.folder, self._runtime.mounts, self.factory, self._mounts_changed)
-        self.images = self.mounts.images
-        first = self._first_mount()
-        image = None if first is None else self.mounts.mount_first(first)
-        self._session = Session.mount(self.options.mountpoint, read_ahead_kib=1024)
-        self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
-        self._bind()
+        options = self.options
+        assert isinstance(options, FuseOptions)
         # More front ends than cores gain nothing and cost 10 MB each.
-        count = min(self.options.fuse_threads, len(os.sched_getaffinity(0)))
+        count = min(options.fuse_threads, len(os.sched_getaffinity(0)))
+        self._begin(count)
+        clear_stale_mount(options.mountpoint)
+        first = first_request(options, self.config)
+        image = None if first is None else self.mounts.mount_first(first)
+        self._session = Session.mount(options.mountpoint, read_ahead_kib=1024)
+        self._bind()
         self._session.open_lanes(count)
         places = {
             "fuse": [Child("fuse", i, "nydusd.frontends.fuse") for i in range(count)],
             "fetch": [Child("fetch", i, "workers") for i in range(self.config.fetch_worker_count)],
             "decompress": [Child("decompress", i, "workers") for i in range(self.config.decompress_worker_count)],
         }
-        # One of each first: `ls` needs a front end, the first read needs a blob prepared and decoded.
+        # The API at once: clients wait for it. Then one of each: `ls` needs a front end, the first read a blob prepared.
+        self._open_api()
         for turn in range(max(map(len, places.values()))):
             for children in places.values():
                 for child in children[turn : turn + 1]:
                     self._add(child)
         if first is not None and image is not None:
             self.mounts.serve(image, first.files)
+        self._ready(f"{image.source if image else 'an empty folder'} is mounted at {options.mountpoint}")
+
+    def _begin(self, rows: int) -> None:
+        """What comes first in any daemon; `rows` is the number of front ends."""
+        # First of all: a signal during the start ends the daemon after it, and nothing is left behind.
+        self._wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        self._runtime.claim()
+        self.mounts = Mounts(self._runtime.folder, self._runtime.prefix, self.factory, self._mounts_changed, rows)
+        self.images = self.mounts.images
+        self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
+
+    def _open_api(self) -> None:
         if self.options.apisock is not None:
             self._listener = Listener(self.options.apisock)
             self._add(Child("api", 0, "nydusd.control"))
+
+    def _ready(self, what: str) -> None:
         self.state = "RUNNING"
-        log.info("%s is mounted at %s", image.source if image else "an empty folder", self.options.mountpoint)
-
-    def _first_mount(self) -> Request | None:
-        """The image of the command line. Raises ConfigError for a prefetch list that cannot be read."""
-        options = self.options
-        if options.bootstrap is None:
-            return None
-        files = None
-        if options.prefetch_files is not None:
-            from nydusd.cli.prefetch_list import read_prefetch_list
-
-            files = read_prefetch_list(options.prefetch_files)
-        return Request(options.virtual_mountpoint, options.bootstrap, self.config, files)
+        self._notifier.send("READY=1", f"STATUS={what}")
+        log.info("%s", what)
 
     def _mounts_changed(self, place: str | None) -> None:
         """Wake the front ends: those that nobody asks anything would not look at the table of mounts."""
@@ -213,6 +226,7 @@ class Supervisor:
             "front": self._runtime.front,
             "read_deadline": self.config.nydusd.read_deadline,
             "mounts": self.mounts.table.spec(),
+            "inflight": self.mounts.board,
         }
         return [lane.fd, lane.journal, lane.interrupt_in, *others], spec
 
@@ -233,7 +247,7 @@ class Supervisor:
             if self._stopping:
                 continue
             if child.role == "fuse" and status == 0:
-                log.info("%s was unmounted from outside", self.options.mountpoint)
+                log.info("%s was unmounted from outside", self.options.serves)
                 self.ask_to_stop()
             elif status > 0 and time.monotonic() - self.started < _BOOT:
                 # By itself, not by a signal: starting it again would fail again, behind a mount that hangs.
@@ -317,6 +331,9 @@ class Supervisor:
             self._watch.next_look(),
             *(c.restart_at for c in self.children if c.restart_at is not None),
         ]
+        alive = self._notifier.wait(now)
+        if alive is not None:
+            until.append(now + alive)
         wait = self.prefetch.wait(now)
         if wait is not None:
             until.append(now + max(wait, 0.05))
@@ -338,6 +355,7 @@ class Supervisor:
             self._restart(now)
         if now >= self._watch.next_look():
             self._end_hung(now)
+        self._notifier.alive(now)
         if now >= self._next_checkpoint:
             self._next_checkpoint = now + self.config.nydusd.checkpoint_interval
             self.router.checkpoint()
@@ -355,6 +373,7 @@ class Supervisor:
         """Unmount, store what is ready, end all children, leave nothing behind."""
         self._stopping = True
         self.state = "STOPPED"
+        self._notifier.send("STOPPING=1")
         with ExitStack() as steps:  # backwards, and each one whatever becomes of those before it
             steps.callback(self._runtime.remove)
             steps.callback(os.close, self._shared)
@@ -392,15 +411,3 @@ class Supervisor:
             if fetchers and not any(child.pid for child in fetchers):
                 self._launch(fetchers[0])
             self._turn(0.05)
-
-
-def run(options: FuseOptions, config: Config) -> int:
-    """Run a daemon until it is told to stop. Raises NydusError when it cannot start; nothing is left behind then."""
-    supervisor = Supervisor(options, config)
-    try:
-        supervisor.start()
-        supervisor.run()
-    finally:
-        supervisor.stop()
-    log.info("stopped")
-    return 0

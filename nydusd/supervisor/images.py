@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,10 @@ class Image:
         self.mounted_at = datetime.now(UTC)
         self.metadata = facts
         self.index = 0
+        self.counters: str | None = None
+        """Name of the block in which front ends count."""
+        self.files: str | None = None
+        """What the names of the tables begin with in which they count by file, None if they do not."""
         self.released = False
         cache_config = _cache_config(config)
         self.caches = [
@@ -39,6 +45,12 @@ class Image:
         """Those of the superblock."""
         return self.metadata.facts
 
+    @property
+    def counts_files(self) -> bool:
+        """Whether each file's accesses are to be counted."""
+        rafs = self.config.rafs
+        return rafs is not None and (rafs.iostats_files or rafs.access_pattern or rafs.latest_read_files)
+
     def spec(self) -> Json:
         """The mount's description for a front end."""
         return {
@@ -48,6 +60,8 @@ class Image:
             "path_id": self.metadata.path_id,
             "extracted": self.metadata.extracted,
             "xattr": self.config.rafs.enable_xattr if self.config.rafs is not None else False,
+            "counters": self.counters,
+            "files": self.files if self.counts_files else None,
             "blobs": [
                 {
                     "blob_id": cache.spec.info.blob_id,
@@ -58,6 +72,19 @@ class Image:
                 for cache in self.caches
             ],
         }
+
+    def configure(self, values: Mapping[str, str]) -> None:
+        """Change `registry_auth`, `proxy_url` or `dragonfly_scheduler_endpoint`; workers learn of it with their next job.
+
+        Raises ConfigError, and then nothing is changed. What the backend has no place for is ignored.
+        """
+        from nydusd.config import with_settings
+
+        config = with_settings(self.config, values)
+        table = _cache_config(config).backend_config
+        self.config = config
+        for cache in self.caches:
+            cache.spec = replace(cache.spec, backend_config=table)
 
     def blob(self, index: int) -> BlobCache | None:
         return self.caches[index] if 0 <= index < len(self.caches) else None

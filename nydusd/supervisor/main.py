@@ -1,5 +1,38 @@
 """The door of this package for the command line."""
 
-from nydusd.supervisor.daemon import run
+from __future__ import annotations
 
-__all__ = ["run"]
+import logging
+from typing import TYPE_CHECKING
+
+from nydusd.cli.options import FuseOptions, Options, SingletonOptions
+from nydusd.supervisor.daemon import Supervisor
+
+if TYPE_CHECKING:
+    from nydusd.config import Config
+    from nydusd.config.blob_entry import BlobEntry
+
+log = logging.getLogger(__name__)
+
+
+def run(options: Options, config: Config, entries: list[BlobEntry]) -> int:
+    """Run a daemon until it is told to stop. Raises NydusError when it cannot start; nothing is left behind then."""
+    if isinstance(options, SingletonOptions):
+        from nydusd.supervisor.singleton import Singleton
+
+        return _run(Singleton(options, entries))
+    assert isinstance(options, FuseOptions)
+    return _run(Supervisor(options, config))
+
+
+def _run(supervisor: Supervisor) -> int:
+    """Run a daemon until it is told to stop. Raises NydusError when it cannot start; nothing is left behind then."""
+    logging.getLogger().addHandler(supervisor.errors)
+    try:
+        supervisor.start()
+        supervisor.run()
+    finally:
+        supervisor.stop()
+        logging.getLogger().removeHandler(supervisor.errors)
+    log.info("stopped")
+    return 0

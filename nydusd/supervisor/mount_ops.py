@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nydusd.errors import ConfigError, NydusError, UnsupportedError
 from nydusd.ipc.messages import Json
+from nydusd.supervisor.control_ops import NotHereError
 from nydusd.supervisor.mount_table import PlaceError
 from nydusd.supervisor.mounts import Request
 
@@ -39,11 +40,18 @@ def _remount(daemon: Supervisor, request: Json, reply: Reply) -> None:
 
 
 def _umount(daemon: Supervisor, request: Json, reply: Reply) -> None:
+    _check_daemon(daemon)
     try:
         daemon.mounts.umount(str(request.get("mountpoint")))
     except NydusError as e:
         raise _refused(e) from e
     reply({"ok": None})
+
+
+def _check_daemon(daemon: Supervisor) -> None:
+    """Raises NotHereError for a daemon that mounts nothing."""
+    if daemon.blobs is not None:
+        raise NotHereError
 
 
 def _begin(
@@ -58,6 +66,7 @@ def _begin(
         else:
             reply({"error": {"status": _refused(error).rest_status, "message": str(_refused(error))}})
 
+    _check_daemon(daemon)
     try:
         start(_request(request), done)
     except NydusError as e:

@@ -12,16 +12,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nydusd.errors import NydusError
+from nydusd.ipc.inflight import make_board
 from nydusd.ipc.messages import Json
+from nydusd.ipc.mount_counters import make_counters
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.storage.state.segment import remove
 from nydusd.supervisor.images import Image, metadata_folders
 from nydusd.supervisor.mount_table import MountTable, PlaceError, parse_place
 from nydusd.supervisor.planner import plan_prefetch
@@ -29,6 +33,7 @@ from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
 
 if TYPE_CHECKING:
+    from nydusd.cli.options import FuseOptions
     from nydusd.config import Config
 
 log = logging.getLogger(__name__)
@@ -52,13 +57,22 @@ class Request:
 
 
 class Mounts:
-    """The images of a session. `changed(place)` is called after each change of the table.
+    """The images of a session. `prefix` begins the names of shared memory.
 
-    `place` is where the kernel may have another memory of what is there now, None if that cannot be.
+    `changed(place)` is called after each change of the table. `place` is where the kernel may have another memory of what
+    is there now, None if that cannot be.
     """
 
-    def __init__(self, folder: Path, number: str, factory: BlobFactory, changed: Callable[[str | None], None]) -> None:
-        self.table = MountTable(folder / "mounts", number)
+    def __init__(
+        self, folder: Path, prefix: str, factory: BlobFactory, changed: Callable[[str | None], None], rows: int
+    ) -> None:
+        self.table = MountTable(folder / "mounts", f"{prefix}mounts")
+        self.rows = rows
+        """Front ends: each has a row in the shared memory in which they count."""
+        self.board = f"{prefix}inflight"
+        make_board(self.board, rows)
+        self._prefix = prefix
+        self._serial = count(1)
         self.images: dict[str, Image] = {}
         self._folder = folder
         self._factory = factory
@@ -125,6 +139,7 @@ class Mounts:
         self.table.check_free(request.names)
         image = Image(request.place, request.source, request.config, facts, self._factory)
         try:
+            self._make_counters(image)
             image.index = self.table.add(request.names, image.spec())
         except NydusError:
             self._release(image)
@@ -146,11 +161,14 @@ class Mounts:
             if facts.identity != old.metadata.identity:
                 self.table.check_unused(request.names)
             new = Image(request.place, request.source, request.config, facts, self._factory)
+            new.counters, new.files = old.counters, old.files
             try:
                 new.index = self.table.replace(request.names, new.spec(), same=facts.identity == old.metadata.identity)
             except NydusError:
+                new.counters = new.files = None
                 self._release(new)
                 raise
+            old.counters = old.files = None
             self._release(old)
             self.images[new.place] = new
             self._changed(self._stale(new.place, request.names))
@@ -182,8 +200,19 @@ class Mounts:
             raise PlaceError("object or filesystem doesn't exist")
         return self.images[place]
 
+    def _make_counters(self, image: Image) -> None:
+        serial = next(self._serial)
+        name = f"{self._prefix}count.{serial}"
+        make_counters(name, self.rows)
+        image.counters, image.files = name, f"{self._prefix}files.{serial}"
+
     def _release(self, image: Image) -> None:
         image.release()
+        if image.counters is not None:
+            remove(image.counters)
+        if image.files is not None:
+            for row in range(self.rows):
+                remove(f"{image.files}.{row}")
         for cache in image.caches:
             if cache.users <= 0 and cache not in self._leaving:
                 self._prefetch_no_more(cache)
@@ -231,3 +260,15 @@ class Mounts:
 
     def close(self) -> None:
         self.table.close()
+
+
+def first_request(options: FuseOptions, config: Config) -> Request | None:
+    """The image of the command line. Raises ConfigError for a prefetch list that cannot be read."""
+    if options.bootstrap is None:
+        return None
+    files = None
+    if options.prefetch_files is not None:
+        from nydusd.cli.prefetch_list import read_prefetch_list
+
+        files = read_prefetch_list(options.prefetch_files)
+    return Request(options.virtual_mountpoint, options.bootstrap, config, files)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from itertools import count
@@ -17,6 +18,7 @@ from itertools import count
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.storage.cache.spec import BlobSpec
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class WorkerPool:
         self._queues: dict[Priority, deque[Job]] = {priority: deque() for priority in Priority}
         self._idle: deque[bytes] = deque()
         self._busy: dict[bytes, Job] = {}
-        self._knows: dict[bytes, dict[int, int]] = {}
+        self._knows: dict[bytes, dict[int, BlobSpec]] = {}
         self._done: dict[bytes, int] = {}
         self._connections: dict[bytes, Json] = {}
         self._refused: set[str] = set()
@@ -115,13 +117,14 @@ class WorkerPool:
                 return
             identity = self._idle.popleft()
             self._busy[identity] = job
+            job.started = time.monotonic()
             message = job.payload | {"kind": job.kind, "id": job.number}
             cache = job.cache
             if cache is not None:
                 message |= {"handle": cache.handle, "chunks": job.chunks}
                 known = self._knows[identity]
-                if known.get(cache.handle) != cache.spec.generation:
-                    known[cache.handle] = cache.spec.generation
+                if known.get(cache.handle) is not cache.spec:
+                    known[cache.handle] = cache.spec
                     message["spec"] = cache.spec.to_json(secrets=self.role == "fetch")
             self._send(identity, message)
 
@@ -148,6 +151,8 @@ class WorkerPool:
         self.jobs_done += 1
         self._done[identity] += 1
         self._connections[identity] = answer.pop("connections", {})
+        if job.cache is not None:
+            _count(job.cache, job, answer)
         job.done(job, answer)
 
     def worker_died(self, identity: bytes, *, killed: bool = False) -> None:
@@ -174,3 +179,14 @@ class WorkerPool:
         deaths = job.attempts + job.kills
         log.error("job %s has lost %d workers and is given up", job.kind, deaths)
         job.done(job, {"error": f"{deaths} workers died on it", "errno": errno.EIO, "type": "WorkerDied"})
+
+
+def _count(cache: BlobCache, job: Job, answer: Answer) -> None:
+    """Note what a job cost the backend, and when something was fetched ahead."""
+    cache.backend.add(answer)
+    if job.priority is Priority.PREFETCH and job.kind != "prepare":
+        took = time.monotonic() - job.started
+        counts, now = cache.prefetch, time.time()
+        counts.seconds += took
+        counts.began = counts.began or now - took
+        counts.ended = now

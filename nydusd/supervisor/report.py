@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nydusd.errors import ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.blob_cache import BlobCache
-from nydusd.supervisor import mount_ops
+from nydusd.supervisor import blobs, control_ops, metrics_ops, mount_ops
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor
@@ -24,8 +24,8 @@ class NotFoundError(NydusError):
 def answer(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -> None:
     """Reply to a control request, now or later: {"ok": …} or {"error": {"status", "message"}}."""
     op = str(request.get("op"))
-    later = mount_ops.OPS.get(op)
-    handler = _OPS.get(op)
+    later = blobs.bind if op == "bind_blob" else mount_ops.OPS.get(op)
+    handler = _OPS.get(op) or control_ops.OPS.get(op) or metrics_ops.OPS.get(op) or blobs.OPS.get(op)
     try:
         if later is not None:
             later(daemon, request, reply)
@@ -107,50 +107,6 @@ def _cache(daemon: Supervisor, _request: Json) -> Json:
     }
 
 
-def _metrics_backend(daemon: Supervisor, _request: Json) -> Json:
-    counted = daemon.router.backend
-    config = next((image.config for image in daemon.images.values()), None)
-    if config is None or config.backend is None:
-        raise NotFoundError("no image is mounted")
-    return {
-        "backend_type": config.backend.type,
-        "read_count": counted["reads"],
-        "read_errors": counted["read_errors"],
-        "read_amount_total": counted["read_bytes"],
-    }
-
-
-def _metrics_blobcache(daemon: Supervisor, _request: Json) -> Json:
-    if not daemon.images:
-        raise NotFoundError("no image is mounted")
-    caches = {cache.handle: cache for image in daemon.images.values() for cache in image.caches}
-    rows = [_blob(cache, "") for cache in caches.values()]
-    hits, misses = sum(row["hits"] for row in rows), sum(row["misses"] for row in rows)
-    folder = next((cache.spec.work_dir for cache in caches.values() if cache.spec.work_dir is not None), "")
-    return {
-        "id": next((image.config.id for image in daemon.images.values()), ""),
-        "underlying_files": [
-            cache.spec.data_path.name for cache in caches.values() if cache.spec.data_path is not None
-        ],
-        "store_path": folder,
-        "partial_hits": hits,
-        "whole_hits": hits,
-        "total": hits + misses,
-        "entries_count": sum(row["ready"] for row in rows),
-        "prefetch_data_amount": daemon.prefetch.bytes,
-        "prefetch_requests_count": daemon.prefetch.requests,
-        "prefetch_workers": daemon.decompress.size,
-        "prefetch_cumulative_time_millis": 0,
-        "prefetch_begin_time_secs": 0,
-        "prefetch_begin_time_millis": 0,
-        "prefetch_end_time_secs": 0,
-        "prefetch_end_time_millis": 0,
-        "prefetch_unmerged_chunks": 0,
-        "buffered_backend_size": daemon.slots.in_use() + daemon.stage.in_use(),
-        "data_all_ready": all(row["ready"] == row["chunks"] for row in rows),
-    }
-
-
 def _set_log_level(daemon: Supervisor, request: Json) -> None:
     from nydusd import logs
 
@@ -185,12 +141,10 @@ def _exit(daemon: Supervisor, _request: Json) -> None:
     daemon.ask_to_stop(unmount=False)
 
 
-_OPS: dict[str, Callable[[Supervisor, Json], Json | None]] = {
+_OPS: dict[str, Callable[[Supervisor, Json], object]] = {
     "daemon": _daemon,
     "backend": _backend,
     "cache": _cache,
-    "metrics_backend": _metrics_backend,
-    "metrics_blobcache": _metrics_blobcache,
     "set_log_level": _set_log_level,
     "workers": _workers,
     "exit": _exit,

@@ -43,8 +43,9 @@ class Runtime:
         self.front = f"ipc://{self.folder}/front"
         self.work = f"ipc://{self.folder}/work"
         self.arena = f"/nydusd.{self.instance}.arena"
-        self.mounts = f"/nydusd.{self.instance}.mounts"
         self.stage = f"/nydusd.{self.instance}.stage"
+        self.prefix = f"/nydusd.{self.instance}."
+        """What the names of this instance's shared memory begin with."""
         self._state = self.folder / "state.json"
         self._lock_path = self.folder.with_suffix(".lock")
         self._lock = -1
@@ -63,8 +64,10 @@ class Runtime:
             for path in self.folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             remove(self.arena)
-            remove(self.mounts)
             remove(self.stage)
+            for name in ("mounts", "inflight", "count", "files"):
+                for left in names(f"{self.prefix[1:]}{name}"):
+                    remove(left)
         except OSError as e:
             raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
         self.record([])

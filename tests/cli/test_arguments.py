@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from nydusd.cli.arguments import NOT_YET, HelpAsked, VersionAsked, parse_arguments
-from nydusd.cli.options import FuseOptions
+from nydusd.cli.options import FuseOptions, SingletonOptions
 from nydusd.errors import ConfigError, UnsupportedError
 
 DEFAULTS = FuseOptions(
@@ -36,7 +36,19 @@ IMAGE = replace(DEFAULTS, bootstrap="b", config="c")
 
 
 def parse(line: str) -> FuseOptions:
-    return parse_arguments(shlex.split(line))
+    options = parse_arguments(shlex.split(line))
+    assert isinstance(options, FuseOptions)
+    return options
+
+
+def test_options_of_singleton() -> None:
+    line = "singleton -A sock -C config --fscache /f --fscache-tag t --fscache-threads 7 -l warn"
+    assert parse_arguments(shlex.split(line)) == SingletonOptions(
+        apisock="sock", config="config", fscache="/f", fscache_tag="t", fscache_threads=7, log_level="warn"
+    )
+    for wrong in ("singleton --fscache-tag t", "singleton --fscache-threads 0", "singleton --id x", "singleton -M /m"):
+        with pytest.raises(ConfigError):
+            parse_arguments(shlex.split(wrong))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ def test_help_is_no_error() -> None:
         ([], 2, "Error: --mountpoint is missing\n"),
         (["fuse", "-M", "/no/where"], 2, "Error: --mountpoint /no/where: must be an existing folder: No such file"),
         (["fuse", "-M", "/", "-C", "/no/where"], 2, "Error: /no/where: cannot be read: No such file or directory\n"),
-        (["singleton", "--fscache", "/"], 1, "Error: `nydusd singleton` is not supported yet: use `nydusd fuse`\n"),
+        (["singleton", "--fscache", "/"], 1, "Error: --fscache /: fscache is not available"),
+        (["singleton", "--fscache", "/no/where"], 2, "Error: --fscache /no/where: must be an existing folder\n"),
+        (["singleton", "-C", "/no/where"], 2, "Error: /no/where: cannot be read: No such file or directory\n"),
         (["fuse", "-M", "/", "-s", "/"], 1, "Error: --shared-dir is not supported yet: only images can be served\n"),
         (
             ["fuse", "-M", "/", "--writable"],

@@ -107,11 +107,17 @@ def test_request_becomes_an_operation(method: str, target: str, body: bytes, mes
             )
             for body in (b"{}", b"[]", b'{"log_level":null}', b'{"log_level":["info"]}')
         ),
-        ("PUT", "/api/v1/daemon/fuse/sendfd", b"", 501, "Upgrade(DaemonAbnormal(Unsupported))"),
-        ("PUT", "/api/v1/daemon/fuse/takeover", b"", 501, "Upgrade(DaemonAbnormal(Unsupported))"),
+        ("PUT", "/api/v1/daemon/fuse/sendfd", b"{}", 400, "BadRequest"),
+        ("PUT", "/api/v1/daemon/fuse/takeover", b"{}", 400, "BadRequest"),
+        ("PUT", "/api/v1/daemon", b"", 400, "BadRequest"),
+        *(
+            ("PUT", "/api/v1/config", body, 400, 'ParseBody(Error("the body must be an object of texts"))')
+            for body in (b"[]", b'{"registry_auth":1}', b"null")
+        ),
         ("DELETE", "/api/v1/mount", b"", 400, "QueryString(\"'mountpoint' should be specified in query string\")"),
         ("DELETE", "/api/v1/mount?mountpoint=/a", b"{}", 400, "BadRequest"),
-        ("POST", "/api/v1/mount?mountpoint=/a", b"", 400, 'ParseBody(Error("the body is not JSON"))'),
+        ("POST", "/api/v1/mount?mountpoint=/a", b"", 400, "BadRequest"),
+        ("POST", "/api/v1/mount?mountpoint=/a", b"x", 400, 'ParseBody(Error("the body is not JSON"))'),
         ("POST", "/api/v1/mount?mountpoint=/a", b"[]", 400, 'ParseBody(Error("the body must be an object"))'),
         *(
             (
@@ -137,13 +143,15 @@ def test_request_becomes_an_operation(method: str, target: str, body: bytes, mes
             )
             for files in (b'"/a"', b"{}", b"[1]")
         ),
-        ("GET", "/api/v1/metrics/files", b"", 501, "FsFilesMetrics(DaemonAbnormal(Unsupported))"),
-        ("GET", "/api/v1/metrics/pattern", b"", 501, "Pattern(DaemonAbnormal(Unsupported))"),
-        ("GET", "/api/v1/metrics/inflight", b"", 501, "InflightMetrics(DaemonAbnormal(Unsupported))"),
-        ("GET", "/api/v1/config?id=/", b"", 501, "Configure(DaemonAbnormal(Unsupported))"),
-        ("GET", "/api/v2/blobs?domain_id=x", b"", 501, "GetBlobObjects(DaemonAbnormal(Unsupported))"),
-        ("PUT", "/api/v2/blobs", b"{}", 501, "CreateBlobObject(DaemonAbnormal(Unsupported))"),
-        ("DELETE", "/api/v2/blobs?blob_id=x", b"", 501, "DeleteBlobObject(DaemonAbnormal(Unsupported))"),
+        ("GET", "/api/v2/blobs?blob_id=x", b"", 400, "BadRequest"),
+        ("DELETE", "/api/v2/blobs", b"", 400, "BadRequest"),
+        ("PUT", "/api/v2/blobs", b"[]", 400, 'ParseBody(Error("the body must be an object"))'),
+        ("PUT", "/api/v2/blobs", b"{}", 400, 'ParseBody(Error("the body must have the text `type`"))'),
+        ("PUT", "/api/v2/blobs", b'{"type":"bootstrap","id":"x"}', 400, "BadRequest"),
+        (
+            *("PUT", "/api/v2/blobs", b'{"type":"bootstrap","id":"x","config":[]}', 400),
+            'ParseBody(Error("`config` must be an object"))',
+        ),
     ],
 )
 def test_request_is_refused(method: str, target: str, body: bytes, status: int, message: str) -> None:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from nydusd.errors import FormatError, InternalError
 from nydusd.formats.model import Extent
 from nydusd.frontends.fuse import protocol as p
+from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.journal import Journal, create
-from nydusd.frontends.fuse.loop import Complaints, FrontEnd
+from nydusd.frontends.fuse.loop import FrontEnd
 from nydusd.frontends.fuse.mount import INODE_BITS, INODE_MAX, Mount, runs_of
 from nydusd.frontends.fuse.namespace import Namespace, View
 from nydusd.frontends.fuse.ops import FOREVER, Operations

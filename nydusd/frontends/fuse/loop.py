@@ -25,13 +25,17 @@ import time
 from collections.abc import Callable, Sequence
 
 from nydusd.errors import NydusError, StaleCacheError, UnmountedError
+from nydusd.ipc.inflight import InflightRow
 
 from . import protocol as p
+from .changes import Changes
+from .complaints import Complaints
 from .journal import REQUEST_SIZE, Journal
-from .mount import INODE_BITS, Mount
+from .mount import INODE_BITS
 from .namespace import Namespace
 from .ops import Handler
 from .parking import Client, Parked, Parking
+from .stats import OPERATION, Tally, is_failure
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +58,8 @@ class FrontEnd:
 
     `flags` are those that INIT settled. `connect` opens the line to the supervisor at the first miss. A read waits
     `read_deadline` seconds for its chunks at most, then fails with ETIMEDOUT. `interrupt_in` and `interrupt_out` are pipes
-    from and to the front ends on the session's other clones (see `session.Lane`). `wake` becomes readable at a signal.
+    from and to the front ends on the session's other clones (see `session.Lane`). `wake` becomes readable at a signal. Reads
+    that wait are shown on `board`.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class FrontEnd:
         interrupt_in: int = -1,
         interrupt_out: Sequence[int] = (),
         wake: int = -1,
+        board: InflightRow | None = None,
     ) -> None:
         self._fd = fd
         self._journal = journal
@@ -75,8 +81,7 @@ class FrontEnd:
         self._interrupt_in = interrupt_in
         self._interrupt_out = interrupt_out
         self._wake = wake
-        self._idle = False
-        self._parking = Parking(journal, connect, read_deadline, self._finish)
+        self._parking = Parking(journal, connect, read_deadline, self._finish, board)
         self._request = journal.request
         self._reply_buffer = memoryview(mmap.mmap(-1, p.PAGE + p.MAX_READ))
         self._data = self._reply_buffer[p.PAGE :]
@@ -91,8 +96,8 @@ class FrontEnd:
         }
         """Handlers of what is not asked of one image."""
         self._complaints = Complaints("fuse")
-        self._leaving: list[Mount] = []
-        """Mounts that are gone, whose parked reads are not."""
+        self._tally = Tally()
+        self.changes = Changes(namespace, self._parking, self._tally, self._complaints)
 
     def run(self) -> None:
         """Serve until the file system is unmounted. Raises OSError when the fd is not a mounted session's."""
@@ -127,45 +132,15 @@ class FrontEnd:
 
     def _block(self, buffers: Sequence[memoryview]) -> int:
         """Sleep until there is a request and take it."""
+        self._tally.flush()
         os.set_blocking(self._fd, True)
         try:
-            # In this order, see `mounts_changed`.
-            self._idle = True
-            if self._views.shared[0] != self._views.generation:
-                self._update()
+            self.changes.idle = True
+            self.changes.look()
             return os.readv(self._fd, buffers)
         finally:
-            self._idle = False
+            self.changes.idle = False
             os.set_blocking(self._fd, False)
-
-    def mounts_changed(self) -> None:
-        """Called by the handler of the supervisor's signal, which may come between any two instructions.
-
-        While a request is served nothing is done: the loop looks before it waits again. It is idle from before that look on,
-        so a signal that comes too late for the look is acted upon here.
-        """
-        if self._idle and self._views.shared[0] != self._views.generation:
-            self._update()
-
-    def _update(self) -> None:
-        """Take over the new table of mounts; reads that wait for an image that is gone fail."""
-        try:
-            gone = self._views.reload()
-        except NydusError as e:
-            self._complaints.log("%s", e)
-            return
-        for mount in gone:
-            if not self._views.knows(mount.index):
-                self._parking.end_all(mount.device, errno.ESTALE)
-        self._leaving += gone
-        self._close_left()
-
-    def _close_left(self) -> None:
-        """Close what no parked read needs any more: one of an image that was replaced goes on with what it had."""
-        waiting = {id(read.device) for read in self._parking.reads.values()}
-        for mount in [mount for mount in self._leaving if id(mount.device) not in waiting]:
-            self._leaving.remove(mount)
-            mount.device.close()
 
     def _serve_polling(self, parked: dict[int, Parked]) -> bool:
         """Serve until no read is parked any more. False when the mount is gone."""
@@ -177,13 +152,13 @@ class FrontEnd:
         buffers = [self._request]
         while True:
             if self._views.shared[0] != self._views.generation:
-                self._update()
+                self.changes.take()
             timeout = self._parking.service()
-            if self._leaving:
-                self._close_left()
+            self.changes.close_left()
             if not parked:
                 return True
             poll.register(self._fd, 0 if self._journal.full else select.POLLIN)
+            self._tally.flush()
             for ready, _ in poll.poll(math.ceil(timeout * 1000)):
                 if ready == self._interrupt_in:
                     self._take_interrupts()
@@ -209,7 +184,7 @@ class FrontEnd:
             return
         _, opcode, unique, node, pid = p.REQUEST.unpack_from(self._request)
         if self._views.shared[0] != self._views.generation:
-            self._update()
+            self.changes.take()
         try:
             if opcode == p.READ:
                 self._read(self._request, unique, node, pid, length)
@@ -219,8 +194,9 @@ class FrontEnd:
                 return
             handler = self._of_the_session.get(opcode)
             if handler is None:
-                handler = self._views[node >> INODE_BITS].handlers[opcode]
-            result = handler(node, self._request[p.REQUEST.size : length])
+                result = self._ask_view(opcode, node, self._request[p.REQUEST.size : length])
+            else:
+                result = handler(node, self._request[p.REQUEST.size : length])
         except Exception as e:
             self._fail(unique, self._errno_of(e, opcode, node))
             return
@@ -265,6 +241,20 @@ class FrontEnd:
         except OSError as e:
             self._complaints.log("what a predecessor had taken is lost: FUSE_NOTIFY_RESEND: %s", e.strerror)
 
+    def _ask_view(self, opcode: int, node: int, body: memoryview) -> bytes | int | None:
+        """The answer of an image or of the pseudo file system, counted."""
+        view = self._views[node >> INODE_BITS]
+        stats = None if view.mount is None else view.mount.stats
+        operation = OPERATION[opcode]
+        if view.mount is None or stats is None or operation < 0:
+            return view.handlers[opcode](node, body)
+        result: bytes | int | None = errno.EIO
+        try:
+            result = view.handlers[opcode](node, body)
+        finally:
+            self._tally.count(stats, operation, view.mount.ino_of(node), is_failure(result))
+        return result
+
     def _read(self, request: memoryview, unique: int, node: int, pid: int, length: int, place: int = -1) -> None:
         """READ. A hit is answered here and now, and passes through no other process."""
         if length < p.REQUEST.size + p.READ_FIELDS.size:
@@ -275,20 +265,24 @@ class FrontEnd:
         if mount is None:
             self._fail(unique, errno.EISDIR)
             return
-        device = mount.device
-        vec = mount.bootstrap.extents(mount.ino_of(node), offset, size if size <= p.MAX_READ else p.MAX_READ)
+        started = time.monotonic_ns()
+        device, ino = mount.device, mount.ino_of(node)
+        vec = mount.bootstrap.extents(ino, offset, size if size <= p.MAX_READ else p.MAX_READ)
         missing = device.missing(vec)
         if not missing:
             try:
-                self._write_data(unique, device.read_into(vec, self._data))
+                got = device.read_into(vec, self._data)
+                self._write_data(unique, got)
                 if device.hints:
                     self._parking.hint(device.hints)
+                if mount.stats is not None:
+                    self._tally.count_read(mount.stats, ino, got, started)
                 return
             except StaleCacheError as e:
                 self._complaints.log("%s: fetching it again", e, subject=mount.name)
         if unique & p.UNIQUE_RESEND:
             self._parking.forget(unique ^ p.UNIQUE_RESEND)
-        read = Parked(unique, vec, pid, bool(flags & os.O_DIRECT), mount, place)
+        read = Parked(unique, vec, pid, bool(flags & os.O_DIRECT), mount, place, ino, started)
         self._parking.park(read, missing)
         if not missing:
             self._parking.ask_lost(read)
@@ -305,6 +299,8 @@ class FrontEnd:
             read.device.count_errors(read.vec)
         if code:
             self._fail(read.unique, code)
+            if read.mount.stats is not None:
+                self._tally.count(read.mount.stats, OPERATION[p.READ], read.ino, True)
         self._parking.let_go(read)
 
     def _retry(self, read: Parked) -> bool:
@@ -325,6 +321,8 @@ class FrontEnd:
             self._complaints.log("%s: fetching it again", e, subject=read.mount.name)
             return True
         self._write_data(read.unique, length)
+        if read.mount.stats is not None:
+            self._tally.count_read(read.mount.stats, read.ino, length, read.started)
         return False
 
     def _absent(self, read: Parked, pieces: dict[tuple[int, int], memoryview] | None) -> bool:
@@ -392,23 +390,3 @@ def _forget(_node: int, _body: memoryview) -> None:
 
 def _nothing(_node: int, _body: memoryview) -> bytes:
     return b""
-
-
-class Complaints:
-    """Log lines about bad input, at most one a second: whoever reads a broken image makes as many as he likes."""
-
-    def __init__(self, subject: str) -> None:
-        self._subject = subject
-        self._quiet_until = 0.0
-        self._suppressed = 0
-
-    def log(self, message: str, *args: object, error: Exception | None = None, subject: str | None = None) -> None:
-        """Log a line about the subject, or another; with `error`, its traceback too."""
-        now = time.monotonic()
-        if now < self._quiet_until:
-            self._suppressed += 1
-            return
-        more = f" ({self._suppressed} more lines were left out)" if self._suppressed else ""
-        self._suppressed = 0
-        self._quiet_until = now + 1.0
-        log.error("%s: " + message + "%s", subject or self._subject, *args, more, exc_info=error)

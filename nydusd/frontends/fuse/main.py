@@ -8,7 +8,8 @@ The spec: `index` (of this front end), `identity` (its ZeroMQ name, optional), `
 the siblings'; optional), `front` (the supervisor's endpoint), `read_deadline` (seconds), `log` {`level`, `file`}, `mounts`
 {`folder`, `shared`}: where the supervisor publishes the table of mounts, see `nydusd.supervisor.mount_table`. The spec of a
 mount there: {`id`, `bootstrap`, `bootstrap_size` (optional), `path_id`, `extracted` (both for `open_bootstrap`), `xattr`,
-`blobs` (for `BlobDevice.from_spec`)}.
+`blobs` (for `BlobDevice.from_spec`), `counters` and `files` (optional, for `Stats.from_spec`)}. `inflight` (optional): the
+board of reads that wait.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from nydusd import logs
 from nydusd.errors import FormatError
 from nydusd.formats import open_bootstrap
+from nydusd.ipc.inflight import InflightRow
 from nydusd.ipc.shared_number import map_number
 from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
@@ -33,6 +35,7 @@ from .loop import FrontEnd
 from .mount import Mount
 from .namespace import Namespace
 from .parking import Client
+from .stats import Stats
 
 
 def main(argv: list[str]) -> int:
@@ -68,9 +71,10 @@ def main(argv: list[str]) -> int:
         interrupt_in=int(spec.get("interrupt_in", -1)),
         interrupt_out=[int(fd) for fd in spec.get("interrupt_out", [])],
         wake=wake,
+        board=InflightRow(str(spec["inflight"]), index) if spec.get("inflight") else None,
     )
     # Before this handler is there, SIGURG is ignored, as is every process's default.
-    signal.signal(signal.SIGURG, lambda *_: front_end.mounts_changed())
+    signal.signal(signal.SIGURG, lambda *_: front_end.changes.look())
     # Requests make no reference cycles: what is alive now stays, and looking for garbage would only cost.
     gc.collect()
     gc.freeze()
@@ -83,7 +87,8 @@ def open_mount(spec: Mapping[str, Any], row: int, index: int = 0) -> Mount:
     path = str(spec["bootstrap"])
     view = _map(path, spec.get("bootstrap_size"))
     bootstrap = open_bootstrap(view, path, spec["path_id"], extracted=bool(spec["extracted"]))
-    return Mount(str(spec["id"]), bootstrap, BlobDevice.from_spec(spec["blobs"], row), bool(spec["xattr"]), index)
+    device = BlobDevice.from_spec(spec["blobs"], row)
+    return Mount(str(spec["id"]), bootstrap, device, bool(spec["xattr"]), index, Stats.from_spec(spec, row))
 
 
 def _map(path: str, size: int | None) -> memoryview:

@@ -19,6 +19,7 @@ from nydusd.formats.model import Bootstrap, Extent
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
 
 from .protocol import ROOT_ID
+from .stats import Stats
 
 INODE_BITS = 36
 """Enough for a v6 bootstrap of 2 TiB; v5 inode numbers have 32."""
@@ -52,6 +53,13 @@ class Mount:
     xattr: bool = False
     """Answer xattr requests even if the image has none, so that the kernel goes on asking."""
     index: int = 0
+    stats: Stats | None = None
+
+    def close(self) -> None:
+        """Give back what it has open: it is unmounted."""
+        self.device.close()
+        if self.stats is not None:
+            self.stats.close()
 
     @property
     def name(self) -> str:

@@ -75,12 +75,11 @@ class Namespace(dict[int, View]):
 
     def reload(self) -> list[Mount]:
         """Read the table anew. Gives the mounts that are gone, or were replaced; the caller closes them."""
-        generation = self.shared[0]
+        self.generation = self.shared[0]  # before the table is read: one that is newer is read twice, never not at all
         try:
             rows = json.loads((self._folder / "table.json").read_bytes())["places"]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InternalError(f"the table of mounts in {self._folder} cannot be read: {e}") from e
-        self.generation = generation
         places = tree_of(rows)
         images = {place.index: place for place in places.values() if place.index is not None}
         before, self._images = self._images, images

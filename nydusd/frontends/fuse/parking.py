@@ -17,9 +17,11 @@ from nydusd.storage.api.io import ChunkRun
 
 from .journal import Journal
 from .mount import Device, Mount, runs_of
+from .protocol import READ
 
 if TYPE_CHECKING:
     from nydusd.ipc.client import Reply  # loads ZeroMQ
+    from nydusd.ipc.inflight import InflightRow
 
 ASK_AGAIN = 1.0
 """Seconds after which an unanswered request is repeated: the supervisor may have been replaced, and repeating is harmless."""
@@ -39,7 +41,7 @@ class Client(Protocol):
 
 
 class Parked:
-    """One read that waits. `direct`: the file was opened with O_DIRECT; `pid`: the thread that reads.
+    """One read that waits since `started` (monotonic ns). `direct`: the file was opened with O_DIRECT; `pid`: who reads.
 
     `place`: where it is in the journal; -1 while it is in the request buffer alone.
     """
@@ -49,17 +51,25 @@ class Parked:
         "deadline",
         "device",
         "direct",
+        "ino",
         "interrupted",
         "mount",
         "pending",
         "pid",
         "place",
+        "slot",
         "slots",
+        "started",
         "unique",
         "vec",
     )
 
-    def __init__(self, unique: int, vec: list[Extent], pid: int, direct: bool, mount: Mount, place: int) -> None:
+    def __init__(
+        self, unique: int, vec: list[Extent], pid: int, direct: bool, mount: Mount, place: int, ino: int, started: int
+    ) -> None:
+        self.ino = ino
+        self.started = started
+        self.slot = -1
         self.mount = mount
         self.device = mount.device
         self.unique = unique
@@ -87,8 +97,10 @@ class Parking:
         connect: Callable[[], Client],
         patience: float,
         finish: Callable[[Parked, int], None],
+        board: InflightRow | None = None,
     ) -> None:
         self._journal = journal
+        self._board = board
         self._connect = connect
         self._patience = patience
         self._finish = finish
@@ -116,6 +128,8 @@ class Parking:
         if not self.reads:
             self._tick = now + self._interval
         self.reads[read.unique] = read
+        if self._board is not None:
+            read.slot = self._board.begin(read.unique, read.ino, READ)
         self._ask(read, missing, 0)
 
     def hint(self, hints: list[ChunkRun]) -> None:
@@ -228,6 +242,9 @@ class Parking:
 
     def _unpark(self, read: Parked) -> None:
         self.reads.pop(read.unique, None)
+        if self._board is not None:
+            self._board.end(read.slot)
+            read.slot = -1
         for number in read.pending:
             del self._owners[number]
             self.client.cancel(number)

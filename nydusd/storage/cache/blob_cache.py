@@ -7,10 +7,11 @@ truncated by somebody, the blob is opened anew under the next generation.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nydusd.errors import InternalError
 from nydusd.storage.cache.ahead import ReadAhead
+from nydusd.storage.cache.backend_counts import BackendCounts
 from nydusd.storage.cache.meta_info import BlobMetaInfo
 from nydusd.storage.cache.requests import Job, Request
 from nydusd.storage.cache.spec import BlobSpec
@@ -22,12 +23,26 @@ _BACK_OFF, _POISON = (0.1, 5.0), (60.0, 3600.0)
 _PREPARE_FIRST, _PREPARE_MOST = 1.0, 30.0
 
 
+@dataclass(slots=True)
+class PrefetchCounts:
+    """What was fetched of a blob before anybody asked: `began` and `ended` are seconds since 1970, 0 for never."""
+
+    requests: int = 0
+    chunks: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    began: float = 0.0
+    ended: float = 0.0
+
+
 class BlobCache:
     """A blob of some image; images that share a cache manager share it (`users` counts the images)."""
 
     def __init__(self, spec: BlobSpec) -> None:
         self.spec = spec
         self.users = 0
+        self.backend = BackendCounts()
+        self.prefetch = PrefetchCounts()
         self.inherits = bool(names(spec.segment[1:]))  # a killed daemon left what `prepare` will take over
         self.state = "new"  # new, preparing, ready, failed
         self.lost = False  # its cache file was taken from under it, and nobody has asked for it since

@@ -123,6 +123,9 @@ class PrefetchWorker:
         if chunk < end:
             self._runs.appendleft((cache, chunk, end - chunk))
         if batch:
+            cache.prefetch.requests += 1
+            cache.prefetch.chunks += len(batch)
+            cache.prefetch.bytes += size
             self.requests += 1
             self.bytes += size
             self.limiter.spend(now, stored)

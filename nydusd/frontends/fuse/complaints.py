@@ -1,0 +1,28 @@
+"""Log lines about bad input, at most one a second. Runs in a front-end process; keeps nothing that matters."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+log = logging.getLogger(__name__)
+
+
+class Complaints:
+    """Log lines about bad input, at most one a second: whoever reads a broken image makes as many as he likes."""
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+        self._quiet_until = 0.0
+        self._suppressed = 0
+
+    def log(self, message: str, *args: object, error: Exception | None = None, subject: str | None = None) -> None:
+        """Log a line about the subject, or another; with `error`, its traceback too."""
+        now = time.monotonic()
+        if now < self._quiet_until:
+            self._suppressed += 1
+            return
+        more = f" ({self._suppressed} more lines were left out)" if self._suppressed else ""
+        self._suppressed = 0
+        self._quiet_until = now + 1.0
+        log.error("%s: " + message + "%s", subject or self._subject, *args, more, exc_info=error)

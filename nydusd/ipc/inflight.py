@@ -1,0 +1,89 @@
+"""Reads that wait for data, of all front ends: a board in POSIX shared memory on which each front end writes its own row.
+
+Written when a read is parked and when it ends, never for a hit. The supervisor makes the board at its start. After SIGKILL of
+a front end its entries stay until its successor clears the row: the kernel has not had an answer to them, so they are true.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import time
+from struct import Struct
+from typing import Any, Final
+
+import posix_ipc
+
+from nydusd.errors import CacheError
+
+SLOTS: Final = 128
+"""Reads of one front end that are shown at once; more wait unseen."""
+_SLOT = Struct("<QQQQ")
+"""unique (0: the slot is free), inode, opcode, seconds since 1970."""
+ROW: Final = SLOTS * _SLOT.size
+
+
+class InflightRow:
+    """The row of one front end, cleared."""
+
+    def __init__(self, name: str, row: int) -> None:
+        """Raises CacheError when there is no such row."""
+        self._map = _open(name)
+        self._at = row * ROW
+        if self._at + ROW > len(self._map):
+            raise CacheError(f"shared memory {name} has no row {row}")
+        self._map[self._at : self._at + ROW] = bytes(ROW)
+        self._free = list(range(SLOTS))
+
+    def begin(self, unique: int, ino: int, opcode: int) -> int:
+        """A request begins to wait; gives its slot, -1 if it is one too many."""
+        if not self._free:
+            return -1
+        slot = self._free.pop()
+        _SLOT.pack_into(self._map, self._at + slot * _SLOT.size, unique, ino, opcode, int(time.time()))
+        return slot
+
+    def end(self, slot: int) -> None:
+        """The request in this slot waits no more."""
+        if slot >= 0:
+            _SLOT.pack_into(self._map, self._at + slot * _SLOT.size, 0, 0, 0, 0)
+            self._free.append(slot)
+
+
+def make_board(name: str, rows: int) -> None:
+    """A new board, empty. Raises CacheError when shared memory is full."""
+    try:
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(name)
+        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, 0o600)
+        try:
+            os.posix_fallocate(shm.fd, 0, max(rows, 1) * ROW)
+        finally:
+            shm.close_fd()
+    except (OSError, posix_ipc.Error) as e:
+        raise CacheError(f"shared memory {name}: {e}") from e
+
+
+def waiting(name: str) -> list[dict[str, Any]]:
+    """The API's list of requests that are not answered yet, the oldest first. Raises CacheError."""
+    board = _open(name)
+    try:
+        slots = [entry for entry in _SLOT.iter_unpack(board[:]) if entry[0]]
+    finally:
+        board.close()
+    return [
+        {"inode": ino, "opcode": opcode, "unique": unique, "timestamp_secs": since}
+        for unique, ino, opcode, since in sorted(slots, key=lambda entry: entry[3])
+    ]
+
+
+def _open(name: str) -> mmap.mmap:
+    try:
+        shm = posix_ipc.SharedMemory(name)
+        try:
+            return mmap.mmap(shm.fd, 0)
+        finally:
+            shm.close_fd()
+    except (OSError, ValueError, posix_ipc.Error) as e:
+        raise CacheError(f"shared memory {name}: {e}") from e

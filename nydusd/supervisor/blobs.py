@@ -1,0 +1,151 @@
+"""The images that a singleton daemon was told of (`PUT /api/v2/blobs`), each with the blobs it needs. Kept in memory by the
+supervisor; lost with it, as clients expect: they tell a new daemon again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from nydusd.config.blob_entry import BlobEntry, parse_blob_entry
+from nydusd.errors import ConfigError, NydusError
+from nydusd.ipc.messages import Json
+from nydusd.storage.api.image import ImageFacts
+from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.supervisor.control_ops import NotHereError
+
+if TYPE_CHECKING:
+    from nydusd.supervisor.daemon import Supervisor
+
+log = logging.getLogger(__name__)
+
+EXISTS = "blob_cache: bootstrap blob already exists"
+NOT_FOUND = "blob_cache: cache entry not found"
+"""A text that clients look for."""
+
+
+class BlobError(NydusError):
+    """A blob cannot be bound, or is not bound."""
+
+
+class BlobTable:
+    """Images by domain and id; a domain's data blobs are counted by the images that need them."""
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[str, str], tuple[BlobEntry, ImageFacts]] = {}
+        self._blobs: Counter[tuple[str, str]] = Counter()
+
+    def check_new(self, entry: BlobEntry) -> None:
+        """Raises BlobError when an image of this name is there."""
+        if (entry.domain_id, entry.id) in self._images:
+            raise BlobError(EXISTS)
+
+    def bind(self, entry: BlobEntry, facts: ImageFacts) -> None:
+        """Add an image. Raises BlobError when there is one of this name, or it is not a v6 image."""
+        self.check_new(entry)
+        if facts.version != 6:
+            raise BlobError(
+                f"{entry.metadata}: only images of RAFS v6 can be served to the kernel, this is v{facts.version}"
+            )
+        self._images[entry.domain_id, entry.id] = (entry, facts)
+        for blob in facts.blobs:
+            self._blobs[entry.domain_id, blob.blob_id] += 1
+
+    def drop(self, domain: str, name: str) -> None:
+        """Remove an image, and one use of each of its blobs. Raises BlobError when there is none."""
+        if (domain, name) not in self._images:
+            raise BlobError(NOT_FOUND)
+        _, facts = self._images.pop((domain, name))
+        for blob in facts.blobs:
+            self._blobs[domain, blob.blob_id] -= 1
+        self._blobs = +self._blobs
+
+    def drop_domain(self, domain: str) -> None:
+        """Remove all images of a domain."""
+        for of, name in list(self._images):
+            if of == domain:
+                self.drop(of, name)
+
+    def rows(self, domain: str, name: str | None) -> Iterator[Json]:
+        """What is bound in a domain, or one of it."""
+        for (of, image), (entry, facts) in self._images.items():
+            if of == domain and name in (None, "", image):
+                blobs = [blob.blob_id for blob in facts.blobs]
+                yield {
+                    "type": "bootstrap",
+                    "id": image,
+                    "domain_id": of,
+                    "metadata_path": entry.metadata,
+                    "blobs": blobs,
+                }
+        for (of, blob_id), uses in self._blobs.items():
+            if of == domain and name in (None, "", blob_id):
+                yield {"type": "datablob", "id": blob_id, "domain_id": of, "references": uses}
+
+
+def _table(daemon: Supervisor) -> BlobTable:
+    if daemon.blobs is None:
+        raise NotHereError
+    return daemon.blobs
+
+
+def _list(daemon: Supervisor, request: Json) -> Json:
+    name = request.get("blob_id")
+    rows = list(_table(daemon).rows(str(request["domain_id"]), None if name is None else str(name)))
+    if name and not rows:
+        raise BlobError(NOT_FOUND)
+    return {"blobs": rows}
+
+
+def _delete(daemon: Supervisor, request: Json) -> None:
+    domain, name = request.get("domain_id"), request.get("blob_id")
+    if domain is None:
+        return  # "cull the kernel's cache file": there is none where there is no fscache
+    table = _table(daemon)
+    if name:
+        table.drop(str(domain), str(name))
+    else:
+        table.drop_domain(str(domain))
+
+
+def bind(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -> None:
+    """Have a worker look at the image, then add it."""
+    from nydusd.config import secret_values
+    from nydusd.logs import register_secret
+
+    table = _table(daemon)
+    try:
+        entry = parse_blob_entry(request["entry"], "blob entry")
+    except ConfigError as e:
+        raise BlobError(str(e)) from e
+    for secret in secret_values(entry.config):
+        register_secret(secret)
+    check_folder(entry)
+    table.check_new(entry)
+
+    def inspected(_job: Job, answer: Answer) -> None:
+        try:
+            if "error" in answer:
+                raise BlobError(answer["error"])
+            table.bind(entry, ImageFacts.from_json(answer["image"]))
+        except NydusError as e:
+            reply({"error": {"status": e.rest_status, "message": f"Other({json.dumps(str(e), ensure_ascii=False)})"}})
+        else:
+            reply({"ok": None})
+
+    payload = {"source": os.path.abspath(entry.metadata), "folders": [daemon.run_dir]}
+    daemon.fetch.submit(Job("inspect", None, Priority.USER, payload, inspected))
+
+
+def check_folder(entry: BlobEntry) -> None:
+    """Raises BlobError when the cache folder of an entry is not there."""
+    folder = entry.config.cache.work_dir if entry.config.cache is not None else None
+    if folder is None or not os.path.isdir(folder):
+        raise BlobError(f"the work_dir of its cache must be a folder, but is {folder!r}")
+
+
+OPS: dict[str, Callable[[Supervisor, Json], object]] = {"list_blobs": _list, "delete_blob": _delete}

@@ -1,0 +1,153 @@
+"""Operations of the API that steer the daemon: state machine, hand-over, error events, settings at run time.
+
+Runs in the supervisor. Errors have the names that clients know inside; the API process puts those around them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import TYPE_CHECKING, Final
+
+from nydusd.errors import ConfigError, NydusError
+from nydusd.ipc.messages import Json
+from nydusd.logs import clean
+
+if TYPE_CHECKING:
+    from nydusd.supervisor.daemon import Supervisor
+
+SETTINGS: Final = ("registry_auth", "proxy_url", "dragonfly_scheduler_endpoint")
+_SECRET: Final = ("registry_auth",)
+_HIDDEN: Final = "***"
+_MAX_ERRORS, _MAX_BYTES = 500, 50 * 1024
+_KINDS = {errno.ENOENT: "NotFound", errno.ECONNREFUSED: "ConnectionRefused", errno.EACCES: "PermissionDenied"}
+
+
+class StateError(NydusError):
+    """The state of the daemon does not allow this."""
+
+    rest_status = 400
+
+
+class NotReadyError(NydusError):
+    """The daemon cannot do this yet."""
+
+    rest_status = 503
+
+
+class NotHereError(NydusError):
+    """This daemon does not do this."""
+
+    rest_status = 501
+
+    def __init__(self) -> None:
+        super().__init__("Unsupported")
+
+
+class ErrorRing(logging.Handler):
+    """Keeps the last errors of the supervisor, as lines with their time: at most 500, and 50 KiB."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._lines: deque[str] = deque()
+        self._bytes = 0
+        self._total = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"{formatdate(time.time(), usegmt=True)} - {clean(record.getMessage())}"[: _MAX_BYTES // 8]
+        self._lines.append(line)
+        self._total += 1
+        self._bytes += len(line.encode(errors="replace"))
+        while len(self._lines) > _MAX_ERRORS or self._bytes > _MAX_BYTES:
+            self._bytes -= len(self._lines.popleft().encode(errors="replace"))
+
+    def shown(self) -> Json:
+        return {
+            "max_errors": _MAX_ERRORS,
+            "total_errors": self._total,
+            "max_size": _MAX_BYTES,
+            "total_size": self._bytes,
+            "errors": list(self._lines),
+        }
+
+
+def _start(daemon: Supervisor, _request: Json) -> None:
+    raise StateError('UnexpectedEvent("Start")')
+
+
+def _takeover(daemon: Supervisor, _request: Json) -> None:
+    if daemon.state != "INIT":
+        raise StateError('UnexpectedEvent("Takeover")')
+    if daemon.options.supervisor is None:
+        raise NydusError('UpgradeManager("MissingSupervisorPath")')
+    raise NotHereError
+
+
+def _sendfd(daemon: Supervisor, _request: Json) -> None:
+    """Refused, after the listener was let go: who listens there waits until somebody connects."""
+    if daemon.state == "INIT":
+        raise NotReadyError("NotReady")
+    if daemon.options.supervisor is None:
+        raise NotHereError
+    with socket.socket(socket.AF_UNIX) as wire:
+        wire.setblocking(False)
+        try:
+            wire.connect(daemon.options.supervisor)
+        except OSError as e:
+            kind = _KINDS.get(e.errno or 0, "Other")
+            cause = f"Os {{ code: {e.errno}, kind: {kind}, message: {json.dumps(os.strerror(e.errno or 0))} }}"
+            text = json.dumps(f"StorageBackendError(CreateUnixStream({cause}))")
+            raise NydusError(f"UpgradeManager({text})") from e
+    raise NotHereError
+
+
+def _events(daemon: Supervisor, _request: Json) -> Json:
+    return daemon.errors.shown()
+
+
+def _get_config(daemon: Supervisor, request: Json) -> Json:
+    """What was set at run time; secrets are told of, not told."""
+    wanted = request.get("id")
+    found: Json = {}
+    for name, values in daemon.settings.items():
+        for key, value in values.items():
+            if wanted is None or wanted == name:
+                found[key if wanted is not None else f"{name}:{key}"] = _HIDDEN if key in _SECRET else value
+    return found
+
+
+def _set_config(daemon: Supervisor, request: Json) -> None:
+    """Change how blobs of one image are fetched from now on. Raises NydusError, and then nothing is changed."""
+    from nydusd.logs import register_secret
+
+    name = str(request.get("id") or "")
+    values: dict[str, str] = request["values"]
+    if not set(values) <= set(SETTINGS):
+        raise NydusError("ResponsePayloadType")
+    for key in _SECRET:
+        if values.get(key):
+            register_secret(values[key])
+    image = daemon.images.get(name) or daemon.images.get(f"/{name}")
+    if image is not None:
+        try:
+            image.configure(values)
+        except ConfigError as e:
+            raise NydusError(f"Other({json.dumps(str(e), ensure_ascii=False)})") from e
+    daemon.settings.setdefault(name, {}).update(values)
+
+
+OPS: dict[str, Callable[[Supervisor, Json], object]] = {
+    "start": _start,
+    "takeover": _takeover,
+    "sendfd": _sendfd,
+    "events": _events,
+    "get_config": _get_config,
+    "set_config": _set_config,
+}

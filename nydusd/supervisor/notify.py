@@ -1,0 +1,45 @@
+"""Telling systemd how the daemon is: READY, STATUS, STOPPING and the watchdog's signs of life (sd_notify).
+
+Runs in the supervisor. A datagram that systemd does not take is lost, and nothing depends on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+
+
+class Notifier:
+    """Sends to `$NOTIFY_SOCKET`, which it takes out of the environment: children must not speak for the daemon."""
+
+    def __init__(self) -> None:
+        self._address = os.environ.pop("NOTIFY_SOCKET", "")
+        watched = os.environ.pop("WATCHDOG_USEC", "")
+        pid = os.environ.pop("WATCHDOG_PID", "")
+        ours = bool(self._address) and watched.isdecimal() and pid in ("", str(os.getpid()))
+        self.interval: float | None = int(watched) / 2_000_000 if ours and int(watched) > 0 else None
+        """Seconds between signs of life; None if nobody watches."""
+        self._due = 0.0
+
+    def send(self, *lines: str) -> None:
+        """Send assignments, such as `READY=1` and `STATUS=text`."""
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as wire,
+        ):
+            wire.setblocking(False)
+            wire.sendto("\n".join(lines).encode(), address)
+
+    def alive(self, now: float) -> None:
+        """Called in each turn of the loop: gives a sign of life when one is due."""
+        if self.interval is not None and now >= self._due:
+            self._due = now + self.interval
+            self.send("WATCHDOG=1")
+
+    def wait(self, now: float) -> float | None:
+        """Seconds until the next sign of life is due, None for never."""
+        return None if self.interval is None else max(0.0, self._due - now)
