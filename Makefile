@@ -29,6 +29,7 @@ lint: setup
 test: lint
 	scripts/need-fuse
 	scripts/need-registry
+	scripts/need-erofs
 	$(BIN)/python scripts/run-tests
 
 fuzz: setup
