@@ -18,7 +18,7 @@ _LEVELS = ("trace", "debug", "info", "warn", "error")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. The exit status: 0, 1 for an error, 2 for wrong arguments (and layers that do not fit together)."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         logs.setup(args.log_level, args.log_file, "image")
         args.run(args)
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The grammar of the command line: `parse_args(argv)` gives a namespace whose `run` does it."""
     parser = argparse.ArgumentParser(
         "nydus-image", description="Make images, check them and look into them.", allow_abbrev=False
     )

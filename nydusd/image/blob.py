@@ -7,6 +7,7 @@ is known which of them are new. The bytes depend on the chunks and their order a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from struct import Struct
 from typing import Protocol
@@ -76,13 +77,17 @@ class Plain(Protocol):
 
 
 class BlobWriter:
-    """One blob with the number `index` in the blob table. `add` chunks, then `finish_data`, then the tail."""
+    """One blob. `add` chunks, then `finish_data`, then the tail. `reserve` gives it its place in the blob table when it
+    gets its first chunk."""
 
-    def __init__(self, out: Output, settings: BlobSettings, index: int, plain: Plain | None = None) -> None:
+    def __init__(
+        self, out: Output, settings: BlobSettings, reserve: Callable[[], int], plain: Plain | None = None
+    ) -> None:
         self._out = out
         self._plain = plain
         self._settings = settings
-        self._index = index
+        self._reserve = reserve
+        self.index = -1
         self._cipher = settings.cipher()
         self._v2 = bool(settings.features & BlobFeature.CHUNK_INFO_V2)
         self._ci = bytearray()
@@ -110,6 +115,8 @@ class BlobWriter:
         """Store a new chunk. `data` is its stored form, or the chunk itself for a small one."""
         if self.count >= MAX_CHUNKS:
             raise ImageError(f"more than {MAX_CHUNKS} chunks in one blob: take a larger chunk size")
+        if self.index < 0:
+            self.index = self._reserve()
         crc, uoff = packed.crc, self._uoff
         flags = (_HAS_CRC if crc else 0) | (_ENCRYPTED if self._cipher else 0)  # readers refuse a checksum of 0
         if self._plain is not None:
@@ -124,7 +131,7 @@ class BlobWriter:
             self._record(coff, csize, piece.size, flags, crc)
         chunk = RawChunk(
             packed.digest,
-            self._index,
+            self.index,
             flags,
             csize,
             piece.size,
@@ -259,7 +266,7 @@ class BlobWriter:
         """The entry of the blob table, as far as it is known now."""
         settings, header = self._settings, self._header
         return BlobInfo(
-            index=self._index,
+            index=self.index,
             blob_id=blob_id,
             features=self._final_features(),
             chunk_size=settings.chunk_size,

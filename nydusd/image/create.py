@@ -14,21 +14,30 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from nydusd.errors import ConfigError
 from nydusd.formats.blob_id import check_blob_id
 from nydusd.formats.model import BlobInfo, RawChunk
 from nydusd.formats.superblock import SuperFlag
 from nydusd.formats.write.rafs_v6 import compressor_flag, digester_flag
 from nydusd.image.blob import INLINED_ID, BlobSettings, BlobWriter
+from nydusd.image.bootstrap_v5 import BootstrapV5
 from nydusd.image.bootstrap_v6 import BootstrapV6
 from nydusd.image.chunking import Chunker, Piece, pieces_of, slot_size, tasks_of
 from nydusd.image.errors import SourceError
 from nydusd.image.folder import scan
+from nydusd.image.known import KnownChunks, check_fits, open_dictionary
+from nydusd.image.load import standalone, tree_of
 from nydusd.image.node import Node
 from nydusd.image.options import BuildOptions
 from nydusd.image.output import Output, folder_of, write_file
+from nydusd.image.overlay import overlay
 from nydusd.image.pool import Pool
 from nydusd.image.prefetch import PrefetchPolicy, matched, storage_order
 from nydusd.image.progress import Progress
+from nydusd.image.reader import load_metadata
+from nydusd.image.tar.spool import TarFile
+from nydusd.image.tar.tree import read_tree
+from nydusd.image.whiteout import Whiteouts
 from nydusd.storage.cache.load import meta_file_bytes
 
 _DEV_NULL = Path("/dev/null")
@@ -49,21 +58,43 @@ class Built:
 def create(options: BuildOptions) -> Built:
     """Make the image. Raises `NydusError`: nothing is left then but what other runs made."""
     options.check()
-    return build(options, scan(os.fsencode(options.source), owners=not options.repeatable, whiteouts=options.whiteouts))
+    owners = not options.repeatable
+    if not options.kind.is_tar:
+        # Marks of removed files act on the parent's files; without a parent they mean nothing.
+        spec = Whiteouts.NONE if options.parent else options.whiteouts
+        return build(options, scan(os.fsencode(options.source), owners=owners, whiteouts=spec))
+    with TarFile(options.source, _spool_folder(options)) as tar:
+        tree = read_tree(tar.fd, tar.size, str(options.source), owners=owners)
+        return build(options, tree, tar.fd)
 
 
-def build(options: BuildOptions, tree: Node) -> Built:
-    """Make the image of a tree that was read before. Its nodes get their chunks, so a tree is good for one image."""
-    return _Build(options, tree).run()
+def build(options: BuildOptions, tree: Node, tar: int = -1) -> Built:
+    """Make the image of a tree that was read before; `tar` is the descriptor that its segments are in.
+
+    Its nodes get their chunks, so a tree is good for one image.
+    """
+    return _Build(options, tree, tar).run()
+
+
+def _spool_folder(options: BuildOptions) -> Path:
+    folder = options.blob_dir or options.cache_dir
+    if folder is None:
+        assert options.blob is not None
+        folder = options.blob.parent
+    return folder_of(folder)
 
 
 class _Build:
     """One image in the making."""
 
-    def __init__(self, options: BuildOptions, tree: Node) -> None:
+    def __init__(self, options: BuildOptions, tree: Node, tar: int) -> None:
         self._options = options
-        self._tree = tree
-        self._blobs: list[BlobInfo] = []
+        self._tar = tar
+        self._known = KnownChunks()
+        self._tree = self._over_parent(options.parent, tree) if options.parent is not None else tree
+        if options.chunk_dict is not None:
+            dictionary = open_dictionary(options.chunk_dict, options.version, options.chunk_size)
+            self._known.add_dictionary(dictionary, options.digester, options.blob_dir)
         key, iv = _fresh_key() if options.encrypt else (b"", b"")
         self._settings = BlobSettings(
             version=options.version,
@@ -71,18 +102,34 @@ class _Build:
             digester=options.digester,
             chunk_size=options.chunk_size,
             batch_size=options.batch_size,
+            aligned=options.version == 6 or options.aligned_chunk,
             inline=options.inline,
             toc=options.toc,
             cipher_key=key,
             cipher_iv=iv,
         )
 
+    def _over_parent(self, parent: Path, tree: Node) -> Node:
+        """The tree put over that of the parent image, whose chunks are then known."""
+        options = self._options
+        _, lower = load_metadata(parent)
+        check_fits("--parent-bootstrap", lower, options.version, options.chunk_size)
+        if bool(lower.flags & SuperFlag.EXPLICIT_UID_GID) == options.repeatable:
+            raise ConfigError("--parent-bootstrap: one image has owners and the other has none (--repeatable)")
+        if options.version == 5 and any(blob.digester != options.digester for blob in lower.blobs):
+            raise ConfigError("--parent-bootstrap: another digest algorithm, which RAFS v5 cannot mix")
+        self._known = KnownChunks([standalone(info, options.blob_dir) for info in lower.blobs])
+        for chunk in lower.raw_chunks():
+            if lower.blobs[chunk.blob_index].digester == options.digester:
+                self._known.add(chunk)
+        return overlay(tree_of(lower, str(parent)), tree, options.whiteouts)
+
     def run(self) -> Built:
         options = self._options
         with ExitStack() as stack:
             out = stack.enter_context(self._output())
             plain = stack.enter_context(Output(folder_of(options.cache_dir))) if options.cache_dir else None
-            writer = BlobWriter(out, self._settings, len(self._blobs), plain)
+            writer = BlobWriter(out, self._settings, self._known.reserve, plain)
             size = self._store(writer)
             ci = writer.finish_data()
             if options.inline:
@@ -99,7 +146,9 @@ class _Build:
         place = None
         if not options.inline:
             place = self._write_bootstrap(bootstrap.pack())
-        ids = [info.blob_id for info in self._blobs] + ([blob_id] if has_blob else [])
+        ids = [info.blob_id for info in self._blob_table(writer, blob_id)]
+        if has_blob and not writer.count:
+            ids.append(blob_id)
         return Built(place, blob, tuple(ids), bootstrap.names, size)
 
     def _output(self) -> Output:
@@ -136,38 +185,50 @@ class _Build:
         write_file(path, data)
         return path
 
-    def _bootstrap(self, writer: BlobWriter, blob_id: str) -> BootstrapV6:
+    def _blob_table(self, writer: BlobWriter, blob_id: str) -> list[BlobInfo]:
+        return [info or writer.info(blob_id) for info in self._known.blobs]
+
+    def _bootstrap(self, writer: BlobWriter, blob_id: str) -> BootstrapV5 | BootstrapV6:
         options = self._options
+        blobs = self._blob_table(writer, blob_id)
         flags = compressor_flag(options.compressor) | digester_flag(options.digester)
-        flags |= SuperFlag.AES_128_XTS if options.encrypt else SuperFlag.NOT_ENCRYPTED
         if not options.repeatable:
             flags |= SuperFlag.EXPLICIT_UID_GID
-        blobs = [*self._blobs, *([writer.info(blob_id)] if writer.count else [])]
         listed = options.prefetch_list if options.prefetch is PrefetchPolicy.FS else []
         nodes = matched(self._tree, listed)
-        return BootstrapV6(self._tree, blobs, flags=flags, chunk_size=options.chunk_size, prefetch=nodes)
+        size = options.chunk_size
+        if options.version == 5:
+            return BootstrapV5(
+                self._tree, blobs, flags=flags, chunk_size=size, digester=options.digester, prefetch=nodes
+            )
+        encrypted = any(blob.cipher for blob in blobs)
+        flags |= SuperFlag.AES_128_XTS if encrypted else SuperFlag.NOT_ENCRYPTED
+        return BootstrapV6(self._tree, blobs, flags=flags, chunk_size=size, prefetch=nodes)
 
     def _store(self, writer: BlobWriter) -> int:
         """Pack all files into the blob, and give each node its chunks. Bytes of all files."""
         options = self._options
         listed = [] if options.prefetch is PrefetchPolicy.NONE else options.prefetch_list
         order, first = storage_order(self._tree, listed)
+        stored = {id(node) for node in order if node.chunks}  # of the parent image
+        first -= sum(id(node) in stored for node in order[:first])
+        order = [node for node in order if id(node) not in stored]
         total = sum(node.size for node in order)
         small = options.batch_size // 2
-        chunker = Chunker(options.compressor, options.digester, self._settings.cipher())
+        known = self._known
+        chunker = Chunker(options.compressor, options.digester, self._settings.cipher(), self._tar, known.digests())
         progress = Progress(total)
-        known: dict[tuple[bytes, int], RawChunk] = {}
         processes = max(1, min(options.process_count(), total // options.chunk_size + 1))
         with Pool(chunker, processes, slot_size(options.chunk_size)) as pool:
             feed = _Feed(order, options.chunk_size, small)
             for task, results, data in pool.run(tasks_of(feed)):
                 at = 0
                 for piece, packed in zip(task.pieces, results, strict=True):
-                    key = packed.digest, piece.size
-                    chunk = known.get(key)
+                    chunk = known.find(packed.digest, piece.size)
                     if chunk is None:
-                        with data[at : at + packed.stored] as stored:
-                            chunk = known[key] = writer.add(piece, packed, stored)
+                        with data[at : at + packed.stored] as content:
+                            chunk = writer.add(piece, packed, content)
+                        known.add(chunk)
                     at += packed.stored
                     if feed.settle(chunk) < first:
                         writer.prefetch_size = writer.stored

@@ -20,6 +20,13 @@ class Source(Enum):
     """Where an image comes from, by the reference's names."""
 
     DIR_RAFS = "dir-rafs"
+    TAR_RAFS = "tar-rafs"
+    TARGZ_RAFS = "targz-rafs"
+    ESTARGZ_RAFS = "estargz-rafs"
+
+    @property
+    def is_tar(self) -> bool:
+        return self is not Source.DIR_RAFS
 
 
 @dataclass
@@ -46,6 +53,9 @@ class BuildOptions:
     toc: bool = False
     encrypt: bool = False
     repeatable: bool = False
+    aligned_chunk: bool = False
+    chunk_dict: str | None = None
+    parent: Path | None = None
     whiteouts: Whiteouts = Whiteouts.OCI
     prefetch: PrefetchPolicy = PrefetchPolicy.NONE
     prefetch_list: list[bytes] = field(default_factory=list)
@@ -65,6 +75,14 @@ class BuildOptions:
                 f"--chunk-size: {self.chunk_size:#x} does not fit into the chunk information that --batch-size and "
                 "--encrypt need; take half of it"
             )
+        if self.version == 5:
+            for name, value in (
+                ("batch-size", self.batch_size),
+                ("features blob-toc", self.toc),
+                ("encrypt", self.encrypt),
+            ):
+                if value:
+                    raise ConfigError(f"--{name} cannot be used with --fs-version 5")
         if self.encrypt and self.repeatable:
             raise ConfigError("--encrypt cannot be used with --repeatable: an encrypted blob has a random key")
         if self.encrypt and self.cache_dir is not None:

@@ -29,7 +29,7 @@ from nydusd.image.prefetch import parse_list, storage_order
 from nydusd.image.reader import ImageReader, load_metadata
 from nydusd.image.whiteout import Whiteouts
 from nydusd.storage.backend import make_backend
-from tests.image.build import HERE, create, image, refused, rows
+from tests.image.build import HERE, create, image, refused, rows, run_image
 from tests.support import manifest, oracle
 from tests.support.daemon import Daemon
 from tests.support.discipline import descendants, is_running, wait_until
@@ -61,7 +61,7 @@ def test_every_option_gives_the_source_tree_back(
     assert manifest.differences(expected, rows(create(tree, tmp_path, *options))) == []
 
 
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3], OPTIONS[7], OPTIONS[9]], ids=_names)
+@pytest.mark.parametrize("options", [OPTIONS[7], OPTIONS[9]], ids=_names)
 def test_daemon_shows_the_source_tree(
     tree: Path, expected: dict[str, Row], tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -231,6 +231,17 @@ def test_tree_without_content_becomes_an_image_without_chunks(tmp_path: Path, op
     assert not parsed.blobs
     assert manifest.differences(manifest.walk(source), rows(bootstrap)) == []
     assert len(list((tmp_path / "blobs").iterdir())) == bool(options)
+
+
+def test_command_ends_with_a_status_and_one_line_of_error(tree: Path, tmp_path: Path) -> None:
+    done = run_image("create", "-D", tmp_path, "-l", "info", tree)
+    assert done.returncode == 0 and done.stdout.startswith(b"373 names") and not done.stderr
+    for args, status, message in (
+        (("-D", str(tmp_path), "/no/such"), 1, "Error: /no/such: No such file or directory\n"),
+        (("-D", str(tmp_path), "--chunk-size", "1", str(tree)), 2, "Error: --chunk-size: 0x1 must be"),
+    ):
+        done = run_image("create", *args)
+        assert done.returncode == status and done.stderr.decode().startswith(message) and not done.stdout
 
 
 def test_summary_names_what_was_made(tree: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`nydus-image create [OPTIONS] SOURCE`: make an image of a folder."""
+"""`nydus-image create [OPTIONS] SOURCE`: make an image of a folder or a tar."""
 
 from __future__ import annotations
 
@@ -44,9 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--compressor", choices=_COMPRESSORS, default="zstd", metavar="NAME", help="none, lz4_block or zstd (zstd)")
     add("--digester", choices=_DIGESTERS, default="blake3", metavar="NAME", help="blake3 or sha256 (blake3)")
-    add("-v", "--fs-version", choices=("6",), default="6", metavar="N", help="RAFS version: 6")
+    add("-v", "--fs-version", choices=("5", "6"), default="6", metavar="N", help="RAFS version: 5 or 6 (6)")
     add("--features", choices=("blob-toc",), metavar="NAME", help="blob-toc: end the blob with a table of contents")
     add("-E", "--encrypt", action="store_true", help="encrypt the data; the key is in the metadata")
+    add("--aligned-chunk", action="store_true", help="begin chunks at 4 KiB borders in RAFS v5, too")
+    add("--chunk-dict", metavar="[bootstrap=]PATH", help="do not store chunks that this image has; refer to its blobs")
+    add("--parent-bootstrap", type=Path, metavar="PATH", help="put SOURCE over this image")
     add("--repeatable", action="store_true", help="leave owners out, so that whoever builds gets the same bytes")
     specs = [spec.value for spec in Whiteouts]
     add(
@@ -106,6 +109,9 @@ def _options(args: argparse.Namespace) -> BuildOptions:
         toc=args.features == "blob-toc",
         encrypt=args.encrypt,
         repeatable=args.repeatable,
+        aligned_chunk=args.aligned_chunk,
+        chunk_dict=args.chunk_dict,
+        parent=args.parent_bootstrap,
         whiteouts=Whiteouts(args.whiteout_spec),
         prefetch=policy,
         prefetch_list=[] if policy is PrefetchPolicy.NONE else parse_list(sys.stdin.buffer),
