@@ -32,6 +32,7 @@ test: lint
 	scripts/need-fuse
 	scripts/need-registry
 	scripts/need-containerd
+	scripts/need-erofs
 	$(BIN)/python scripts/run-tests
 
 test-containerd: setup

@@ -34,8 +34,8 @@ START, READ = "cold start, s", "cold read, MB/s"
 Figures = dict[str, float]
 PAGE = """# What a registry far away costs
 
-Time from the start of the daemon to the first byte of a small file, and speed of a cold read of a file of {size} MiB after it, from
-a registry that is 0, 5, 20 and 100 ms away: medians of {rounds} rounds, no prefetch, empty cache. `make bench-delays`
+Time from the start of the daemon to the first byte of a small file, and speed of a cold read of a file of {size} MiB after it,
+from a registry that is 0, 5, 20 and 100 ms away: medians of {rounds} rounds, no prefetch, empty cache. `make bench-delays`
 measures this; `bench/delays.py` says how, `NYDUSD_BENCH_OUT=docs` makes this page anew, `NYDUSD_REF` names a reference.
 
 {table}

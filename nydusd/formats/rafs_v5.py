@@ -188,6 +188,17 @@ class RafsV5:
             start += chunk_size
         return pieces
 
+    def file_chunks(self, ino: int) -> list[RawChunk]:
+        """The chunk infos of a regular file, in order."""
+        node = self._nodes.get(ino) or self._load(ino)
+        if node.inode.mode & S_IFMT != S_IFREG:
+            raise self._bad(ino, "inode.mode", f"{node.inode.mode:#o} is no regular file")
+        places = range(node.chunks, node.chunks + CHUNK_INFO_SIZE * node.number, CHUNK_INFO_SIZE)
+        chunks = [read_chunk_info(self._buf, place) for place in places]
+        for chunk in chunks:
+            self._check_chunk(ino, chunk)
+        return chunks
+
     def prefetch_inodes(self) -> list[int]:
         """The inos in the prefetch table. A directory stands for all regular files below it."""
         table = self._super.prefetch_table
@@ -207,15 +218,12 @@ class RafsV5:
             _, ino, mode, _ = _CHILD.unpack_from(self._buf, at)
             if ino != slot or mode & S_IFMT != S_IFREG:
                 continue
-            node = self._load(ino)
-            for place in range(node.chunks, node.chunks + CHUNK_INFO_SIZE * node.number, CHUNK_INFO_SIZE):
-                chunk = read_chunk_info(self._buf, place)
-                end = chunk.uoff + chunk.usize
-                if chunk.blob_index >= len(self._limits) or not _chunk_fits(
-                    self._limits[chunk.blob_index], chunk.index, end
-                ):
-                    raise self._bad_chunk(ino, chunk.blob_index, chunk.index, end)
-                yield chunk
+            yield from self.file_chunks(ino)
+
+    def _check_chunk(self, ino: int, chunk: RawChunk) -> None:
+        end = chunk.uoff + chunk.usize
+        if chunk.blob_index >= len(self._limits) or not _chunk_fits(self._limits[chunk.blob_index], chunk.index, end):
+            raise self._bad_chunk(ino, chunk.blob_index, chunk.index, end)
 
     def superblock_facts(self) -> dict[str, object]:
         """The superblock as the API's backend information shows it: same keys, same order as the reference."""

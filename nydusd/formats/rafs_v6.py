@@ -186,6 +186,16 @@ class RafsV6:
             start += chunk_size
         return pieces
 
+    def chunk_addresses(self, ino: int) -> list[tuple[int, int, int]]:
+        """(blob, index, uncompressed offset) of every chunk of a regular file, as stored: no pieces of a grid."""
+        inode = self.inode(ino)
+        if inode.mode & S_IFMT != S_IFREG:
+            raise self._bad(ino, "inode.mode", f"{inode.mode:#o} is no regular file")
+        self.extents(ino, 0, inode.size)  # checks every address
+        at, count = self._nodes[ino].data, (inode.size + self.chunk_size - 1) >> self._shift
+        stored = _ADDRESS.iter_unpack(self._buf[at : at + _ADDRESS.size * count])
+        return [((high & 0xFF) - 1, low | (high >> 8) << 16, block * self._block) for low, high, block in stored]
+
     def prefetch_inodes(self) -> list[int]:
         """The nids in the prefetch table. A directory stands for all regular files below it."""
         table = self._super.prefetch_table

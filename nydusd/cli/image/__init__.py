@@ -1,0 +1,1 @@
+"""The verbs of `nydus-image`, one file each."""

@@ -1,0 +1,68 @@
+"""The command `nydus-image`: make images and look into them. Its verbs are in `nydusd.cli.image`, one file each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from nydusd import logs
+from nydusd.cli.image import create
+from nydusd.errors import NydusError
+from nydusd.version import version_text
+
+VERBS = (create.VERB,)
+_LEVELS = ("trace", "debug", "info", "warn", "error")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. The exit status: 0, 1 for an error, 2 for wrong arguments (and layers that do not fit together)."""
+    args = build_parser().parse_args(argv)
+    try:
+        logs.setup(args.log_level, args.log_file, "image")
+        args.run(args)
+        sys.stdout.flush()
+    except NydusError as error:
+        print(f"Error: {' '.join(logs.clean(str(error)).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left; Python's own flush at exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The grammar of the command line: `parse_args(argv)` gives a namespace whose `run` does it."""
+    parser = argparse.ArgumentParser(
+        "nydus-image", description="Make images, check them and look into them.", allow_abbrev=False
+    )
+    _add_globals(parser, "warn", None)
+    parser.add_argument("-V", "--version", action="version", version=version_text("nydus-image").rstrip())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for verb in VERBS:
+        one = commands.add_parser(verb.name, help=verb.help, description=verb.help, allow_abbrev=False)
+        # Given after the verb they win; not given, they must not undo what stood before it.
+        _add_globals(one, argparse.SUPPRESS, argparse.SUPPRESS)
+        verb.add_arguments(one)
+        one.set_defaults(run=verb.run)
+    return parser
+
+
+def _add_globals(parser: argparse.ArgumentParser, level: str, file: str | None) -> None:
+    parser.add_argument(
+        "-l",
+        "--log-level",
+        choices=_LEVELS,
+        default=level,
+        metavar="LEVEL",
+        help="trace, debug, info, warn or error (warn)",
+    )
+    parser.add_argument("-L", "--log-file", default=file, metavar="PATH", help="log to this file (stderr)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

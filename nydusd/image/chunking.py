@@ -1,0 +1,216 @@
+"""Cuts files into chunks, hashes and packs them: what a worker process of the builder does.
+
+A task is a run of pieces (a chunk each) of at most a megabyte or so. The worker reads them, computes digest and
+checksum, and puts the stored form into its slot of shared memory. A chunk whose digest it has met before in this run is
+not packed again: workers get tasks in the order of the blob, so the first one is stored earlier than this one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nydusd.codec.cipher import XtsCipher
+from nydusd.codec.crc import crc32c
+from nydusd.codec.digest import hasher_for
+from nydusd.codec.pack import packer_for
+from nydusd.formats.model import Compressor, Digester
+from nydusd.image.errors import SourceError
+from nydusd.image.node import Node, Segment
+
+TASK_BYTES = 1 << 20
+TASK_PIECES = 256
+_PADDING = 18  # bytes that encryption may add to a tiny chunk
+_KNOWN_LIMIT = 1 << 20
+
+
+class Piece(NamedTuple):
+    """A chunk to be read: `size` bytes at `offset` of a file, found by its path on the host or by segments of a tar.
+
+    `file_size` and `changed` are what the scan saw; a file that is not so any more is an error. `small` chunks are
+    given back as they are: they will be packed together with others.
+    """
+
+    member: bytes
+    source: bytes | None
+    segments: tuple[Segment, ...]
+    offset: int
+    size: int
+    file_size: int
+    changed: int
+    small: bool
+
+
+class Packed(NamedTuple):
+    """What became of a piece: `stored` bytes in the slot (none if the chunk is known), packed or as they were."""
+
+    digest: bytes
+    crc: int
+    stored: int
+    compressed: bool
+
+
+class Task(NamedTuple):
+    """Pieces, and the nodes they belong to by position; the latter stay with the command."""
+
+    pieces: tuple[Piece, ...]
+
+    def __str__(self) -> str:
+        return f"{self.pieces[0].member!r} and what follows"
+
+
+def slot_size(chunk_size: int) -> int:
+    """Bytes of a slot that any task fits into."""
+    return max(chunk_size, TASK_BYTES) + chunk_size + _PADDING * TASK_PIECES
+
+
+def pieces_of(node: Node, chunk_size: int, small: int) -> Iterator[Piece]:
+    """The pieces of a file in order. Files of one chunk that is below `small` bytes are marked so."""
+    for offset in range(0, node.size, chunk_size):
+        size = min(chunk_size, node.size - offset)
+        segments = node.segments or ()
+        if len(segments) > 1 or offset or size < node.size:
+            segments = tuple(_cut(segments, offset, size))
+        yield Piece(
+            node.path,
+            node.source,
+            segments,
+            offset,
+            size,
+            node.size,
+            node.changed,
+            node.size <= chunk_size and size < small,
+        )
+
+
+def _cut(segments: Iterable[Segment], offset: int, size: int) -> Iterator[Segment]:
+    for start, length, at in segments:
+        begin, end = max(start, offset), min(start + length, offset + size)
+        if begin < end:
+            yield begin, end - begin, at + begin - start
+
+
+def tasks_of(pieces: Iterable[Piece]) -> Iterator[Task]:
+    """The same pieces in runs."""
+    run: list[Piece] = []
+    total = 0
+    for piece in pieces:
+        run.append(piece)
+        total += piece.size
+        if total >= TASK_BYTES or len(run) == TASK_PIECES:
+            yield Task(tuple(run))
+            run, total = [], 0
+    if run:
+        yield Task(tuple(run))
+
+
+@dataclass
+class Chunker:
+    """The work of the pool. `known` are digests that another image's blobs have already; `tar` is a descriptor."""
+
+    compressor: Compressor
+    digester: Digester
+    cipher: XtsCipher | None = None
+    tar: int = -1
+    known: set[bytes] = field(default_factory=set)
+    _path: bytes | None = None
+    _file: int = -1
+    _sparse: bool = False
+    _zeros: dict[int, tuple[bytes, int]] = field(default_factory=dict)
+
+    def __call__(self, task: Task, slot: memoryview) -> list[Packed]:
+        hasher, packer = hasher_for(self.digester), packer_for(self.compressor)
+        done: list[Packed] = []
+        at = 0
+        for piece in task.pieces:
+            data = self._read(piece)
+            digest, crc = self._summary(data, piece, hasher)
+            if digest in self.known:
+                done.append(Packed(digest, crc, 0, False))
+                continue
+            if len(self.known) >= _KNOWN_LIMIT:
+                self.known = set()
+            self.known.add(digest)
+            if data is None:
+                data = bytes(piece.size)
+            stored, compressed = (data, False) if piece.small else packer(data)
+            if self.cipher is not None and not piece.small:
+                stored = self.cipher.encrypt(stored)
+            slot[at : at + len(stored)] = stored
+            at += len(stored)
+            done.append(Packed(digest, crc, len(stored), compressed))
+        return done
+
+    def _summary(self, data: bytes | None, piece: Piece, hasher: Callable[[bytes], bytes]) -> tuple[bytes, int]:
+        """Digest and checksum; those of zeros are computed once a length."""
+        if data is not None:
+            return hasher(data), crc32c(data)
+        found = self._zeros.get(piece.size)
+        if found is None:
+            zeros = bytes(piece.size)
+            found = self._zeros[piece.size] = hasher(zeros), crc32c(zeros)
+        return found
+
+    def _read(self, piece: Piece) -> bytes | None:
+        """The bytes of a piece; None for nothing but zeros in a hole. Raises `SourceError`."""
+        if piece.source is None:
+            return self._read_tar(piece)
+        try:
+            self._open(piece, piece.source)
+            if self._sparse and self._hole(piece):
+                return None
+            data = os.pread(self._file, piece.size, piece.offset)
+            while len(data) < piece.size:
+                more = os.pread(self._file, piece.size - len(data), piece.offset + len(data))
+                if not more:
+                    raise SourceError(piece.member, f"it became shorter than {piece.file_size} bytes while it was read")
+                data += more
+        except OSError as error:
+            raise SourceError(piece.member, f"cannot be read: {error.strerror}") from error
+        return data
+
+    def _open(self, piece: Piece, path: bytes) -> None:
+        if self._path == path:
+            return
+        if self._file >= 0:
+            os.close(self._file)
+            self._file, self._path = -1, None
+        self._file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        info = os.fstat(self._file)
+        if info.st_size != piece.file_size or info.st_mtime_ns != piece.changed:
+            raise SourceError(
+                piece.member,
+                f"it changed while the image was made ({piece.file_size} bytes before, {info.st_size} now)",
+            )
+        self._sparse = info.st_blocks * 512 < info.st_size
+        self._path = path
+
+    def _hole(self, piece: Piece) -> bool:
+        try:
+            return os.lseek(self._file, piece.offset, os.SEEK_DATA) >= piece.offset + piece.size
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return True
+            raise
+
+    def _read_tar(self, piece: Piece) -> bytes | None:
+        if not piece.segments:
+            return None
+        if len(piece.segments) == 1 and piece.segments[0][:2] == (piece.offset, piece.size):
+            return self._pread(piece, piece.segments[0][2], piece.size)
+        data = bytearray(piece.size)
+        for start, length, at in piece.segments:
+            data[start - piece.offset : start - piece.offset + length] = self._pread(piece, at, length)
+        return bytes(data)
+
+    def _pread(self, piece: Piece, at: int, length: int) -> bytes:
+        try:
+            data = os.pread(self.tar, length, at)
+        except OSError as error:
+            raise SourceError(piece.member, f"cannot be read: {error.strerror}") from error
+        if len(data) != length:
+            raise SourceError(piece.member, f"the tar ends inside it ({len(data)} of {length} bytes at {at})")
+        return data

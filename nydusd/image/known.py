@@ -1,0 +1,87 @@
+"""Chunks that are in blobs already: those of a parent image, and those of a chunk dictionary. In memory.
+
+A chunk is the same if digest and length are. Blobs of the dictionary come into the blob table when the first of their chunks
+is used; the parent's are all in it from the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nydusd.errors import ConfigError
+from nydusd.formats.model import BlobInfo, Bootstrap, Digester, RawChunk
+from nydusd.image.blob import renumbered
+from nydusd.image.load import standalone
+from nydusd.image.reader import load_metadata
+
+Key = tuple[bytes, int]
+
+
+class KnownChunks:
+    """What is stored, and the blob table as far as it is known. `blobs` grows as dictionary blobs are used."""
+
+    def __init__(self, blobs: Sequence[BlobInfo] = ()) -> None:
+        self.blobs: list[BlobInfo | None] = list(blobs)
+        self._chunks: dict[Key, RawChunk] = {}
+        self._dictionary: dict[Key, RawChunk] = {}
+        self._dictionary_blobs: list[BlobInfo] = []
+        self._places: dict[int, int] = {}
+
+    def add(self, chunk: RawChunk) -> None:
+        """A chunk that is stored, with its index in our blob table."""
+        self._chunks.setdefault((chunk.digest, chunk.usize), chunk)
+
+    def add_dictionary(self, bootstrap: Bootstrap, digester: Digester, folder: Path | None) -> None:
+        """Chunks of another image that may be used; those hashed by another algorithm cannot be compared."""
+        for chunk in bootstrap.raw_chunks():
+            if bootstrap.blobs[chunk.blob_index].digester == digester:
+                self._dictionary.setdefault((chunk.digest, chunk.usize), chunk)
+        self._dictionary_blobs = [standalone(info, folder) for info in bootstrap.blobs]
+
+    def digests(self) -> set[bytes]:
+        """Of all chunks that are known now: workers need not pack these."""
+        return {digest for digest, _ in (*self._chunks, *self._dictionary)}
+
+    def find(self, digest: bytes, size: int) -> RawChunk | None:
+        """The stored chunk, with its index in our blob table; None if it is new."""
+        key = digest, size
+        chunk = self._dictionary.get(key)
+        if chunk is None:
+            return self._chunks.get(key)
+        place = self._places.get(chunk.blob_index)
+        if place is None:
+            info = self._dictionary_blobs[chunk.blob_index]
+            place = next((at for at, blob in enumerate(self.blobs) if blob and blob.blob_id == info.blob_id), -1)
+            if place < 0:
+                place = self.reserve()
+                self.blobs[place] = renumbered(info, place)
+            self._places[chunk.blob_index] = place
+        return chunk._replace(blob_index=place)
+
+    def reserve(self) -> int:
+        """A place in the blob table, to be filled in later."""
+        self.blobs.append(None)
+        return len(self.blobs) - 1
+
+
+def open_dictionary(argument: str, version: int, chunk_size: int) -> Bootstrap:
+    """The image that `--chunk-dict` names: `bootstrap=PATH` or `PATH`. Raises `ConfigError` if it does not fit."""
+    kind, equals, path = argument.partition("=")
+    if not equals:
+        path = argument
+    elif kind != "bootstrap":
+        raise ConfigError(f"--chunk-dict: {kind!r} is unknown: give bootstrap=PATH, or PATH")
+    _, bootstrap = load_metadata(Path(path))
+    check_fits("--chunk-dict", bootstrap, version, chunk_size)
+    return bootstrap
+
+
+def check_fits(option: str, bootstrap: Bootstrap, version: int, chunk_size: int) -> None:
+    """Raises `ConfigError` if chunks of that image cannot be used in an image of this version and chunk size."""
+    if bootstrap.version != version:
+        raise ConfigError(f"{option}: an image of version {bootstrap.version}; the new one has {version}")
+    if bootstrap.chunk_size != chunk_size:
+        raise ConfigError(f"{option}: chunks of {bootstrap.chunk_size:#x} bytes; the new image's have {chunk_size:#x}")
+    if any(blob.is_tarfs for blob in bootstrap.blobs):
+        raise ConfigError(f"{option}: a tarfs image, whose data has no chunks")

@@ -1,0 +1,132 @@
+"""Files that are being made: under a hidden temporary name in their folder until they are complete, then renamed.
+
+An error removes the temporary file; after SIGKILL it stays (`.nydus-image-….part`), and nothing ever has the final name
+that is not complete. Not flushed to the disk: after a power cut a file may be short, and its digest tells.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from nydusd.image.errors import ImageError
+
+_BUFFER = 1 << 20
+
+
+class Output:
+    """A file to be appended to, with the sha256 of what was `write`n. `with Output(folder) as out: ... out.publish(path)`.
+
+    An existing FIFO or device at `stream` is written to directly: some converters read the blob so while it is made.
+    Raises `ImageError` for every error of the file system, with the path.
+    """
+
+    def __init__(self, folder: Path, stream: Path | None = None) -> None:
+        self._hash = hashlib.sha256()
+        self._part: Path | None = None
+        self.position = 0
+        self.shown = stream or folder
+        try:
+            if stream is not None and _is_stream(stream):
+                self._file = open(stream, "wb", buffering=_BUFFER)  # noqa: SIM115 (closed in __exit__)
+                return
+            descriptor, name = tempfile.mkstemp(prefix=".nydus-image-", suffix=".part", dir=folder)
+            self._part = Path(name)
+            mask = os.umask(0)
+            os.umask(mask)
+            os.fchmod(descriptor, 0o666 & ~mask)
+            self._file = os.fdopen(descriptor, "w+b", buffering=_BUFFER)
+        except OSError as error:
+            raise _failed(self.shown, "cannot be written", error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+        except OSError as failure:
+            if error is None:
+                raise _failed(self.shown, "cannot be written", failure) from failure
+        finally:
+            if self._part is not None:
+                self._part.unlink(missing_ok=True)
+
+    def write(self, data: bytes | memoryview, *, hashed: bool = True) -> int:
+        """Append; the position at which the data begins."""
+        begin = self.position
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise _failed(self.shown, "cannot be written", error) from error
+        if hashed:
+            self._hash.update(data)
+        self.position += len(data)
+        return begin
+
+    def put(self, at: int, data: bytes | memoryview) -> None:
+        """Write at a place of a file that is not hashed. Holes stay holes."""
+        try:
+            self._file.seek(at)
+            self._file.write(data)
+        except OSError as error:
+            raise _failed(self.shown, "cannot be written", error) from error
+        self.position = max(self.position, at + len(data))
+
+    def extend(self, size: int) -> None:
+        """Make a file that is not hashed `size` bytes long."""
+        try:
+            self._file.flush()
+            os.ftruncate(self._file.fileno(), size)
+        except OSError as error:
+            raise _failed(self.shown, "cannot be written", error) from error
+        self.position = size
+
+    def digest(self) -> bytes:
+        """sha256 of all hashed bytes so far."""
+        return self._hash.digest()
+
+    def publish(self, path: Path) -> None:
+        """All is written: give the file its name, replacing what had it. A stream is only flushed."""
+        try:
+            self._file.flush()
+            if self._part is not None:
+                self._part.replace(path)
+                self._part = None
+        except OSError as error:
+            raise _failed(path, "cannot be written", error) from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A whole file at once, in the same way."""
+    with Output(path.parent, path) as out:
+        out.write(data, hashed=False)
+        out.publish(path)
+
+
+def folder_of(path: Path) -> Path:
+    """The folder, checked. Raises `ImageError` if it is none."""
+    if not path.is_dir():
+        raise ImageError(f"{path}: must be an existing folder")
+    return path
+
+
+def _is_stream(path: Path) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+def _failed(path: Path, what: str, error: OSError) -> ImageError:
+    hint = " (the disk is full)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return ImageError(f"{path}: {what}: {error.strerror}{hint}")

@@ -1,0 +1,142 @@
+"""An image opened for reading: its metadata, and the plain content of its files, straight from the blobs.
+
+Runs in the process of the command (check, unpack, export, compact) and needs no daemon and no cache. Everything that is
+read is verified by the digest or checksum that the image has for it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+from nydusd.formats import BootstrapKind, detect, open_bootstrap
+from nydusd.formats.blob_id import blob_id_from_path
+from nydusd.formats.model import BlobFeature, BlobInfo, Bootstrap, ChunkFlag, ChunkRecord
+from nydusd.image.errors import ImageError
+from nydusd.storage.backend.base import BlobBackend
+from nydusd.storage.cache.chunk_table import RECORD, ChunkTable, build_from_ci, build_from_raw, build_tarfs
+from nydusd.storage.cache.decode import ChunkDecoder, fetch_range
+from nydusd.storage.cache.load import extract_bootstrap, load_ci, load_digest_array
+
+_GROUPED = ChunkFlag.BATCH | ChunkFlag.ZRAN
+_KEPT_BYTES = 32 << 20
+_RUN_BYTES = 1 << 20
+
+
+def load_metadata(path: Path) -> tuple[bytes | mmap.mmap, Bootstrap]:
+    """The bytes of the metadata in the file, which may be a blob with the metadata inside, and its parser.
+
+    Raises `ImageError` for a file that cannot be read, `FormatError` for one that holds no image.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                raise ImageError(f"{path}: the file is empty")
+            data: bytes | mmap.mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    inlined = detect(memoryview(data)) is BootstrapKind.BLOB
+    if inlined:
+        whole = data
+        data = extract_bootstrap(lambda offset, length: whole[offset : offset + length], size, str(path))
+    path_id = blob_id_from_path(str(path))
+    return data, open_bootstrap(memoryview(data), str(path), path_id, extracted=inlined)
+
+
+class BlobReader:
+    """The chunks of one blob. Plain chunks that were just read are kept, up to 32 MiB."""
+
+    def __init__(self, bootstrap: Bootstrap, info: BlobInfo, backend: BlobBackend) -> None:
+        """Reads and checks the chunk information. Raises `FormatError` and `BackendError`."""
+        self.info = info
+        self._reader = backend.get_reader(info.blob_id)
+        ci = b""
+        if info.is_tarfs:
+            self.table: ChunkTable = build_tarfs(info)
+        elif info.has_ci:
+            meta = backend.get_reader(info.meta_blob_id)
+            header, ci = load_ci(info, meta.read)
+            digests = None
+            if info.features & BlobFeature.INLINED_CHUNK_DIGEST:
+                digests = load_digest_array(info, meta.read, meta.blob_size())
+            self.table = build_from_ci(info, ci, header, bootstrap.raw_chunks(), digests)
+        else:
+            self.table = build_from_raw(info, bootstrap.raw_chunks())
+        dictionaries = self.table.dict_offset
+        self._decoder = ChunkDecoder(info, lambda offset, size: ci[dictionaries + offset :][:size])
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._kept_bytes = 0
+
+    def record(self, chunk: int) -> ChunkRecord:
+        return ChunkRecord._make(RECORD.unpack_from(self.table.records, chunk * RECORD.size))
+
+    def digest(self, chunk: int) -> bytes:
+        return bytes(self.table.digests[32 * chunk : 32 * chunk + 32])
+
+    def plain(self, chunk: int) -> bytes:
+        """The bytes of a chunk. Raises `CorruptChunkError` for what is not what the image promises."""
+        found = self._kept.get(chunk)
+        if found is None:
+            self._load(chunk)
+            found = self._kept[chunk]
+        return found
+
+    def stored(self, chunk: int) -> bytes:
+        """A chunk as it is stored. Of no use for chunks of batches and contexts."""
+        record = self.record(chunk)
+        return bytes(self._reader.read(record.coff, record.csize))
+
+    def _load(self, first: int) -> None:
+        """Decode a chunk and those behind it that come with it: of its batch or context, or stored next to it."""
+        records = [self.record(first)]
+        while first + len(records) < self.table.count:
+            follower = self.record(first + len(records))
+            begin = records[0]
+            if begin.flags & _GROUPED:
+                if not follower.flags & _GROUPED or follower.ctx != begin.ctx:
+                    break
+            elif follower.flags & _GROUPED or follower.coff + follower.csize - begin.coff > _RUN_BYTES:
+                break
+            records.append(follower)
+        offset, length = fetch_range(records, self.table.contexts, 0, len(records) - 1)
+        data = memoryview(self._reader.read(offset, length)) if length else memoryview(b"")
+        decoded = self._decoder.decode_range(records, first, offset, data, self.digest, self.table.contexts)
+        while self._kept_bytes > _KEPT_BYTES:
+            _, old = self._kept.popitem(last=False)
+            self._kept_bytes -= len(old)
+        for chunk, plain in decoded:
+            if chunk not in self._kept:
+                self._kept[chunk] = bytes(plain)
+                self._kept_bytes += len(plain)
+
+
+class ImageReader:
+    """An image and its blobs, opened as they are needed."""
+
+    def __init__(self, path: Path, backend: BlobBackend | None) -> None:
+        """Raises `ImageError` or `FormatError`. Without a backend only the metadata can be read."""
+        self.data, self.bootstrap = load_metadata(path)
+        self._backend = backend
+        self._blobs: dict[int, BlobReader] = {}
+
+    def blob(self, index: int) -> BlobReader:
+        """A blob by its place in the blob table."""
+        found = self._blobs.get(index)
+        if found is None:
+            if self._backend is None:
+                raise ImageError("the data of the image is needed: name its blobs (--blob-dir or a backend)")
+            found = self._blobs[index] = BlobReader(self.bootstrap, self.bootstrap.blobs[index], self._backend)
+        return found
+
+    def content(self, ino: int) -> Iterator[bytes]:
+        """The bytes of a regular file, in pieces."""
+        size = self.bootstrap.inode(ino).size
+        step = self.bootstrap.chunk_size
+        for offset in range(0, size, step):
+            for extent in self.bootstrap.extents(ino, offset, min(step, size - offset)):
+                plain = self.blob(extent.blob).plain(extent.chunk)
+                yield plain[extent.offset : extent.offset + extent.length]

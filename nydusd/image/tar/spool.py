@@ -1,0 +1,165 @@
+"""A tar as a file that can be read at any place, whatever it comes as: plain, gzip or zstd, from a file or a pipe.
+
+What is compressed or comes through a pipe is written to a file without a name in `folder`, with holes where there are
+zeros: it is gone when the command ends, however it ends. Runs in the process of the command.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self, cast
+
+from nydusd.image.errors import ImageError
+
+_PIECE = 1 << 20
+_HOLE = 4096
+_MAX_SIZE = 1 << 44
+"""What the data of an image can be at most; a stream that inflates to more is a bomb."""
+
+GZIP_MAGIC = b"\x1f\x8b\x08"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+class TarFile:
+    """`with TarFile(path, folder) as tar:` an open descriptor `fd` of the plain tar, `size` bytes long.
+
+    `compressed` tells whether the file at `path` is. Raises `ImageError` for what cannot be read or inflated.
+    """
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path = path
+        try:
+            self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (closed in __exit__)
+        except OSError as error:
+            raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+        try:
+            self.compressed, self.size = self._prepare(folder)
+        except BaseException:
+            self._file.close()
+            raise
+        self.fd = self._file.fileno()
+
+    def _prepare(self, folder: Path) -> tuple[bool, int]:
+        try:
+            begin = _read(self._file, _PIECE)
+            seekable = self._file.seekable()
+            inflate = _inflater(begin, str(self.path))
+            if inflate is None and seekable:
+                return False, os.fstat(self._file.fileno()).st_size
+            source = self._file
+            pieces = _pieces(begin, source)
+            self._file, size = _spool(pieces if inflate is None else inflate(pieces), folder, str(self.path))
+            source.close()
+        except OSError as error:
+            raise ImageError(f"{self.path}: cannot be read: {error.strerror}") from error
+        return inflate is not None, size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """As much as there is, up to `size`: a pipe gives pieces."""
+    data = b""
+    while len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data
+
+
+def _pieces(begin: bytes, file: BinaryIO) -> Iterator[bytes]:
+    yield begin
+    while piece := file.read(_PIECE):
+        yield piece
+
+
+Inflate = Callable[[Iterator[bytes]], Iterator[bytes]]
+
+
+def _inflater(begin: bytes, where: str) -> Inflate | None:
+    if begin.startswith(GZIP_MAGIC):
+        return lambda pieces: _gunzip(pieces, where)
+    if begin.startswith(ZSTD_MAGIC):
+        return lambda pieces: _unzstd(pieces, where)
+    return None
+
+
+def _gunzip(pieces: Iterator[bytes], where: str) -> Iterator[bytes]:
+    """The plain bytes of any number of gzip members, a piece at a time. Zeros behind the last one are padding."""
+    from isal import isal_zlib
+
+    damaged = cast(type[Exception], isal_zlib.error)
+    stream = isal_zlib.decompressobj(31)
+    started = False
+    try:
+        for piece in pieces:
+            while piece:
+                if not started and not (piece := piece.lstrip(b"\0")):
+                    break
+                started = True
+                yield stream.decompress(piece, _PIECE)
+                piece = stream.unused_data if stream.eof else stream.unconsumed_tail
+                if stream.eof:
+                    stream, started = isal_zlib.decompressobj(31), False
+            while started and (more := stream.decompress(b"", _PIECE)):  # what the last piece still holds
+                yield more
+    except damaged as error:
+        raise ImageError(f"{where}: the gzip stream is damaged: {error}") from error
+    if started:
+        raise ImageError(f"{where}: the gzip stream ends too early: it is cut")
+
+
+class _Joined:
+    """Pieces as a file to read from, for the zstd library."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+
+    def read(self, _: int = -1) -> bytes:
+        return next(self._pieces, b"")
+
+
+def _unzstd(pieces: Iterator[bytes], where: str) -> Iterator[bytes]:
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+    try:
+        with decompressor.stream_reader(_Joined(pieces), read_across_frames=True) as reader:  # type: ignore[arg-type]
+            while piece := reader.read(_PIECE):
+                yield piece
+    except zstandard.ZstdError as error:
+        raise ImageError(f"{where}: the zstd stream is damaged: {error}") from error
+
+
+def _spool(pieces: Iterator[bytes], folder: Path, where: str) -> tuple[BinaryIO, int]:
+    try:
+        file = tempfile.TemporaryFile(dir=folder, buffering=_PIECE)  # noqa: SIM115 (the caller closes it)
+    except OSError as error:
+        raise ImageError(f"{folder}: cannot be written: {error.strerror}") from error
+    size = 0
+    try:
+        for piece in pieces:
+            if size + len(piece) > _MAX_SIZE:
+                raise ImageError(f"{where}: it inflates to more than {_MAX_SIZE} bytes")
+            if len(piece) >= _HOLE and not piece.strip(b"\0"):
+                file.seek(len(piece), os.SEEK_CUR)
+            else:
+                file.write(piece)
+            size += len(piece)
+        file.flush()
+        file.truncate(size)
+    except OSError as error:
+        file.close()
+        raise ImageError(f"{folder}: no place for the plain form of {where}: {error.strerror}") from error
+    except BaseException:
+        file.close()
+        raise
+    return file, size  # type: ignore[return-value]
