@@ -1,7 +1,8 @@
 """The slot arena: a bounded piece of POSIX shared memory through which chunk data travels between processes.
 
 The supervisor alone allocates (first fit, in pages) and keeps the leases; others get (offset, length) by message. A full
-arena is back-pressure: jobs wait until a slot is free. It is allocated in full when made, so it can't SIGBUS later.
+arena is back-pressure: jobs wait until a slot is free. A piece is backed by memory before it is given out, so it can't SIGBUS
+later; what nobody uses any more is given back to the system by `trim`.
 What holds after SIGKILL: a lease ends with the process that holds it, because only the supervisor's table counts.
 """
 
@@ -21,8 +22,10 @@ PAGE = 4096
 class Arena:
     """A mapped arena: `view` for everybody, `allocate` and `free` for the supervisor."""
 
-    def __init__(self, name: str, mapping: mmap.mmap) -> None:
+    def __init__(self, name: str, mapping: mmap.mmap, fd: int = -1) -> None:
         self.name = name
+        self._fd = fd
+        self._backed = False
         self._map = mapping
         self._view = memoryview(mapping)
         self.size = len(mapping)
@@ -39,13 +42,12 @@ class Arena:
         except (OSError, posix_ipc.Error) as e:
             raise CacheError(f"shared memory {name}: {e}") from e
         try:
-            os.posix_fallocate(shm.fd, 0, size)
-            return cls(name, mmap.mmap(shm.fd, size))
+            os.ftruncate(shm.fd, size)
+            return cls(name, mmap.mmap(shm.fd, size), shm.fd)
         except OSError as e:
+            shm.close_fd()
             posix_ipc.unlink_shared_memory(name)
             raise CacheError(f"shared memory {name}: {size} bytes: {e.strerror}", e.errno) from e
-        finally:
-            shm.close_fd()
 
     @classmethod
     def open(cls, name: str) -> Arena:
@@ -65,10 +67,15 @@ class Arena:
         return self._view[offset : offset + length]
 
     def allocate(self, length: int) -> int | None:
-        """Offset of a free piece of `length` bytes, None if there is none now."""
+        """Offset of a free piece of `length` bytes, None if there is none now. Raises CacheError when memory is full."""
         need = -(-max(length, 1) // PAGE) * PAGE
         for i, (offset, size) in enumerate(self._free):
             if size >= need:
+                try:
+                    os.posix_fallocate(self._fd, offset, need)
+                except OSError as e:
+                    raise CacheError(f"shared memory {self.name}: {need} bytes: {e.strerror}", e.errno) from e
+                self._backed = True
                 if size == need:
                     del self._free[i]
                 else:
@@ -89,9 +96,18 @@ class Arena:
                 merged.append((start, length))
         self._free = merged
 
+    def trim(self) -> None:
+        """Give all memory back to the system if no piece is given out."""
+        if self._backed and self.free_bytes() == self.size:
+            self._map.madvise(mmap.MADV_REMOVE)
+            self._backed = False
+
     def free_bytes(self) -> int:
         return sum(size for _, size in self._free)
 
     def close(self) -> None:
         self._view.release()
         self._map.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -359,6 +359,8 @@ class Supervisor:
         if now >= self._next_checkpoint:
             self._next_checkpoint = now + self.config.nydusd.checkpoint_interval
             self.router.checkpoint()
+            for table in (self.slots, self.stage):
+                table.trim()
         self.mounts.collect()
         # In this order: an idle decompress worker may have prefetch want a blob opened.
         self.decompress.pump()

@@ -53,15 +53,20 @@ class SlotTable:
         Nobody waits with a part of what he needs: so two cannot wait for each other. Raises CacheError.
         """
         offsets: list[int] = []
-        for length in lengths:
-            offset = self._make_room(length)
-            if offset is None:
+        granted = False
+        try:
+            for length in lengths:
+                offset = self._make_room(length)
+                if offset is None:
+                    return None
+                self._regions[offset] = _Region(offset, length, holders=1)
+                offsets.append(offset)
+            granted = True
+            return offsets
+        finally:
+            if not granted:
                 for taken in offsets:
                     self.drop(taken)
-                return None
-            self._regions[offset] = _Region(offset, length, holders=1)
-            offsets.append(offset)
-        return offsets
 
     def _make_room(self, length: int) -> int | None:
         while (offset := self.arena.allocate(length)) is None:
@@ -146,6 +151,11 @@ class SlotTable:
     def held(self) -> int:
         """Regions that somebody holds."""
         return sum(1 for region in self._regions.values() if region.holders)
+
+    def trim(self) -> None:
+        """Give the arena's memory back to the system if nothing is in it."""
+        if self._arena is not None:
+            self._arena.trim()
 
     def close(self) -> None:
         if self._arena is not None:

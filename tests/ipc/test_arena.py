@@ -6,7 +6,6 @@ import errno
 import os
 from collections.abc import Iterator
 
-import posix_ipc
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -78,11 +77,25 @@ def test_what_one_process_writes_the_other_sees(name: str) -> None:
     theirs.close()
 
 
-def test_size_is_whole_pages_allocated_in_full(name: str) -> None:
+def test_what_is_given_out_is_backed_by_memory_which_is_given_back_when_all_is_free(name: str) -> None:
     arena = Arena.create(name, 50 * PAGE + 1)
-    st_ = os.stat(f"/dev/shm{name}")
-    assert arena.size == st_.st_size == 51 * PAGE
-    assert st_.st_blocks * 512 >= st_.st_size
+
+    def backed() -> int:
+        return os.stat(f"/dev/shm{name}").st_blocks * 512
+
+    assert arena.size == os.stat(f"/dev/shm{name}").st_size == 51 * PAGE
+    assert backed() == 0
+    offsets = [arena.allocate(length) for length in (10 * PAGE, 1)]
+    assert backed() == 11 * PAGE
+    arena.view(0, 3)[:] = b"old"
+    arena.free(0, 10 * PAGE)
+    arena.trim()
+    assert backed() == 11 * PAGE, "a piece is still in use"
+    arena.free(offsets[1] or 0, 1)
+    arena.trim()
+    assert backed() == 0
+    assert arena.allocate(PAGE) == 0
+    assert bytes(arena.view(0, 3)) == bytes(3)
     arena.close()
 
 
@@ -97,15 +110,16 @@ def test_arena_of_a_former_daemon_stays_whole_for_who_maps_it(name: str) -> None
     new.close()
 
 
-def test_full_shared_memory_is_an_error_and_leaves_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_shared_memory_is_an_error_and_takes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_fd: int, _offset: int, _size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    arena = Arena.create(name, PAGE)
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(CacheError, match="No space left"):
-        Arena.create(name, PAGE)
-    with pytest.raises(posix_ipc.ExistentialError):
-        posix_ipc.SharedMemory(name)
+        arena.allocate(PAGE)
+    assert arena.free_bytes() == PAGE
+    arena.close()
 
 
 def test_absent_arena_is_an_error(name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Iterator
 
@@ -130,3 +132,19 @@ def test_shared_memory_that_is_full_is_an_error_and_can_be_tried_again(slots: Sl
         slots.reserve([PAGE])
     slots._size = PAGE
     assert slots.reserve([PAGE]) == [0]
+
+
+def test_memory_that_ends_in_mid_reservation_takes_nothing(slots: SlotTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, left = os.posix_fallocate, [1]
+
+    def once(fd: int, offset: int, size: int) -> None:
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left.pop()
+        real(fd, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", once)
+    with pytest.raises(CacheError, match="No space left"):
+        slots.reserve([4096, 4096])
+    assert slots.in_use() == 0
+    assert slots.held() == 0
