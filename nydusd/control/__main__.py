@@ -15,7 +15,7 @@ import zmq
 
 from nydusd import logs, proctitle
 from nydusd.control.server import ApiServer
-from nydusd.ipc.spec import read_spec
+from nydusd.ipc.spec import read_spec, ready
 
 
 def main() -> int:
@@ -26,6 +26,7 @@ def main() -> int:
     proctitle.set_title("api")
     log = spec["log"]
     logs.setup(log["level"], log.get("file"), "api", log.get("rotation_size", 0))
+    ready(spec)
     with socket.socket(fileno=spec["listen_fd"]) as listener, zmq.Context() as context:
         supervisor = context.socket(zmq.DEALER)
         supervisor.linger = 0

@@ -33,6 +33,12 @@ def read_spec(argv: Sequence[str]) -> Json:
     return spec
 
 
+def ready(spec: Json) -> None:
+    """The start is over: from here on this process has the same priority as its supervisor. To be called without threads."""
+    if "nice" in spec:
+        os.setpriority(os.PRIO_PROCESS, 0, int(spec["nice"]))
+
+
 def supervisor_gone(lifeline_fd: int) -> bool:
     """Whether the supervisor has died: the other end of the lifeline pipe is closed."""
     poll = select.poll()

@@ -80,6 +80,14 @@ def test_an_interrupt_is_remembered_until_the_read_is_answered(fd: int) -> None:
     assert [flag for _, _, flag in Journal(fd).left()] == [False, False]
 
 
+def test_a_place_that_is_dropped_twice_is_given_once(fd: int) -> None:
+    journal = Journal(fd)
+    place = take(journal, 2)
+    journal.drop(place)
+    journal.drop(place)
+    assert take(journal, 4) != take(journal, 6)
+
+
 def test_it_is_full_when_it_is(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(fd)
     monkeypatch.setattr(journal, "_unused", 2)

@@ -95,9 +95,10 @@ class Journal:
         self._states[place] = INTERRUPTED
 
     def drop(self, place: int) -> None:
-        """A read is answered."""
-        self._states[place] = FREE
-        self._free.append(place)
+        """A read is answered. Twice is once: a place that two reads believed to be theirs would lose one of them."""
+        if self._states[place] != FREE:
+            self._states[place] = FREE
+            self._free.append(place)
 
     def left(self) -> Iterator[tuple[int, memoryview, bool]]:
         """What a predecessor had parked: place, READ request, whether it was interrupted. They stay until dropped."""
