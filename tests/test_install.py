@@ -50,7 +50,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(300)
 def test_commands_run_with_pinned_libraries_and_without_the_checkout(installed: Path, tmp_path: Path) -> None:
-    for command in ("nydusd", "nydusctl"):
+    for command in ("nydusd", "nydusctl", "nydus-image"):
         done = subprocess.run(
             [installed / "bin" / command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
         )

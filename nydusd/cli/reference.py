@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
-from nydusd.cli import arguments, nydusctl
+from nydusd.cli import arguments, nydus_image, nydusctl
 from nydusd.cli.reference_text import ABOUT, METRICS, SECTIONS, SUMMARY
 from nydusd.control import metrics
 from nydusd.version import BUILD_TIME, VERSION
@@ -38,10 +38,14 @@ class Command(NamedTuple):
     about: str
 
 
-def commands() -> tuple[Command, Command]:
-    """`nydusd` and `nydusctl`."""
+def commands() -> tuple[Command, ...]:
+    """`nydusd`, `nydusctl` and `nydus-image`."""
     docs = {" ".join(verb.words): sys.modules[verb.run.__module__].__doc__ or "" for verb in nydusctl.VERBS}
-    return _command(arguments.parser(), "nydusd", "", {}), _command(nydusctl.parser(), "nydusctl", "", docs)
+    return (
+        _command(arguments.parser(), "nydusd", "", {}),
+        _command(nydusctl.parser(), "nydusctl", "", docs),
+        _command(nydus_image.build_parser(), "nydus-image", "", {}),
+    )
 
 
 def files() -> dict[str, str]:

@@ -7,9 +7,10 @@ from typing import Final
 SUMMARY: Final = {
     "nydusd": "mount container images before their data has arrived",
     "nydusctl": "ask and steer a running nydusd",
+    "nydus-image": "make and look into container images for nydusd",
 }
 
-ABOUT: Final = {
+ABOUT: Final[dict[str, str]] = {
     "nydusd": """
 `nydusd` mounts a RAFS v5 or v6 image at once and fetches its data when somebody reads it. The process that is started
 supervises the others: front ends that answer the kernel, workers that fetch and decompress, and the one that serves the REST
@@ -17,6 +18,10 @@ API. None of them takes the mount down when it dies.
 
 Without a command, `fuse` is meant. Options of `fuse` stand after it, or anywhere without it; the global ones may stand before
 or after the command.
+""",
+    "nydus-image": """
+`nydus-image` makes RAFS images of folders and tar files: a bootstrap, which holds the metadata, and blobs, which hold the data.
+`nydusd` mounts them.
 """,
     "nydusctl": """
 `nydusctl` talks to the REST API of a daemon on its unix socket, which only the daemon's user may open. It never looks at a
@@ -65,6 +70,10 @@ daemon: write the stacks of that process to the log.
             "`NO_COLOR`: no colours, also on a terminal. Without a terminal there are none in any case.",
         ),
         ("SEE ALSO", _SEE_ALSO.format("nydusd")),
+    ),
+    "nydus-image": (
+        ("EXIT STATUS", "0, or 1 with one line on standard error when an image cannot be made, 2 for wrong arguments."),
+        ("SEE ALSO", "`nydusd`(8)"),
     ),
 }
 

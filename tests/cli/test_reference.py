@@ -31,7 +31,7 @@ def test_check_says_what_is_stale() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("name", ["nydusd", "nydusctl"])
+@pytest.mark.parametrize("name", ["nydusd", "nydusctl", "nydus-image"])
 def test_man_page_is_well_formed_and_names_every_option(name: str) -> None:
     path = ROOT / "man" / f"{name}.8"
     lint = subprocess.run(

@@ -80,8 +80,10 @@ def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
     answers: dict[str, dict[str, object]] = {}
 
     def answer(name: str, path: str) -> bytes:
-        answers[name] = api.get(path)
-        return json.dumps(answers[name], indent=1).encode()
+        text = api.text(path)
+        data = json.loads(text) if text else None  # 204: there is nothing to tell
+        answers[name] = data if isinstance(data, dict) else {}
+        return json.dumps(data, indent=1).encode()
 
     for name, path in _ANSWERS.items():
         report.take(name, partial(answer, name, path))
