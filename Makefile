@@ -2,9 +2,10 @@
 
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 BIN := .venv/bin
-CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests
+PREFIX ?= /usr/local
+CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests scripts/reference
 
-.PHONY: help setup demo test test-containerd lint fuzz bench bench-delays clean
+.PHONY: help setup demo test test-containerd lint fuzz bench bench-delays reference install clean
 
 help:
 	@echo 'make demo    mount a packed image, read it cold and warm, show what was fetched'
@@ -12,6 +13,8 @@ help:
 	@echo 'make test-containerd  of these, what containerd and nydus-snapshotter do with the daemon'
 	@echo 'make lint    the checks alone'
 	@echo 'make fuzz    at least 100,000 mutated inputs through every parser (FUZZ_INPUTS=N)'
+	@echo 'make install  into PREFIX (/usr/local), below DESTDIR if that is set'
+	@echo 'make reference  write the man pages and shell completions anew'
 	@echo 'make bench   figures against the kernel'"'"'s EROFS, and against a reference binary if $$NYDUSD_REF names one'
 	@echo 'make bench-delays   cold start and cold read at 0, 5, 20 and 100 ms of round trip, $$NYDUSD_REF as above'
 	@echo 'make setup   what the others do first: system packages, .venv, pinned libraries'
@@ -33,6 +36,7 @@ test: lint
 	scripts/need-registry
 	scripts/need-containerd
 	scripts/need-erofs
+	scripts/need-shells
 	$(BIN)/python scripts/run-tests
 
 test-containerd: setup
@@ -52,6 +56,12 @@ bench: setup
 bench-delays: setup
 	scripts/need-fuse
 	$(BIN)/python -m bench.delays
+
+install: setup
+	PYTHON='$(PYTHON)' PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' scripts/install
+
+reference: setup
+	@$(BIN)/python scripts/reference
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

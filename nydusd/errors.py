@@ -125,6 +125,12 @@ class StaleCacheError(CacheError):
     temporary: ClassVar[bool] = True
 
 
+class EvictedError(CacheError):
+    """Chunks were taken out of the cache file, to make room, while they were read. Asking again fetches them anew."""
+
+    temporary: ClassVar[bool] = True
+
+
 class MountError(NydusError):
     """mount(2), umount(2) or the FUSE hand-shake failed."""
 

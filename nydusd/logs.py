@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from typing import Final
 
 from nydusd.errors import ConfigError
@@ -32,6 +33,8 @@ LEVELS: Final = {
 }
 """Levels by the names of the command line and the API (`off` in the API only)."""
 _NAMES: Final = {TRACE: "TRACE", 10: "DEBUG", 20: "INFO", 30: "WARN", 40: "ERROR", 50: "ERROR"}
+_PRIORITIES: Final = ((40, 3), (30, 4), (20, 6), (0, 7))
+"""Levels and what syslog calls them."""
 _KEPT_FILES: Final = 10
 _MIN_SECRET: Final = 4
 """Shorter values are not masked: they occur in innocent text, and every log line would be unreadable."""
@@ -50,13 +53,19 @@ def setup(level: str, file: str | None, role: str, rotation_size: int = 0) -> No
     Raises `ConfigError` for an unknown level or a file that cannot be opened.
     """
     handler = _Handler(_log_path(file) if file is not None else None, rotation_size)
-    handler.setFormatter(_Formatter(role))
+    handler.setFormatter(_JournalFormatter(role) if file is None and to_journal() else _Formatter(role))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
         old.close()
     root.addHandler(handler)
     set_level(level)
+
+
+def setup_child(spec: Mapping[str, object], role: str) -> None:
+    """`setup` for a child process, from the `log` of its spec: `level`, and optionally `file` and `rotation_size`."""
+    file, size = spec.get("file"), spec.get("rotation_size", 0)
+    setup(str(spec["level"]), None if file is None else str(file), role, size if isinstance(size, int) else 0)
 
 
 def set_level(level: str) -> None:
@@ -71,6 +80,11 @@ def level_name() -> str:
     """The name of this process's level, as `set_level` takes it."""
     number = logging.getLogger().level
     return next((name for name, value in LEVELS.items() if value == number), "info")
+
+
+def current_file() -> str | None:
+    """Where this process logs to; None: stderr."""
+    return next((handler.path for handler in logging.getLogger().handlers if isinstance(handler, _Handler)), None)
 
 
 def register_secret(value: str) -> None:
@@ -95,6 +109,15 @@ def _log_path(file: str) -> str:
     return os.path.join(folder, name)
 
 
+def to_journal() -> bool:
+    """Whether stderr is connected to systemd's journal, which keeps time and process of each line by itself."""
+    stream = os.environ.get("JOURNAL_STREAM", "")
+    with contextlib.suppress(OSError):
+        facts = os.fstat(2)
+        return stream == f"{facts.st_dev}:{facts.st_ino}"
+    return False
+
+
 class _Formatter(logging.Formatter):
     def __init__(self, role: str) -> None:
         super().__init__()
@@ -111,6 +134,17 @@ class _Formatter(logging.Formatter):
         return f"[{when}.{micros:06d} +00:00] {level} {place}{self._prefix}{clean(text)}\n"
 
 
+class _JournalFormatter(_Formatter):
+    """Lines for the journal: each begins with its priority, and has no time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage().translate(_ESCAPES)
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        priority = next((value for level, value in _PRIORITIES if record.levelno >= level), 7)
+        return "".join(f"<{priority}>{line}\n" for line in clean(self._prefix + text).split("\n"))
+
+
 class _Handler(logging.Handler):
     """Writes each record with one write(2) and never raises: a full disk must not stop a reader of the mount."""
 
@@ -124,6 +158,10 @@ class _Handler(logging.Handler):
         except (OSError, ValueError) as error:
             raise ConfigError(f"--log-file {path}: cannot be opened: {error}") from error
         faulthandler.register(signal.SIGUSR1, file=self._fd, all_threads=True)
+
+    @property
+    def path(self) -> str | None:
+        return self._path
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -7,6 +7,7 @@ running daemon, and starts a hot upgrade when they differ. So both come from `GI
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Final, TypedDict
 
@@ -35,6 +36,16 @@ def build_info() -> BuildInfo:
         "profile": PROFILE,
         "rustc": "Python {}.{}.{}".format(*sys.version_info[:3]),
     }
+
+
+def commit_on_disk() -> str:
+    """The `GIT_COMMIT` that a process started now would have: an upgrade may have replaced the files since we started."""
+    try:
+        with open(__file__, encoding="utf-8") as f:
+            found = re.search(r'^GIT_COMMIT: Final = "([^"]+)"', f.read(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found is not None else GIT_COMMIT
 
 
 def version_text(program: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,6 +149,14 @@ class OpenBlobs:
         if arena is None:
             arena = self._arenas[name] = Arena.open(name)
         return arena
+
+    def take_routes(self) -> dict[str, int]:
+        """Bytes that came from backends since the last call, by the way on which they came."""
+        found: Counter[str] = Counter()
+        for backend in self._backends.values():
+            found.update(backend.metrics.route_bytes)
+            backend.metrics.route_bytes.clear()
+        return dict(found)
 
     def connections(self) -> dict[str, int]:
         """Connections that are open now, by host."""

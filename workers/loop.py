@@ -26,6 +26,7 @@ def _handlers(role: str) -> dict[str, Handler]:
     """The jobs of a role. Imported here so that a process loads only what its role needs."""
     if role == "fetch":
         from workers.checkpoint import checkpoint
+        from workers.evict import evict, survey
         from workers.fetch import fetch
         from workers.inspect import find_folder, inspect_image
         from workers.prepare import prepare
@@ -38,6 +39,8 @@ def _handlers(role: str) -> dict[str, Handler]:
             "resolve": resolve,
             "inspect": inspect_image,
             "find_folder": find_folder,
+            "survey": survey,
+            "evict": evict,
         }
     from workers.fill import fill
 
@@ -50,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     title = f"{role} {spec['index']}"
     proctitle.set_title(title)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logs.setup(spec["log"]["level"], spec["log"]["file"], title)
+    logs.setup_child(spec["log"], title)
     log = logging.getLogger(__name__)
     handlers = _handlers(role)
     ready(spec)
@@ -74,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
                 answer = _run(handlers, blobs, job, log.exception)
                 if connections := blobs.connections():
                     answer["connections"] = connections
+                if routes := blobs.take_routes():
+                    answer["routes"] = routes
                 socket.send_multipart([DONE, encode(answer | {"id": job["id"]})])
         elif supervisor_gone(lifeline):
             return 0

@@ -36,9 +36,14 @@ def prepare(blobs: OpenBlobs, job: Json) -> Json:
     spec = blob.spec
     table = _chunk_table(blob)
     if spec.data_path is None:
-        identity, state = Identity(0, 0, table.uncompressed_size), bytearray(table.count)
+        count = _publish(spec, table, Identity(0, 0, table.uncompressed_size), bytearray(table.count))
     else:
-        identity, state = _cache_file(spec, spec.data_path, table)
+        count = _cache_file(spec, spec.data_path, table)
+    return {"count": table.count, "size": table.uncompressed_size, "ready": count}
+
+
+def _publish(spec: BlobSpec, table: ChunkTable, identity: Identity, state: bytearray) -> int:
+    """Make the segment known; gives how many chunks are ready."""
     segment = Segment.create(
         spec.segment,
         generation=spec.generation,
@@ -51,7 +56,7 @@ def prepare(blobs: OpenBlobs, job: Json) -> Json:
         state=bytes(state),
     )
     segment.close()
-    return {"count": table.count, "size": table.uncompressed_size, "ready": state.count(READY)}
+    return state.count(READY)
 
 
 def _raw_chunks(spec: BlobSpec) -> Iterator[RawChunk]:
@@ -121,14 +126,20 @@ def _write_whole(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable) -> tuple[Identity, bytearray]:
-    """Open or make the cache file and tell what is in it."""
+def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable) -> int:
+    """Open or make the cache file, tell what is in it, and publish that, while nobody takes anything out of it."""
     earlier = _earlier_segment(spec)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, whole = _open_data(path, table.uncompressed_size, earlier)
         try:
-            return _judge(spec, fd, whole, table, earlier)
+            map_file.lock(fd)
+            identity, state = _judge(spec, fd, whole, table, earlier)
+            ready = _publish(spec, table, identity, state)
+            # A front end may go on with an old file, but not with an old view of this one: chunks are taken out by the new.
+            if earlier is not None and (earlier.identity.dev, earlier.identity.ino) == (identity.dev, identity.ino):
+                earlier.retire()
+            return ready
         finally:
             os.close(fd)
     except OSError as e:

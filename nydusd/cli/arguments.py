@@ -78,6 +78,11 @@ def parse_arguments(argv: Sequence[str]) -> FuseOptions | SingletonOptions:
     return options
 
 
+def parser() -> argparse.ArgumentParser:
+    """The grammar as a whole, for whoever describes it."""
+    return _parsers()[0]
+
+
 def _check_instance(options: Options) -> None:
     if (options.id is None) != (options.supervisor is None):
         raise ConfigError("--id and --supervisor must be given together")

@@ -7,18 +7,30 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nydusd.cli.ctl import cache, info, metrics_backend, metrics_cache, metrics_fsstats, set_log_level
+from nydusd.cli.ctl import (
+    bugreport,
+    cache,
+    info,
+    metrics_backend,
+    metrics_cache,
+    metrics_fsstats,
+    set_log_level,
+    top,
+    trace,
+    workers,
+)
 from nydusd.cli.ctl.connection import Api
 from nydusd.cli.ctl.text import printable
 from nydusd.errors import NydusError
 
-VERBS = tuple(verb.VERB for verb in (info, set_log_level, metrics_backend, metrics_cache, metrics_fsstats, cache))
+_MODULES = (info, set_log_level, metrics_backend, metrics_cache, metrics_fsstats, cache, workers, top, trace, bugreport)
+VERBS = tuple(verb.VERB for verb in _MODULES)
 GROUPS = {"set": "change a setting of the daemon", "metrics": "what the daemon counts"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. The exit status: 0, 1 for an error, 2 for wrong arguments."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         for text in args.run(Api(args.sock), args):
             print(text, flush=True)
@@ -34,13 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The grammar of the command line."""
+    root = argparse.ArgumentParser(
         "nydusctl", description="Ask a running nydusd over its API socket.", allow_abbrev=False
     )
-    parser.add_argument("-S", "--sock", required=True, metavar="PATH", help="the daemon's API socket (its --apisock)")
-    parser.add_argument("-r", "--raw", action="store_true", help="print the answer as JSON on one line")
-    top = parser.add_subparsers(required=True, metavar="COMMAND")
+    root.add_argument("-S", "--sock", required=True, metavar="PATH", help="the daemon's API socket (its --apisock)")
+    root.add_argument("-r", "--raw", action="store_true", help="print the answer as JSON on one line")
+    top = root.add_subparsers(required=True, metavar="COMMAND")
     groups = {
         name: top.add_parser(name, help=text).add_subparsers(required=True, metavar="COMMAND")
         for name, text in GROUPS.items()
@@ -50,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         one = place.add_parser(verb.words[-1], help=verb.help)
         verb.add_arguments(one)
         one.set_defaults(run=verb.run)
-    return parser
+    return root
 
 
 if __name__ == "__main__":

@@ -294,6 +294,12 @@ class Tuning(Table, frozen=True, kw_only=True):
     worker_patience: Annotated[float, Meta(ge=0.1, le=86400)] = 10.0
     """Seconds in which a worker that has a job must show a sign of life; longer than any timeout of the backend."""
     arena_size: Annotated[int, Meta(ge=MIB, le=1 << 36)] = 64 * MIB
+    cache_quota: U64 = 0
+    """Bytes of disk that the cache folder may take; 0: as much as there is."""
+    cache_keep: Annotated[int, Meta(ge=0, le=86400)] = 10
+    """Seconds for which what was asked for stays in the cache, also above the quota."""
+    metrics_listen: str = ""
+    """IP:PORT at which metrics are served over TCP, besides the API socket; empty: nowhere."""
 
 
 class Config(Table, frozen=True, kw_only=True):

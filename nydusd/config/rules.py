@@ -7,6 +7,7 @@ Runs in the process that loads a configuration. It looks at the file system for 
 from __future__ import annotations
 
 import base64
+import ipaddress
 import os
 import re
 import stat
@@ -43,6 +44,7 @@ def check(config: Config) -> None:
         raise BadKey("version", f"must be 2, but is {config.version}")
     if config.backend is not None:
         _check_backend(config.backend)
+    _check_address("nydusd.metrics_listen", config.nydusd.metrics_listen)
     # Before the cache's prefetch table: a v1 text has only this one, and the message should speak of it.
     if config.rafs is not None:
         if config.rafs.mode not in ("direct", "cached"):
@@ -54,6 +56,18 @@ def check(config: Config) -> None:
     if config.overlay is not None:
         _not_empty("overlay.upper_dir", config.overlay.upper_dir)
         _not_empty("overlay.work_dir", config.overlay.work_dir)
+
+
+def _check_address(path: str, address: str) -> None:
+    """`IP:PORT` or nothing. No names: the supervisor, which binds it, must not wait for a name server."""
+    host, _, port = address.rpartition(":")
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        known = port.isascii() and port.isdigit() and 0 < int(port) < 65536
+    except ValueError:
+        known = False
+    if address and not known:
+        raise BadKey(path, f"must be IP:PORT, like 127.0.0.1:9300 or [::1]:9300, but is {address[:64]!r}")
 
 
 def warnings(config: Config) -> Iterator[str]:

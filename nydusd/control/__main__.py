@@ -1,12 +1,13 @@
 """`python -m nydusd.control --spec-fd N`: the API process, started by the supervisor.
 
-The spec: `listen_fd` (a unix socket that already listens), `front` (ZeroMQ endpoint of the supervisor), `log`
-(`{"level", "file", "rotation_size"}`, the last two optional), `lifeline_fd` (read end of a pipe that the supervisor holds
-open). Ends by itself when the supervisor is gone.
+The spec: `listen_fd` (a unix socket that already listens, -1 for none), `metrics_fd` (a TCP socket that does, optional),
+`front` (ZeroMQ endpoint of the supervisor), `log` (`{"level", "file", "rotation_size"}`, the last two optional),
+`lifeline_fd` (read end of a pipe that the supervisor holds open). Ends by itself when the supervisor is gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import sys
@@ -24,15 +25,18 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     spec = read_spec(sys.argv[1:])
     proctitle.set_title("api")
-    log = spec["log"]
-    logs.setup(log["level"], log.get("file"), "api", log.get("rotation_size", 0))
+    logs.setup_child(spec["log"], "api")
     ready(spec)
-    with socket.socket(fileno=spec["listen_fd"]) as listener, zmq.Context() as context:
+    with contextlib.ExitStack() as stack, zmq.Context() as context:
+        listener, metrics = (
+            stack.enter_context(socket.socket(fileno=spec[name])) if spec.get(name, -1) >= 0 else None
+            for name in ("listen_fd", "metrics_fd")
+        )
         supervisor = context.socket(zmq.DEALER)
         supervisor.linger = 0
         supervisor.connect(spec["front"])
         with supervisor:
-            ApiServer(listener, supervisor, spec["lifeline_fd"]).run()
+            ApiServer(listener, supervisor, spec["lifeline_fd"], metrics).run()
     return 0
 
 

@@ -32,8 +32,10 @@ class Request(NamedTuple):
 class Client:
     """An accepted connection. The server calls `read`, `next_request`, `answer`, `write` and asks for its state."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, paths: tuple[str, ...] = ()) -> None:
         self._sock = sock
+        self.paths = paths
+        """All that this client may ask for; empty: anything."""
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD)
         self._head: h11.Request | None = None
         self._body = bytearray()
@@ -133,10 +135,11 @@ class Client:
         self.waiting = False
         if self.closed:
             return
-        body = b"" if answer.payload is None else json.dumps(answer.payload, separators=(",", ":")).encode()
+        kind = answer.content_type or "application/json"
+        body = _body(answer)
         headers = [("Server", "Nydus API"), ("Connection", "close" if self._discarding else "keep-alive")]
         if answer.status != 204:
-            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+            headers += [("Content-Type", kind), ("Content-Length", str(len(body)))]
         response = h11.Response(status_code=answer.status, headers=headers, reason=b"")
         self._out += self._http.send(response) or b""
         if body and answer.status != 204 and not (self._head is not None and self._head.method == b"HEAD"):
@@ -188,6 +191,12 @@ class Client:
         self._sock.close()
         self._out.clear()
         self.closed = True
+
+
+def _body(answer: Answer) -> bytes:
+    if answer.content_type:
+        return str(answer.payload).encode()
+    return b"" if answer.payload is None else json.dumps(answer.payload, separators=(",", ":")).encode()
 
 
 def _content_length(request: h11.Request) -> int:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Final, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
+from nydusd.control.enrich import with_memory, with_states
+from nydusd.control.exposition import CONTENT_TYPE
 from nydusd.version import build_info
 
 Json = dict[str, object]
@@ -25,6 +27,8 @@ class Answer(NamedTuple):
 
     status: int
     payload: object = None
+    content_type: str = ""
+    """Of a payload that is text as it is, not JSON."""
 
 
 class Route(NamedTuple):
@@ -46,6 +50,8 @@ class Route(NamedTuple):
     """Of success. 204 has no body."""
     shape: Callable[[Json], object] | None = None
     """Changes the supervisor's answer."""
+    content_type: str = ""
+    """What `shape` gives is text of this type."""
     patience: float | None = None
     """Seconds until a question to the supervisor counts as not answered (503), if it may take longer than others."""
 
@@ -125,6 +131,22 @@ def _log_level(body: bytes) -> Json:
     return {"log_level": level.lower()}
 
 
+def _gc_order(body: bytes) -> Json:
+    """An optional JSON object with `target`, the bytes that a cache folder may still take afterwards."""
+    if not body:
+        return {"target": None}
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused(400, 'ParseBody(Error("the body is not JSON"))') from None
+    if not isinstance(data, dict):
+        raise Refused(400, 'ParseBody(Error("the body must be an object"))')
+    target = data.get("target")
+    if target is not None and (not isinstance(target, int) or isinstance(target, bool) or target < 0):
+        raise Refused(400, 'ParseBody(Error("target must be a number of bytes"))')
+    return {"target": target}
+
+
 def _with_version(info: Json) -> Json:
     return {"version": build_info(), **info}
 
@@ -163,6 +185,18 @@ def _mounting(op: str) -> Route:
 _BLOB = ("domain_id", "blob_id")
 _SET_LOG_LEVEL = Route("set_log_level", "Configure", body=_log_level, status=204)
 
+
+def _metrics_page(facts: Json) -> str:
+    from nydusd.control.metrics import page  # only where somebody scrapes
+
+    return page(facts)
+
+
+_PROMETHEUS = Route("prometheus", "GlobalMetrics", shape=_metrics_page, content_type=CONTENT_TYPE)
+
+METRICS_PATHS: Final = ("/metrics", "/metrics/prometheus", "/api/v1/metrics/prometheus")
+"""All that the TCP port for metrics serves."""
+
 ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/api/v1/daemon": {
         "GET": Route("daemon", "DaemonInfo", fixed={"api": 1}, shape=_with_version),
@@ -198,13 +232,25 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
         "PUT": Route("bind_blob", "CreateBlobObject", body=_blob_entry, status=204, patience=60.0),
         "DELETE": Route("delete_blob", "DeleteBlobObject", takes=_BLOB, any_of=_BLOB, status=204),
     },
+    **{path: {"GET": _PROMETHEUS} for path in METRICS_PATHS},
     "/api/v1/nydusd/cache": {"GET": Route("cache", "BlobcacheMetrics")},
-    "/api/v1/nydusd/workers": {"GET": Route("workers", "GlobalMetrics")},
+    "/api/v1/nydusd/chunks": {"GET": Route("chunks", "BlobcacheMetrics", takes=("blob_id",), shape=with_states)},
+    "/api/v1/nydusd/load": {"GET": Route("load", "GlobalMetrics")},
+    "/api/v1/nydusd/mounts": {"GET": Route("mounts", "DaemonInfo")},
+    "/api/v1/nydusd/quota": {
+        "GET": Route("quota", "BlobcacheMetrics"),
+        "PUT": Route("gc", "BlobcacheMetrics", body=_gc_order),
+    },
+    "/api/v1/nydusd/trace": {"GET": Route("trace", "Pattern", takes=("mountpoint",))},
+    "/api/v1/nydusd/workers": {"GET": Route("workers", "GlobalMetrics", shape=with_memory)},
 }
 
 
-def resolve(method: str, target: str, body: bytes) -> Call:
-    """The operation that a request asks for. Raises `Refused` with the answer if it asks for none."""
+def resolve(method: str, target: str, body: bytes, paths: Collection[str] = ()) -> Call:
+    """The operation that a request asks for, with `paths` one at these paths only.
+
+    Raises `Refused` with the answer if it asks for none.
+    """
     if method not in ("GET", "PUT", "POST", "DELETE"):
         raise Refused(400, "BadRequest")
     try:
@@ -213,7 +259,7 @@ def resolve(method: str, target: str, body: bytes) -> Call:
         query = dict(reversed(parse_qsl(url.query, keep_blank_values=True, max_num_fields=64)))
     except ValueError:
         raise Refused(400, "BadRequest") from None
-    methods = ROUTES.get(url.path)
+    methods = ROUTES.get(url.path) if not paths or url.path in paths else None
     if methods is None:
         raise Refused(404, "NoRoute")
     route = methods.get(method)
@@ -256,7 +302,7 @@ def answer(route: Route, reply: Json) -> Answer:
         return Answer(204)
     if route.shape is not None and isinstance(result, dict):
         result = route.shape(result)
-    return Answer(route.status, result)
+    return Answer(route.status, result, route.content_type)
 
 
 _INNER = re.compile(r"(DaemonAbnormal|MountFilesystem|Metrics)\(.*\)|ResponsePayloadType", re.DOTALL)

@@ -21,7 +21,7 @@ import zmq
 
 from nydusd import logs
 from nydusd.control.client import Client, Request
-from nydusd.control.routes import Answer, Call, Refused, answer, error_answer, resolve
+from nydusd.control.routes import METRICS_PATHS, Answer, Call, Refused, answer, error_answer, resolve
 from nydusd.errors import InternalError
 from nydusd.ipc.messages import CONTROL, NUMBER, decode, encode
 
@@ -47,11 +47,19 @@ class _Question(NamedTuple):
 
 
 class ApiServer:
-    """Serves until the lifeline closes. The caller owns the three handles."""
+    """Serves until the lifeline closes. The caller owns the handles; who comes to `metrics` is served metrics only."""
 
-    def __init__(self, listener: socket.socket, supervisor: zmq.Socket[bytes], lifeline_fd: int) -> None:
-        listener.setblocking(False)
-        self._listener = listener
+    def __init__(
+        self,
+        listener: socket.socket | None,
+        supervisor: zmq.Socket[bytes],
+        lifeline_fd: int,
+        metrics: socket.socket | None = None,
+    ) -> None:
+        self._listeners = [sock for sock in (listener, metrics) if sock is not None]
+        for sock in self._listeners:
+            sock.setblocking(False)
+        self._metrics = metrics
         self._supervisor = supervisor
         self._lifeline_fd = lifeline_fd
         self._selector = selectors.DefaultSelector()
@@ -84,8 +92,8 @@ class ApiServer:
         for key, mask in self._selector.select(self._timeout()):
             if isinstance(key.data, Client):
                 self._serve(key.data, mask)
-            elif key.fileobj is self._listener:
-                self._accept()
+            elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._listeners:
+                self._accept(key.fileobj)
             elif key.fd == self._lifeline_fd and not os.read(self._lifeline_fd, 4096):
                 self._begin_end()
         # Always, whatever woke us: ZeroMQ's fd signals only a change, and sending may swallow one.
@@ -110,22 +118,24 @@ class ApiServer:
 
     def _listen(self, on: bool) -> None:
         if on and not self._listening:
-            self._selector.register(self._listener, selectors.EVENT_READ, None)
+            for sock in self._listeners:
+                self._selector.register(sock, selectors.EVENT_READ, None)
         elif not on and self._listening:
-            self._selector.unregister(self._listener)
+            for sock in self._listeners:
+                self._selector.unregister(sock)
             self._listen_again = time.monotonic() + _ACCEPT_PAUSE
         self._listening = on
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock, _ = listener.accept()
         except OSError as error:
             if error.errno in _NO_FILES:
                 log.warning("cannot accept a client: %s", error.strerror)
                 self._listen(False)
             return
         sock.setblocking(False)
-        client = Client(sock)
+        client = Client(sock, METRICS_PATHS if listener is self._metrics else ())
         self._clients.add(client)
         client.watch(self._selector)
         if len(self._clients) >= _MAX_CLIENTS:
@@ -162,7 +172,7 @@ class ApiServer:
 
     def _handle(self, client: Client, request: Request) -> None:
         try:
-            call = resolve(request.method, request.target, request.body)
+            call = resolve(request.method, request.target, request.body, client.paths)
         except Refused as refused:
             client.answer(refused.answer)
             return

@@ -5,7 +5,7 @@ Pure; used to turn the entries of a prefetch list into files. Runs in whichever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from nydusd.errors import FormatError
 from nydusd.formats.model import Bootstrap, DirEntry
@@ -51,3 +51,31 @@ def walk(bootstrap: Bootstrap, ino: int, limit: int, where: str = "bootstrap") -
         elif mode & S_IFMT == S_IFREG and entry.ino not in files:
             files.add(entry.ino)
             yield entry.ino
+
+
+def paths_of(bootstrap: Bootstrap, inodes: Set[int]) -> dict[int, bytes]:
+    """A path from the root ("/usr/bin/env") for each of these inodes that is in the tree: the first in the walk's order.
+
+    Ends as soon as all are found. Raises what `walk` raises.
+    """
+    names: dict[int, bytes] = {}
+    stack: list[tuple[bytes, Iterator[DirEntry]]] = [(b"/", bootstrap.readdir(bootstrap.root_ino, 0))]
+    directories = {bootstrap.root_ino}
+    while stack and len(names) < len(inodes):
+        folder, entries = stack[-1]
+        entry = next(entries, None)
+        if entry is None:
+            stack.pop()
+            continue
+        if entry.name in (b".", b".."):
+            continue
+        if entry.ino in inodes:
+            names.setdefault(entry.ino, folder + entry.name)
+        if bootstrap.inode(entry.ino).mode & S_IFMT == S_IFDIR:
+            if entry.ino in directories:
+                raise FormatError("bootstrap", "tree", f"directory {entry.ino} ({entry.name!r}) is reached twice")
+            if len(stack) >= MAX_DEPTH:
+                raise FormatError("bootstrap", "tree", f"directory {entry.ino} is more than {MAX_DEPTH} levels deep")
+            directories.add(entry.ino)
+            stack.append((folder + entry.name + b"/", bootstrap.readdir(entry.ino, 0)))
+    return names

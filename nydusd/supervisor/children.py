@@ -16,6 +16,7 @@ from nydusd.errors import NydusError
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import write_spec
 from nydusd.storage.backend.base import HEADER_VARIABLE
+from nydusd.version import commit_on_disk
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class Child:
         self.index = index
         self.module = module
         self.generation = 0
+        self.commit = ""
+        """Which build its process runs: a fresh interpreter loads what is on disk when it starts."""
         self.process: subprocess.Popen[bytes] | None = None
         self.pidfd = -1
         self.restart_at: float | None = None
@@ -67,6 +70,7 @@ class Child:
         """
         self.generation += 1
         self.restart_at = None
+        self.commit = commit_on_disk()
         self.hung = False
         self._started = time.monotonic()
         try:

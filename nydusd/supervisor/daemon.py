@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -32,10 +33,11 @@ from nydusd.supervisor import report
 from nydusd.supervisor.children import Child, end_all
 from nydusd.supervisor.control_ops import ErrorRing
 from nydusd.supervisor.images import Image
-from nydusd.supervisor.listener import Listener
+from nydusd.supervisor.listener import Listener, metrics_socket
 from nydusd.supervisor.mounts import Mounts, first_request
 from nydusd.supervisor.notify import Notifier
 from nydusd.supervisor.pool import WorkerPool
+from nydusd.supervisor.quota import Quota
 from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.slots import SlotTable
@@ -89,6 +91,7 @@ class Supervisor:
         self._watch = Watch(config.nydusd.worker_patience)
         self._session: Session | None = None
         self._listener: Listener | None = None
+        self._metrics: socket.socket | None = None
         self._live: set[bytes] = set()
         self._stopping = False
         self._unmount = True
@@ -139,6 +142,8 @@ class Supervisor:
     def _open_api(self) -> None:
         if self.options.apisock is not None:
             self._listener = Listener(self.options.apisock)
+        self._metrics = metrics_socket(self.config.nydusd.metrics_listen)
+        if self._listener is not None or self._metrics is not None:
             self._add(Child("api", 0, "nydusd.control"))
 
     def _ready(self, what: str) -> None:
@@ -164,7 +169,7 @@ class Supervisor:
         self._poller.register(self._work, zmq.POLLIN)
         self._poller.register(self._wake, zmq.POLLIN)
         self.fetch = WorkerPool("fetch", self._send_job, lambda: None)
-        self.decompress = WorkerPool("decompress", self._send_job, lambda: self.router.prefetch())
+        self.decompress = WorkerPool("decompress", self._send_job, self._prefetch_more)
         rafs = self.config.rafs
         self.router = Router(
             self.factory,
@@ -178,6 +183,18 @@ class Supervisor:
             deadline=self.config.nydusd.read_deadline,
         )
         self.mounts.start(self.fetch, self.router, self.prefetch)
+        self.quota = Quota(
+            self._runtime.instance,
+            self.factory,
+            self.images.values,
+            lambda: [self.pid, *(child.pid for child in self.children)],
+            (self.fetch, self.decompress),
+            self.router.evictions,
+        )
+
+    def _prefetch_more(self) -> None:
+        if self.quota.allows_prefetch():
+            self.router.prefetch()
 
     # --- children ---------------------------------------------------------------------------------------------
 
@@ -193,9 +210,9 @@ class Supervisor:
             fds, more = self._frontend_spec(child.index)
             spec |= more
         elif child.role == "api":
-            assert self._listener is not None
-            fds.append(self._listener.fd)
-            spec |= {"listen_fd": self._listener.fd, "front": self._runtime.front}
+            listeners = [-1 if sock is None else sock.fileno() for sock in (self._listener, self._metrics)]
+            fds += [fd for fd in listeners if fd >= 0]
+            spec |= {"listen_fd": listeners[0], "metrics_fd": listeners[1], "front": self._runtime.front}
         else:
             spec |= {"role": child.role, "work": self._runtime.work}
             if child.role == "fetch":
@@ -334,9 +351,9 @@ class Supervisor:
         alive = self._notifier.wait(now)
         if alive is not None:
             until.append(now + alive)
-        wait = self.prefetch.wait(now)
-        if wait is not None:
-            until.append(now + max(wait, 0.05))
+        for wait in (self.prefetch.wait(now), self.quota.wait(now)):
+            if wait is not None:
+                until.append(now + max(wait, 0.05))
         return max(0.0, min(until) - now)
 
     def _turn(self, timeout: float) -> None:
@@ -362,6 +379,7 @@ class Supervisor:
             for table in (self.slots, self.stage):
                 table.trim()
         self.mounts.collect()
+        self.quota.tick(now)
         # In this order: an idle decompress worker may have prefetch want a blob opened.
         self.decompress.pump()
         self.fetch.pump()
@@ -393,6 +411,8 @@ class Supervisor:
                 steps.callback(self._try_unmount, self._session)
             if self._listener is not None:
                 steps.callback(self._listener.remove)
+            if self._metrics is not None:
+                steps.callback(self._metrics.close)
 
     @staticmethod
     def _try_unmount(session: Session) -> None:

@@ -33,6 +33,8 @@ class Image:
         """Name of the block in which front ends count."""
         self.files: str | None = None
         """What the names of the tables begin with in which they count by file, None if they do not."""
+        self.trace: str | None = None
+        """The file in which front ends note first reads."""
         self.released = False
         cache_config = _cache_config(config)
         self.caches = [
@@ -59,6 +61,7 @@ class Image:
             "bootstrap_size": self.metadata.size,
             "path_id": self.metadata.path_id,
             "extracted": self.metadata.extracted,
+            "trace": self.trace,
             "xattr": self.config.rafs.enable_xattr if self.config.rafs is not None else False,
             "counters": self.counters,
             "files": self.files if self.counts_files else None,

@@ -1,13 +1,16 @@
-"""The API's listening socket: bound by the supervisor, served by the API process, which may be replaced behind it."""
+"""The API's listening sockets: bound by the supervisor, served by the API process, which may be replaced behind them."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import stat
 from pathlib import Path
 
 from nydusd.errors import NydusError
+
+log = logging.getLogger(__name__)
 
 
 class Listener:
@@ -33,8 +36,7 @@ class Listener:
         finally:
             os.umask(mask)
 
-    @property
-    def fd(self) -> int:
+    def fileno(self) -> int:
         return self._socket.fileno()
 
     def remove(self) -> None:
@@ -45,3 +47,23 @@ class Listener:
                 self._path.unlink()
         except OSError:
             pass
+
+
+def metrics_socket(address: str) -> socket.socket | None:
+    """A TCP socket that listens at `IP:PORT`, None for "". One that cannot be had is logged: no mount fails by that."""
+    if not address:
+        return None
+    host, _, port = address.rpartition(":")
+    try:
+        sock = socket.socket(socket.AF_INET6 if host.startswith("[") else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host.strip("[]"), int(port)))
+            sock.listen(64)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as e:
+        log.warning("nydusd.metrics_listen %s: %s; no metrics are served there", address, e.strerror or e)
+        return None
+    return sock

@@ -9,6 +9,7 @@ After SIGKILL in the middle of a mount there is either no image, or a whole one:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -162,6 +163,7 @@ class Mounts:
                 self.table.check_unused(request.names)
             new = Image(request.place, request.source, request.config, facts, self._factory)
             new.counters, new.files = old.counters, old.files
+            new.trace = self._trace()
             try:
                 new.index = self.table.replace(request.names, new.spec(), same=facts.identity == old.metadata.identity)
             except NydusError:
@@ -205,9 +207,17 @@ class Mounts:
         name = f"{self._prefix}count.{serial}"
         make_counters(name, self.rows)
         image.counters, image.files = name, f"{self._prefix}files.{serial}"
+        image.trace = self._trace()
+
+    def _trace(self) -> str:
+        """A place for an image's trace of first reads, of its own: the next image there begins anew."""
+        return str(self._folder / f"trace.{next(self._serial)}")
 
     def _release(self, image: Image) -> None:
         image.release()
+        if image.trace is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(image.trace)
         if image.counters is not None:
             remove(image.counters)
         if image.files is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from itertools import count
 
@@ -44,6 +44,11 @@ class WorkerPool:
         self._refused: set[str] = set()
         self._numbers = count(1)
         self.jobs_done = 0
+        self.jobs_failed = 0
+        self.read_bytes: Counter[str] = Counter()
+        """Bytes that workers had from backends, by the priority of the job: who wanted them."""
+        self.route_bytes: Counter[str] = Counter()
+        """The same for backends over HTTP, by the way on which they came: origin, proxy, mirror."""
 
     def submit(self, job: Job) -> None:
         """Queue a job; it is sent by `pump`."""
@@ -109,6 +114,19 @@ class WorkerPool:
     def queued(self) -> int:
         return sum(map(len, self._queues.values()))
 
+    def load(self) -> Json:
+        """Workers that are there and that work, and the length of the queue by priority; and what only grows."""
+        queues = {priority.name.lower(): len(queue) for priority, queue in self._queues.items()}
+        return {
+            "workers": self.size,
+            "busy": len(self._busy),
+            "queued": queues,
+            "jobs_done": self.jobs_done,
+            "jobs_failed": self.jobs_failed,
+            "read_bytes": dict(self.read_bytes),
+            "route_bytes": dict(self.route_bytes),
+        }
+
     def pump(self) -> None:
         """Give jobs to idle workers."""
         while self._idle:
@@ -151,6 +169,9 @@ class WorkerPool:
         self.jobs_done += 1
         self._done[identity] += 1
         self._connections[identity] = answer.pop("connections", {})
+        self.jobs_failed += bool(answer.get("error") or answer.get("failed"))
+        self.read_bytes[job.priority.name.lower()] += answer.get("read_bytes", 0)
+        self.route_bytes.update(answer.pop("routes", {}))
         if job.cache is not None:
             _count(job.cache, job, answer)
         job.done(job, answer)

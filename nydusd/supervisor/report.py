@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nydusd.errors import ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.blob_cache import BlobCache
-from nydusd.supervisor import blobs, control_ops, metrics_ops, mount_ops
+from nydusd.supervisor import blobs, control_ops, metrics_ops, mount_ops, view
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor
@@ -25,7 +24,9 @@ def answer(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -
     """Reply to a control request, now or later: {"ok": …} or {"error": {"status", "message"}}."""
     op = str(request.get("op"))
     later = blobs.bind if op == "bind_blob" else mount_ops.OPS.get(op)
-    handler = _OPS.get(op) or control_ops.OPS.get(op) or metrics_ops.OPS.get(op) or blobs.OPS.get(op)
+    handler = (
+        _OPS.get(op) or control_ops.OPS.get(op) or metrics_ops.OPS.get(op) or blobs.OPS.get(op) or view.OPS.get(op)
+    )
     try:
         if later is not None:
             later(daemon, request, reply)
@@ -117,26 +118,6 @@ def _set_log_level(daemon: Supervisor, request: Json) -> None:
         raise ConfigError(f"log_level: {request.get('log_level')!r}: {e}") from e
 
 
-def _workers(daemon: Supervisor, _request: Json) -> Json:
-    now = time.monotonic()
-    pools = {"fetch": daemon.fetch, "decompress": daemon.decompress}
-    rows: list[Json] = []
-    for child in daemon.children:
-        row: Json = {"role": child.role, "index": child.index, "pid": child.pid, "generation": child.generation}
-        row |= {
-            "deaths": child.deaths,
-            "starts_in": None if child.restart_at is None else max(0.0, child.restart_at - now),
-        }
-        if child.role in pools:
-            row |= pools[child.role].facts(child.identity)
-        rows.append(row)
-    return {
-        "processes": rows,
-        "supervisor": daemon.pid,
-        "uptime": time.monotonic() - daemon.started,
-    }
-
-
 def _exit(daemon: Supervisor, _request: Json) -> None:
     daemon.ask_to_stop(unmount=False)
 
@@ -146,6 +127,5 @@ _OPS: dict[str, Callable[[Supervisor, Json], object]] = {
     "backend": _backend,
     "cache": _cache,
     "set_log_level": _set_log_level,
-    "workers": _workers,
     "exit": _exit,
 }

@@ -23,6 +23,7 @@ from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority, Request
 from nydusd.supervisor.checkpoints import Checkpoints
+from nydusd.supervisor.evictions import Evictions
 from nydusd.supervisor.launch import Launch
 from nydusd.supervisor.pool import ATTEMPTS, WorkerPool
 from nydusd.supervisor.room import Room
@@ -69,6 +70,7 @@ class Router:
         self._launch = Launch(fetch, decompress, slots, stage, prefetch, self._filled, self._count, amplify, deadline)
         self._room = Room(slots, self._launch.cut, self._launch.start_in)
         self._checkpoints = Checkpoints(factory, fetch, self._reopen)
+        self.evictions = Evictions(fetch, self._again, self._reopen)
         self.backend = {"reads": 0, "read_errors": 0, "read_bytes": 0}
 
     # --- what clients ask -------------------------------------------------------------------------------------

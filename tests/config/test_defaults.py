@@ -101,6 +101,9 @@ TUNING = {
     "checkpoint_interval": 5.0,
     "worker_patience": 10.0,
     "arena_size": 64 << 20,
+    "cache_quota": 0,
+    "cache_keep": 10,
+    "metrics_listen": "",
 }
 NOTHING = {"localdisk": None, "localfs": None, "oss": None, "s3": None, "registry": None, "http-proxy": None}
 

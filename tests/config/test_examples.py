@@ -13,7 +13,7 @@ BACKENDS = {"localfs-v1.json": "localfs", "localfs-v2.toml": "localfs", "registr
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in FOLDER.iterdir()} - {"README.md"} == set(BACKENDS)
+    assert {path.name for path in FOLDER.iterdir()} - {"README.md", "grafana.json"} == set(BACKENDS)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -381,3 +381,19 @@ def test_auth_from_elsewhere_replaces_the_one_in_the_text() -> None:
 def test_auth_from_elsewhere_is_nothing_to_a_local_folder() -> None:
     config = localfs_dir_config("/d")
     assert with_registry_auth(config, "not even base64", "test") is config
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1:9300", "0.0.0.0:1", "[::1]:65535"])
+def test_metrics_address(address: str) -> None:
+    assert (
+        load_config(json.dumps({"version": 2, "nydusd": {"metrics_listen": address}}), "c").nydusd.metrics_listen
+        == address
+    )
+
+
+@pytest.mark.parametrize(
+    "address", ["9300", ":9300", "localhost:9300", "127.0.0.1", "127.0.0.1:0", "1.2.3.4:65536", "::1:x"]
+)
+def test_metrics_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"nydusd\.metrics_listen: must be IP:PORT"):
+        load_config(json.dumps({"version": 2, "nydusd": {"metrics_listen": address}}), "c")

@@ -68,6 +68,10 @@ def refused(method: str, target: str, body: bytes = b"") -> tuple[int, str]:
         ("GET", "/api/v1/metrics/backend", b"", {"op": "metrics_backend", "id": None}),
         ("GET", "/api/v1/metrics/blobcache?id=", b"", {"op": "metrics_blobcache", "id": ""}),
         ("GET", "/api/v1/nydusd/cache", b"", {"op": "cache"}),
+        ("GET", "/api/v1/nydusd/chunks?blob_id=ab", b"", {"op": "chunks", "blob_id": "ab"}),
+        ("GET", "/api/v1/nydusd/load", b"", {"op": "load"}),
+        ("GET", "/api/v1/nydusd/trace?mountpoint=/a", b"", {"op": "trace", "mountpoint": "/a"}),
+        ("GET", "/api/v1/nydusd/workers", b"", {"op": "workers"}),
     ],
 )
 def test_request_becomes_an_operation(method: str, target: str, body: bytes, message: dict[str, object]) -> None:

@@ -42,6 +42,12 @@ class WholeDevice:
     def missing(self, vec: BlobIoVec, again: bool = False) -> list[ChunkRun]:
         return []
 
+    def describe(self, vec: object) -> str:
+        return "blob"
+
+    def evictions(self, vec: object) -> int:
+        return 0
+
     def refresh(self, vec: BlobIoVec) -> None:
         raise AssertionError("nothing is ever stale")
 

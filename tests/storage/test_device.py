@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nydusd.errors import CacheError, CorruptChunkError, StaleCacheError
+from nydusd.errors import CacheError, CorruptChunkError, EvictedError, StaleCacheError
 from nydusd.formats.model import Extent
 from nydusd.storage.api.device import BlobDevice
 from nydusd.storage.api.io import ChunkRun
@@ -328,3 +328,85 @@ class TestHints:
         device, segment = long
         segment.state[400:] = bytes([EMPTY]) * (self.COUNT - 400)
         assert len(self.read(device, [chunk for chunk in range(200) if chunk // 16 % 2])) >= 2
+
+
+class TestEviction:
+    def ready(self, blob: Blob) -> None:
+        for segment in blob.segments:
+            segment.state[:] = bytes([READY]) * len(PLACES)
+
+    def test_read_during_which_chunks_are_taken_away_does_not_count(
+        self, blob: Blob, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.ready(blob)
+        vec = [_extent(0), _extent(2)]
+        buf = memoryview(bytearray(SIZE))
+        real = os.preadv
+
+        def preadv(*args: object) -> int:
+            got = real(*args)  # type: ignore[arg-type]
+            blob.segments[0].epoch[0] += 1
+            return got
+
+        assert blob.device.missing(vec) == []
+        monkeypatch.setattr(os, "preadv", preadv)
+        with pytest.raises(EvictedError):
+            blob.device.read_into(vec, buf)
+        monkeypatch.undo()
+        blob.segments[0].state[2] = EMPTY
+        assert blob.device.missing(vec, again=True) == [ChunkRun(0, 2, 1)]
+        assert blob.device.missing([_extent(0)]) == []
+        assert blob.device.read_into([_extent(0)], buf) == PLACES[0].usize
+
+    def test_eviction_between_the_look_and_the_read_is_noticed_in_every_blob_of_the_read(self, blob: Blob) -> None:
+        """The first blob comes twice: its first look counts."""
+        self.ready(blob)
+        vec = [_extent(0), _extent(1, blob=1), _extent(2)]
+        for index in (0, 1):
+            assert blob.device.missing(vec) == []
+            blob.segments[index].epoch[0] += 1
+            with pytest.raises(EvictedError):
+                blob.device.read_into(vec, memoryview(bytearray(SIZE)))
+        assert blob.device.missing(vec) == []
+        assert blob.device.read_into(vec, memoryview(bytearray(SIZE))) > 0
+
+    def test_eviction_before_the_look_costs_nothing(self, blob: Blob) -> None:
+        self.ready(blob)
+        blob.segments[0].epoch[0] += 1
+        assert blob.device.missing([_extent(0)]) == []
+        assert blob.device.read_into([_extent(0)], memoryview(bytearray(SIZE))) == PLACES[0].usize
+
+    def test_number_of_evictions_changes_with_each(self, blob: Blob) -> None:
+        vec = [_extent(0), _extent(1, blob=1)]
+        blob.device.missing(vec)
+        seen = {blob.device.evictions(vec)}
+        for segment in blob.segments:
+            segment.epoch[0] += 1
+            seen.add(blob.device.evictions(vec))
+        assert len(seen) == 3
+
+    def test_segment_that_was_replaced_is_looked_at_no_more(self, blob: Blob) -> None:
+        """Same file, another segment: the old one knows nothing of what is taken away from now on."""
+        self.ready(blob)
+        assert blob.device.missing([_extent(0)]) == []
+        old = blob.segments[0]
+        fd = os.open(blob.paths[0], os.O_RDONLY)
+        identity = Identity.of(fd, SIZE, b"L" * 32)
+        os.close(fd)
+        blob.segments[0] = make_segment(blob.names[0], PLACES, identity=identity, generation=2)
+        old.retire()
+        assert blob.device.missing([_extent(0)]) == [ChunkRun(0, 0, 1)]
+        with pytest.raises(EvictedError):
+            # What had been looked at before the old one was retired.
+            blob.device._views[0].before = 0
+            blob.segments[0].epoch[0] = 1
+            blob.device.read_into([_extent(0)], memoryview(bytearray(SIZE)))
+        old.close()
+
+    def test_what_is_asked_for_is_marked_with_the_clock(self, blob: Blob) -> None:
+        self.ready(blob)
+        blob.segments[0].clock[0] = 77
+        blob.segments[0].state[4] = EMPTY
+        blob.device.missing([_extent(0), _extent(4)])
+        assert list(blob.segments[0].touched) == [77, 0, 0, 0, 77]
+        assert not any(blob.segments[1].touched)

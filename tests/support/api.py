@@ -64,13 +64,14 @@ class Supervisor:
 class ApiProcess:
     """`with ApiProcess(folder, handler) as api:` serves at `api.path` until the block ends, then demands exit status 0."""
 
-    def __init__(self, folder: Path, handler: Handler, level: str = "debug") -> None:
+    def __init__(self, folder: Path, handler: Handler, level: str = "debug", metrics: bool = False) -> None:
         self.path = str(folder / "api.sock")
         self.log = folder / "api.log"
         self.supervisor = Supervisor(folder, handler)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.path)
         self._listener.listen(512)
+        self._metrics = socket.create_server(("127.0.0.1", 0)) if metrics else None
         lifeline_out, self._lifeline = os.pipe()
         spec = {
             "listen_fd": self._listener.fileno(),
@@ -78,10 +79,14 @@ class ApiProcess:
             "log": {"level": level, "file": str(self.log)},
             "lifeline_fd": lifeline_out,
         }
+        more = []
+        if self._metrics is not None:
+            more.append(self._metrics.fileno())
+            spec["metrics_fd"] = more[0]
         fd = write_spec(spec)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "nydusd.control", "--spec-fd", str(fd)],
-            pass_fds=[fd, self._listener.fileno(), lifeline_out],
+            pass_fds=[fd, self._listener.fileno(), lifeline_out, *more],
         )
         os.close(fd)
         os.close(lifeline_out)
@@ -104,6 +109,13 @@ class ApiProcess:
             self.process.wait()
             self.supervisor.close()
             self._listener.close()
+            if self._metrics is not None:
+                self._metrics.close()
+
+    def connect_metrics(self) -> Wire:
+        """A connection to the TCP port."""
+        assert self._metrics is not None
+        return Wire(self._metrics.getsockname())
 
     def connect(self) -> Wire:
         return Wire(self.path)
@@ -112,10 +124,10 @@ class ApiProcess:
 class Wire:
     """A raw connection, so that a test can send what no HTTP library would."""
 
-    def __init__(self, path: str) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
+    def __init__(self, address: str | tuple[str, int]) -> None:
+        self.sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
         self.sock.settimeout(SECONDS)
-        self.sock.connect(path)
+        self.sock.connect(address)
         self._got = b""
 
     def __enter__(self) -> Self:

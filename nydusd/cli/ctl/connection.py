@@ -22,8 +22,8 @@ class RequestFailed(NydusError):
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("unix", timeout=_PATIENCE)
+    def __init__(self, path: str, patience: float) -> None:
+        super().__init__("unix", timeout=patience)
         self._path = path
 
     def connect(self) -> None:
@@ -35,32 +35,45 @@ class _UnixConnection(http.client.HTTPConnection):
 class Api:
     """The API of the daemon that listens on a socket path."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, patience: float = _PATIENCE) -> None:
         self._path = path
+        self._patience = patience
+
+    def with_patience(self, seconds: float) -> Api:
+        """The same, with another time-out for each answer."""
+        return Api(self._path, seconds)
+
+    def text(self, path: str) -> bytes:
+        """What is at a path that does not give JSON. Raises `RequestFailed`."""
+        return self._request("GET", path, None)
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> Json:
         """The JSON object at a path. Raises `RequestFailed`."""
-        answer = self._request("GET", f"{path}?{urlencode(query)}" if query else path, None)
+        return self._object(f"GET {path}", self._request("GET", f"{path}?{urlencode(query)}" if query else path, None))
+
+    @staticmethod
+    def _object(asked: str, answer: bytes) -> Json:
         try:
             data = json.loads(answer)
         except (ValueError, RecursionError) as error:
-            raise RequestFailed(f"GET {path}: the answer is not JSON: {answer[:80]!r}") from error
+            raise RequestFailed(f"{asked}: the answer is not JSON: {answer[:80]!r}") from error
         if not isinstance(data, dict):
-            raise RequestFailed(f"GET {path}: the answer is not an object: {answer[:80]!r}")
+            raise RequestFailed(f"{asked}: the answer is not an object: {answer[:80]!r}")
         return data
 
-    def put(self, path: str, body: Json) -> None:
-        """Send a JSON object to a path. Raises `RequestFailed`."""
-        self._request("PUT", path, json.dumps(body).encode())
+    def put(self, path: str, body: Json) -> Json:
+        """Send a JSON object to a path; gives the object in the answer, if there is one. Raises `RequestFailed`."""
+        answer = self._request("PUT", path, json.dumps(body).encode())
+        return self._object(f"PUT {path}", answer) if answer else {}
 
     def _request(self, method: str, target: str, body: bytes | None) -> bytes:
-        connection = _UnixConnection(self._path)
+        connection = _UnixConnection(self._path, self._patience)
         try:
             connection.request(method, target, body, {"Content-Type": "application/json"} if body else {})
             response = connection.getresponse()
             answer = response.read(_MAX_ANSWER)
         except TimeoutError as error:
-            raise RequestFailed(f"{self._path}: no answer within {_PATIENCE:g} s") from error
+            raise RequestFailed(f"{self._path}: no answer within {self._patience:g} s") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = (
                 error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from nydusd.cli.ctl.connection import Api
-from nydusd.cli.ctl.text import one_line, pairs, printable, table_at, text_at
+from nydusd.cli.ctl.connection import Api, RequestFailed
+from nydusd.cli.ctl.text import list_at, number_at, one_line, pairs, printable, table_at, text_at
 from nydusd.cli.ctl.verb import Verb
 
 
@@ -43,6 +43,22 @@ def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
                 ("Prefetch Merging Size", text_at(prefetch, "batch_size")),
             ]
         yield pairs(rows) + "\n"
+    try:
+        mounts = list_at(api.get("/api/v1/nydusd/mounts"), "images")
+    except RequestFailed:
+        return  # a daemon that does not tell
+    for mount in mounts:
+        yield _in_one_line(mount)
+
+
+def _in_one_line(mount: object) -> str:
+    """Whether an image is lazy or complete, through which front end it is read, and why."""
+    chunks, ready = number_at(mount, "chunks"), number_at(mount, "ready")
+    complete = ready >= chunks and not list_at(mount, "failed")
+    how = f"{'complete' if complete else 'lazy'}, {ready:.0f} of {chunks:.0f} chunks are here"
+    why = text_at(mount, "why")
+    front_end = f"read through {text_at(mount, 'front_end')} ({text_at(mount, 'why_front_end')})"
+    return f"{text_at(mount, 'mountpoint')}: {how}: {why}; {front_end}"
 
 
 VERB = Verb(("info",), "which daemon this is, its state and its images", run)

@@ -68,3 +68,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def size(amount: float) -> str:
+    """Bytes for a reader: `17`, `4.0 KiB`, `1.2 GiB`."""
+    for unit in ("", " KiB", " MiB", " GiB"):
+        if abs(amount) < 1024:
+            return f"{amount:.1f}{unit}" if unit else f"{amount:.0f}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader: `7 s`, `3 min 5 s`, `2 h 0 min`, `9 d 4 h`."""
+    whole = int(seconds)
+    for unit, below, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= below:
+            return f"{whole // below} {unit} {whole % below // part} {smaller}"
+    return f"{whole} s"

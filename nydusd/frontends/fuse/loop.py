@@ -24,14 +24,14 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 
-from nydusd.errors import NydusError, StaleCacheError, UnmountedError
+from nydusd.errors import EvictedError, NydusError, StaleCacheError, UnmountedError
 from nydusd.ipc.inflight import InflightRow
 
 from . import protocol as p
 from .changes import Changes
 from .complaints import Complaints
 from .journal import REQUEST_SIZE, Journal
-from .mount import INODE_BITS
+from .mount import INODE_BITS, runs_of
 from .namespace import Namespace
 from .ops import Handler
 from .parking import Client, Parked, Parking
@@ -269,6 +269,8 @@ class FrontEnd:
         device, ino = mount.device, mount.ino_of(node)
         vec = mount.bootstrap.extents(ino, offset, size if size <= p.MAX_READ else p.MAX_READ)
         missing = device.missing(vec)
+        if mount.trace is not None:
+            mount.trace.note(ino, vec, bool(missing))
         if not missing:
             try:
                 got = device.read_into(vec, self._data)
@@ -278,6 +280,8 @@ class FrontEnd:
                 if mount.stats is not None:
                     self._tally.count_read(mount.stats, ino, got, started)
                 return
+            except EvictedError:
+                missing = runs_of(vec)
             except StaleCacheError as e:
                 self._complaints.log("%s: fetching it again", e, subject=mount.name)
         if unique & p.UNIQUE_RESEND:
@@ -295,7 +299,8 @@ class FrontEnd:
         except Exception as e:
             code = self._errno_of(e, p.READ, read.mount.node_of(read.mount.bootstrap.root_ino))
         if code and code not in (errno.EINTR, errno.ESTALE):
-            self._complaints.log("a read failed: %s", os.strerror(code), subject=read.mount.name)
+            where = read.device.describe(read.vec)
+            self._complaints.log("a read failed: %s (%s)", os.strerror(code), where, subject=read.mount.name)
             read.device.count_errors(read.vec)
         if code:
             self._fail(read.unique, code)
@@ -308,6 +313,9 @@ class FrontEnd:
         vec, device = read.vec, read.device
         pieces = self._parking.pieces(read)
         if self._absent(read, pieces):
+            if device.evictions(vec) != read.evictions:
+                self._parking.ask_again(read)
+                return True
             device.refresh(vec)
             if self._absent(read, pieces):
                 if self._parking.ask_lost(read):
@@ -315,6 +323,9 @@ class FrontEnd:
                 raise StaleCacheError("chunks were reported as fetched, twice, and are not there")
         try:
             length = device.read_into(vec, self._data, pieces)
+        except EvictedError:
+            self._parking.ask_again(read)
+            return True
         except StaleCacheError as e:
             if not self._parking.ask_lost(read):
                 raise

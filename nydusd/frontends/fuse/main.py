@@ -27,6 +27,7 @@ from nydusd.formats import open_bootstrap
 from nydusd.ipc.inflight import InflightRow
 from nydusd.ipc.shared_number import map_number
 from nydusd.ipc.spec import read_spec, ready
+from nydusd.ipc.trace import Trace
 from nydusd.proctitle import set_title
 from nydusd.storage.api.device import BlobDevice
 
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     spec = read_spec(argv)
     index = int(spec["index"])
     set_title(f"fuse {index}")
-    logs.setup(spec["log"]["level"], spec["log"]["file"], f"fuse {index}")
+    logs.setup_child(spec["log"], f"fuse {index}")
     identity = str(spec.get("identity") or f"fuse-{index}-{os.getpid()}").encode()
     front = str(spec["front"])
 
@@ -89,7 +90,8 @@ def open_mount(spec: Mapping[str, Any], row: int, index: int = 0) -> Mount:
     view = _map(path, spec.get("bootstrap_size"))
     bootstrap = open_bootstrap(view, path, spec["path_id"], extracted=bool(spec["extracted"]))
     device = BlobDevice.from_spec(spec["blobs"], row)
-    return Mount(str(spec["id"]), bootstrap, device, bool(spec["xattr"]), index, Stats.from_spec(spec, row))
+    trace = Trace(str(spec["trace"])) if spec.get("trace") else None
+    return Mount(str(spec["id"]), bootstrap, device, bool(spec["xattr"]), index, Stats.from_spec(spec, row), trace)
 
 
 def _map(path: str, size: int | None) -> memoryview:

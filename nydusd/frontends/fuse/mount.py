@@ -16,6 +16,7 @@ from typing import Protocol
 
 from nydusd.errors import FormatError
 from nydusd.formats.model import Bootstrap, Extent
+from nydusd.ipc.trace import Trace
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
 
 from .protocol import ROOT_ID
@@ -35,10 +36,12 @@ class Device(Protocol):
 
     def handle(self, blob: int) -> int: ...
     def missing(self, vec: BlobIoVec, again: bool = False) -> list[ChunkRun]: ...
+    def evictions(self, vec: BlobIoVec) -> int: ...
     def refresh(self, vec: BlobIoVec) -> None: ...
     def read_into(
         self, vec: BlobIoVec, buf: memoryview, pieces: dict[tuple[int, int], memoryview] | None = None
     ) -> int: ...
+    def describe(self, vec: BlobIoVec) -> str: ...
     def count_errors(self, vec: BlobIoVec) -> None: ...
     def close(self) -> None: ...
 
@@ -54,6 +57,8 @@ class Mount:
     """Answer xattr requests even if the image has none, so that the kernel goes on asking."""
     index: int = 0
     stats: Stats | None = None
+    trace: Trace | None = None
+    """Where first reads are noted."""
 
     def close(self) -> None:
         """Give back what it has open: it is unmounted."""

@@ -51,6 +51,7 @@ class Parked:
         "deadline",
         "device",
         "direct",
+        "evictions",
         "ino",
         "interrupted",
         "mount",
@@ -83,6 +84,8 @@ class Parked:
         self.slots: list[SlotRef] = []
         self.asked_lost = False
         self.interrupted = False
+        self.evictions = 0
+        """The device's number when the chunks were asked for."""
 
 
 class Parking:
@@ -130,6 +133,7 @@ class Parking:
         self.reads[read.unique] = read
         if self._board is not None:
             read.slot = self._board.begin(read.unique, read.ino, READ)
+        read.evictions = read.device.evictions(read.vec)
         self._ask(read, missing, 0)
 
     def hint(self, hints: list[ChunkRun]) -> None:
@@ -146,6 +150,12 @@ class Parking:
         self.reads[read.unique] = read
         self._ask(read, runs_of(read.vec), LOST)
         return True
+
+    def ask_again(self, read: Parked) -> None:
+        """Some chunks of a read were taken away before it got them: have it wait for all of them once more."""
+        read.evictions = read.device.evictions(read.vec)
+        self.reads[read.unique] = read
+        self._ask(read, runs_of(read.vec), 0)
 
     def forget(self, unique: int) -> None:
         """Give up a parked read without an answer, if there is such a one."""

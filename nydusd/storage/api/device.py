@@ -2,7 +2,8 @@
 
 For each blob it maps the segment (state bytes, chunk records) and opens the cache file, both when first needed: at
 mount time they may not exist yet. It never fetches: what is missing is named, and the front end asks the supervisor.
-The state byte is loaded before the file is read, and a worker stores it after its write has returned.
+The state byte is loaded before the file is read, and a worker stores it after its write has returned. Chunks may be taken
+away to make room: the epoch is loaded before the state bytes and again after the read (`storage/state/eviction.py`).
 
 Segment and file are a pair: the file is the very inode that the segment speaks of, or neither is used. So when others
 replace them, a device that still has the old pair reads the old file's bytes, which are right, until it needs more and
@@ -18,10 +19,10 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
-from nydusd.errors import CacheError, CorruptChunkError, StaleCacheError
+from nydusd.errors import CacheError, CorruptChunkError, EvictedError, StaleCacheError
 from nydusd.formats.model import Extent
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
-from nydusd.storage.state.segment import EMPTY, READY, RECORD, Segment
+from nydusd.storage.state.segment import EMPTY, READY, RECORD, RETIRED, Segment
 
 _LOOK_AHEAD = 16 << 20
 """Plain bytes behind a sequential reader that should be there, or on their way."""
@@ -38,12 +39,15 @@ class _BlobView:
     """One blob: its segment and its cache file, once they are there."""
 
     __slots__ = (
+        "before",
         "blob_id",
+        "clock",
         "count",
         "counters",
         "data_path",
         "early",
         "early_bytes",
+        "epoch",
         "fd",
         "handle",
         "looked",
@@ -53,6 +57,8 @@ class _BlobView:
         "segment",
         "segment_name",
         "state",
+        "touched",
+        "turn",
     )
 
     def __init__(self, blob_id: str, handle: int, segment_name: str, data_path: str | None, row: int) -> None:
@@ -64,6 +70,7 @@ class _BlobView:
         self.fd = -1
         self.segment: Segment | None = None
         self.count = 0
+        self.turn = 0
         self.early = self.early_bytes = 0  # misses from before there was a place to count them
         self.place = -_STEADY - 1  # where in the blob the last reader of another chunk was,
         self.looked = 0  # and from where on to look again whether enough is there for it
@@ -85,10 +92,23 @@ class _BlobView:
                 return False
         self.segment = segment
         self.state, self.records, self.count = segment.state, segment.records, segment.count
+        self.touched, self.clock, self.epoch = segment.touched, segment.clock, segment.epoch
         self.counters = segment.counters(self.row)
         self.counters[2] += self.early
         self.counters[3] += self.early_bytes
         self.early = self.early_bytes = 0
+        return True
+
+    def look(self) -> bool:
+        """Note the epoch before state bytes are looked at. False when there is no segment to look at."""
+        if self.segment is None:
+            if not self.open():
+                return False
+        elif self.epoch[0] == RETIRED:
+            self.close()
+            if not self.open():
+                return False
+        self.before = self.epoch[0]
         return True
 
     def lacks(self, at: int) -> bool:
@@ -121,6 +141,7 @@ class BlobDevice:
 
     def __init__(self, views: Sequence[_BlobView]) -> None:
         self._views = views
+        self._turn = 0
         self.hints: list[ChunkRun] = []
         """Where sequential readers are that will miss soon (`blob` is a handle). Who sends them clears the list."""
 
@@ -150,9 +171,15 @@ class BlobDevice:
         Raises CorruptChunkError where the file's idea of a chunk and the blob's do not agree.
         """
         runs: list[ChunkRun] = []
+        self._turn = turn = self._turn + 1
+        previous, is_open = -1, False
         for blob, chunk, uoff, offset, length, chunk_len in vec:
-            view = self._views[blob]
-            if view.segment is not None or view.open():
+            if blob != previous:
+                previous, view = blob, self._views[blob]
+                # Once a call, and before the first state byte: what is taken away from here on is noticed.
+                is_open = view.look() if view.turn != turn or view.segment is None else True
+                view.turn = turn
+            if is_open:
                 if not 0 <= chunk < view.count:
                     raise CorruptChunkError(view.blob_id, chunk, f"the blob has {view.count} chunks")
                 _coff, at, _csize, usize, _flags, _ctx, _off, _crc = RECORD.unpack_from(view.records, chunk * 40)
@@ -161,6 +188,7 @@ class BlobDevice:
                         view.blob_id, chunk, f"file has {chunk_len} bytes at {uoff}, blob has {usize} bytes at {at}"
                     )
                 ready = view.state[chunk] == READY
+                view.touched[chunk] = view.clock[0]
                 if not again:
                     at = 0 if ready else 2
                     view.counters[at] += 1
@@ -179,6 +207,22 @@ class BlobDevice:
                 runs.append(ChunkRun(blob, chunk, 1))
         return runs
 
+    def evictions(self, vec: BlobIoVec) -> int:
+        """A number that has changed when chunks of these blobs were taken away, or their segments replaced, since."""
+        views = (self._views[blob] for blob in {extent.blob for extent in vec})
+        return sum(view.epoch[0] for view in views if view.segment is not None)
+
+    def describe(self, vec: BlobIoVec) -> str:
+        """Blobs and chunks of a read, for the log."""
+        runs: dict[int, list[int]] = {}
+        for extent in vec:
+            run = runs.setdefault(extent.blob, [extent.chunk, extent.chunk])
+            run[:] = min(run[0], extent.chunk), max(run[1], extent.chunk)
+        return ", ".join(
+            f"blob {self._views[blob].blob_id} chunk{f' {first}' if first == last else f's {first} to {last}'}"
+            for blob, (first, last) in runs.items()
+        )
+
     def refresh(self, vec: BlobIoVec) -> None:
         """Look at the segments and cache files anew: the supervisor may have replaced them (cache file deleted)."""
         for blob in {extent.blob for extent in vec}:
@@ -189,8 +233,10 @@ class BlobDevice:
     def read_into(self, vec: BlobIoVec, buf: memoryview, pieces: Pieces | None = None) -> int:
         """Read the bytes of `vec`, all of them ready, into `buf`; gives their number. One pread a run of the file.
 
-        Raises StaleCacheError when the cache file gives less than it must (somebody truncated it): the blob's segment and
-        file are opened anew at the next look. Raises CacheError when its disk fails.
+        `missing` has said, since the last look at anything else, that all of it is there. Raises EvictedError when some of
+        it was taken away meanwhile: `buf` may hold zeros then, and `missing` must be asked again. Raises StaleCacheError when
+        the cache file gives less than it must (somebody truncated it): the blob's segment and file are opened anew at the
+        next look. Raises CacheError when its disk fails.
         """
         done = 0
         index, end = 0, len(vec)
@@ -219,6 +265,8 @@ class BlobDevice:
             if got != stop - start:
                 view.close()
                 raise StaleCacheError(f"blob {view.blob_id}: cache file gave {got} of {stop - start} bytes at {start}")
+            if view.epoch[0] != view.before:
+                raise EvictedError(f"blob {view.blob_id}: chunks were taken away while they were read")
             done += got
         return done
 

@@ -59,8 +59,9 @@ class BackendMetrics:
     """Counters of one backend since its process started.
 
     `read_amount` is bytes that were really given, `over_read` bytes that were received and thrown away. `retries` counts
-    by class (transient, throttled, auth). `latency_sum` is seconds by size class, `latency_count` reads by size class,
-    `latency_matrix` reads by size class and latency class.
+    by class (transient, throttled, auth), `route_bytes` bytes by the way on which they came (origin, proxy, mirror).
+    `latency_sum` is seconds by size class, `latency_count` reads by size class, `latency_matrix` reads by size class and
+    latency class.
     """
 
     read_count: int = 0
@@ -71,6 +72,7 @@ class BackendMetrics:
     token_requests: int = 0
     redirect_hits: int = 0
     retries: Counter[str] = field(default_factory=Counter)
+    route_bytes: Counter[str] = field(default_factory=Counter)
     latency_sum: list[float] = field(default_factory=lambda: [0.0] * (len(SIZE_CLASSES) + 1))
     latency_count: list[int] = field(default_factory=lambda: [0] * (len(SIZE_CLASSES) + 1))
     latency_matrix: list[list[int]] = field(

@@ -52,7 +52,8 @@ class BlobCache:
         self.jobs: dict[int, Job] = {}
         self.waiters: dict[int, list[Request]] = {}
         self.stored = 0  # ready chunks at the last checkpoint, -1: not known
-        self.checkpointing = False
+        self.checkpointing = False  # or chunks are being taken out: never both
+        self.pinned = False  # the kernel reads the cache file by itself: nothing may be taken out
         self.no_room_until = 0.0  # 0: the cache folder had room the last time
         self.ahead = ReadAhead()
         self._failures: dict[int, tuple[int, float, float]] = {}

@@ -43,6 +43,12 @@ class ChunkMap:
                 self._state[chunk] = PENDING
         return owned
 
+    def claim_ready(self, chunks: Sequence[int]) -> None:
+        """Claim chunks that are ready, in order to take them out of the cache file. Only the supervisor claims."""
+        with self._segment.lock():
+            for chunk in chunks:
+                self._state[chunk] = PENDING
+
     def set_ready_and_clear_pending(self, chunk: int) -> None:
         """The chunk's bytes are in the cache file: the pwrite has returned."""
         self._state[chunk] = READY

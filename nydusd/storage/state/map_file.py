@@ -5,9 +5,9 @@ marker 0 or 0x4D4D4150, zeros) and ceil(n/8) bytes of bits, most significant bit
 
 Only a checkpoint writes it (`checkpoint`), in this order: fdatasync of the data file, then the bits, then fdatasync of
 the map, then the record. So a bit on disk implies its data on disk, whatever is killed or loses power when. Checkpoints
-of several daemons in one cache folder take turns by a lock on the map, which ends with its holder. A bit is never cleared
-and the file never made shorter, because a reference daemon may have it mapped: a map that claims what is not there is
-renamed and a new one begun.
+of several daemons in one cache folder take turns by a lock on the map, which ends with its holder. The file is never made
+shorter, and a bit is cleared only to make room (`clear`), when nobody else uses the blob: a reference daemon may have the map
+mapped. A map that claims what is not there is renamed and a new one begun.
 
 The record `<blob>.blob.data.chunk_map.nydusd` (a line of JSON, then our own bits) says which data file and which layout of
 chunks the map was written for, and which bits are ours. Those are believed; bits that another daemon has set are believed
@@ -159,6 +159,34 @@ def checkpoint(path: Path, data_fd: int, ready: list[int], count: int, identity:
         raise CacheError(f"checkpoint of {path}: {e.strerror}", e.errno) from e
 
 
+def clear(path: Path, chunks: Iterable[int], count: int, identity: Identity) -> int:
+    """Take chunks out of the stored map and of the record; on disk when this returns. Gives how many of ours are left.
+
+    Only for a data file that nobody else uses, and before the chunks' bytes are given up. Raises CacheError. Killed at any
+    instant, the map claims some of what it claimed before: all of it is still there.
+    """
+    gone = _pack(chunks, count)
+    try:
+        if not path.exists():
+            return 0
+        fd, raw = _open_locked(path, count)
+        try:
+            own = bytes(a & ~b & 0xFF for a, b in zip(_own_bits(path, identity, count), gone, strict=True))
+            if any(raw):
+                every = _HEADER.unpack_from(raw)[3] == _ALL_READY
+                bits = _pack(range(count), count) if every else raw[HEADER_SIZE:]
+                _pwrite(fd, bytes(a & ~b & 0xFF for a, b in zip(bits, gone, strict=True)), HEADER_SIZE)
+                # The reference believes the marker and does not look at the bits.
+                _pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, _MAGIC2, 0), 0)
+                os.fdatasync(fd)
+            _store_record(path, identity, own)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise CacheError(f"chunk map {path}: {e.strerror}", e.errno) from e
+    return sum(byte.bit_count() for byte in own)
+
+
 def _read(path: Path, limit: int) -> bytes:
     """The first `limit` bytes of a regular file. Raises OSError, and does not wait for the writer of a pipe."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -229,7 +257,7 @@ def _open_locked(path: Path, count: int) -> tuple[int, bytes]:
     for _ in range(_TRIES):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         try:
-            _lock(fd)
+            lock(fd)
             here = path.stat()
             if os.path.samestat(here, os.fstat(fd)):
                 raw = os.pread(fd, HEADER_SIZE + (count + 7) // 8 + 1, 0)
@@ -246,8 +274,8 @@ def _open_locked(path: Path, count: int) -> tuple[int, bytes]:
     raise OSError(errno.EBUSY, "others keep replacing it")
 
 
-def _lock(fd: int) -> None:
-    """Wait for the map's lock; it ends when the fd is closed, so also when its holder is killed. Raises OSError."""
+def lock(fd: int) -> None:
+    """Wait for the lock of a map or data file; it ends with the fd, so also when its holder is killed. Raises OSError."""
     deadline = time.monotonic() + _LOCK_PATIENCE
     while True:
         try:

@@ -34,6 +34,11 @@ COUNTERS_OFFSET = 1024
 COUNTER_ROWS = 64
 COUNTER_FIELDS = 6
 LOCK_OFFSET = 512
+EPOCH_OFFSET = 640
+CLOCK_OFFSET = 648
+
+RETIRED = 1 << 63
+"""Value of `epoch` when another segment has taken this one's place."""
 
 EMPTY, PENDING, READY, FAILED, VERIFY = range(5)
 """Values of a state byte. VERIFY: bytes are in the cache file but not ours; check their digest before use."""
@@ -42,7 +47,7 @@ RECORD = struct.Struct("<QQIIIIII")
 DIGEST_SIZE = 32
 CONTEXT_SIZE = 40
 
-_HEADER = struct.Struct("<8sIIQQQQQ16sQQQQQQQQQ32s")
+_HEADER = struct.Struct("<8sIIQQQQQ16sQQQQQQQQQ32sQ")
 _GETVERSION = 0x80087601  # FS_IOC_GETVERSION
 _SHM = Path("/dev/shm")  # where glibc keeps POSIX shared memory: the only way to rename an object
 
@@ -113,8 +118,9 @@ class Segment:
             total,
             birth,
             layout,
+            touched,
         ) = _HEADER.unpack_from(view)
-        if magic != MAGIC or version != 1 or total != len(view):
+        if magic != MAGIC or version != 2 or total != len(view):
             raise FormatError(name, "header", f"magic {magic!r}, version {version}, size {total} of {len(view)}")
         self.identity = Identity(dev, ino, size, birth, layout if any(layout) else b"")
         self._view = view
@@ -122,9 +128,16 @@ class Segment:
         self.records = view[records : records + self.count * RECORD.size]
         self._digests = view[digests : digests + self.count * DIGEST_SIZE]
         self.contexts = view[contexts : contexts + self.context_count * CONTEXT_SIZE]
-        lengths = [len(area) for area in (self.state, self.records, self._digests, self.contexts)]
-        if lengths != [self.count * n for n in (1, RECORD.size, DIGEST_SIZE)] + [self.context_count * CONTEXT_SIZE]:
+        touched_view = view[touched : touched + self.count * 4]
+        lengths = [len(area) for area in (self.state, self.records, self._digests, touched_view, self.contexts)]
+        if lengths != [self.count * n for n in (1, RECORD.size, DIGEST_SIZE, 4)] + [self.context_count * CONTEXT_SIZE]:
             raise FormatError(name, "header", f"areas of {lengths} bytes for {self.count} chunks")
+        self.touched = touched_view.cast("I")
+        """When each chunk was last asked for, by `clock`: written by front ends, for whoever makes room."""
+        self.clock = view[CLOCK_OFFSET : CLOCK_OFFSET + 4].cast("I")
+        """Seconds, in one item, set by the supervisor now and then; 0 if nobody needs it."""
+        self.epoch = view[EPOCH_OFFSET : EPOCH_OFFSET + 8].cast("Q")
+        """How often chunks were taken away, in one item (see `storage/state/eviction.py`)."""
         self._lock: BlobLock | None = None
 
     @classmethod
@@ -149,7 +162,8 @@ class Segment:
         records_at = state_at + _align(count)
         digests_at = records_at + _align(len(records))
         contexts_at = digests_at + _align(len(digests))
-        total = contexts_at + _align(len(contexts))
+        touched_at = contexts_at + _align(len(contexts))
+        total = touched_at + _align(4 * count)
         for path in _SHM.glob(f"{name[1:]}.*"):  # left by a worker that was killed here
             path.unlink(missing_ok=True)
         temporary = f"{name}.{os.getpid()}"
@@ -170,7 +184,7 @@ class Segment:
             mapping,
             0,
             MAGIC,
-            1,
+            2,
             0,
             count,
             generation,
@@ -188,6 +202,7 @@ class Segment:
             total,
             identity.birth,
             identity.layout,
+            touched_at,
         )
         for at, part in ((state_at, state), (records_at, records), (digests_at, digests), (contexts_at, contexts)):
             mapping[at : at + len(part)] = part
@@ -245,11 +260,23 @@ class Segment:
         rows = self._view[COUNTERS_OFFSET : COUNTERS_OFFSET + COUNTER_ROWS * COUNTER_FIELDS * 8].cast("Q")
         return [sum(rows[field::COUNTER_FIELDS]) for field in range(COUNTER_FIELDS)]
 
+    def retire(self) -> None:
+        """Another segment has taken the place of this one: front ends that map this one look for the other."""
+        self.epoch[0] = RETIRED
+
+    def is_current(self) -> bool:
+        """Whether the segment of this name is this very one."""
+        try:
+            return (_SHM / self.name[1:]).stat().st_ino == self._inode
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
         """Give the mapping back; views handed out by `counters` must be gone."""
         if self._lock is not None:
             self._lock.close()
-        for view in (self.state, self.records, self._digests, self.contexts, self._view):
+        mapped = (self.state, self.records, self._digests, self.contexts, self.touched, self.clock, self.epoch)
+        for view in (*mapped, self._view):
             view.release()
         self._map.close()
 

@@ -206,6 +206,7 @@ class Fetch:
         backend = self._backend
         breaker = route.breaker or backend.breaker_of(answer.url)
         self._host = answer.host
+        before = task.progress
         try:
             if answer.status < 200 or answer.status >= 300:
                 self._raise_for(answer, route, origin_url)
@@ -226,6 +227,7 @@ class Fetch:
                 breaker.succeeded()
             raise
         finally:
+            backend.metrics.route_bytes[route.kind] += task.progress - before
             self._done_with(answer)
         if route.is_origin:
             breaker.succeeded()

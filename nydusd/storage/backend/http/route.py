@@ -41,6 +41,11 @@ class Route:
     def is_origin(self) -> bool:
         return self.breaker is None
 
+    @property
+    def kind(self) -> str:
+        """origin, proxy or mirror."""
+        return "origin" if self.is_origin else "proxy" if self.proxied else "mirror"
+
     def url(self, url: str) -> str:
         """What to ask on this way for an URL of the origin."""
         if self.base:

@@ -1,0 +1,40 @@
+# bash completion for nydusctl; made by scripts/reference: do not edit.
+_nydusctl() {
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} path='' i word
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        word=${COMP_WORDS[i]}
+        case $word in
+            --blob|--interval|--mountpoint|--output|--png|--sock|--to|--turns|-I|-S|-i|-n|-o) ((i++)); continue ;;
+        esac
+        case "$path/$word" in
+            /set|/set/log-level|/metrics|/metrics/backend|/metrics/cache|/metrics/fsstats|/info|/cache|/workers|/top|/trace|/bugreport) path=$path/$word ;;
+        esac
+    done
+    case "$path $prev" in
+        " -S"|" --sock") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/metrics/backend -I"|"/metrics/backend --interval") COMPREPLY=(); return ;;
+        "/cache --to") COMPREPLY=(); return ;;
+        "/cache --png") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/cache --blob") COMPREPLY=(); return ;;
+        "/top -i"|"/top --interval") COMPREPLY=(); return ;;
+        "/top -n"|"/top --turns") COMPREPLY=(); return ;;
+        "/trace --mountpoint") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/bugreport -o"|"/bugreport --output") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+    esac
+    case "$path" in
+        '') COMPREPLY=($(compgen -W '-h --help -S --sock -r --raw set metrics info cache workers top trace bugreport' -- "$cur")) ;;
+        '/set') COMPREPLY=($(compgen -W '-h --help log-level' -- "$cur")) ;;
+        '/set/log-level') COMPREPLY=($(compgen -W '-h --help off error warn info debug trace' -- "$cur")) ;;
+        '/metrics') COMPREPLY=($(compgen -W '-h --help backend cache fsstats' -- "$cur")) ;;
+        '/metrics/backend') COMPREPLY=($(compgen -W '-h --help -I --interval' -- "$cur")) ;;
+        '/metrics/cache') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
+        '/metrics/fsstats') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
+        '/info') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
+        '/cache') COMPREPLY=($(compgen -W '-h --help --to --map --png --blob gc' -- "$cur")) ;;
+        '/workers') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
+        '/top') COMPREPLY=($(compgen -W '-h --help -i --interval -n --turns' -- "$cur")) ;;
+        '/trace') COMPREPLY=($(compgen -W '-h --help --mountpoint --prefetch-list' -- "$cur")) ;;
+        '/bugreport') COMPREPLY=($(compgen -W '-h --help -o --output' -- "$cur")) ;;
+    esac
+}
+complete -F _nydusctl nydusctl

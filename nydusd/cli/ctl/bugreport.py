@@ -1,0 +1,141 @@
+"""`nydusctl bugreport [-o FILE]`: a tarball of what whoever looks into a problem wants to see.
+
+In it: the daemon's state and configuration without secrets, its processes with their kernel stacks, its log, its metrics, the
+trace of each image, pictures of the chunk maps, the mounts of this system. Every part is waited for a few seconds only and
+nothing looks at a mount point, so a mount or a daemon that hangs costs its part: `missing.txt` says what is not there, and
+why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from nydusd.cli.ctl.connection import Api
+from nydusd.cli.ctl.picture import png, states_of
+from nydusd.cli.ctl.text import list_at, number_at, table_at, text_at
+from nydusd.cli.ctl.verb import Verb
+from nydusd.errors import NydusError
+from nydusd.logs import clean
+from nydusd.version import build_info
+
+_PATIENCE: Final = 5.0
+_LOG_BYTES: Final = 4 << 20
+"""The end of the log that is taken along."""
+_ANSWERS: Final = {
+    "daemon.json": "/api/v1/daemon",
+    "events.json": "/api/v1/daemon/events",
+    "cache.json": "/api/v1/nydusd/cache",
+    "load.json": "/api/v1/nydusd/load",
+    "mounts.json": "/api/v1/nydusd/mounts",
+    "quota.json": "/api/v1/nydusd/quota",
+    "workers.json": "/api/v1/nydusd/workers",
+    "inflight.json": "/api/v1/metrics/inflight",
+}
+_OF_PROCESS: Final = ("status", "stack", "wchan", "syscall", "limits")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", metavar="FILE", help="where to write it (nydusd-bugreport-TIME.tar.gz)")
+
+
+class _Report:
+    """The parts by name, and what is missing."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, bytes] = {}
+        self.missing: list[str] = []
+
+    def take(self, name: str, get: Callable[[], bytes]) -> None:
+        """One part; whatever goes wrong costs this part only."""
+        try:
+            self.parts[name] = get()
+        except (NydusError, OSError, ValueError, subprocess.SubprocessError) as error:
+            self.missing.append(f"{name}: {error}")
+
+    def tar(self, top: str) -> bytes:
+        out = io.BytesIO()
+        self.parts["missing.txt"] = "".join(f"{clean(line)}\n" for line in self.missing).encode(errors="replace")
+        with tarfile.open(fileobj=out, mode="w:gz") as tar:
+            for name, data in self.parts.items():
+                entry = tarfile.TarInfo(f"{top}/{name}")
+                entry.size, entry.mtime, entry.mode = len(data), int(time.time()), 0o600
+                tar.addfile(entry, io.BytesIO(data))
+        return out.getvalue()
+
+
+def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
+    api = api.with_patience(_PATIENCE)
+    report = _Report()
+    answers: dict[str, dict[str, object]] = {}
+
+    def answer(name: str, path: str) -> bytes:
+        text = api.text(path)
+        data = json.loads(text) if text else None  # 204: there is nothing to tell
+        answers[name] = data if isinstance(data, dict) else {}
+        return json.dumps(data, indent=1).encode()
+
+    for name, path in _ANSWERS.items():
+        report.take(name, partial(answer, name, path))
+    report.take("metrics.txt", lambda: api.text("/metrics/prometheus"))
+    report.take("chunkmaps.png", lambda: _chunk_maps(api))
+    report.take("trace.json", lambda: json.dumps(api.get("/api/v1/nydusd/trace")).encode())
+    report.take("system.txt", _system)
+    report.take("mountinfo.txt", lambda: Path("/proc/self/mountinfo").read_bytes())
+    workers = answers.get("workers.json", {})
+    for process in list_at(workers, "processes"):
+        pid = int(number_at(process, "pid"))
+        for file in _OF_PROCESS if pid > 0 else ():
+            name = f"processes/{text_at(process, 'role')}-{pid}-{file}.txt"
+            report.take(name, partial(_proc, pid, file))
+    log = table_at(answers.get("mounts.json", {}), "log")
+    report.take("nydusd.log", lambda: _log(log.get("file"), int(number_at(workers, "supervisor"))))
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    path = args.output or f"nydusd-bugreport-{stamp}.tar.gz"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as f:
+            f.write(report.tar(f"nydusd-bugreport-{stamp}"))
+    except (OSError, ValueError) as error:
+        raise NydusError(f"--output {path}: {getattr(error, 'strerror', None) or error}") from error
+    yield f"{path}: {len(report.parts)} parts, {len(report.missing)} missing"
+
+
+def _chunk_maps(api: Api) -> bytes:
+    return png([states_of(blob) for blob in list_at(api.get("/api/v1/nydusd/chunks"), "blobs")])
+
+
+def _proc(pid: int, file: str) -> bytes:
+    return Path(f"/proc/{pid}/{file}").read_bytes()
+
+
+def _system() -> bytes:
+    lines = [f"{name}: {value}" for name, value in build_info().items()]
+    lines += [f"kernel: {platform.release()} {platform.machine()}", f"cpus: {os.cpu_count()}"]
+    for file in ("/proc/meminfo", "/proc/loadavg", "/etc/os-release"):
+        lines += ["", file, Path(file).read_text()]
+    return "\n".join(lines).encode()
+
+
+def _log(file: object, pid: int) -> bytes:
+    """The end of the log: of its file, or of what the journal has of the daemon."""
+    if isinstance(file, str):
+        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as f:
+            f.seek(max(0, os.fstat(fd).st_size - _LOG_BYTES))
+            return f.read(_LOG_BYTES)
+    unit = ["journalctl", "--no-pager", "--quiet", "--lines=20000", f"_PID={pid}"]
+    return subprocess.run(unit, capture_output=True, timeout=_PATIENCE, check=True).stdout[-_LOG_BYTES:]
+
+
+VERB = Verb(("bugreport",), "a tarball of all that helps to look into a problem", run, add_arguments)

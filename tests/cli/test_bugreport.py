@@ -1,0 +1,132 @@
+"""`nydusctl bugreport`: what is in it, and that nothing that hangs can hold it up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from nydusd.cli.ctl import bugreport
+from nydusd.cli.nydusctl import main
+from tests.support.daemon import Daemon, image_config
+from tests.support.discipline import discipline
+from tests.support.oracle import image
+
+IMAGE = image("v6-zstd-blake3")
+SECRET = "c2VjcmV0OnBhc3N3b3JkMTIz"
+
+
+def parts(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        found = {}
+        for member in tar.getmembers():
+            file = tar.extractfile(member)
+            assert file is not None
+            assert member.mode == 0o600
+            found[member.name.partition("/")[2]] = file.read()
+        return found
+
+
+def test_holds_state_log_pictures_and_no_secret(tmp_path: Path) -> None:
+    config = image_config(IMAGE.blobs, tmp_path / "cache")
+    log = discipline.log_folder / "bugreport.log"
+    with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=("-L", str(log))) as daemon:
+        (daemon.mountpoint / "dup/a").read_bytes()
+        out = daemon.ctl("bugreport", "-o", str(tmp_path / "r.tar.gz"))
+        pids = [daemon.pid, *daemon.pids("fuse"), *daemon.pids("decompress")]
+    assert out.startswith(f"{tmp_path}/r.tar.gz: ")
+    assert (tmp_path / "r.tar.gz").stat().st_mode & 0o777 == 0o600
+    found = parts(tmp_path / "r.tar.gz")
+    assert json.loads(found["daemon.json"])["state"] == "RUNNING"
+    assert json.loads(found["cache.json"])["blobs"][0]["ready"] > 0
+    assert b"nydusd_chunk_reads_total" in found["metrics.txt"]
+    assert found["chunkmaps.png"].startswith(b"\x89PNG")
+    assert b"is mounted at" in found["nydusd.log"]
+    assert str(daemon.mountpoint).encode() in found["mountinfo.txt"]
+    for pid in pids:
+        assert any(f"-{pid}-status.txt" in name for name in found)
+
+
+@pytest.mark.parametrize("stopped", ["fuse", "all"])
+def test_is_made_while_processes_hang(tmp_path: Path, stopped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Front ends that are stopped: every look at the mount hangs. All stopped: the API hangs as well."""
+    monkeypatch.setattr(bugreport, "_PATIENCE", 0.2)
+    with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:
+        victims = daemon.pids("fuse")
+        if stopped == "all":
+            victims = [daemon.pid, *daemon.pids("")]
+        for pid in victims:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            assert main(["-S", str(daemon.apisock), "bugreport", "-o", str(tmp_path / "r")]) == 0
+        finally:
+            for pid in victims:
+                os.kill(pid, signal.SIGCONT)
+    found = parts(tmp_path / "r")
+    assert b"nydusd" in found["mountinfo.txt"] or str(daemon.mountpoint).encode() in found["mountinfo.txt"]
+    assert ("daemon.json" in found) == (stopped == "fuse")
+    assert (b"daemon.json: " in found["missing.txt"]) == (stopped == "all")
+
+
+def test_without_a_daemon_holds_what_the_system_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(tmp_path / "s"))
+    assert main(["-S", str(tmp_path / "s"), "bugreport", "-o", str(tmp_path / "r")]) == 0
+    assert "parts" in capsys.readouterr().out
+    found = parts(tmp_path / "r")
+    assert b"kernel: " in found["system.txt"]
+    assert b"Connection refused" in found["missing.txt"]
+
+
+def test_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-S", str(tmp_path / "s"), "bugreport", "-o", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"Error: --output {tmp_path}: Is a directory\n"
+
+
+def test_configuration_in_it_has_no_secret(tmp_path: Path) -> None:
+    config = image_config(IMAGE.blobs, tmp_path / "cache")
+    device = config["device"]
+    assert isinstance(device, dict)
+    registry = {"scheme": "http", "host": "127.0.0.1:9", "repo": "a/b", "auth": SECRET, "retry_limit": 0}
+    config["device"] = {**device, "backend": {"type": "registry", "config": registry}}
+    with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config) as daemon:
+        daemon.ctl("bugreport", "-o", str(tmp_path / "r"))
+    everything = b"".join(parts(tmp_path / "r").values())
+    assert SECRET.encode() not in everything
+    assert b"password123" not in everything
+    assert b"127.0.0.1:9" in everything
+
+
+class TestInfo:
+    """One line says whether an image is lazy or complete, and why."""
+
+    def line(self, daemon: Daemon) -> str:
+        return daemon.ctl("info").splitlines()[-1]
+
+    def test_lazy_then_complete(self, tmp_path: Path) -> None:
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, cache=tmp_path) as daemon:
+            (daemon.mountpoint / "dup/a").read_bytes()
+            assert self.line(daemon).startswith("/: lazy, ")
+            assert "chunks are fetched when they are read, prefetch is off; read through FUSE (" in self.line(daemon)
+            for folder, _, names in os.walk(daemon.mountpoint):
+                for name in names:
+                    path = Path(folder, name)
+                    if path.is_file() and not path.is_symlink():
+                        path.read_bytes()
+            assert self.line(daemon).startswith(
+                "/: complete, 318 of 318 chunks are here: nothing is fetched any more; "
+            )
+
+    def test_image_whose_blob_is_not_to_be_had(self, tmp_path: Path, expect_log: object) -> None:
+        expect_log("blob .* cannot be opened")  # type: ignore[operator]
+        (tmp_path / "blobs").mkdir()
+        with Daemon(IMAGE.bootstrap, tmp_path / "blobs") as daemon:
+            with pytest.raises(OSError):
+                next(path for path in (daemon.mountpoint / "dup").iterdir()).read_bytes()
+            assert "lazy, 0 of 318 chunks are here: blob " in self.line(daemon)
+            assert "cannot be opened" in self.line(daemon)

@@ -1,0 +1,77 @@
+"""What systemd hears, with a socket that stands in for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.supervisor.lives import IMAGE, crash
+from tests.support.daemon import Daemon, wait_for_role
+
+
+class Systemd:
+    """The receiving end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(self.path)
+        self.socket.settimeout(30)
+
+    def message(self) -> dict[str, str]:
+        return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().split("\n"))
+
+    def until(self, key: str) -> dict[str, str]:
+        """The first message that says something of `key`."""
+        while key not in (message := self.message()):
+            pass
+        return message
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    stand_in = Systemd(tmp_path)
+    yield stand_in
+    stand_in.socket.close()
+
+
+class TestDaemon:
+    def environment(self, systemd: Systemd, microseconds: int) -> dict[str, str]:
+        return {"NOTIFY_SOCKET": systemd.path, "WATCHDOG_USEC": str(microseconds)}
+
+    def test_ready_comes_when_the_image_is_mounted_and_stopping_before_the_end(self, systemd: Systemd) -> None:
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, environment=self.environment(systemd, 600_000_000)) as daemon:
+            assert systemd.until("READY")["STATUS"] == f"{IMAGE.bootstrap} is mounted at {daemon.mountpoint}"
+            wait_for_role(daemon, "decompress", len(os.sched_getaffinity(0)))
+            for pid in [*daemon.pids("fuse"), *daemon.pids("decompress"), *daemon.pids("api")]:
+                assert b"NOTIFY_SOCKET" not in Path(f"/proc/{pid}/environ").read_bytes()
+            daemon.stop()
+        assert systemd.until("STOPPING")["STOPPING"] == "1"
+
+    def test_signs_of_life_come_as_long_as_the_supervisor_looks_after_things(self, systemd: Systemd) -> None:
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, environment=self.environment(systemd, 300_000)) as daemon:
+            systemd.until("READY")
+            for _ in range(3):
+                assert systemd.until("WATCHDOG")
+            os.kill(daemon.pid, signal.SIGSTOP)
+            systemd.socket.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                while True:
+                    systemd.message()
+            systemd.socket.settimeout(30)
+            os.kill(daemon.pid, signal.SIGCONT)
+            assert systemd.until("WATCHDOG")
+
+    def test_start_after_a_crash_says_ready_again(self, systemd: Systemd) -> None:
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, environment=self.environment(systemd, 600_000_000)) as daemon:
+            systemd.until("READY")
+            left = crash(daemon)
+            daemon.start()
+            assert systemd.until("READY")
+            for pid in left:
+                os.waitpid(pid, 0)

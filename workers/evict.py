@@ -1,0 +1,172 @@
+"""The jobs `survey` and `evict`: keep a cache folder within its quota. Run in a fetch worker, because they wait for disks.
+
+`survey` looks how much is there. If that is too much, it removes files of blobs that no mount uses, least recently used first,
+and names chunks of mounted blobs that could go. `evict` takes chunks out that the supervisor has claimed for that (the
+order of steps is in `nydusd/storage/state/eviction.py`).
+
+What holds after SIGKILL: files of a blob are removed map first, so the rest is never believed; both jobs may be done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from nydusd.errors import CacheError, NydusError, StaleCacheError
+from nydusd.ipc.messages import Json
+from nydusd.storage.state import map_file
+from nydusd.storage.state.eviction import punch, used_by_others
+from nydusd.storage.state.segment import READY, RECORD, Segment
+from workers.blobs import OpenBlobs
+
+log = logging.getLogger(__name__)
+
+_DATA = ".blob.data"
+_PARTS = (".blob.data.chunk_map", ".blob.data.chunk_map.nydusd", _DATA, ".blob.meta")
+"""Files of a blob, in the order of their removal. The bootstrap taken out of one stays: a mount may have it mapped."""
+_MOST = 20_000
+"""Chunks named by one survey."""
+_IDLE = 600
+"""Seconds after which a blob counts as unused as a whole: it goes before single chunks of busier ones."""
+
+
+class _File(NamedTuple):
+    """A blob's data file: what it takes on disk, and when it was last used."""
+
+    blob_id: str
+    size: int
+    used: float
+
+
+class _Victim(NamedTuple):
+    """A chunk that could go; in the order of going."""
+
+    group: int
+    touched: int
+    handle: int
+    chunk: int
+    size: int
+
+
+def survey(_blobs: OpenBlobs, job: Json) -> Json:
+    """Job: folder, limit, target (bytes), unused (remove all that is unused), mounted {blob id: {handle, segment}}, now, keep
+    (seconds), instance, pids.
+
+    Answer: used (bytes, after what was removed), removed (blob ids), freed (bytes), victims {handle: chunks}.
+    """
+    folder = Path(job["folder"])
+    files = _files(folder)
+    used = sum(file.size for file in files)
+    removed: list[str] = []
+    freed = 0
+    for file in sorted(files, key=lambda file: file.used):
+        if file.blob_id in job["mounted"] or not (job["unused"] or used > job["limit"]):
+            continue
+        if _remove(folder, file.blob_id, job["instance"], job["pids"]):
+            removed.append(file.blob_id)
+            freed += file.size
+            used -= file.size
+    victims: dict[str, list[int]] = {}
+    if used > job["limit"]:
+        need = used - int(job["target"])
+        for victim in sorted(_victims(job))[:_MOST]:
+            victims.setdefault(str(victim.handle), []).append(victim.chunk)
+            need -= victim.size
+            if need <= 0:
+                break
+    return {"used": used, "removed": removed, "freed": freed, "victims": {k: sorted(v) for k, v in victims.items()}}
+
+
+def _files(folder: Path) -> list[_File]:
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(_DATA) and entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(FileNotFoundError):
+                        facts = entry.stat(follow_symlinks=False)
+                        last = max(facts.st_atime, facts.st_mtime)
+                        found.append(_File(entry.name.removesuffix(_DATA), facts.st_blocks * 512, last))
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise CacheError(f"cache folder {folder}: {e.strerror}", e.errno) from e
+    return found
+
+
+def _remove(folder: Path, blob_id: str, instance: str, pids: Collection[int]) -> bool:
+    """Remove the files of a blob that no mount of ours uses. False if somebody else uses it."""
+    path = folder / f"{blob_id}{_DATA}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        map_file.lock(fd)
+        user = used_by_others(str(path), instance, pids)
+        if user:
+            log.info("cache file %s stays: it is used by %s", path, user)
+            return False
+        for part in _PARTS:
+            (folder / f"{blob_id}{part}").unlink(missing_ok=True)
+        log.info("cache files of blob %s were removed: no mount uses them", blob_id)
+        return True
+    except OSError as e:
+        log.warning("cache files of blob %s cannot be removed: %s", blob_id, e.strerror)
+        return False
+    finally:
+        os.close(fd)
+
+
+def _victims(job: Json) -> Iterator[_Victim]:
+    """Chunks of mounted blobs that nobody has asked for in the last `keep` seconds."""
+    newest = int(job["now"]) - int(job["keep"])
+    for entry in job["mounted"].values():
+        try:
+            segment = Segment.open(entry["segment"])
+        except NydusError as e:
+            log.warning("%s; nothing is taken out of its blob", e)
+            continue
+        if segment is None:
+            continue
+        try:
+            touched = segment.touched.tolist()
+            idle = max(touched, default=0) < int(job["now"]) - _IDLE
+            sizes = [fields[3] for fields in RECORD.iter_unpack(segment.records)]
+            for chunk, state in enumerate(bytes(segment.state)):
+                if state == READY and touched[chunk] <= newest:
+                    yield _Victim(0 if idle else 1, touched[chunk], entry["handle"], chunk, sizes[chunk])
+        finally:
+            segment.close()
+
+
+def evict(blobs: OpenBlobs, job: Json) -> Json:
+    """Take job["chunks"] out of the cache file. Job: instance, pids. Answer: stored (chunks in the map), evicted, bytes;
+    or kept (who else uses the file), and nothing was done.
+    """
+    blob = blobs.get(job)
+    path, segment = blob.spec.data_path, blob.segment
+    assert path is not None
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as e:
+        raise StaleCacheError(f"cache file {path}: {e.strerror}", e.errno) from e
+    try:
+        map_file.lock(fd)
+        if not segment.is_current() or not segment.identity.is_of(fd):
+            raise StaleCacheError(f"cache file {path} was replaced")
+        user = used_by_others(str(path), job["instance"], job["pids"])
+        if user:
+            return {"kept": user}
+        stored = map_file.clear(blob.spec.map_path, job["chunks"], segment.count, segment.identity)
+        ranges = [(record.uoff, record.usize) for record in map(segment.record, job["chunks"])]
+        punch(fd, ranges)
+    except OSError as e:
+        raise CacheError(f"cache file {path}: {e.strerror}", e.errno) from e
+    finally:
+        os.close(fd)
+    return {"stored": stored, "evicted": len(ranges), "bytes": sum(length for _, length in ranges)}
