@@ -285,11 +285,10 @@ class Node:
         return [int(str(daemon["pid"])) for daemon in self.daemons()]
 
     def complaints(self) -> list[str]:
-        """Warnings and errors in the snapshotter's log, but for what it says of a daemon without counters of files."""
+        """Warnings and errors in the snapshotter's log."""
         log = self.folder / "sn" / "logs" / "nydus-snapshotter.log"
         lines = log.read_text(errors="replace").splitlines()
-        bad = [line for line in lines if re.search(r"level=(warning|error|fatal|panic)", line)]
-        return [line for line in bad if "Failed to get file system metrics" not in line]
+        return [line for line in lines if re.search(r"level=(warning|error|fatal|panic)", line)]
 
     def watch_daemon_logs(self) -> list[Path]:
         """Have the discipline look at the logs of the daemons that there are now."""
@@ -313,9 +312,11 @@ class Node:
     def logs(self, lines: int = 40) -> str:
         """The ends of all logs of the node."""
         files = [*self.folder.glob("*.log"), *(self.folder / "sn" / "logs").glob("**/*.log")]
-        return "\n".join(
-            f"--- {path}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) for path in files
-        )
+        parts = []
+        for path in files:
+            text = [line for line in path.read_text(errors="replace").splitlines() if "loading plugin" not in line]
+            parts += [f"--- {path}", *text[-lines:]]
+        return "\n".join(parts)
 
     def stop_snapshotter(self) -> None:
         """SIGTERM, and wait; AssertionError if it does not end."""
