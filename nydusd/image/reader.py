@@ -19,8 +19,9 @@ from nydusd.formats.model import BlobFeature, BlobInfo, Bootstrap, ChunkFlag, Ch
 from nydusd.image.errors import ImageError
 from nydusd.storage.backend.base import BlobBackend
 from nydusd.storage.cache.chunk_table import RECORD, ChunkTable, build_from_ci, build_from_raw, build_tarfs
-from nydusd.storage.cache.decode import ChunkDecoder, fetch_range
+from nydusd.storage.cache.decode import ChunkDecoder
 from nydusd.storage.cache.load import extract_bootstrap, load_ci, load_digest_array
+from nydusd.storage.cache.stored import fetch_range
 
 _GROUPED = ChunkFlag.BATCH | ChunkFlag.ZRAN
 _KEPT_BYTES = 32 << 20

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from nydusd.image.create import create as make_image
@@ -103,7 +103,19 @@ def plant(path: bytes, entry: object, files: list[bytes]) -> None:
             os.setxattr(path, "user.x", content[:300])
 
 
-@settings(max_examples=25)
+def with_links(found: dict[str, Row]) -> dict[str, Row]:
+    """The rows with hard links named by the least of their names: which one a walk meets first is up to its order."""
+    least: dict[object, str] = {}
+    for path in sorted(found):
+        if "same_inode_as" in found[path]:
+            least.setdefault(found[path]["same_inode_as"], path)
+    return {
+        path: row | {"same_inode_as": least[row["same_inode_as"]]} if "same_inode_as" in row else row
+        for path, row in found.items()
+    }
+
+
+@settings(max_examples=25, phases=[Phase.explicit, Phase.generate])
 @given(
     tree=st.dictionaries(names, trees, max_size=6), version=st.sampled_from([5, 6]), batch=st.sampled_from([0, 4096])
 )
@@ -112,7 +124,7 @@ def test_unpacked_image_of_any_tree_is_that_tree(tree: dict[bytes, object], vers
     try:
         source = work / "tree"
         plant(os.fsencode(source), tree, [])
-        wanted = manifest.walk(source)
+        wanted = with_links(manifest.walk(source))
         image_folder = work / "image"
         image_folder.mkdir()
         options = BuildOptions(
@@ -126,7 +138,7 @@ def test_unpacked_image_of_any_tree_is_that_tree(tree: dict[bytes, object], vers
             processes=1,
         )
         make_image(options)
-        assert manifest.differences(wanted, rows(work / "bootstrap", image_folder)) == []
+        assert manifest.differences(wanted, with_links(rows(work / "bootstrap", image_folder))) == []
         image("unpack", work / "bootstrap", "-D", image_folder, "--output", work / "out.tar")
         again = BuildOptions(
             source=work / "out.tar",
@@ -136,6 +148,6 @@ def test_unpacked_image_of_any_tree_is_that_tree(tree: dict[bytes, object], vers
             processes=1,
         )
         make_image(again)
-        assert manifest.differences(wanted, rows(work / "second", image_folder)) == []
+        assert manifest.differences(wanted, with_links(rows(work / "second", image_folder))) == []
     finally:
         shutil.rmtree(work)
