@@ -188,6 +188,11 @@ class RafsV5:
             start += chunk_size
         return pieces
 
+    def inode_digest(self, ino: int) -> bytes:
+        """The stored digest of an inode."""
+        at = self._record(ino)
+        return bytes(self._buf[at : at + 32])
+
     def file_chunks(self, ino: int) -> list[RawChunk]:
         """The chunk infos of a regular file, in order."""
         node = self._nodes.get(ino) or self._load(ino)

@@ -6,11 +6,12 @@ read is verified by the digest or checksum that the image has for it.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from nydusd.formats import BootstrapKind, detect, open_bootstrap
 from nydusd.formats.blob_id import blob_id_from_path
@@ -27,7 +28,10 @@ _KEPT_BYTES = 32 << 20
 _RUN_BYTES = 1 << 20
 
 
-def load_metadata(path: Path) -> tuple[bytes | mmap.mmap, Bootstrap]:
+_HEAD = 4096
+
+
+def load_metadata(path: Path) -> tuple[bytes, Bootstrap]:
     """The bytes of the metadata in the file, which may be a blob with the metadata inside, and its parser.
 
     Raises `ImageError` for a file that cannot be read, `FormatError` for one that holds no image.
@@ -35,17 +39,17 @@ def load_metadata(path: Path) -> tuple[bytes | mmap.mmap, Bootstrap]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if not size:
-                raise ImageError(f"{path}: the file is empty")
-            data: bytes | mmap.mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    inlined = detect(memoryview(data)) is BootstrapKind.BLOB
-    if inlined:
-        whole = data
-        data = extract_bootstrap(lambda offset, length: whole[offset : offset + length], size, str(path))
-    path_id = blob_id_from_path(str(path))
-    return data, open_bootstrap(memoryview(data), str(path), path_id, extracted=inlined)
+            head = file.read(_HEAD)
+            inlined = detect(memoryview(head)) is BootstrapKind.BLOB
+            if not inlined:
+                data = head + file.read()
+            else:
+                data = extract_bootstrap(
+                    lambda offset, length: os.pread(file.fileno(), length, offset), size, str(path)
+                )
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+    return data, open_bootstrap(memoryview(data), str(path), blob_id_from_path(str(path)), extracted=inlined)
 
 
 class BlobReader:
@@ -116,13 +120,22 @@ class BlobReader:
 
 
 class ImageReader:
-    """An image and its blobs, opened as they are needed."""
+    """An image and its blobs, opened as they are needed. `with ImageReader(...) as reader:` closes the backend."""
 
     def __init__(self, path: Path, backend: BlobBackend | None) -> None:
         """Raises `ImageError` or `FormatError`. Without a backend only the metadata can be read."""
         self.data, self.bootstrap = load_metadata(path)
         self._backend = backend
         self._blobs: dict[int, BlobReader] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._backend is not None:
+            self._backend.close()
 
     def blob(self, index: int) -> BlobReader:
         """A blob by its place in the blob table."""

@@ -1,0 +1,123 @@
+"""`nydus-image` check, inspect and stat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nydusd.image.reader import load_metadata
+from tests.image.build import create, image, refused
+from tests.support import oracle
+
+NAMES = [one.name for one in oracle.images() if ":" not in one.name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_of_the_reference_are_valid(name: str) -> None:
+    packed = oracle.image(name)
+    text = image("check", packed.bootstrap, "-D", packed.blobs)
+    assert text.startswith("RAFS filesystem metadata is valid") and "chunks read and verified" in text
+
+
+def test_every_kind_of_damage_is_found(tree: Path, tmp_path: Path) -> None:
+    bootstrap = create(tree, tmp_path, "-v", "5")
+    (blob,) = (tmp_path / "blobs").iterdir()
+    good = blob.read_bytes()
+    blob.write_bytes(good[:5000] + b"?" + good[5001:])
+    assert f"blob {blob.name} chunk" in refused("check", bootstrap, "-D", tmp_path / "blobs")
+    image("check", "--bootstrap", bootstrap)
+    data = bytearray(bootstrap.read_bytes())
+    at = bytes(data).rindex(b"text-65537") - 128
+    data[at] ^= 1
+    bootstrap.write_bytes(data)
+    assert "inode.digest" in refused("check", bootstrap)
+    bootstrap.write_bytes(data[:-8])
+    assert str(bootstrap) in refused("check", bootstrap)
+
+
+def test_check_names_the_blobs_in_its_summary(tree: Path, tmp_path: Path) -> None:
+    bootstrap = create(tree, tmp_path)
+    text = image("check", "-v", "-J", tmp_path / "out.json", bootstrap)
+    _, parsed = load_metadata(bootstrap)
+    assert json.loads((tmp_path / "out.json").read_text())["blobs"] == [parsed.blobs[0].blob_id]
+    assert "text-65537" in text and "373 names" in text
+    assert "name the metadata once" in refused("check")
+    assert "name the metadata once" in refused("check", bootstrap, "-B", bootstrap)
+
+
+def test_requests_are_answered_with_json(tree: Path, tmp_path: Path) -> None:
+    bootstrap = create(tree, tmp_path, "--prefetch-policy", "fs", stdin=b"/many\n/random-4097\n")
+    _, parsed = load_metadata(bootstrap)
+    blob = parsed.blobs[0]
+    assert json.loads(image("inspect", bootstrap, "-R", "stats")) == {"inodes_count": 373}
+    assert json.loads(image("inspect", bootstrap, "-R", "blobs")) == [
+        {
+            "blob_id": blob.blob_id,
+            "readahead_offset": 0,
+            "readahead_size": 0,
+            "decompressed_size": blob.uncompressed_size,
+            "compressed_size": blob.compressed_size,
+        }
+    ]
+    listed = json.loads(image("inspect", bootstrap, "--request", "prefetch"))
+    assert [one["path"] for one in listed] == [["/many"], ["/hard-link", "/random-4097"]]
+    assert [one["inode"] for one in listed] == parsed.prefetch_inodes()
+    assert "unknown command" in refused("inspect", bootstrap, "-R", "format c:")
+
+
+@pytest.mark.parametrize("version", ["5", "6"])
+def test_dialogue_walks_the_tree(tree: Path, tmp_path: Path, version: str) -> None:
+    bootstrap = create(tree, tmp_path, "-v", version, "--chunk-size", "65536")
+    _, parsed = load_metadata(bootstrap)
+    ino = parsed.lookup(parsed.root_ino, b"text-300000")
+    asked = b"\n".join(
+        [
+            b"stats",
+            b"blobs",
+            b"prefetch",
+            b"cd many",
+            b"ls",
+            b"cd nowhere",
+            b"cd ..",
+            b"stat text-300000",
+            b"stat short-link",
+            b"icheck %d" % (ino or 0),
+            b"icheck 99999999",
+            b"chunk 0",
+            b"cd d0/d1",
+            b"stat .",
+            b"help",
+            b"what",
+            b"",
+            b"exit",
+        ]
+    )
+    text = image("inspect", bootstrap, stdin=asked + b"\nstats\n")
+    assert text.count("Inodes Count:") == 1
+    for part in ("Blob ID:", "Total Prefetching Files: 0", "/many :> ", "0001-n", "nowhere: no folder", "Chunk list:"):
+        assert part in text
+    for part in ("file offset 262144", "Target:                 random-1", "/text-300000", "no inode of this number"):
+        assert part in text
+    for part in ("File: /", "/d0/d1 :> ", "icheck INODE", "unknown command"):
+        assert part in text
+    assert image("inspect", bootstrap, stdin=b"ls\n").endswith(":> \n")
+
+
+def test_statistics_count_what_images_have_in_common(tree: Path, tmp_path: Path) -> None:
+    base = create(tree, tmp_path / "base", "--chunk-size", "65536")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "copy").write_bytes((tree / "random-65536").read_bytes())
+    (other / "new").write_bytes(b"new")
+    target = create(other, tmp_path / "target", "--chunk-size", "65536")
+    image("stat", "-B", base, "-T", target, "-J", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["target_enabled"] and found["target_image"]["ref_chunks"] == found["target_image"]["own_chunks"] == 1
+    base_image = found["base_image"]
+    assert (base_image["dirs"], base_image["symlinks"]) == (43, 2)
+    assert base_image["own_chunks"] == base_image["dedup_chunks"] < base_image["chunks"]
+    assert base_image["file_sizes"][17] == 4  # 65,536 and 65,537 bytes: 17 bits
+    assert "dedup chunks" in image("stat", "-B", base)
+    assert "one of --bootstrap" in refused("stat")
