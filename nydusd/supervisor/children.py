@@ -48,6 +48,8 @@ class Child:
         """How often in a row it died early: what its back-off grows with."""
         self.hung = False
         """Killed by us because it hung."""
+        self.crashed = False
+        """The last process died by itself, and was not killed."""
         self._started = 0.0
 
     @property
@@ -103,6 +105,7 @@ class Child:
         os.close(self.pidfd)
         self.pidfd = -1
         self.process = None
+        self.crashed = self.hung or status not in (0, -signal.SIGKILL, -signal.SIGTERM)
         self._back_off()
         return int(status)
 

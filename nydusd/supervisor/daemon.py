@@ -208,7 +208,7 @@ class Supervisor:
         fds = [self._lifeline]
         if child.role == "fuse":
             fds, more = self._frontend_spec(child.index)
-            spec |= more
+            spec |= more | {"crashed": child.crashed}
         elif child.role == "api":
             listeners = [-1 if sock is None else sock.fileno() for sock in (self._listener, self._metrics)]
             fds += [fd for fd in listeners if fd >= 0]
@@ -260,7 +260,7 @@ class Supervisor:
             self._live.discard(identity)
             self.router.drop_client(identity)
             for pool in (self.fetch, self.decompress):
-                pool.worker_died(identity, killed=status == -signal.SIGKILL and not child.hung)
+                pool.worker_died(identity, killed=not child.crashed)
             if self._stopping:
                 continue
             if child.role == "fuse" and status == 0:

@@ -177,7 +177,7 @@ class WorkerPool:
         job.done(job, answer)
 
     def worker_died(self, identity: bytes, *, killed: bool = False) -> None:
-        """Forget a worker; its job is done again, or given up. `killed`: by SIGKILL, and not by us."""
+        """Forget a worker; its job is done again, or given up. `killed`: from outside, not by itself."""
         self._knows.pop(identity, None)
         self._done.pop(identity, None)
         self._connections.pop(identity, None)

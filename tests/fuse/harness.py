@@ -162,7 +162,7 @@ class Stage:
             "blobs": [{"blob_id": "sample", "handle": HANDLE, "segment": self.name, "data": str(self.data)}],
         }
 
-    def start(self, index: int, program: str = "tests.fuse.serve") -> subprocess.Popen[bytes]:
+    def start(self, index: int, program: str = "tests.fuse.serve", crashed: bool = False) -> subprocess.Popen[bytes]:
         """Start the front end of a lane; its predecessor must be gone."""
         assert self.session is not None
         lane = self.lanes[index]
@@ -172,6 +172,7 @@ class Stage:
                 "index": index,
                 "session_fd": lane.fd,
                 "journal_fd": lane.journal,
+                "crashed": crashed,
                 "init_flags": self.session.negotiated.flags,
                 "interrupt_in": lane.interrupt_in,
                 "interrupt_out": siblings,

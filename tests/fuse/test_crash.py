@@ -129,6 +129,20 @@ def test_a_journal_of_another_version_has_the_kernel_send_again(stage: Stage) ->
     assert reader.result() == noise("big", BIG)[:4096]
 
 
+def test_a_read_whose_front_ends_are_killed_again_and_again_is_answered(stage: Stage) -> None:
+    """Even if that is always in the middle of serving it again: who was killed is no witness against a request."""
+    stage.fill(stage.chunks_of("big"))
+    stage.kill(0)
+    killed = stage.start(0, "tests.fuse.serve_and_die")
+    reader = stage.reader("big", direct=True)
+    for _ in range(6):
+        assert killed.wait(SECONDS) == -signal.SIGKILL
+        killed = stage.start(0, "tests.fuse.serve_and_die")
+    assert killed.wait(SECONDS) == -signal.SIGKILL
+    stage.start(0)
+    assert reader.result() == noise("big", BIG)[:4096]
+
+
 def test_a_request_that_kills_every_front_end_is_failed(stage: Stage, expect_log: Callable[..., None]) -> None:
     expect_log("front ends die of this request: it is failed")
     stage.fill(stage.chunks_of("big"))
@@ -137,9 +151,9 @@ def test_a_request_that_kills_every_front_end_is_failed(stage: Stage, expect_log
     reader = stage.reader("big", direct=True)
     for _ in range(3):
         assert killed.wait(SECONDS) == -signal.SIGKILL
-        killed = stage.start(0, "tests.fuse.serve_and_die")
+        killed = stage.start(0, "tests.fuse.serve_and_die", crashed=True)
     assert killed.wait(SECONDS) == -signal.SIGKILL
-    stage.start(0)
+    stage.start(0, crashed=True)
     assert reader.result() == errno.EIO
     again = stage.reader("big", direct=True)
     assert again.result() == noise("big", BIG)[:4096]

@@ -119,17 +119,16 @@ def test_a_journal_of_another_size_is_begun_anew(size: int) -> None:
         os.close(fd)
 
 
-def test_a_request_is_given_up_after_three_deaths_and_only_that_one(fd: int) -> None:
-    lives = []
-    for _ in range(5):
-        journal = Journal(fd)  # the one before has died
-        lives.append(journal.serve_again(8))
-    assert lives == [True, True, True, False, False]
-    assert Journal(fd).serve_again(10)
+def test_a_request_is_given_up_after_three_crashes_and_only_that_one(fd: int) -> None:
+    lives = [Journal(fd).serve_again(8)]
+    for crashed in (True, False, True, False, True, True):
+        lives.append(Journal(fd, crashed=crashed).serve_again(8))
+    assert lives == [True, True, True, True, True, False, False]
+    assert Journal(fd, crashed=True).serve_again(10)
 
 
 def test_a_request_that_was_survived_starts_anew(fd: int) -> None:
     for _ in range(5):
-        journal = Journal(fd)
+        journal = Journal(fd, crashed=True)
         assert journal.serve_again(8)
         journal.served_again()

@@ -20,7 +20,7 @@ from . import protocol as p
 
 _MAGIC = 0x31_4C_4E_52_4A_59_4E  # NYJRNL1: another layout, another number
 _HEADER = Struct("=QQQ")
-"""magic; the request that a successor is serving again, by `unique` (0: none); how many have died of it."""
+"""magic; the request that a successor is serving again, by `unique` (0: none); how many have crashed at it."""
 
 REQUEST_SIZE = 64 * 1024
 """Bytes of the request buffer. A request without payload is small; a BATCH_FORGET fills whatever there is."""
@@ -36,7 +36,7 @@ _SIZE = _BODIES + READS * _READ_SIZE
 FREE, TAKEN, INTERRUPTED = range(3)
 """State of a parked read, one byte: set after its body was copied, cleared after it was answered."""
 _LIVES = 3
-"""Front ends that may die while they serve the same request again. It is failed then, and the others are served."""
+"""Front ends that may crash while they serve the same request again. It is failed then, and the others are served."""
 
 
 def create() -> int:
@@ -52,9 +52,13 @@ def create() -> int:
 
 
 class Journal:
-    """A lane's journal as its front end uses it. Raises OSError when `fd` cannot be mapped."""
+    """A lane's journal as its front end uses it. Raises OSError when `fd` cannot be mapped.
 
-    def __init__(self, fd: int) -> None:
+    `crashed`: the predecessor died by itself. One that was killed is no witness against a request.
+    """
+
+    def __init__(self, fd: int, *, crashed: bool = False) -> None:
+        self._crashed = crashed
         self.intact = os.fstat(fd).st_size == _SIZE and _HEADER.unpack(os.pread(fd, _HEADER.size, 0))[0] == _MAGIC
         """False for a journal of another version of this code: nothing is known then of what was taken."""
         if not self.intact:
@@ -112,9 +116,9 @@ class Journal:
             yield place, self._bodies[offset : offset + _READ_SIZE], states[place] == INTERRUPTED
 
     def serve_again(self, unique: int) -> bool:
-        """Note that a request is being served once more. False when that has killed too many: fail it instead."""
+        """Note that a request is being served once more. False when too many have crashed at that: fail it instead."""
         _, before, deaths = _HEADER.unpack(self._header)
-        deaths = deaths + 1 if before == unique else 0
+        deaths = deaths + self._crashed if before == unique else 0
         _HEADER.pack_into(self._header, 0, _MAGIC, unique, deaths)
         return bool(deaths < _LIVES)
 

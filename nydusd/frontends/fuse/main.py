@@ -4,10 +4,10 @@ It outlives the supervisor: what is cached is served on, and a miss waits for th
 It ends when the file system is unmounted (exit 0) or by SIGTERM's default action; SIGINT is the supervisor's business.
 
 The spec: `index` (of this front end), `identity` (its ZeroMQ name, optional), `session_fd` (its lane's clone), `journal_fd`
-(its lane's journal), `init_flags` (`Session.negotiated.flags`), `interrupt_in` and `interrupt_out` (its lane's pipe, and
-the siblings'; optional), `front` (the supervisor's endpoint), `read_deadline` (seconds), `log` {`level`, `file`}, `mounts`
-{`folder`, `shared`}: where the supervisor publishes the table of mounts, see `nydusd.supervisor.mount_table`. The spec of a
-mount there: {`id`, `bootstrap`, `bootstrap_size` (optional), `path_id`, `extracted` (both for `open_bootstrap`), `xattr`,
+(its lane's journal), `crashed` (its predecessor died by itself; optional), `init_flags` (`Session.negotiated.flags`),
+`interrupt_in` and `interrupt_out` (its lane's pipe, and the siblings'; optional), `front` (the supervisor's endpoint),
+`read_deadline` (seconds), `log` {`level`, `file`}, `mounts` {`folder`, `shared`}: where the supervisor publishes the table
+of mounts, see `nydusd.supervisor.mount_table`. The spec of a mount there: {`id`, `bootstrap`, `bootstrap_size` (optional), `path_id`, `extracted` (both for `open_bootstrap`), `xattr`,
 `blobs` (for `BlobDevice.from_spec`), `counters` and `files` (optional, for `Stats.from_spec`)}. `inflight` (optional): the
 board of reads that wait.
 """
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
     front_end = FrontEnd(
         int(spec["session_fd"]),
-        Journal(int(spec["journal_fd"])),
+        Journal(int(spec["journal_fd"]), crashed=bool(spec.get("crashed"))),
         namespace,
         connect,
         read_deadline=float(spec["read_deadline"]),
