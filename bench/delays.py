@@ -1,7 +1,7 @@
 """`make bench-delays`: cold start and cold sequential read from a registry that is 0, 5, 20 and 100 ms away.
 
 Ours, and a reference if $NYDUSD_REF names one, in turn, several rounds, medians. The registry is a process on loopback that
-holds each answer back (`bench/link.py`). Cold start is the time from the start of the process to the first byte of a small
+is as far away as `bench/delay.py` makes it. Cold start is the time from the start of the process to the first byte of a small
 file; the sequential read is of one file of $NYDUSD_BENCH_MIB (64) MiB after that. The cache folder is on tmpfs and empty, the
 mount is new in each run, there is no prefetch. Programs and libraries are in the page cache, as on a node that has started
 an image before. The table goes to stdout; $NYDUSD_BENCH_OUT=docs makes docs/delays.md and docs/delays.svg anew.
@@ -22,9 +22,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.link import link
 from bench.mkimage import Built, build
 from bench.plot import page, panel
+from bench.registry import far_away
 from bench.run import ROUNDS
 
 ROUND_TRIPS = (0.0, 0.005, 0.020, 0.100)
@@ -91,7 +91,7 @@ def measure(image: Built, far: float, command: Sequence[str], environment: Mappi
     """One run of a daemon with an empty cache."""
     with (
         tempfile.TemporaryDirectory(prefix="nydusd-bench-", dir="/dev/shm") as name,
-        link(image.blob, REPO, far) as host,
+        far_away(image.blob, REPO, far) as host,
     ):
         mountpoint, config = Path(name) / "mnt", Path(name) / "config.json"
         mountpoint.mkdir()

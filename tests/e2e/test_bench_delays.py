@@ -1,4 +1,4 @@
-"""The benchmark of delays measures what it says: whole files, from a link that is as slow as told, drawn as they are."""
+"""The benchmark of delays measures what it says: whole files, from a registry as far away as told, drawn as they are."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from bench import delays
-from bench.link import link
+from bench.registry import far_away
 from tests.support.discipline import discipline
 
 
-def test_a_link_serves_the_blob_and_parts_of_it(tmp_path: Path) -> None:
+def test_a_registry_serves_the_blob_and_parts_of_it(tmp_path: Path) -> None:
     blob = tmp_path / "b10b"
     blob.write_bytes(bytes(range(256)) * 4096)
-    with link(blob, "a/b", 0.001) as host:
+    with far_away(blob, "a/b", 0.001) as host:
         connection = http.client.HTTPConnection(host, timeout=10)
         for asked, first, last in (("bytes=5-9", 5, 9), ("bytes=1048570-", 1048570, 1048575)):
             connection.request("GET", "/v2/a/b/blobs/sha256:b10b", headers={"Range": asked})
