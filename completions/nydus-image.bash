@@ -4,10 +4,10 @@ _nydus-image() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
         case $word in
-            --batch-size|--blob|--blob-cache-dir|--blob-dir|--blob-id|--bootstrap|--chunk-dict|--chunk-size|--compressor|--digester|--features|--fs-version|--log-file|--log-level|--output-json|--parent-bootstrap|--prefetch-policy|--processes|--source-type|--type|--whiteout-spec|-B|-D|-J|-L|-b|-l|-t|-v) ((i++)); continue ;;
+            --backend-config|--backend-config-file|--backend-type|--batch-size|--blob|--blob-cache-dir|--blob-digests|--blob-dir|--blob-id|--blob-sizes|--blob-toc-digests|--blob-toc-sizes|--bootstrap|--chunk-dict|--chunk-size|--compressor|--config|--digester|--features|--fs-version|--log-file|--log-level|--original-blob-ids|--output|--output-json|--parent-bootstrap|--prefetch-policy|--processes|--request|--source-type|--target|--type|--whiteout-spec|-B|-C|-D|-J|-L|-R|-T|-b|-l|-t|-v) ((i++)); continue ;;
         esac
         case "$path/$word" in
-            /create) path=$path/$word ;;
+            /create|/merge|/check|/inspect|/stat|/unpack) path=$path/$word ;;
         esac
     done
     case "$path $prev" in
@@ -33,10 +33,56 @@ _nydus-image() {
         "/create --prefetch-policy") COMPREPLY=($(compgen -W 'none fs blob' -- "$cur")); return ;;
         "/create --processes") COMPREPLY=(); return ;;
         "/create -J"|"/create --output-json") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/merge -l"|"/merge --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/merge -L"|"/merge --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/merge -B"|"/merge --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/merge -D"|"/merge --blob-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/merge --parent-bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/merge --chunk-dict") COMPREPLY=(); return ;;
+        "/merge --prefetch-policy") COMPREPLY=($(compgen -W 'none fs blob' -- "$cur")); return ;;
+        "/merge --blob-digests") COMPREPLY=(); return ;;
+        "/merge --original-blob-ids") COMPREPLY=(); return ;;
+        "/merge --blob-sizes") COMPREPLY=(); return ;;
+        "/merge --blob-toc-digests") COMPREPLY=(); return ;;
+        "/merge --blob-toc-sizes") COMPREPLY=(); return ;;
+        "/merge -J"|"/merge --output-json") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/check -l"|"/check --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/check -L"|"/check --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/check -B"|"/check --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/check -D"|"/check --blob-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/check -C"|"/check --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/check -J"|"/check --output-json") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/inspect -l"|"/inspect --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/inspect -L"|"/inspect --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/inspect -B"|"/inspect --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/inspect -D"|"/inspect --blob-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/inspect -C"|"/inspect --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/inspect -R"|"/inspect --request") COMPREPLY=(); return ;;
+        "/stat -l"|"/stat --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/stat -L"|"/stat --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/stat -B"|"/stat --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/stat -D"|"/stat --blob-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/stat -T"|"/stat --target") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/stat -J"|"/stat --output-json") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/unpack -l"|"/unpack --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/unpack -L"|"/unpack --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/unpack -B"|"/unpack --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/unpack -D"|"/unpack --blob-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/unpack -C"|"/unpack --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/unpack -b"|"/unpack --blob") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/unpack --backend-type") COMPREPLY=(); return ;;
+        "/unpack --backend-config") COMPREPLY=(); return ;;
+        "/unpack --backend-config-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/unpack --output") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
     esac
     case "$path" in
-        '') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -V --version create' -- "$cur")) ;;
+        '') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -V --version create merge check inspect stat unpack' -- "$cur")) ;;
         '/create') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -t --type --source-type -B --bootstrap -D --blob-dir -b --blob --blob-cache-dir --blob-inline-meta --inline-bootstrap --blob-id --chunk-size --batch-size --compressor --digester -v --fs-version --features -E --encrypt --aligned-chunk --chunk-dict --parent-bootstrap --repeatable --whiteout-spec --prefetch-policy --processes -J --output-json' -- "$cur")) ;;
+        '/merge') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir --parent-bootstrap --chunk-dict --prefetch-policy --blob-digests --original-blob-ids --blob-sizes --blob-toc-digests --blob-toc-sizes -J --output-json' -- "$cur")) ;;
+        '/check') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -v --verbose -J --output-json' -- "$cur")) ;;
+        '/inspect') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -R --request' -- "$cur")) ;;
+        '/stat') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -T --target -J --output-json' -- "$cur")) ;;
+        '/unpack') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -b --blob --backend-type --backend-config --backend-config-file --output' -- "$cur")) ;;
     esac
 }
 complete -F _nydus-image nydus-image

@@ -4,15 +4,20 @@ _nydusctl() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
         case $word in
-            --blob|--interval|--mountpoint|--output|--png|--sock|--to|--turns|-I|-S|-i|-n|-o) ((i++)); continue ;;
+            --blob|--config|--interval|--mountpoint|--output|--png|--sock|--source|--to|--turns|--type|-I|-S|-c|-i|-m|-n|-o|-s|-t) ((i++)); continue ;;
         esac
         case "$path/$word" in
-            /set|/set/log-level|/metrics|/metrics/backend|/metrics/cache|/metrics/fsstats|/info|/cache|/workers|/top|/trace|/bugreport) path=$path/$word ;;
+            /set|/set/log-level|/metrics|/metrics/backend|/metrics/cache|/metrics/fsstats|/info|/mount|/umount|/cache|/workers|/top|/trace|/bugreport) path=$path/$word ;;
         esac
     done
     case "$path $prev" in
         " -S"|" --sock") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/metrics/backend -I"|"/metrics/backend --interval") COMPREPLY=(); return ;;
+        "/mount -s"|"/mount --source") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/mount -c"|"/mount --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/mount -m"|"/mount --mountpoint") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/mount -t"|"/mount --type") COMPREPLY=($(compgen -W 'rafs passthrough_fs' -- "$cur")); return ;;
+        "/umount -m"|"/umount --mountpoint") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/cache --to") COMPREPLY=(); return ;;
         "/cache --png") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/cache --blob") COMPREPLY=(); return ;;
@@ -22,7 +27,7 @@ _nydusctl() {
         "/bugreport -o"|"/bugreport --output") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
     esac
     case "$path" in
-        '') COMPREPLY=($(compgen -W '-h --help -S --sock -r --raw set metrics info cache workers top trace bugreport' -- "$cur")) ;;
+        '') COMPREPLY=($(compgen -W '-h --help -S --sock -r --raw set metrics info mount umount cache workers top trace bugreport' -- "$cur")) ;;
         '/set') COMPREPLY=($(compgen -W '-h --help log-level' -- "$cur")) ;;
         '/set/log-level') COMPREPLY=($(compgen -W '-h --help off error warn info debug trace' -- "$cur")) ;;
         '/metrics') COMPREPLY=($(compgen -W '-h --help backend cache fsstats' -- "$cur")) ;;
@@ -30,6 +35,8 @@ _nydusctl() {
         '/metrics/cache') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
         '/metrics/fsstats') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
         '/info') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
+        '/mount') COMPREPLY=($(compgen -W '-h --help -s --source -c --config -m --mountpoint -t --type' -- "$cur")) ;;
+        '/umount') COMPREPLY=($(compgen -W '-h --help -m --mountpoint' -- "$cur")) ;;
         '/cache') COMPREPLY=($(compgen -W '-h --help --to --map --png --blob gc' -- "$cur")) ;;
         '/workers') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
         '/top') COMPREPLY=($(compgen -W '-h --help -i --interval -n --turns' -- "$cur")) ;;

@@ -14,16 +14,21 @@ from nydusd.cli.ctl import (
     metrics_backend,
     metrics_cache,
     metrics_fsstats,
+    mount,
     set_log_level,
     top,
     trace,
+    umount,
     workers,
 )
 from nydusd.cli.ctl.connection import Api
 from nydusd.cli.ctl.text import printable
 from nydusd.errors import NydusError
 
-_MODULES = (info, set_log_level, metrics_backend, metrics_cache, metrics_fsstats, cache, workers, top, trace, bugreport)
+_MODULES = (
+    *(info, set_log_level, metrics_backend, metrics_cache, metrics_fsstats, mount, umount),
+    *(cache, workers, top, trace, bugreport),
+)
 VERBS = tuple(verb.VERB for verb in _MODULES)
 GROUPS = {"set": "change a setting of the daemon", "metrics": "what the daemon counts"}
 

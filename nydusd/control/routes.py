@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
@@ -69,6 +70,15 @@ class Refused(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(status, text)
         self.answer = error_answer(status, text)
+
+
+class Described(Refused):
+    """The description of the API is asked for: no question for the supervisor either."""
+
+    def __init__(self) -> None:
+        Exception.__init__(self)
+        text = Path(__file__).with_name("openapi.yaml").read_text()
+        self.answer = Answer(200, text, "application/yaml")
 
 
 def error_answer(status: int, text: str) -> Answer:
@@ -196,6 +206,7 @@ _PROMETHEUS = Route("prometheus", "GlobalMetrics", shape=_metrics_page, content_
 
 METRICS_PATHS: Final = ("/metrics", "/metrics/prometheus", "/api/v1/metrics/prometheus")
 """All that the TCP port for metrics serves."""
+DESCRIPTION: Final = "/api/openapi.yaml"
 
 ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/api/v1/daemon": {
@@ -259,6 +270,8 @@ def resolve(method: str, target: str, body: bytes, paths: Collection[str] = ()) 
         query = dict(reversed(parse_qsl(url.query, keep_blank_values=True, max_num_fields=64)))
     except ValueError:
         raise Refused(400, "BadRequest") from None
+    if url.path == DESCRIPTION and method == "GET" and not body and not paths:
+        raise Described
     methods = ROUTES.get(url.path) if not paths or url.path in paths else None
     if methods is None:
         raise Refused(404, "NoRoute")

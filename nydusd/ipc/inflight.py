@@ -51,27 +51,24 @@ class InflightRow:
             self._free.append(slot)
 
 
-def make_board(name: str, rows: int) -> None:
-    """A new board, empty. Raises CacheError when shared memory is full."""
+def make_board(name: str, rows: int) -> mmap.mmap:
+    """A new board, empty, mapped. Raises CacheError when shared memory is full."""
     try:
         with contextlib.suppress(posix_ipc.ExistentialError):
             posix_ipc.unlink_shared_memory(name)
         shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, 0o600)
         try:
             os.posix_fallocate(shm.fd, 0, max(rows, 1) * ROW)
+            return mmap.mmap(shm.fd, 0)
         finally:
             shm.close_fd()
     except (OSError, posix_ipc.Error) as e:
         raise CacheError(f"shared memory {name}: {e}") from e
 
 
-def waiting(name: str) -> list[dict[str, Any]]:
-    """The API's list of requests that are not answered yet, the oldest first. Raises CacheError."""
-    board = _open(name)
-    try:
-        slots = [entry for entry in _SLOT.iter_unpack(board[:]) if entry[0]]
-    finally:
-        board.close()
+def waiting(board: mmap.mmap) -> list[dict[str, Any]]:
+    """The API's list of requests that are not answered yet, the oldest first."""
+    slots = [entry for entry in _SLOT.iter_unpack(board[:]) if entry[0]]
     return [
         {"inode": ino, "opcode": opcode, "unique": unique, "timestamp_secs": since}
         for unique, ino, opcode, since in sorted(slots, key=lambda entry: entry[3])

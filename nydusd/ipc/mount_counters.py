@@ -83,7 +83,7 @@ class MountCounters:
 
     def __init__(self, name: str, row: int) -> None:
         """Raises CacheError when the block is not there, or has no such row."""
-        self._map = _open(name, write=True)
+        self._map = _open(name)
         self._at = row * ROW
         if self._at + ROW > len(self._map):
             raise CacheError(f"shared memory {name} has no row {row}")
@@ -96,27 +96,24 @@ class MountCounters:
         self._map.close()
 
 
-def make_counters(name: str, rows: int) -> None:
-    """A new block, all zero. Raises CacheError when shared memory is full."""
+def make_counters(name: str, rows: int) -> mmap.mmap:
+    """A new block, all zero, mapped. Raises CacheError when shared memory is full."""
     try:
         with contextlib.suppress(posix_ipc.ExistentialError):
             posix_ipc.unlink_shared_memory(name)
         shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, 0o600)
         try:
             os.posix_fallocate(shm.fd, 0, rows * ROW)
+            return mmap.mmap(shm.fd, 0)
         finally:
             shm.close_fd()
     except (OSError, posix_ipc.Error) as e:
         raise CacheError(f"shared memory {name}: {e}") from e
 
 
-def totals(name: str) -> Totals:
-    """The sums over all rows. Raises CacheError."""
-    block = _open(name, write=False)
-    try:
-        rows = [_ROW.unpack_from(block, at) for at in range(0, len(block) - ROW + 1, ROW)]
-    finally:
-        block.close()
+def totals(block: mmap.mmap) -> Totals:
+    """The sums over all rows."""
+    rows = [_ROW.unpack_from(block, at) for at in range(0, len(block) - ROW + 1, ROW)]
     sums = [sum(column) for column in zip(*rows, strict=True)]
     return Totals(
         sums[HITS:ERRORS],
@@ -128,11 +125,11 @@ def totals(name: str) -> Totals:
     )
 
 
-def _open(name: str, *, write: bool) -> mmap.mmap:
+def _open(name: str) -> mmap.mmap:
     try:
         shm = posix_ipc.SharedMemory(name)
         try:
-            return mmap.mmap(shm.fd, 0, prot=mmap.PROT_READ | (mmap.PROT_WRITE if write else 0))
+            return mmap.mmap(shm.fd, 0)
         finally:
             shm.close_fd()
     except (OSError, ValueError, posix_ipc.Error) as e:

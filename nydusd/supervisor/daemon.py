@@ -243,7 +243,7 @@ class Supervisor:
             "front": self._runtime.front,
             "read_deadline": self.config.nydusd.read_deadline,
             "mounts": self.mounts.table.spec(),
-            "inflight": self.mounts.board,
+            "inflight": self.mounts.board_name,
         }
         return [lane.fd, lane.journal, lane.interrupt_in, *others], spec
 

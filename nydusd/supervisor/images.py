@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,7 +31,8 @@ class Image:
         self.metadata = facts
         self.index = 0
         self.counters: str | None = None
-        """Name of the block in which front ends count."""
+        """Name of the block in which front ends count, and the block."""
+        self.block: mmap.mmap | None = None
         self.files: str | None = None
         """What the names of the tables begin with in which they count by file, None if they do not."""
         self.trace: str | None = None

@@ -50,8 +50,8 @@ def chosen(daemon: Supervisor, request: Json) -> Image:
 
 def _global(daemon: Supervisor, request: Json) -> Json:
     image = chosen(daemon, request)
-    assert image.counters is not None
-    counted = totals(image.counters)
+    assert image.block is not None
+    counted = totals(image.block)
     rafs = image.config.rafs
     latency = [0] * OPERATIONS
     latency[READ] = counted.read_microseconds

@@ -70,8 +70,8 @@ class Mounts:
         self.table = MountTable(folder / "mounts", f"{prefix}mounts")
         self.rows = rows
         """Front ends: each has a row in the shared memory in which they count."""
-        self.board = f"{prefix}inflight"
-        make_board(self.board, rows)
+        self.board_name = f"{prefix}inflight"
+        self.board = make_board(self.board_name, rows)
         self._prefix = prefix
         self._serial = count(1)
         self.images: dict[str, Image] = {}
@@ -162,7 +162,7 @@ class Mounts:
             if facts.identity != old.metadata.identity:
                 self.table.check_unused(request.names)
             new = Image(request.place, request.source, request.config, facts, self._factory)
-            new.counters, new.files = old.counters, old.files
+            new.counters, new.block, new.files = old.counters, old.block, old.files
             new.trace = self._trace()
             try:
                 new.index = self.table.replace(request.names, new.spec(), same=facts.identity == old.metadata.identity)
@@ -205,7 +205,7 @@ class Mounts:
     def _make_counters(self, image: Image) -> None:
         serial = next(self._serial)
         name = f"{self._prefix}count.{serial}"
-        make_counters(name, self.rows)
+        image.block = make_counters(name, self.rows)
         image.counters, image.files = name, f"{self._prefix}files.{serial}"
         image.trace = self._trace()
 
@@ -220,6 +220,7 @@ class Mounts:
                 os.unlink(image.trace)
         if image.counters is not None:
             remove(image.counters)
+            image.block = None
         if image.files is not None:
             for row in range(self.rows):
                 remove(f"{image.files}.{row}")

@@ -66,6 +66,14 @@ class Api:
         answer = self._request("PUT", path, json.dumps(body).encode())
         return self._object(f"PUT {path}", answer) if answer else {}
 
+    def post(self, path: str, query: Mapping[str, str], body: Json) -> None:
+        """Send a JSON object to a path. Raises `RequestFailed`."""
+        self._request("POST", f"{path}?{urlencode(query)}", json.dumps(body).encode())
+
+    def delete(self, path: str, query: Mapping[str, str]) -> None:
+        """Raises `RequestFailed`."""
+        self._request("DELETE", f"{path}?{urlencode(query)}", None)
+
     def _request(self, method: str, target: str, body: bytes | None) -> bytes:
         connection = _UnixConnection(self._path, self._patience)
         try:

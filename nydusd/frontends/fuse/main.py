@@ -15,6 +15,7 @@ board of reads that wait.
 from __future__ import annotations
 
 import gc
+import logging
 import mmap
 import os
 import signal
@@ -22,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nydusd import logs
-from nydusd.errors import FormatError
+from nydusd.errors import CacheError, FormatError
 from nydusd.formats import open_bootstrap
 from nydusd.ipc.inflight import InflightRow
 from nydusd.ipc.shared_number import map_number
@@ -37,6 +38,8 @@ from .mount import Mount
 from .namespace import Namespace
 from .parking import Client
 from .stats import Stats
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
@@ -72,7 +75,7 @@ def main(argv: list[str]) -> int:
         interrupt_in=int(spec.get("interrupt_in", -1)),
         interrupt_out=[int(fd) for fd in spec.get("interrupt_out", [])],
         wake=wake,
-        board=InflightRow(str(spec["inflight"]), index) if spec.get("inflight") else None,
+        board=open_board(spec.get("inflight"), index),
     )
     # Before this handler is there, SIGURG is ignored, as is every process's default.
     signal.signal(signal.SIGURG, lambda *_: front_end.changes.look())
@@ -82,6 +85,17 @@ def main(argv: list[str]) -> int:
     ready(spec)
     front_end.run()
     return 0
+
+
+def open_board(name: str | None, row: int) -> InflightRow | None:
+    """Our row of the board of reads that wait; without one they are served all the same, unseen."""
+    if name is None:
+        return None
+    try:
+        return InflightRow(name, row)
+    except CacheError as e:
+        log.error("reads that wait are not shown: %s", e)
+        return None
 
 
 def open_mount(spec: Mapping[str, Any], row: int, index: int = 0) -> Mount:

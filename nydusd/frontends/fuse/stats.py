@@ -6,10 +6,12 @@ Counting is a part of every hit, so it is additions to a list; `flush` copies th
 from __future__ import annotations
 
 import errno
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from nydusd.errors import CacheError
 from nydusd.ipc.file_counters import FileCounters
 from nydusd.ipc.mount_counters import (
     BYTES,
@@ -26,6 +28,8 @@ from nydusd.ipc.mount_counters import (
 )
 
 from . import protocol as p
+
+log = logging.getLogger(__name__)
 
 _OPCODES = {
     p.GETATTR: "getattr",
@@ -61,7 +65,12 @@ class Stats:
         if spec.get("counters") is None:
             return None
         files = spec.get("files")
-        return cls(MountCounters(str(spec["counters"]), row), None if files is None else FileCounters(f"{files}.{row}"))
+        try:
+            counters = MountCounters(str(spec["counters"]), row)
+            return cls(counters, None if files is None else FileCounters(f"{files}.{row}"))
+        except CacheError as e:
+            log.error("mount %s: nothing is counted: %s", spec.get("id"), e)
+            return None
 
     def count(self, operation: int, ino: int, failed: bool) -> None:
         """An operation other than READ is done."""
