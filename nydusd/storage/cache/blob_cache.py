@@ -86,6 +86,7 @@ class BlobCache:
             raise InternalError(f"segment {self.spec.segment} was reported and is not there")
         if self.segment is not None:
             self.segment.close()
+        segment.clock[0] = int(time.monotonic())  # what is asked for from now on is not old
         self.segment = segment
         self.chunk_map = ChunkMap(segment)
         self.meta = BlobMetaInfo(segment)
