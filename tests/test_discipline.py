@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,24 @@ def test_orphan_that_hides_in_a_session_of_its_own_is_found(strict: Discipline) 
     )
     child = subprocess.run([sys.executable, "-W", "ignore", "-c", program], stdout=subprocess.PIPE, check=True)
     assert strict.leftovers(before) == [f"process {int(child.stdout)} (sleep 1000)"]
+
+
+def test_shared_memory_of_another_runs_daemon_is_left_alone(strict: Discipline) -> None:
+    before = strict.snapshot()
+    other = Path(f"/tmp/nydusd-test-other-{os.getpid()}")
+    block = Path(f"/dev/shm/nydusd.other{os.getpid()}.count.1")
+    folder = other / "run" / block.name.split(".")[1]
+    folder.mkdir(parents=True)
+    block.touch()
+    try:
+        assert strict.leftovers(before) == []
+        assert block.exists()
+        folder.rmdir()
+        assert strict.leftovers(before) == [f"shared memory {block}"]
+        assert not block.exists()
+    finally:
+        block.unlink(missing_ok=True)
+        shutil.rmtree(other)
 
 
 def test_open_descriptor_is_named(strict: Discipline, tmp_path: Path) -> None:

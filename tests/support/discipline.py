@@ -293,7 +293,11 @@ class Discipline:
 
 
 def _used_by_others(shm_name: str) -> bool:
-    """Whether a process outside this run maps or holds the object: then another run on this machine made it."""
+    """Whether another run on this machine made the object: it has its daemon's folder, or a process that maps or holds it."""
+    instance = shm_name.removeprefix("sem.").split(".")[1]
+    for folder in Path("/tmp").glob(f"nydusd-test-*/run/{instance}*"):
+        if discipline.runtime not in folder.parents:
+            return True
     own = {os.getpid(), *descendants(os.getpid())}
     target = f"/dev/shm/{shm_name}"
     try:
