@@ -241,7 +241,7 @@ class _Build:
             return total
         chunker = Chunker(settings.compressor, settings.digester, settings.cipher(), self._tar, known.digests())
         chunker.summary_only = self._layer is not None
-        progress = Progress(total)
+        progress = Progress(total, quiet=options.quiet)
         processes = max(1, min(options.process_count(), total // options.chunk_size + 1))
         with Pool(chunker, processes, slot_size(options.chunk_size)) as pool:
             feed = _Feed(order, options.chunk_size, small)

@@ -43,6 +43,7 @@ class BuildOptions:
 
     `blob` names a file, `blob_dir` a folder in which the blob gets its id as name; `bootstrap` likewise, with `blob_dir`
     (and its sha256 as name) if it is None. `cache_dir` makes the cache files of a daemon instead of a blob.
+    `quiet` means no progress bar.
     """
 
     source: Path
@@ -68,6 +69,7 @@ class BuildOptions:
     prefetch: PrefetchPolicy = PrefetchPolicy.NONE
     prefetch_list: list[bytes] = field(default_factory=list)
     processes: int = 0
+    quiet: bool = False
 
     def check(self) -> None:
         """Raises `ConfigError` for what cannot be or does not go together, in the words of the command line."""
