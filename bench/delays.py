@@ -22,8 +22,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench.image import Built, build
 from bench.link import link
-from bench.mkimage import Built, build
 from bench.plot import page, panel
 from bench.run import ROUNDS
 
