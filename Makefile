@@ -52,6 +52,7 @@ bench: setup
 	scripts/need-fuse
 	scripts/need-bench
 	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.builder
 
 bench-delays: setup
 	scripts/need-fuse

@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.mkimage import Built, build
+from bench.image import Built, build
 from bench.plot import page, panel
 from bench.registry import far_away
 from bench.run import ROUNDS

@@ -38,7 +38,7 @@ def make_image(folder: Path) -> tuple[Path, Path]:
             file.write(os.urandom(1 << 20))
     for number in range(SMALL_FILES):
         (tree / "small" / f"file-{number:05d}").write_bytes(b"%d\n" % number)
-    command = [sys.executable, "-m", "bench.mkimage", str(tree), str(folder), "--plain", str(folder)]
+    command = [sys.executable, "-m", "bench.image", str(tree), str(folder), "--plain", str(folder)]
     subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.DEVNULL)
     shutil.rmtree(tree)
     (data,) = folder.glob("*.blob.data")

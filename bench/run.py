@@ -1,6 +1,6 @@
 """`make bench`: ours beside the kernel's EROFS on the complete cache file, and a reference if $NYDUSD_REF names one.
 
-One run, contenders in turn, several rounds, medians and ratios. The image is made by `bench/mkimage.py` from
+One run, contenders in turn, several rounds, medians and ratios. The image is made by `bench/image.py` from
 $NYDUSD_BENCH_TREE, or from a Debian root file system that is made once below $NYDUSD_BENCH_DIR (/var/tmp/nydusd-bench).
 The cache folder is on tmpfs, so that no disk is measured; the page cache is dropped before each step. Random reads are
 O_DIRECT, 4 KiB, over files of more than 64 KiB: each one is answered by the contender. $NYDUSD_BENCH_ROUNDS (3) and
@@ -24,7 +24,7 @@ from multiprocessing import Process, SimpleQueue
 from pathlib import Path
 
 from bench.erofs import erofs_mount
-from bench.mkimage import Built, build
+from bench.image import Built, build
 
 FOLDER = Path(os.environ.get("NYDUSD_BENCH_DIR", "/var/tmp/nydusd-bench"))
 ROUNDS = int(os.environ.get("NYDUSD_BENCH_ROUNDS", "3"))
@@ -115,7 +115,7 @@ def erofs(image: Built) -> Figures:
     with tempfile.TemporaryDirectory(prefix="nydusd-bench-", dir="/dev/shm") as name:
         mountpoint, plain = Path(name) / "mnt", Path(name) / "plain"
         mountpoint.mkdir()
-        shutil.copyfile(image.blob.parent.parent / "plain", plain)
+        shutil.copyfile(FOLDER / "image/plain" / f"{image.blob.name}.blob.data", plain)
         with erofs_mount(image.bootstrap, [plain], mountpoint):
             return warm(mountpoint)
 

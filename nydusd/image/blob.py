@@ -36,7 +36,8 @@ _V2_COMPRESSED, _V2_BATCH, _V2_ENCRYPTED, _V2_CRC = 0x1, 0x4, 0x8, 0x10
 
 @dataclass(frozen=True)
 class BlobSettings:
-    """How chunks are stored. `batch_size` 0 means no batches; `aligned` chunks begin at pages of the plain blob."""
+    """How chunks are stored. `batch_size` 0 means no batches; `aligned` chunks begin at pages of the plain blob; `separate`:
+    the chunks are in another file, a layer, and with `zran` that is a gzip stream with contexts."""
 
     version: int
     compressor: Compressor
@@ -46,6 +47,8 @@ class BlobSettings:
     aligned: bool = True
     inline: bool = False
     toc: bool = False
+    separate: bool = False
+    zran: bool = False
     cipher_key: bytes = b""
     cipher_iv: bytes = b""
 
@@ -58,6 +61,10 @@ class BlobSettings:
             bits |= BlobFeature.BATCH | BlobFeature.CHUNK_INFO_V2
         if self.cipher_key:
             bits |= BlobFeature.ENCRYPTED | BlobFeature.CHUNK_INFO_V2
+        if self.separate:
+            bits |= BlobFeature.SEPARATE | BlobFeature.CHUNK_INFO_V2
+        if self.zran:
+            bits |= BlobFeature.ZRAN
         if self.inline:
             bits |= BlobFeature.INLINED_FS_META
         if self.toc:
@@ -65,6 +72,11 @@ class BlobSettings:
         if self.toc or self.inline:
             bits |= BlobFeature.HAS_TAR_HEADER
         return int(bits)
+
+    @property
+    def ci_compressor(self) -> Compressor:
+        """Nothing new is packed with gzip."""
+        return Compressor.ZSTD if self.separate else self.compressor
 
     def cipher(self) -> XtsCipher | None:
         return XtsCipher(self.cipher_key, self.cipher_iv) if self.cipher_key else None
@@ -101,6 +113,16 @@ class BlobWriter:
         self._header = CiHeader(0, Compressor.NONE, 0, 0, 0, 0, 0, 0, 0)
         self._toc_size, self._toc_digest = 0, bytes(32)
         self.prefetch_size = 0
+
+    @property
+    def table_id(self) -> str:
+        """What the blob table calls the blob, if that is not the digest of what is written here."""
+        return ""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether what is written here is to be kept."""
+        return True
 
     @property
     def stored(self) -> int:
@@ -190,15 +212,15 @@ class BlobWriter:
         out = self._out
         if not self.count:
             return b""
-        if settings.inline or settings.toc:
+        if (settings.inline or settings.toc) and not settings.separate:
             out.write(pack_tar_header(ENTRY_BLOB, self._coff))
             if settings.toc:
                 self._entry(ENTRY_BLOB, Compressor.NONE, out.digest(), 0, self._coff, self._uoff)
         if settings.version == 5:
             return b""
         ci = bytes(self._ci + self._contexts)
-        stored, compressed = pack(settings.compressor, ci)
-        compressor = settings.compressor if compressed else Compressor.NONE
+        stored, compressed = pack(settings.ci_compressor, ci)
+        compressor = settings.ci_compressor if compressed else Compressor.NONE
         if self._cipher is not None:
             stored = self._cipher.encrypt(stored)
         self._set_header(compressor, out.position, len(stored), len(ci))
@@ -219,7 +241,6 @@ class BlobWriter:
         return ci
 
     def _set_header(self, compressor: Compressor, offset: int, stored: int, plain: int) -> None:
-        batches = len(self._contexts) // _BATCH.size
         self._header = CiHeader(
             features=self._final_features(),
             ci_compressor=compressor,
@@ -227,10 +248,13 @@ class BlobWriter:
             ci_offset=offset,
             ci_compressed_size=stored,
             ci_uncompressed_size=plain,
-            ctx_offset=len(self._ci) if self._settings.batch_size else 0,
+            ctx_offset=len(self._ci) if self._settings.batch_size or self._settings.zran else 0,
             ctx_size=len(self._contexts),
-            ctx_count=batches,
+            ctx_count=self._context_count(),
         )
+
+    def _context_count(self) -> int:
+        return len(self._contexts) // _BATCH.size
 
     @property
     def header(self) -> CiHeader:

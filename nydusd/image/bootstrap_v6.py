@@ -180,7 +180,9 @@ class BootstrapV6:
         """An inode with data of its own: the part behind the last whole block stands behind the inode if both fit
         into one block, which the kernel demands."""
         tail = place.size % self._block
-        if tail and place.head + tail <= self._block:
+        # A symlink's target is not split: readers expect it in one place.
+        whole = place.node.is_symlink and place.size > self._block
+        if tail and place.head + tail <= self._block and not whole:
             place.layout = FLAT_INLINE
             size = place.head + tail
             place.offset = space.take(size)

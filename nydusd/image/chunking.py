@@ -16,7 +16,7 @@ from typing import NamedTuple
 from nydusd.codec.cipher import XtsCipher
 from nydusd.codec.crc import crc32c
 from nydusd.codec.digest import hasher_for
-from nydusd.codec.pack import packer_for
+from nydusd.codec.pack import pack
 from nydusd.formats.model import Compressor, Digester
 from nydusd.image.errors import SourceError
 from nydusd.image.node import Node, Segment
@@ -109,26 +109,28 @@ def tasks_of(pieces: Iterable[Piece]) -> Iterator[Task]:
 
 @dataclass
 class Chunker:
-    """The work of the pool. `known` are digests that another image's blobs have already; `tar` is a descriptor."""
+    """The work of the pool. `known` are digests that another image's blobs have already; `tar` is a descriptor;
+    `summary_only`: digests and checksums are wanted, no stored form."""
 
     compressor: Compressor
     digester: Digester
     cipher: XtsCipher | None = None
     tar: int = -1
     known: set[bytes] = field(default_factory=set)
+    summary_only: bool = False
     _path: bytes | None = None
     _file: int = -1
     _sparse: bool = False
     _zeros: dict[int, tuple[bytes, int]] = field(default_factory=dict)
 
     def __call__(self, task: Task, slot: memoryview) -> list[Packed]:
-        hasher, packer = hasher_for(self.digester), packer_for(self.compressor)
+        hasher = hasher_for(self.digester)
         done: list[Packed] = []
         at = 0
         for piece in task.pieces:
             data = self._read(piece)
             digest, crc = self._summary(data, piece, hasher)
-            if digest in self.known:
+            if self.summary_only or digest in self.known:
                 done.append(Packed(digest, crc, 0, False))
                 continue
             if len(self.known) >= _KNOWN_LIMIT:
@@ -136,7 +138,7 @@ class Chunker:
             self.known.add(digest)
             if data is None:
                 data = bytes(piece.size)
-            stored, compressed = (data, False) if piece.small else packer(data)
+            stored, compressed = (data, False) if piece.small else pack(self.compressor, data)
             if self.cipher is not None and not piece.small:
                 stored = self.cipher.encrypt(stored)
             slot[at : at + len(stored)] = stored

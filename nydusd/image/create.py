@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nydusd.errors import ConfigError
 from nydusd.formats.blob_id import check_blob_id
-from nydusd.formats.model import BlobInfo, RawChunk
+from nydusd.formats.model import BlobInfo, Digester, RawChunk
 from nydusd.formats.superblock import SuperFlag
 from nydusd.formats.write.rafs_v6 import compressor_flag, digester_flag
 from nydusd.image.blob import INLINED_ID, BlobSettings, BlobWriter
@@ -28,13 +28,14 @@ from nydusd.image.folder import scan
 from nydusd.image.known import KnownChunks, check_fits, open_dictionary
 from nydusd.image.load import standalone, tree_of
 from nydusd.image.node import Node
-from nydusd.image.options import BuildOptions
+from nydusd.image.options import BuildOptions, Source
 from nydusd.image.output import Output, folder_of, write_file
 from nydusd.image.overlay import overlay
 from nydusd.image.pool import Pool
 from nydusd.image.prefetch import PrefetchPolicy, matched, storage_order
 from nydusd.image.progress import Progress
 from nydusd.image.reader import load_metadata
+from nydusd.image.reference import Layer, ReferenceWriter, TarfsWriter, tar_position
 from nydusd.image.tar.spool import TarFile
 from nydusd.image.tar.tree import read_tree
 from nydusd.image.whiteout import Whiteouts
@@ -63,6 +64,10 @@ def create(options: BuildOptions) -> Built:
         # Marks of removed files act on the parent's files; without a parent they mean nothing.
         spec = Whiteouts.NONE if options.parent else options.whiteouts
         return build(options, scan(os.fsencode(options.source), owners=owners, whiteouts=spec))
+    if options.kind.is_reference:
+        with Layer(options.source, _spool_folder(options), tarfs=options.kind is Source.TAR_TARFS) as layer:
+            tree = read_tree(layer.fd, layer.size, str(options.source), owners=owners)
+            return _Build(options, tree, layer.fd, layer).run()
     with TarFile(options.source, _spool_folder(options)) as tar:
         tree = read_tree(tar.fd, tar.size, str(options.source), owners=owners)
         return build(options, tree, tar.fd)
@@ -87,9 +92,10 @@ def _spool_folder(options: BuildOptions) -> Path:
 class _Build:
     """One image in the making."""
 
-    def __init__(self, options: BuildOptions, tree: Node, tar: int) -> None:
+    def __init__(self, options: BuildOptions, tree: Node, tar: int, layer: Layer | None = None) -> None:
         self._options = options
         self._tar = tar
+        self._layer = layer
         self._known = KnownChunks()
         self._tree = self._over_parent(options.parent, tree) if options.parent is not None else tree
         if options.chunk_dict is not None:
@@ -98,13 +104,15 @@ class _Build:
         key, iv = _fresh_key() if options.encrypt else (b"", b"")
         self._settings = BlobSettings(
             version=options.version,
-            compressor=options.compressor,
-            digester=options.digester,
+            compressor=options.compressor if layer is None else layer.compressor,
+            digester=options.digester if layer is None else Digester.SHA256,
             chunk_size=options.chunk_size,
             batch_size=options.batch_size,
             aligned=options.version == 6 or options.aligned_chunk,
             inline=options.inline,
             toc=options.toc,
+            separate=layer is not None,
+            zran=layer is not None and layer.is_gzip,
             cipher_key=key,
             cipher_iv=iv,
         )
@@ -129,30 +137,38 @@ class _Build:
         with ExitStack() as stack:
             out = stack.enter_context(self._output())
             plain = stack.enter_context(Output(folder_of(options.cache_dir))) if options.cache_dir else None
-            writer = BlobWriter(out, self._settings, self._known.reserve, plain)
+            writer = self._writer(out, plain)
             size = self._store(writer)
             ci = writer.finish_data()
             if options.inline:
-                bootstrap = self._bootstrap(writer, INLINED_ID)
+                bootstrap = self._bootstrap(writer, writer.table_id or INLINED_ID)
                 writer.add_bootstrap(bootstrap.pack())
             writer.add_toc()
             blob_id = options.blob_id or out.digest().hex()
             if not options.inline:
-                bootstrap = self._bootstrap(writer, blob_id)
-            has_blob = bool(writer.count) or options.inline
+                bootstrap = self._bootstrap(writer, writer.table_id or blob_id)
+            has_blob = (bool(writer.count) or options.inline) and writer.is_file
             blob = self._publish(out, blob_id, has_blob)
             if plain is not None and options.cache_dir is not None and has_blob:
                 self._publish_cache(plain, options.cache_dir / blob_id, writer, ci)
         place = None
         if not options.inline:
             place = self._write_bootstrap(bootstrap.pack())
-        ids = [info.blob_id for info in self._blob_table(writer, blob_id)]
+        ids = [info.blob_id for info in self._blob_table(writer, writer.table_id or blob_id)]
         if has_blob and not writer.count:
             ids.append(blob_id)
         return Built(place, blob, tuple(ids), bootstrap.names, size)
 
+    def _writer(self, out: Output, plain: Output | None) -> BlobWriter:
+        if self._layer is None:
+            return BlobWriter(out, self._settings, self._known.reserve, plain)
+        writer = TarfsWriter if self._options.kind is Source.TAR_TARFS else ReferenceWriter
+        return writer(out, self._settings, self._known.reserve, self._layer, self._options.blob_id)
+
     def _output(self) -> Output:
         options = self._options
+        if options.kind is Source.TAR_TARFS:
+            return Output(_DEV_NULL.parent, _DEV_NULL)
         if options.blob is not None:
             return Output(folder_of(options.blob.parent), options.blob)
         if options.blob_dir is not None:
@@ -191,7 +207,7 @@ class _Build:
     def _bootstrap(self, writer: BlobWriter, blob_id: str) -> BootstrapV5 | BootstrapV6:
         options = self._options
         blobs = self._blob_table(writer, blob_id)
-        flags = compressor_flag(options.compressor) | digester_flag(options.digester)
+        flags = compressor_flag(self._settings.compressor) | digester_flag(self._settings.digester)
         if not options.repeatable:
             flags |= SuperFlag.EXPLICIT_UID_GID
         listed = options.prefetch_list if options.prefetch is PrefetchPolicy.FS else []
@@ -203,7 +219,8 @@ class _Build:
             )
         encrypted = any(blob.cipher for blob in blobs)
         flags |= SuperFlag.AES_128_XTS if encrypted else SuperFlag.NOT_ENCRYPTED
-        return BootstrapV6(self._tree, blobs, flags=flags, chunk_size=size, prefetch=nodes)
+        tarfs = options.kind is Source.TAR_TARFS
+        return BootstrapV6(self._tree, blobs, flags=flags, chunk_size=size, prefetch=nodes, tarfs=tarfs)
 
     def _store(self, writer: BlobWriter) -> int:
         """Pack all files into the blob, and give each node its chunks. Bytes of all files."""
@@ -213,11 +230,18 @@ class _Build:
         stored = {id(node) for node in order if node.chunks}  # of the parent image
         first -= sum(id(node) in stored for node in order[:first])
         order = [node for node in order if id(node) not in stored]
+        if self._layer is not None:
+            order.sort(key=tar_position)
+            first = 0
         total = sum(node.size for node in order)
         small = options.batch_size // 2
-        known = self._known
-        chunker = Chunker(options.compressor, options.digester, self._settings.cipher(), self._tar, known.digests())
-        progress = Progress(total)
+        known, settings = self._known, self._settings
+        if isinstance(writer, TarfsWriter):
+            writer.add_all(order)
+            return total
+        chunker = Chunker(settings.compressor, settings.digester, settings.cipher(), self._tar, known.digests())
+        chunker.summary_only = self._layer is not None
+        progress = Progress(total, quiet=options.quiet)
         processes = max(1, min(options.process_count(), total // options.chunk_size + 1))
         with Pool(chunker, processes, slot_size(options.chunk_size)) as pool:
             feed = _Feed(order, options.chunk_size, small)

@@ -23,10 +23,18 @@ class Source(Enum):
     TAR_RAFS = "tar-rafs"
     TARGZ_RAFS = "targz-rafs"
     ESTARGZ_RAFS = "estargz-rafs"
+    TARGZ_REF = "targz-ref"
+    ESTARGZ_REF = "estargz-ref"
+    TAR_TARFS = "tar-tarfs"
 
     @property
     def is_tar(self) -> bool:
         return self is not Source.DIR_RAFS
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the data stays in the layer, and only metadata is made."""
+        return self in (Source.TARGZ_REF, Source.ESTARGZ_REF, Source.TAR_TARFS)
 
 
 @dataclass
@@ -35,6 +43,7 @@ class BuildOptions:
 
     `blob` names a file, `blob_dir` a folder in which the blob gets its id as name; `bootstrap` likewise, with `blob_dir`
     (and its sha256 as name) if it is None. `cache_dir` makes the cache files of a daemon instead of a blob.
+    `quiet` means no progress bar.
     """
 
     source: Path
@@ -60,6 +69,7 @@ class BuildOptions:
     prefetch: PrefetchPolicy = PrefetchPolicy.NONE
     prefetch_list: list[bytes] = field(default_factory=list)
     processes: int = 0
+    quiet: bool = False
 
     def check(self) -> None:
         """Raises `ConfigError` for what cannot be or does not go together, in the words of the command line."""
@@ -89,7 +99,26 @@ class BuildOptions:
             raise ConfigError("--encrypt cannot be used with --blob-cache-dir: cache files are plain")
         if self.blob_id and self.inline:
             raise ConfigError("--blob-id cannot be used with --blob-inline-meta")
+        if self.kind.is_reference:
+            self._check_reference()
         self._check_places()
+
+    def _check_reference(self) -> None:
+        tarfs = self.kind is Source.TAR_TARFS
+        for name, value in (
+            ("fs-version 5", self.version == 5),
+            ("encrypt", self.encrypt),
+            ("batch-size", self.batch_size),
+            ("blob-cache-dir", self.cache_dir),
+            ("blob-id", self.blob_id and not tarfs),
+            ("prefetch-policy blob", self.prefetch is PrefetchPolicy.BLOB),
+            ("parent-bootstrap", self.parent),
+            ("chunk-dict", self.chunk_dict),
+            ("blob-inline-meta", self.inline and tarfs),
+            ("features blob-toc", self.toc and tarfs),
+        ):
+            if value:
+                raise ConfigError(f"--{name} cannot be used with --type {self.kind.value}")
 
     def _check_places(self) -> None:
         if self.cache_dir is not None:

@@ -14,13 +14,14 @@ import contextlib
 import mmap
 import os
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from nydusd.errors import NydusError
+from nydusd.errors import InternalError, NydusError
 from nydusd.image.errors import ImageError
 
 _SLOTS = 2
@@ -169,6 +170,8 @@ def _serve(pipe: Connection, work: Work[T, R], worker: _Worker[T, R]) -> None:
                     answer = (True, work(task, view))
             except NydusError as error:
                 answer = (False, error)  # type: ignore[assignment]
+            except Exception:  # ours: the command must say it, with the place where it happened
+                answer = (False, InternalError(traceback.format_exc()))  # type: ignore[assignment]
             pipe.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)

@@ -13,10 +13,10 @@ _WIDTH = 30
 class Progress:
     """Counts bytes towards `total` and shows them at most ten times a second."""
 
-    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+    def __init__(self, total: int, stream: TextIO | None = None, *, quiet: bool = False) -> None:
         self._total = total
         self._stream = stream or sys.stderr
-        self._shows = self._stream.isatty()
+        self._shows = self._stream.isatty() and not quiet
         self._done = 0
         self._begin = self._last = time.monotonic()
 

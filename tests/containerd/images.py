@@ -1,6 +1,6 @@
 """The nydus images that the containers run: `python -m tests.containerd.images TREE OUT` makes them from a Debian tree.
 
-Once on a machine. `OUT/NAME/bootstrap` and `OUT/NAME/blobs/ID`, by the builder in `bench.mkimage`. `full` is the whole tree
+Once on a machine. `OUT/NAME/bootstrap` and `OUT/NAME/blobs/ID`, by `bench.image`. `full` is the whole tree
 in chunks of 1 MiB; `small` has no documentation and no locales, a file of its own, and chunks of 64 KiB, so that no blob is
 common to both. A folder under its final name is complete: it is made beside and renamed, so a killed run leaves nothing half
 made. An image that the builder or this module would make differently now is made again.
@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import mkimage
+import bench.image as builder
+import nydusd.image
 
 FULL, SMALL = "full", "small"
 MARK = "etc/nydusd-test-image"
@@ -46,7 +47,7 @@ def find_image(name: str) -> Image:
 
 
 def _make_full(tree: Path, out: Path) -> None:
-    mkimage.build(tree, out)
+    builder.build(tree, out)
 
 
 def _make_small(tree: Path, out: Path) -> None:
@@ -58,7 +59,7 @@ def _make_small(tree: Path, out: Path) -> None:
 
     shutil.copytree(tree, smaller, symlinks=True, ignore=ignored, copy_function=os.link)
     (smaller / MARK).write_text(f"{SMALL}\n")
-    mkimage.build(smaller, out, chunk_size=64 << 10)
+    builder.build(smaller, out, chunk_size=64 << 10)
     shutil.rmtree(smaller)
 
 
@@ -70,9 +71,15 @@ def _is_plain(path: Path) -> bool:
 _MAKERS: dict[str, Callable[[Path, Path], None]] = {FULL: _make_full, SMALL: _make_small}
 
 
+def _builder_sources() -> bytes:
+    """All that decides what the builder makes."""
+    package = Path(nydusd.image.__path__[0])
+    return b"".join(path.read_bytes() for path in [Path(builder.__file__), *sorted(package.rglob("*.py"))])
+
+
 def make_images(tree: Path, out: Path) -> None:
     """Make what is missing or of another recipe."""
-    recipe = hashlib.sha256(Path(mkimage.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()
+    recipe = hashlib.sha256(_builder_sources() + Path(__file__).read_bytes()).hexdigest()
     for name, make in _MAKERS.items():
         folder, unfinished = out / name, out / f"{name}.new"
         if (folder / "recipe").is_file() and (folder / "recipe").read_text() == recipe:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.mkimage import Built, build
+from bench.image import Built, build
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import wait_until
 from tests.support.readers import PIECE, longest_read, pieces_read

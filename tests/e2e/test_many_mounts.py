@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.mkimage import build
+from bench.image import build
 from tests.support import manifest, oracle
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import wait_until

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.mkimage import Built, build
+from bench.image import Built, build
 from tests.supervisor.lives import IMAGE, config_for, read_direct, wrong
 from tests.support import oracle
 from tests.support.daemon import Daemon, image_config, wait_for_role

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bench.mkimage import build
+from bench.image import build
 from tests.support.daemon import Daemon
 from tests.support.discipline import discipline
 from tests.support.faulty_server import Faulty, Handler, Reply, Request, part_of

@@ -45,14 +45,14 @@ class TarFile:
 
     def _prepare(self, folder: Path) -> tuple[bool, int]:
         try:
-            begin = _read(self._file, _PIECE)
+            begin = read_up_to(self._file, _PIECE)
             seekable = self._file.seekable()
             inflate = _inflater(begin, str(self.path))
             if inflate is None and seekable:
                 return False, os.fstat(self._file.fileno()).st_size
             source = self._file
-            pieces = _pieces(begin, source)
-            self._file, size = _spool(pieces if inflate is None else inflate(pieces), folder, str(self.path))
+            pieces = pieces_of(begin, source)
+            self._file, size = spool(pieces if inflate is None else inflate(pieces), folder, str(self.path))
             source.close()
         except OSError as error:
             raise ImageError(f"{self.path}: cannot be read: {error.strerror}") from error
@@ -67,7 +67,7 @@ class TarFile:
         self._file.close()
 
 
-def _read(file: BinaryIO, size: int) -> bytes:
+def read_up_to(file: BinaryIO, size: int) -> bytes:
     """As much as there is, up to `size`: a pipe gives pieces."""
     data = b""
     while len(data) < size and (more := file.read(size - len(data))):
@@ -75,7 +75,7 @@ def _read(file: BinaryIO, size: int) -> bytes:
     return data
 
 
-def _pieces(begin: bytes, file: BinaryIO) -> Iterator[bytes]:
+def pieces_of(begin: bytes, file: BinaryIO) -> Iterator[bytes]:
     yield begin
     while piece := file.read(_PIECE):
         yield piece
@@ -139,7 +139,8 @@ def _unzstd(pieces: Iterator[bytes], where: str) -> Iterator[bytes]:
         raise ImageError(f"{where}: the zstd stream is damaged: {error}") from error
 
 
-def _spool(pieces: Iterator[bytes], folder: Path, where: str) -> tuple[BinaryIO, int]:
+def spool(pieces: Iterator[bytes], folder: Path, where: str) -> tuple[BinaryIO, int]:
+    """Write pieces to a file without a name in `folder`: the file and its length. Raises `ImageError`."""
     try:
         file = tempfile.TemporaryFile(dir=folder, buffering=_PIECE)  # noqa: SIM115 (the caller closes it)
     except OSError as error:

@@ -1,0 +1,161 @@
+"""`nydus-image convert`: OCI images in layouts and registries become nydus images that snapshotters understand."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from nydusd.image.oci.layout import Layout
+from nydusd.image.oci.model import OCI_INDEX, OCI_MANIFEST, digest_of, packed
+from tests.image.build import image, refused, rows
+from tests.image.test_create_tar import file, tar_of
+from tests.image.test_merge import LAYERS
+from tests.support.registry import docker_registry
+
+WANTED = {
+    *(".", "etc", "etc/passwd", "opt", "opt/new", "bin", "bin/tool", "bin/hard", "replaced", "same", "other"),
+    *("fresh", "fresh/there", "last"),
+}
+
+
+def put(layout: Layout, work: Path, data: bytes, **more: object) -> dict[str, object]:
+    (work / "blob").write_bytes(data)
+    layout.put(str(work / "blob"), digest_of(data), len(data))
+    return {"mediaType": "application/octet-stream", "digest": digest_of(data), "size": len(data), **more}
+
+
+def source_layout(work: Path, layers: list[bytes], name: str = "latest") -> Path:
+    """A layout with an index of one image for this machine, and a name for it."""
+    folder = work / "oci"
+    layout = Layout(folder, name)
+    tars = [gzip.decompress(layer) if layer[:2] == b"\x1f\x8b" else layer for layer in layers]
+    config: dict[str, object] = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"Cmd": ["/bin/tool"], "Env": ["A=1"]},
+    }
+    config["rootfs"] = {"type": "layers", "diff_ids": [digest_of(tar) for tar in tars]}
+    manifest: dict[str, object] = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": put(layout, work, packed(config)),
+        "layers": [put(layout, work, layer) for layer in layers],
+        "annotations": {"kept": "yes"},
+    }
+    one = put(layout, work, packed(manifest), platform={"os": "linux", "architecture": "amd64"})
+    other = put(layout, work, b"{}", platform={"os": "linux", "architecture": "s390x"})
+    layout.tag(packed({"schemaVersion": 2, "manifests": [other, one]}), OCI_INDEX)
+    return folder
+
+
+def layers() -> list[bytes]:
+    return [
+        gzip.compress(tar_of(*LAYERS[0])),
+        tar_of(*LAYERS[1]),
+        gzip.compress(tar_of(*LAYERS[2])),
+        gzip.compress(tar_of(*LAYERS[2])),
+    ]
+
+
+def blob_path(folder: Path, digest: object) -> Path:
+    return folder / "blobs/sha256" / str(digest).removeprefix("sha256:")
+
+
+def unpacked(folder: Path, name: str, work: Path) -> tuple[dict[str, object], dict[str, object]]:
+    """The manifest and the config of an image in a layout; its metadata goes to `work`/image."""
+    data, _ = Layout(folder, name).manifest()
+    manifest = json.loads(data)
+    config = json.loads(blob_path(folder, manifest["config"]["digest"]).read_bytes())
+    with tarfile.open(blob_path(folder, manifest["layers"][-1]["digest"])) as tar:
+        for member in tar:
+            if member.isfile():
+                (work / "image").mkdir(exist_ok=True)
+                content = tar.extractfile(member)
+                assert content is not None
+                (work / member.name).write_bytes(content.read())
+    return manifest, config
+
+
+@pytest.mark.parametrize("version", ["5", "6"])
+def test_layers_become_blobs_and_one_bootstrap(tmp_path: Path, version: str) -> None:
+    source = source_layout(tmp_path, layers())
+    target = tmp_path / "out"
+    image("convert", f"{source}:latest", f"{target}:nydus", "-v", version, "--platform", "linux/amd64")
+    manifest, config = unpacked(target, "nydus", tmp_path)
+    entries = manifest["layers"]
+    assert isinstance(entries, list)
+    for entry in entries[:-1]:
+        assert entry["mediaType"] == "application/vnd.oci.image.layer.nydus.blob.v1"
+        assert entry["annotations"]["containerd.io/snapshot/nydus-blob"] == "true"
+    marks = {"containerd.io/snapshot/nydus-bootstrap": "true", "containerd.io/snapshot/nydus-fs-version": version}
+    assert entries[-1]["annotations"] == marks and manifest["annotations"] == {"kept": "yes"}
+    assert config["config"] == {"Cmd": ["/bin/tool"], "Env": ["A=1"]}
+    rootfs, history = config["rootfs"], config["history"]
+    assert isinstance(rootfs, dict) and isinstance(history, list)
+    assert rootfs["diff_ids"][:-1] == [entry["digest"] for entry in entries[:-1]] and len(history) == len(entries)
+    tar = gzip.decompress(blob_path(target, entries[-1]["digest"]).read_bytes())
+    assert rootfs["diff_ids"][-1] == digest_of(tar)
+    found = rows(tmp_path / "image/image.boot", target / "blobs/sha256")
+    assert found.keys() == WANTED
+    assert found["other"]["sha256"] == hashlib.sha256(b"removed below and added here").hexdigest()
+
+
+def test_the_same_image_is_made_again_and_layers_come_from_the_cache(tmp_path: Path) -> None:
+    source = source_layout(tmp_path, layers())
+    options = ("--platform", "linux/amd64", "--cache", tmp_path / "cache")
+    first = image("convert", source, tmp_path / "one", *options)
+    made = sorted(path.stat().st_ino for path in (tmp_path / "cache").iterdir())
+    assert len(made) == 3  # two of the four layers are one
+    assert image("convert", source, tmp_path / "two", *options, "--processes", "1") == first
+    assert sorted(path.stat().st_ino for path in (tmp_path / "cache").iterdir()) == made
+
+
+def test_reference_leaves_the_layers_alone(tmp_path: Path) -> None:
+    source = source_layout(tmp_path, layers())
+    target = tmp_path / "out"
+    image("convert", source, target, "--oci-ref", "--platform", "linux/amd64")
+    manifest, config = unpacked(target, "", tmp_path)
+    entries = manifest["layers"]
+    assert isinstance(entries, list)
+    assert [entry["digest"] for entry in entries[:4]] == [digest_of(layer) for layer in layers()]
+    assert all(entry["annotations"]["containerd.io/snapshot/nydus-ref"] for entry in entries[4:-1])
+    names = sorted(path.name for path in (tmp_path / "image").iterdir())
+    assert names[-1] == "image.boot" and all(name.endswith(".blob.meta") for name in names[:-1])
+    rootfs = config["rootfs"]
+    assert isinstance(rootfs, dict) and len(rootfs["diff_ids"]) == len(entries)
+    assert rows(tmp_path / "image/image.boot", target / "blobs/sha256").keys() == WANTED
+
+
+def test_registry_gives_and_takes_images(tmp_path: Path) -> None:
+    source = source_layout(tmp_path, layers())
+    (tmp_path / "registry").mkdir()
+    with docker_registry(tmp_path / "registry") as registry:
+        host = registry.host
+        options = ("--platform", "linux/amd64", "--plain-http")
+        there = image("convert", source, f"{host}/some/repo:nydus", *options)
+        again = image("convert", source, tmp_path / "here", *options)
+        assert there == again
+        text = refused("convert", f"{host}/some/repo:missing", tmp_path / "x", *options)
+        assert "manifest: status 404" in text
+        text = refused("convert", f"{host}/some/repo:nydus", tmp_path / "x", *options)
+        assert "layer sha256:" in text  # a nydus blob is no tar
+
+
+def test_broken_images_are_refused_by_name(tmp_path: Path) -> None:
+    bad = gzip.compress(tar_of(file("../../etc/passwd")))
+    source = source_layout(tmp_path, [layers()[0], bad])
+    text = refused("convert", source, tmp_path / "out", "--platform", "linux/amd64")
+    assert digest_of(bad) in text and "leads out of the image" in text
+    assert "no manifest for linux/vax, only for: linux/amd64, linux/s390x" in refused(
+        "convert", source, tmp_path / "out", "--platform", "linux/vax"
+    )
+    assert "0 images named 'other'" in refused("convert", f"{source}:other", tmp_path / "out")
+    blob_path(source, digest_of(bad)).write_bytes(b"damaged")
+    assert "another digest" in refused("convert", source, tmp_path / "out", "--platform", "linux/amd64")
+    assert "HOST/REPOSITORY:TAG is expected" in refused("convert", "nothing", tmp_path / "out")
+    assert not (tmp_path / "out/index.json").exists()
