@@ -33,6 +33,9 @@ MIN_REQUEST = 128 << 10
 _SHARE = 4
 """A request of several chunks takes at most this part of the stage, so that there is room for others beside it."""
 
+_PATIENCE = 0.25
+"""Seconds that a request ahead of a reader may take: so long waits who needs its worker, or the last of its bytes."""
+
 Filled = Callable[[Job, Answer], None]
 
 
@@ -83,10 +86,15 @@ class Transfers:
         self._line: dict[Job, _Transfer] = {}
         self._fetching: set[Job] = set()
         self._open: set[_Transfer] = set()
+        self._rate = 0.0  # bytes per second that one request gets, of late
 
     def request_bytes(self, window: int = 0) -> int:
-        """Bytes of a request; for a sequential reader his window is cut in as many as there are workers, to use them all."""
-        return self._bounded(max(self._request_bytes, window // max(self._fetch.size, 1)))
+        """Bytes of a request; for a sequential reader his window is cut in as many as there are workers, to use them all.
+
+        But a slow server gets no longer requests than it answers in a moment.
+        """
+        share = min(window // max(self._fetch.size, 1), int(self._rate * _PATIENCE))
+        return self._bounded(max(self._request_bytes, share))
 
     def _bounded(self, wanted: int) -> int:
         return max(min(wanted, self._stage.size // _SHARE), MIN_REQUEST)
@@ -214,6 +222,9 @@ class Transfers:
         elif "error" in answer:
             self._failed(transfer, job, answer)
         else:
+            for length, milliseconds in answer["timed"]:
+                rate = length / max(milliseconds / 1000, 1e-3)
+                self._rate = rate if not self._rate else (3 * self._rate + rate) / 4
             self._fill(transfer, job)
         self.retry()
 

@@ -330,3 +330,23 @@ def test_hint_of_a_sequential_reader_fetches_more_and_is_not_answered(greedy: Wo
     greedy.settle()
     assert codes(greedy) == [(1, 0)]
     assert greedy.far.chunk_map.ready_count() > ready
+
+
+def test_slow_server_gets_no_longer_requests_than_it_answers_in_a_moment(world: World) -> None:
+    world.stage._size = 64 << 20
+    window = 16 << 20
+    workers(world, fetch=4)
+    assert world.transfers.request_bytes(window) == 16 << 10, "nothing is known of the server yet"
+
+    def after(milliseconds: float) -> int:
+        for number in range(30):
+            world.far.chunk_map.forget(0)
+            world.ask(A, 1000 + number, world.far, 0, 1)
+            world.pump()
+            (identity,) = [name for name, message in world.sent.items() if message["kind"] == "fetch"]
+            world.fetched(identity, milliseconds)
+            world.settle()
+        return world.transfers.request_bytes(window)
+
+    assert after(1.0) == pytest.approx(4096e3 / 4, rel=0.1)
+    assert after(1000.0) == 16 << 10

@@ -216,9 +216,10 @@ class World:
         assert at <= message["slot"]["offset"] + message["slot"]["length"]
         return placed
 
-    def fetched(self, identity: bytes) -> None:
-        """The worker has put the stored bytes of its job into shared memory."""
-        self.done(identity, {"reads": 1, "read_errors": 0, "read_bytes": self.sent[identity]["slot"]["length"]})
+    def fetched(self, identity: bytes, milliseconds: float = 10.0) -> None:
+        """The worker has put the stored bytes of its job into shared memory, in so much time."""
+        size = self.sent[identity]["slot"]["length"]
+        self.done(identity, {"reads": 1, "read_errors": 0, "read_bytes": size, "timed": [(size, milliseconds)]})
 
     def filled(self, identity: bytes, failed: Collection[int] = (), unstored: Collection[int] = ()) -> None:
         """The worker has filled its chunks, all but these."""
