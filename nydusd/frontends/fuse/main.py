@@ -7,9 +7,9 @@ The spec: `index` (of this front end), `identity` (its ZeroMQ name, optional), `
 (its lane's journal), `crashed` (its predecessor died by itself; optional), `init_flags` (`Session.negotiated.flags`),
 `interrupt_in` and `interrupt_out` (its lane's pipe, and the siblings'; optional), `front` (the supervisor's endpoint),
 `read_deadline` (seconds), `log` {`level`, `file`}, `mounts` {`folder`, `shared`}: where the supervisor publishes the table
-of mounts, see `nydusd.supervisor.mount_table`. The spec of a mount there: {`id`, `bootstrap`, `bootstrap_size` (optional), `path_id`, `extracted` (both for `open_bootstrap`), `xattr`,
-`blobs` (for `BlobDevice.from_spec`), `counters` and `files` (optional, for `Stats.from_spec`)}. `inflight` (optional): the
-board of reads that wait.
+of mounts, see `nydusd.supervisor.mount_table`. The spec of a mount there: {`id`, `bootstrap`, `bootstrap_size` (optional),
+`path_id`, `extracted` (both for `open_bootstrap`), `xattr`, `blobs` (for `BlobDevice.from_spec`), `counters` and `files`
+(optional, for `Stats.from_spec`)}. `inflight` (optional): the board of reads that wait.
 """
 
 from __future__ import annotations
