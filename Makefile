@@ -8,7 +8,7 @@ CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests scripts/ref
 .PHONY: help setup demo test test-containerd lint fuzz bench bench-delays reference install clean
 
 help:
-	@echo 'make demo    mount a packed image, read it cold and warm, show what was fetched'
+	@echo 'make demo    mount an image (a packed one, or of SOURCE=FOLDER or SOURCE=HOST/REPO:TAG), read it cold and warm'
 	@echo 'make test    checks (ruff, mypy --strict) and all tests'
 	@echo 'make test-containerd  of these, what containerd and nydus-snapshotter do with the daemon'
 	@echo 'make lint    the checks alone'
@@ -24,7 +24,7 @@ setup:
 	@PYTHON='$(PYTHON)' scripts/setup
 
 demo: setup
-	@$(BIN)/python scripts/demo
+	@SOURCE='$(SOURCE)' $(BIN)/python scripts/demo
 
 lint: setup
 	$(BIN)/ruff check $(CHECKED)
