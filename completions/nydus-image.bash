@@ -4,10 +4,10 @@ _nydus-image() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
         case $word in
-            --backend-config|--backend-config-file|--backend-type|--batch-size|--blob|--blob-cache-dir|--blob-digests|--blob-dir|--blob-id|--blob-sizes|--blob-toc-digests|--blob-toc-sizes|--bootstrap|--chunk-dict|--chunk-size|--compressor|--config|--digester|--features|--fs-version|--log-file|--log-level|--original-blob-ids|--output|--output-json|--parent-bootstrap|--prefetch-policy|--processes|--request|--source-type|--target|--type|--whiteout-spec|-B|-C|-D|-J|-L|-R|-T|-b|-l|-t|-v) ((i++)); continue ;;
+            --backend-config|--backend-config-file|--backend-type|--batch-size|--blob|--blob-cache-dir|--blob-digests|--blob-dir|--blob-id|--blob-sizes|--blob-toc-digests|--blob-toc-sizes|--bootstrap|--cache|--chunk-dict|--chunk-size|--compressor|--config|--digester|--features|--fs-version|--localfs-dir|--log-file|--log-level|--original-blob-ids|--output|--output-json|--parent-bootstrap|--platform|--prefetch-policy|--processes|--request|--source-type|--target|--type|--whiteout-spec|-B|-C|-D|-J|-L|-O|-R|-T|-b|-l|-t|-v) ((i++)); continue ;;
         esac
         case "$path/$word" in
-            /create|/merge|/check|/inspect|/stat|/unpack) path=$path/$word ;;
+            /create|/convert|/merge|/export|/check|/inspect|/stat|/unpack) path=$path/$word ;;
         esac
     done
     case "$path $prev" in
@@ -15,7 +15,7 @@ _nydus-image() {
         " -L"|" --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/create -l"|"/create --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
         "/create -L"|"/create --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
-        "/create -t"|"/create --type"|"/create --source-type") COMPREPLY=($(compgen -W 'dir-rafs tar-rafs targz-rafs estargz-rafs directory' -- "$cur")); return ;;
+        "/create -t"|"/create --type"|"/create --source-type") COMPREPLY=($(compgen -W 'dir-rafs tar-rafs targz-rafs estargz-rafs targz-ref estargz-ref tar-tarfs directory' -- "$cur")); return ;;
         "/create -B"|"/create --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/create -D"|"/create --blob-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
         "/create -b"|"/create --blob") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
@@ -33,6 +33,14 @@ _nydus-image() {
         "/create --prefetch-policy") COMPREPLY=($(compgen -W 'none fs blob' -- "$cur")); return ;;
         "/create --processes") COMPREPLY=(); return ;;
         "/create -J"|"/create --output-json") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/convert -l"|"/convert --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/convert -L"|"/convert --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/convert -v"|"/convert --fs-version") COMPREPLY=($(compgen -W '5 6' -- "$cur")); return ;;
+        "/convert --compressor") COMPREPLY=($(compgen -W 'none lz4_block zstd' -- "$cur")); return ;;
+        "/convert --chunk-size") COMPREPLY=(); return ;;
+        "/convert --platform") COMPREPLY=(); return ;;
+        "/convert --cache") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/convert --processes") COMPREPLY=(); return ;;
         "/merge -l"|"/merge --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
         "/merge -L"|"/merge --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/merge -B"|"/merge --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
@@ -46,6 +54,12 @@ _nydus-image() {
         "/merge --blob-toc-digests") COMPREPLY=(); return ;;
         "/merge --blob-toc-sizes") COMPREPLY=(); return ;;
         "/merge -J"|"/merge --output-json") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/export -l"|"/export --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/export -L"|"/export --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/export -B"|"/export --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/export -D"|"/export --localfs-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/export -C"|"/export --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/export -O"|"/export --output") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/check -l"|"/check --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
         "/check -L"|"/check --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/check -B"|"/check --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
@@ -76,9 +90,11 @@ _nydus-image() {
         "/unpack --output") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
     esac
     case "$path" in
-        '') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -V --version create merge check inspect stat unpack' -- "$cur")) ;;
+        '') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -V --version create convert merge export check inspect stat unpack' -- "$cur")) ;;
         '/create') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -t --type --source-type -B --bootstrap -D --blob-dir -b --blob --blob-cache-dir --blob-inline-meta --inline-bootstrap --blob-id --chunk-size --batch-size --compressor --digester -v --fs-version --features -E --encrypt --aligned-chunk --chunk-dict --parent-bootstrap --repeatable --whiteout-spec --prefetch-policy --processes -J --output-json' -- "$cur")) ;;
+        '/convert') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file --oci-ref -v --fs-version --compressor --chunk-size --platform --cache --plain-http --insecure --processes' -- "$cur")) ;;
         '/merge') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir --parent-bootstrap --chunk-dict --prefetch-policy --blob-digests --original-blob-ids --blob-sizes --blob-toc-digests --blob-toc-sizes -J --output-json' -- "$cur")) ;;
+        '/export') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file --block -B --bootstrap -D --localfs-dir -C --config -O --output' -- "$cur")) ;;
         '/check') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -v --verbose -J --output-json' -- "$cur")) ;;
         '/inspect') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -R --request' -- "$cur")) ;;
         '/stat') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -T --target -J --output-json' -- "$cur")) ;;
