@@ -55,10 +55,10 @@ def source_layout(work: Path, layers: list[bytes], name: str = "latest") -> Path
 
 def layers() -> list[bytes]:
     return [
-        gzip.compress(tar_of(*LAYERS[0])),
+        gzip.compress(tar_of(*LAYERS[0]), mtime=0),
         tar_of(*LAYERS[1]),
-        gzip.compress(tar_of(*LAYERS[2])),
-        gzip.compress(tar_of(*LAYERS[2])),
+        gzip.compress(tar_of(*LAYERS[2]), mtime=0),
+        gzip.compress(tar_of(*LAYERS[2]), mtime=0),
     ]
 
 
