@@ -34,6 +34,9 @@ _IDLE = 600
 """Seconds after which a blob counts as unused as a whole: it goes before single chunks of busier ones."""
 
 
+_BLOCK = 4096
+
+
 class _File(NamedTuple):
     """A blob's data file: what it takes on disk, and when it was last used."""
 
@@ -144,6 +147,14 @@ def _victims(job: Json) -> Iterator[_Victim]:
             segment.close()
 
 
+def _room_of(segment: Segment, chunk: int) -> tuple[int, int]:
+    """Offset and length of what a chunk takes in the file: with the rest of its last block, unless another begins there."""
+    record = segment.record(chunk)
+    following = segment.record(chunk + 1).uoff if chunk + 1 < segment.count else segment.identity.size
+    end = record.uoff + record.usize
+    return record.uoff, max(end, min(following, -(-end // _BLOCK) * _BLOCK)) - record.uoff
+
+
 def evict(blobs: OpenBlobs, job: Json) -> Json:
     """Take job["chunks"] out of the cache file. Job: instance, pids. Answer: stored (chunks in the map), evicted, bytes;
     or kept (who else uses the file), and nothing was done.
@@ -163,10 +174,10 @@ def evict(blobs: OpenBlobs, job: Json) -> Json:
         if user:
             return {"kept": user}
         stored = map_file.clear(blob.spec.map_path, job["chunks"], segment.count, segment.identity)
-        ranges = [(record.uoff, record.usize) for record in map(segment.record, job["chunks"])]
-        punch(fd, ranges)
+        punch(fd, [_room_of(segment, chunk) for chunk in job["chunks"]])
     except OSError as e:
         raise CacheError(f"cache file {path}: {e.strerror}", e.errno) from e
     finally:
         os.close(fd)
-    return {"stored": stored, "evicted": len(ranges), "bytes": sum(length for _, length in ranges)}
+    size = sum(segment.record(chunk).usize for chunk in job["chunks"])
+    return {"stored": stored, "evicted": len(job["chunks"]), "bytes": size}

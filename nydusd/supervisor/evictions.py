@@ -59,15 +59,17 @@ class Evictions:
         if job.cancelled:
             return
         name = cache.spec.info.blob_id
+        # Where nothing was done because others use the file, its bytes are good still; unless a worker died over the job,
+        # which may have punched holes before the others came.
+        untouched = "kept" in answer and not job.attempts and not job.kills
         requests: dict[Request, None] = {}
         for chunk in job.chunks:
             del cache.jobs[chunk]
-            # Where nothing was done because others use the file, its bytes are good still.
-            cache.chunk_map.clear_pending(chunk, READY if "kept" in answer else EMPTY)
+            cache.chunk_map.clear_pending(chunk, READY if untouched else EMPTY)
             requests.update(dict.fromkeys(cache.waiters.pop(chunk, ())))
         if "kept" in answer:
             log.info("blob %s: nothing is taken out: %s uses it, too", name, answer["kept"])
-        else:
+        if not untouched:
             cache.stored = answer.get("stored", -1)
         if "error" in answer:
             log.warning("blob %s: making room: %s", name, answer["error"])

@@ -116,14 +116,14 @@ class TestInfo:
             for folder, _, names in os.walk(daemon.mountpoint):
                 for name in names:
                     path = Path(folder, name)
-                    if path.is_file() and not path.is_symlink():
+                    if not path.is_symlink() and path.is_file():
                         path.read_bytes()
             assert self.line(daemon).startswith(
                 "/: complete, 318 of 318 chunks are here: nothing is fetched any more; "
             )
 
     def test_image_whose_blob_is_not_to_be_had(self, tmp_path: Path, expect_log: object) -> None:
-        expect_log("blob .* cannot be opened")  # type: ignore[operator]
+        expect_log("blob .* cannot be opened", "a read failed")  # type: ignore[operator]
         (tmp_path / "blobs").mkdir()
         with Daemon(IMAGE.bootstrap, tmp_path / "blobs") as daemon:
             with pytest.raises(OSError):

@@ -120,7 +120,9 @@ def test_metrics_of_a_live_daemon_over_tcp_survive_the_api_process(tmp_path: Pat
         assert before["nydusd_state RUNNING"] == 1
         assert before.get(f"nydusd_chunks {blob} ready", 0) == 0  # not open yet, perhaps
         # What is read ahead of the reader comes after what it waited for.
-        wait_until(lambda: scrape(port)[f"nydusd_chunks {blob} ready"] == ready(daemon), "both to count the same chunks")
+        wait_until(
+            lambda: scrape(port)[f"nydusd_chunks {blob} ready"] == ready(daemon), "both to count the same chunks"
+        )
         after = scrape(port)
         assert after["nydusd_fetched_bytes_total on_demand"] > 0
         assert after[f"nydusd_chunk_read_bytes_total {blob} miss"] > 0

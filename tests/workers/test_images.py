@@ -52,7 +52,7 @@ def test_cache_of_a_reference_daemon_is_used_without_the_backend(name: str, fold
         chunks = range(answer["count"])
         assert set(image.states()) == {VERIFY}
         done = image.fill(chunks, verify=chunks)
-        assert done == {**CLEAN, "reads": 0, "read_bytes": 0}
+        assert done == {**CLEAN, "reads": 0, "read_bytes": 0, "timed": []}
         assert set(image.states()) == {READY}
         assert image.wrong_files() == []
 

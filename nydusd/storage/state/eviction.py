@@ -43,7 +43,8 @@ def punch(fd: int, ranges: Sequence[tuple[int, int]]) -> None:
 
 
 def used_by_others(path: str, instance: str, own: Collection[int]) -> str:
-    """Who else uses a data file: a segment's name or a pid, "" if nobody does. `own` are the pids of our own daemon.
+    """Who else uses a data file: a segment's name or a pid, "" if nobody does. `own` are the pids of our own daemon; those that
+    it has started since are told by their parent, which is also this worker's.
 
     The caller holds the data file's lock: no daemon of this implementation begins to use the file meanwhile.
     """
@@ -53,7 +54,9 @@ def used_by_others(path: str, instance: str, own: Collection[int]) -> str:
             return segment.name
     wanted = os.path.realpath(path)
     for entry in os.listdir("/proc"):
-        if entry.isdecimal() and int(entry) not in own and wanted in _open_files(entry):
+        if not entry.isdecimal() or int(entry) in own or wanted not in _open_files(entry):
+            continue
+        if _parent(entry) != os.getppid():
             return f"process {entry}"
     return ""
 
@@ -70,6 +73,14 @@ def _segments(instance: str) -> Iterator[Segment]:
         if segment is not None:
             yield segment
             segment.close()
+
+
+def _parent(pid: str) -> int:
+    """0 when the process has ended."""
+    try:
+        return int((Path("/proc") / pid / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _open_files(pid: str) -> set[str]:
