@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -144,8 +146,12 @@ def test_readers_see_right_bytes_while_everything_is_taken_out_again_and_again(
         ) as readers:
             evicted = 0
             try:
-                for turn in range(25):
-                    if readers.poll() is not None:
+                deadline = time.monotonic() + 60
+                for turn in itertools.count():
+                    # Readers take a moment to start, and rounds before that find nothing.
+                    evicted = quota_facts(daemon)["evicted_chunks"]
+                    enough = turn >= 25 and evicted > FILES * FILE_SIZE // CHUNK
+                    if readers.poll() is not None or enough or time.monotonic() > deadline:
                         break
                     rounds = order(daemon, 0)
                     wait_until(partial(has_rounds, daemon, rounds + 1), "a round", 30)
@@ -154,7 +160,6 @@ def test_readers_see_right_bytes_while_everything_is_taken_out_again_and_again(
                         count = len(daemon.pids(kill))
                         daemon.kill(victim)
                         wait_for_role(daemon, kill, count, without=victim)
-                evicted = quota_facts(daemon)["evicted_chunks"]
             finally:
                 stop.touch()
             assert readers.stderr is not None
