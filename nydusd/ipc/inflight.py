@@ -6,16 +6,13 @@ a front end its entries stay until its successor clears the row: the kernel has 
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-import os
 import time
 from struct import Struct
 from typing import Any, Final
 
-import posix_ipc
-
 from nydusd.errors import CacheError
+from nydusd.ipc.shared_block import make_block, map_block
 
 SLOTS: Final = 128
 """Reads of one front end that are shown at once; more wait unseen."""
@@ -29,7 +26,7 @@ class InflightRow:
 
     def __init__(self, name: str, row: int) -> None:
         """Raises CacheError when there is no such row."""
-        self._map = _open(name)
+        self._map = map_block(name)
         self._at = row * ROW
         if self._at + ROW > len(self._map):
             raise CacheError(f"shared memory {name} has no row {row}")
@@ -53,17 +50,7 @@ class InflightRow:
 
 def make_board(name: str, rows: int) -> mmap.mmap:
     """A new board, empty, mapped. Raises CacheError when shared memory is full."""
-    try:
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(name)
-        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, 0o600)
-        try:
-            os.posix_fallocate(shm.fd, 0, max(rows, 1) * ROW)
-            return mmap.mmap(shm.fd, 0)
-        finally:
-            shm.close_fd()
-    except (OSError, posix_ipc.Error) as e:
-        raise CacheError(f"shared memory {name}: {e}") from e
+    return make_block(name, max(rows, 1) * ROW)
 
 
 def waiting(board: mmap.mmap) -> list[dict[str, Any]]:
@@ -73,14 +60,3 @@ def waiting(board: mmap.mmap) -> list[dict[str, Any]]:
         {"inode": ino, "opcode": opcode, "unique": unique, "timestamp_secs": since}
         for unique, ino, opcode, since in sorted(slots, key=lambda entry: entry[3])
     ]
-
-
-def _open(name: str) -> mmap.mmap:
-    try:
-        shm = posix_ipc.SharedMemory(name)
-        try:
-            return mmap.mmap(shm.fd, 0)
-        finally:
-            shm.close_fd()
-    except (OSError, ValueError, posix_ipc.Error) as e:
-        raise CacheError(f"shared memory {name}: {e}") from e

@@ -8,15 +8,12 @@ counting.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-import os
 from struct import Struct
 from typing import Final, NamedTuple
 
-import posix_ipc
-
 from nydusd.errors import CacheError
+from nydusd.ipc.shared_block import make_block, map_block
 
 OPERATIONS: Final = (
     "getattr",
@@ -83,7 +80,7 @@ class MountCounters:
 
     def __init__(self, name: str, row: int) -> None:
         """Raises CacheError when the block is not there, or has no such row."""
-        self._map = _open(name)
+        self._map = map_block(name)
         self._at = row * ROW
         if self._at + ROW > len(self._map):
             raise CacheError(f"shared memory {name} has no row {row}")
@@ -98,17 +95,7 @@ class MountCounters:
 
 def make_counters(name: str, rows: int) -> mmap.mmap:
     """A new block, all zero, mapped. Raises CacheError when shared memory is full."""
-    try:
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(name)
-        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, 0o600)
-        try:
-            os.posix_fallocate(shm.fd, 0, rows * ROW)
-            return mmap.mmap(shm.fd, 0)
-        finally:
-            shm.close_fd()
-    except (OSError, posix_ipc.Error) as e:
-        raise CacheError(f"shared memory {name}: {e}") from e
+    return make_block(name, rows * ROW)
 
 
 def totals(block: mmap.mmap) -> Totals:
@@ -123,14 +110,3 @@ def totals(block: mmap.mmap) -> Totals:
         sums[BYTES],
         sums[MICROSECONDS],
     )
-
-
-def _open(name: str) -> mmap.mmap:
-    try:
-        shm = posix_ipc.SharedMemory(name)
-        try:
-            return mmap.mmap(shm.fd, 0)
-        finally:
-            shm.close_fd()
-    except (OSError, ValueError, posix_ipc.Error) as e:
-        raise CacheError(f"shared memory {name}: {e}") from e

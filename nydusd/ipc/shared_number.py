@@ -5,37 +5,16 @@ After SIGKILL of the writer the last number stays, for its readers and for a suc
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-import os
 
-import posix_ipc
-
-from nydusd.errors import CacheError
+from nydusd.ipc.shared_block import make_block, map_block
 
 
 def make_number(name: str) -> memoryview:
     """A new number, 0, under this name; writable as `view[0]`. Raises CacheError when shared memory is full."""
-    try:
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(name)
-        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, 0o600)
-        try:
-            os.posix_fallocate(shm.fd, 0, mmap.PAGESIZE)
-            return memoryview(mmap.mmap(shm.fd, mmap.PAGESIZE)).cast("Q")
-        finally:
-            shm.close_fd()
-    except (OSError, posix_ipc.Error) as e:
-        raise CacheError(f"shared memory {name}: {e}") from e
+    return memoryview(make_block(name, mmap.PAGESIZE)).cast("Q")
 
 
 def map_number(name: str) -> memoryview:
     """The number that another process has made, to be read as `view[0]`. Raises CacheError when there is none."""
-    try:
-        shm = posix_ipc.SharedMemory(name)
-        try:
-            return memoryview(mmap.mmap(shm.fd, mmap.PAGESIZE, prot=mmap.PROT_READ)).cast("Q")
-        finally:
-            shm.close_fd()
-    except (OSError, ValueError, posix_ipc.Error) as e:
-        raise CacheError(f"shared memory {name}: {e}") from e
+    return memoryview(map_block(name, mmap.PAGESIZE, mmap.PROT_READ)).cast("Q")
