@@ -25,4 +25,5 @@ class Complaints:
         more = f" ({self._suppressed} more lines were left out)" if self._suppressed else ""
         self._suppressed = 0
         self._quiet_until = now + 1.0
-        log.error("%s: " + message + "%s", subject or self._subject, *args, more, exc_info=error)
+        # As text: an error among the arguments would live as long as the record, with frames that hold views of the journal.
+        log.error("%s: %s%s", subject or self._subject, message % args, more, exc_info=error)
