@@ -16,13 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nydusd.formats import open_bootstrap
 from nydusd.frontends.fuse.session import Session, clear_stale_mount
+from nydusd.ipc.mount_counters import make_counters
 from nydusd.ipc.spec import write_spec
 from nydusd.storage.state.segment import READY, RECORD, Identity, Segment, remove
+from nydusd.supervisor.mount_table import MountTable
 
 SIZE = 256 << 20
 SMALL_FILES = 4000
@@ -65,13 +67,27 @@ def make_segment(name: str, bootstrap: Path, data: Path) -> Segment:
 
 
 @contextlib.contextmanager
-def served(folder: Path, bootstrap: Path, data: Path, processes: int, read_ahead_kib: int) -> Iterator[Path]:
-    """A mount of the image with `processes` front ends."""
+def served(
+    folder: Path, bootstrap: Path, data: Path, processes: int, read_ahead_kib: int
+) -> Iterator[tuple[Path, list[int]]]:
+    """A mount of the image with `processes` front ends: its mount point, and their pids."""
     mountpoint = folder / "mnt"
     mountpoint.mkdir(exist_ok=True)
     clear_stale_mount(str(mountpoint))
     name = f"/nydusd.bench-{os.getpid()}"
     segment = make_segment(name, bootstrap, data)
+    make_counters(f"{name}-counters", processes).close()
+    table = MountTable(folder / "table", f"{name}-table")
+    mount = {
+        "id": "/",
+        "bootstrap": str(bootstrap),
+        "path_id": None,
+        "extracted": False,
+        "xattr": False,
+        "counters": f"{name}-counters",
+        "blobs": [{"blob_id": data.name, "handle": 1, "segment": name, "data": str(data)}],
+    }
+    table.add((), mount)
     session = Session.mount(str(mountpoint), read_ahead_kib=read_ahead_kib)
     children: list[subprocess.Popen[bytes]] = []
     try:
@@ -84,28 +100,30 @@ def served(folder: Path, bootstrap: Path, data: Path, processes: int, read_ahead
                 "front": "ipc:///nowhere",
                 "read_deadline": 5,
                 "log": {"level": "info", "file": None},
-                "mount": {
-                    "id": "/",
-                    "bootstrap": str(bootstrap),
-                    "path_id": None,
-                    "extracted": False,
-                    "xattr": False,
-                    "blobs": [{"blob_id": data.name, "handle": 1, "segment": name, "data": str(data)}],
-                },
+                "mounts": table.spec(),
             }
             fd = write_spec(spec)
             command = [sys.executable, "-m", "nydusd.frontends.fuse", "--spec-fd", str(fd)]
             children.append(subprocess.Popen(command, cwd=REPO, pass_fds=(fd, lane.fd, lane.journal)))
             os.close(fd)
         os.listdir(mountpoint)
-        yield mountpoint
+        yield mountpoint, [child.pid for child in children]
     finally:
         session.unmount()
         session.close()
         for child in children:
             child.wait()
         segment.close()
-        remove(name)
+        table.close()
+        for block in (name, f"{name}-counters", f"{name}-table"):
+            remove(block)
+
+
+def cpu(pids: Sequence[int]) -> tuple[float, float]:
+    """Seconds of CPU that processes have used: in Python, and in the kernel."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    tick = os.sysconf("SC_CLK_TCK")
+    return sum(int(f[11]) for f in fields) / tick, sum(int(f[12]) for f in fields) / tick
 
 
 def drop_caches() -> None:
@@ -145,11 +163,17 @@ def main() -> None:
         folder = Path(name)
         bootstrap, data = make_image(folder)
         for processes in options.processes:
-            with served(folder, bootstrap, data, processes, options.read_ahead) as mountpoint:
+            with served(folder, bootstrap, data, processes, options.read_ahead) as (mountpoint, pids):
                 big = mountpoint / "big"
                 for jobs in (1, 4):
+                    before = cpu(pids)
                     iops, _, p50 = fio(big, "randread", "4k", jobs, direct=True, seconds=options.seconds)
-                    print(f"{processes} processes, 4 KiB direct, {jobs} jobs: {iops:8.0f} IOPS, p50 {p50:6.1f} us")
+                    reads = iops * options.seconds
+                    user, system = ((b - a) * 1e6 / reads for a, b in zip(before, cpu(pids), strict=True))
+                    print(
+                        f"{processes} processes, 4 KiB direct, {jobs} jobs: {iops:8.0f} IOPS, p50 {p50:6.1f} us, "
+                        f"front ends' CPU a read: {user:4.1f} us in Python, {system:4.1f} us in the kernel"
+                    )
                 _, rate, _ = fio(big, "read", "1m", 1, direct=True, seconds=options.seconds)
                 print(f"{processes} processes, 1 MiB direct: {rate:8.0f} MB/s")
                 start = time.perf_counter()

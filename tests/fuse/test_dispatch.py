@@ -45,6 +45,9 @@ class WholeDevice:
     def describe(self, vec: object) -> str:
         return "blob"
 
+    def known(self, ino: int, extent: Extent) -> None:
+        """It remembers nothing: each read goes the whole way."""
+
     def evictions(self, vec: object) -> int:
         return 0
 
@@ -321,7 +324,7 @@ def test_complaints_say_how_many_were_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("nydusd.frontends.fuse.loop.time.monotonic", lambda: now)
+    monkeypatch.setattr("nydusd.frontends.fuse.complaints.time.monotonic", lambda: now)
     complaints = Complaints("mount /")
     for _ in range(4):
         complaints.log("bad %d", 1)

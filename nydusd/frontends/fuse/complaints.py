@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import struct
 import time
+
+from nydusd.errors import NydusError, UnmountedError
 
 log = logging.getLogger(__name__)
 
@@ -27,3 +31,16 @@ class Complaints:
         self._quiet_until = now + 1.0
         # As text: an error among the arguments would live as long as the record, with frames that hold views of the journal.
         log.error("%s: %s%s", subject or self._subject, message % args, more, exc_info=error)
+
+    def errno_of(self, error: Exception, opcode: int, node: int, subject: str | None) -> int:
+        """The errno for whoever asked, and a line in the log: this is the border where errors end."""
+        if isinstance(error, UnmountedError):
+            return error.errno
+        if isinstance(error, NydusError) and not error.traceback:
+            self.log("%s", error, subject=subject)
+            return error.errno
+        if isinstance(error, struct.error):
+            self.log("opcode %d: request is too short", opcode, subject=subject)
+            return errno.EINVAL
+        self.log("opcode %d, node %d: unexpected error", opcode, node, error=error, subject=subject)
+        return errno.EIO

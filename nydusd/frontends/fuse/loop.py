@@ -17,30 +17,25 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import mmap
 import os
 import select
-import struct
-import time
 from collections.abc import Callable, Sequence
 
-from nydusd.errors import EvictedError, NydusError, StaleCacheError, UnmountedError
 from nydusd.ipc.inflight import InflightRow
 
 from . import protocol as p
+from .answers import GONE, Answers
 from .changes import Changes
 from .complaints import Complaints
 from .journal import REQUEST_SIZE, Journal
-from .mount import INODE_BITS, runs_of
+from .mount import INODE_BITS
 from .namespace import Namespace
 from .ops import Handler
-from .parking import Client, Parked, Parking
+from .parking import Client, Parked
+from .reads import Reads
 from .stats import OPERATION, Tally, is_failure
 
 log = logging.getLogger(__name__)
-
-_HEAD = p.PAGE - p.OUT_HEADER.size
-"""Where a read's reply begins in its buffer, so that the data lies on a page boundary."""
 
 _SPIN = 24
 """How often the fd is asked again before the loop sleeps, giving way to others in between: 30 to 50 us on an idle core.
@@ -48,9 +43,6 @@ Measured with one job of random 4 KiB reads of cached data, 2 cores: see docs/be
 
 _AGAIN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
 """read(2): the request was interrupted before it was read, we were, or another clone was faster."""
-_GONE = (errno.ENODEV, errno.ECONNABORTED)
-_NOBODY_WAITS = (errno.ENOENT, *_GONE)
-"""write(2): the request ended meanwhile (a predecessor had answered it, or it was interrupted), or the mount did."""
 
 
 class FrontEnd:
@@ -81,10 +73,15 @@ class FrontEnd:
         self._interrupt_in = interrupt_in
         self._interrupt_out = interrupt_out
         self._wake = wake
-        self._parking = Parking(journal, connect, read_deadline, self._finish, board)
+        self._complaints = Complaints("fuse")
+        self._tally = Tally()
+        self._answers = Answers(fd, self._complaints)
+        self._reads = Reads(
+            namespace, self._answers, self._tally, self._complaints, journal, connect, read_deadline, board
+        )
+        self._read_known = self._reads.read_known
+        self._parking = self._reads.parking
         self._request = journal.request
-        self._reply_buffer = memoryview(mmap.mmap(-1, p.PAGE + p.MAX_READ))
-        self._data = self._reply_buffer[p.PAGE :]
         self._of_the_session: dict[int, Handler] = {
             p.INTERRUPT: self._interrupt,
             p.FORGET: _forget,
@@ -95,8 +92,6 @@ class FrontEnd:
             p.RELEASEDIR: _nothing,
         }
         """Handlers of what is not asked of one image."""
-        self._complaints = Complaints("fuse")
-        self._tally = Tally()
         self.changes = Changes(namespace, self._parking, self._tally, self._complaints)
 
     def run(self) -> None:
@@ -121,7 +116,7 @@ class FrontEnd:
             except OSError as e:
                 if e.errno in _AGAIN:
                     continue
-                if e.errno in _GONE:
+                if e.errno in GONE:
                     return False
                 raise
             if not length:
@@ -170,7 +165,7 @@ class FrontEnd:
                     except OSError as e:
                         if e.errno in _AGAIN:
                             continue
-                        if e.errno in _GONE:
+                        if e.errno in GONE:
                             return False
                         raise
                     if not length:
@@ -182,15 +177,18 @@ class FrontEnd:
         if length < p.REQUEST.size:
             self._complaints.log("request of %d bytes is too short", length)
             return
-        _, opcode, unique, node, pid = p.REQUEST.unpack_from(self._request)
+        opcode, unique, node, pid, offset, size = p.READ_REQUEST.unpack_from(self._request)
         if self._views.shared[0] != self._views.generation:
             self.changes.take()
         try:
             if opcode == p.READ:
-                self._read(self._request, unique, node, pid, length)
+                if length < p.READ_REQUEST.size:
+                    self._answers.fail(unique, errno.EINVAL)
+                elif not self._read_known(unique, node, offset, size):
+                    self._reads.read(self._request, unique, node, pid)
                 return
             if opcode >= p.OPCODES:
-                self._fail(unique, errno.ENOSYS)
+                self._answers.fail(unique, errno.ENOSYS)
                 return
             handler = self._of_the_session.get(opcode)
             if handler is None:
@@ -198,12 +196,12 @@ class FrontEnd:
             else:
                 result = handler(node, self._request[p.REQUEST.size : length])
         except Exception as e:
-            self._fail(unique, self._errno_of(e, opcode, node))
+            self._answers.fail(unique, self._errno_of(e, opcode, node))
             return
         if type(result) is bytes:
-            self._write(p.OUT_HEADER.pack(p.OUT_HEADER.size + len(result), 0, unique) + result)
+            self._answers.body(unique, result)
         elif type(result) is int:
-            self._fail(unique, result)
+            self._answers.fail(unique, result)
 
     def _recover(self) -> None:
         """Answer, or park again, what a predecessor had taken and not answered."""
@@ -214,9 +212,9 @@ class FrontEnd:
             _, _, unique, node, pid = p.REQUEST.unpack_from(request)
             if self._may_serve(unique, p.READ, node):
                 try:
-                    self._read(request, unique, node, pid, len(request), place)
+                    self._reads.read(request, unique, node, pid, place)
                 except Exception as e:
-                    self._fail(unique, self._errno_of(e, p.READ, node))
+                    self._answers.fail(unique, self._errno_of(e, p.READ, node))
             if unique not in self._parking.reads:
                 journal.drop(place)
             elif interrupted:
@@ -231,7 +229,7 @@ class FrontEnd:
         if self._journal.serve_again(unique):
             return True
         self._complaints.log("opcode %d, node %d: front ends die of this request: it is failed", opcode, node)
-        self._fail(unique, errno.EIO)
+        self._answers.fail(unique, errno.EIO)
         return False
 
     def _ask_again(self) -> None:
@@ -255,96 +253,6 @@ class FrontEnd:
             self._tally.count(stats, operation, view.mount.ino_of(node), is_failure(result))
         return result
 
-    def _read(self, request: memoryview, unique: int, node: int, pid: int, length: int, place: int = -1) -> None:
-        """READ. A hit is answered here and now, and passes through no other process."""
-        if length < p.REQUEST.size + p.READ_FIELDS.size:
-            self._fail(unique, errno.EINVAL)
-            return
-        offset, size, flags = p.READ_FIELDS.unpack_from(request, p.REQUEST.size)
-        mount = self._views[node >> INODE_BITS].mount
-        if mount is None:
-            self._fail(unique, errno.EISDIR)
-            return
-        started = time.monotonic_ns()
-        device, ino = mount.device, mount.ino_of(node)
-        vec = mount.bootstrap.extents(ino, offset, size if size <= p.MAX_READ else p.MAX_READ)
-        missing = device.missing(vec)
-        if mount.trace is not None:
-            mount.trace.note(ino, vec, bool(missing))
-        if not missing:
-            try:
-                got = device.read_into(vec, self._data)
-                self._write_data(unique, got)
-                if device.hints:
-                    self._parking.hint(device.hints)
-                if mount.stats is not None:
-                    self._tally.count_read(mount.stats, ino, got, started)
-                return
-            except EvictedError:
-                missing = runs_of(vec)
-            except StaleCacheError as e:
-                self._complaints.log("%s: fetching it again", e, subject=mount.name)
-        if unique & p.UNIQUE_RESEND:
-            self._parking.forget(unique ^ p.UNIQUE_RESEND)
-        read = Parked(unique, vec, pid, bool(flags & os.O_DIRECT), mount, place, ino, started)
-        self._parking.park(read, missing)
-        if not missing:
-            self._parking.ask_lost(read)
-
-    def _finish(self, read: Parked, code: int) -> None:
-        """The wait of a parked read is over: answer it, or let it wait for chunks that the cache file lost."""
-        try:
-            if not code and self._retry(read):
-                return
-        except Exception as e:
-            code = self._errno_of(e, p.READ, read.mount.node_of(read.mount.bootstrap.root_ino))
-        if code and code not in (errno.EINTR, errno.ESTALE):
-            where = read.device.describe(read.vec)
-            self._complaints.log("a read failed: %s (%s)", os.strerror(code), where, subject=read.mount.name)
-            read.device.count_errors(read.vec)
-        if code:
-            self._fail(read.unique, code)
-            if read.mount.stats is not None:
-                self._tally.count(read.mount.stats, OPERATION[p.READ], read.ino, True)
-        self._parking.let_go(read)
-
-    def _retry(self, read: Parked) -> bool:
-        """Read and answer what was fetched. True when the read is parked once more. Raises StaleCacheError."""
-        vec, device = read.vec, read.device
-        pieces = self._parking.pieces(read)
-        if self._absent(read, pieces):
-            if device.evictions(vec) != read.evictions:
-                self._parking.ask_again(read)
-                return True
-            device.refresh(vec)
-            if self._absent(read, pieces):
-                if self._parking.ask_lost(read):
-                    return True
-                raise StaleCacheError("chunks were reported as fetched, twice, and are not there")
-        try:
-            length = device.read_into(vec, self._data, pieces)
-        except EvictedError:
-            self._parking.ask_again(read)
-            return True
-        except StaleCacheError as e:
-            if not self._parking.ask_lost(read):
-                raise
-            self._complaints.log("%s: fetching it again", e, subject=read.mount.name)
-            return True
-        self._write_data(read.unique, length)
-        if read.mount.stats is not None:
-            self._tally.count_read(read.mount.stats, read.ino, length, read.started)
-        return False
-
-    def _absent(self, read: Parked, pieces: dict[tuple[int, int], memoryview] | None) -> bool:
-        """Whether a chunk of the read is neither ready nor among `pieces`."""
-        known = pieces or {}
-        return any(
-            (blob, chunk) not in known
-            for blob, first, count in read.device.missing(read.vec, again=True)
-            for chunk in range(first, first + count)
-        )
-
     def _interrupt(self, _: int, body: memoryview) -> None:
         """INTERRUPT has no reply. The request is perhaps another front end's: the kernel tells whoever reads first."""
         (unique,) = p.INTERRUPT_IN.unpack_from(body)
@@ -364,35 +272,11 @@ class FrontEnd:
         for (unique,) in p.INTERRUPT_IN.iter_unpack(passed):
             self._parking.interrupt(unique)
 
-    def _write_data(self, unique: int, length: int) -> None:
-        """Send the first `length` bytes of the data buffer."""
-        p.OUT_HEADER.pack_into(self._reply_buffer, _HEAD, p.OUT_HEADER.size + length, 0, unique)
-        self._write(self._reply_buffer[_HEAD : p.PAGE + length])
-
-    def _fail(self, unique: int, code: int) -> None:
-        self._write(p.OUT_HEADER.pack(p.OUT_HEADER.size, -code, unique))
-
-    def _write(self, reply: bytes | memoryview) -> None:
-        try:
-            os.write(self._fd, reply)
-        except OSError as e:
-            if e.errno not in _NOBODY_WAITS:
-                self._complaints.log("the kernel refused a reply of %d bytes: %s", len(reply), e.strerror)
-
     def _errno_of(self, error: Exception, opcode: int, node: int) -> int:
-        """The errno for the reader, and a line in the log: this is the border where errors end."""
-        if isinstance(error, UnmountedError):
-            return error.errno
+        """The errno for whoever asked."""
         view = self._views.get(node >> INODE_BITS)
         subject = None if view is None or view.mount is None else view.mount.name
-        if isinstance(error, NydusError) and not error.traceback:
-            self._complaints.log("%s", error, subject=subject)
-            return error.errno
-        if isinstance(error, struct.error):
-            self._complaints.log("opcode %d: request is too short", opcode, subject=subject)
-            return errno.EINVAL
-        self._complaints.log("opcode %d, node %d: unexpected error", opcode, node, error=error, subject=subject)
-        return errno.EIO
+        return self._complaints.errno_of(error, opcode, node, subject)
 
 
 def _forget(_node: int, _body: memoryview) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nydusd.errors import FormatError, InternalError, NydusError, UnmountedError
+from nydusd.storage.api.known_chunk import KnownChunk
 
 from .mount import PSEUDO_INDEX, Mount
 from .ops import Handler, Operations
@@ -27,15 +28,37 @@ log = logging.getLogger(__name__)
 Json = dict[str, Any]
 
 
+_KNOWN = 4096
+"""Chunks of an image that a front end remembers, some 200 bytes each."""
+
+
 class View:
     """What answers requests: the handlers by opcode, and the image, None for the pseudo file system."""
 
-    __slots__ = ("handlers", "mount", "operations")
+    __slots__ = ("chunk_shift", "handlers", "known", "mount", "operations")
 
     def __init__(self, mount: Mount | None, handlers: list[Handler], operations: Operations | None = None) -> None:
         self.mount = mount
         self.handlers = handlers
         self.operations = operations
+        self.chunk_shift = 0 if mount is None else mount.bootstrap.chunk_size.bit_length() - 1
+        self.known: dict[tuple[int, int], KnownChunk] = {}
+        """Chunks of which a part was read, by node id and place in the file."""
+
+    def learn(self, node: int, offset: int) -> None:
+        """A part of a chunk was just read from the cache file, at `offset` of a file of this image."""
+        assert self.mount is not None
+        start = offset >> self.chunk_shift << self.chunk_shift
+        ino = self.mount.ino_of(node)
+        vec = self.mount.bootstrap.extents(ino, start, 1 << self.chunk_shift)
+        # Where these bytes of the file are not one chunk (chunks of tarfs are, files with holes are not) nothing is learnt.
+        if len(vec) != 1 or vec[0].offset:
+            return
+        chunk = self.mount.device.known(ino, vec[0])
+        if chunk is not None:
+            if len(self.known) >= _KNOWN:
+                self.known.clear()
+            self.known[node, offset >> self.chunk_shift] = chunk
 
 
 class Namespace(dict[int, View]):

@@ -117,6 +117,8 @@ READ_IN = Struct("=QQIIQII")
 """fh, offset, size, read_flags, lock_owner, flags, padding. Also of READDIR and READDIRPLUS."""
 READ_FIELDS = Struct("=8xQI12xI4x")
 """READ_IN without what is ignored: offset, size, flags (of the open file)."""
+READ_REQUEST = Struct("=4xIQQ8xI4x8xQI20x")
+"""A READ in one piece: opcode, unique, node id, pid, offset, size. Of other requests the last two mean nothing."""
 GETXATTR_IN = Struct("=II")
 """size, padding; the name follows, ended by NUL, for GETXATTR."""
 GETXATTR_OUT = Struct("=II")

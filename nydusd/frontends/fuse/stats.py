@@ -18,6 +18,7 @@ from nydusd.ipc.mount_counters import (
     ERRORS,
     HITS,
     LATENCIES,
+    LATENCY_LIMITS,
     MICROSECONDS,
     OPERATIONS,
     READ,
@@ -46,6 +47,12 @@ _OPCODES = {
     p.ACCESS: "access",
 }
 _FLUSH_NS = 50_000_000
+_READS = HITS + READ
+_LARGE = 1 << 20
+_SIZE_OF = [SIZES + size_class(1 << bits >> 1) for bits in range(_LARGE.bit_length())]
+"""By the bits of a read's size: its place in the lists."""
+_LARGEST = SIZES + size_class(_LARGE)
+_FAST = LATENCY_LIMITS[0]
 OPERATION = [OPERATIONS.index(_OPCODES[code]) if code in _OPCODES else -1 for code in range(p.OPCODES)]
 """By opcode: its place in the lists, -1 if it is not counted."""
 
@@ -81,10 +88,10 @@ class Stats:
     def count_read(self, ino: int, size: int, microseconds: int) -> None:
         """A read gave `size` bytes."""
         values = self._values
-        values[HITS + READ] += 1
+        values[_READS] += 1
         values[BYTES] += size
-        values[SIZES + size_class(size)] += 1
-        values[LATENCIES + latency_class(microseconds)] += 1
+        values[_SIZE_OF[size.bit_length()] if size < _LARGE else _LARGEST] += 1
+        values[LATENCIES if microseconds <= _FAST else LATENCIES + latency_class(microseconds)] += 1
         values[MICROSECONDS] += microseconds
         if self.files is not None:
             self.files.count_read(ino, size)
@@ -112,7 +119,8 @@ class Tally:
         """A read that began at `started` (monotonic ns) gave `size` bytes."""
         now = time.monotonic_ns()
         stats.count_read(ino, size, (now - started) // 1000)
-        self._note(stats, now)
+        if stats is not self._counted or now > self._flush_at:
+            self._note(stats, now)
 
     def _note(self, stats: Stats, now: int) -> None:
         if stats is not self._counted or now > self._flush_at:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from nydusd.errors import CacheError, CorruptChunkError, EvictedError, StaleCacheError
 from nydusd.formats.model import Extent
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
+from nydusd.storage.api.known_chunk import KnownChunk
 from nydusd.storage.state.segment import EMPTY, READY, RECORD, RETIRED, Segment
 
 _LOOK_AHEAD = 16 << 20
@@ -35,7 +36,7 @@ Pieces = Mapping[tuple[int, int], memoryview]
 """Chunks that are not in the cache file but at hand in shared memory: (blob index, chunk) -> plain bytes."""
 
 
-class _BlobView:
+class BlobView:
     """One blob: its segment and its cache file, once they are there."""
 
     __slots__ = (
@@ -139,7 +140,7 @@ class _BlobView:
 class BlobDevice:
     """The blobs of one image, by their index in its blob table."""
 
-    def __init__(self, views: Sequence[_BlobView]) -> None:
+    def __init__(self, views: Sequence[BlobView]) -> None:
         self._views = views
         self._turn = 0
         self.hints: list[ChunkRun] = []
@@ -150,7 +151,7 @@ class BlobDevice:
         """From the supervisor's description: for each blob {blob_id, handle, segment, data}; `row`: our counters."""
         return cls(
             [
-                _BlobView(
+                BlobView(
                     str(b["blob_id"]),
                     int(str(b["handle"])),
                     str(b["segment"]),
@@ -206,6 +207,11 @@ class BlobDevice:
             elif last is None or last.blob != blob or last.first + last.count - 1 != chunk:
                 runs.append(ChunkRun(blob, chunk, 1))
         return runs
+
+    def known(self, ino: int, extent: Extent) -> KnownChunk | None:
+        """The chunk of file `ino` that `extent` covers, for reads to come. `missing` has just said of it that it is there."""
+        view = self._views[extent.blob]
+        return None if view.segment is None else KnownChunk(view, ino, extent, self.hints)
 
     def evictions(self, vec: BlobIoVec) -> int:
         """A number that has changed when chunks of these blobs were taken away, or their segments replaced, since."""
