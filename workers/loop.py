@@ -16,7 +16,7 @@ import zmq
 from nydusd import logs, proctitle
 from nydusd.errors import NydusError
 from nydusd.ipc.messages import DONE, HELLO, JOB, Json, decode, encode
-from nydusd.ipc.spec import read_spec, ready, supervisor_gone
+from nydusd.ipc.spec import read_spec, supervisor_gone
 from workers.blobs import OpenBlobs
 
 Handler = Callable[[OpenBlobs, Json], Json]
@@ -56,7 +56,6 @@ def main(argv: Sequence[str]) -> int:
     logs.setup_child(spec["log"], title)
     log = logging.getLogger(__name__)
     handlers = _handlers(role)
-    ready(spec)
     blobs = OpenBlobs(int(spec.get("shared_fd", -1)))
     lifeline = int(spec["lifeline_fd"])
     context = zmq.Context()

@@ -20,6 +20,7 @@ from nydusd.version import build_info, version_text
 if TYPE_CHECKING:
     from nydusd.config import Config
     from nydusd.config.blob_entry import BlobEntry
+    from nydusd.forkserver.client import ForkServer
 
 _CACHEFILES = "/dev/cachefiles"
 AUTH_VARIABLE = "IMAGE_PULL_AUTH"
@@ -48,11 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
+    options = parse_arguments(argv)
+
+    from nydusd.forkserver.client import ForkServer
+
+    fork_server = ForkServer()  # it loads what children need while we load what the supervisor needs
+    try:
+        return _run(options, fork_server)
+    finally:
+        fork_server.close()
+
+
+def _run(options: Options, fork_server: ForkServer) -> int:
     import logging
 
     from nydusd import logs
 
-    options = parse_arguments(argv)
     config, entries = _configuration(options)
     if isinstance(options, FuseOptions):
         options = _complete(options)
@@ -62,7 +74,7 @@ def _main(argv: Sequence[str]) -> int:
     from nydusd.supervisor.main import run
 
     try:
-        return run(options, config, entries)
+        return run(options, config, entries, fork_server)
     except Exception:
         if options.log_file is not None:  # else it would stand twice on stderr
             logging.getLogger(__name__).exception("ended by an error")

@@ -16,7 +16,7 @@ import zmq
 
 from nydusd import logs, proctitle
 from nydusd.control.server import ApiServer
-from nydusd.ipc.spec import read_spec, ready
+from nydusd.ipc.spec import read_spec
 
 
 def main() -> int:
@@ -26,7 +26,6 @@ def main() -> int:
     spec = read_spec(sys.argv[1:])
     proctitle.set_title("api")
     logs.setup_child(spec["log"], "api")
-    ready(spec)
     with contextlib.ExitStack() as stack, zmq.Context() as context:
         listener, metrics = (
             stack.enter_context(socket.socket(fileno=spec[name])) if spec.get(name, -1) >= 0 else None

@@ -22,7 +22,7 @@ def write_spec(spec: Json) -> int:
 
 
 def read_spec(argv: Sequence[str]) -> Json:
-    """The spec named by `--spec-fd N` in argv; its fd is closed."""
+    """The spec named by `--spec-fd N` in argv; its fd is closed. `environment` in it, if any, becomes this process's."""
     if len(argv) < 2 or argv[0] != "--spec-fd" or not argv[1].isdecimal():
         raise InternalError("started by hand: this program is started by nydusd with --spec-fd N")
     fd = int(argv[1])
@@ -30,13 +30,8 @@ def read_spec(argv: Sequence[str]) -> Json:
         spec = decode(os.pread(fd, os.fstat(fd).st_size, 0))
     finally:
         os.close(fd)
+    os.environ.update(spec.pop("environment", {}))
     return spec
-
-
-def ready(spec: Json) -> None:
-    """The start is over: from here on this process has the same priority as its supervisor. To be called without threads."""
-    if "nice" in spec:
-        os.setpriority(os.PRIO_PROCESS, 0, int(spec["nice"]))
 
 
 def supervisor_gone(lifeline_fd: int) -> bool:

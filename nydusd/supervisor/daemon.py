@@ -22,6 +22,7 @@ import zmq
 
 from nydusd.cli.options import FuseOptions
 from nydusd.errors import MountError, NydusError
+from nydusd.forkserver.client import ForkServer
 from nydusd.frontends.fuse.kernel_cache import forget_attributes, forget_names
 from nydusd.frontends.fuse.protocol import ROOT_ID
 from nydusd.frontends.fuse.session import Session, clear_stale_mount
@@ -30,7 +31,7 @@ from nydusd.ipc.messages import Json, decode, encode
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.supervisor import report
-from nydusd.supervisor.children import Child, end_all
+from nydusd.supervisor.children import Child, end_all, reap_strays
 from nydusd.supervisor.control_ops import ErrorRing
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener, metrics_socket
@@ -65,8 +66,9 @@ class Supervisor:
     blobs: BlobTable | None = None
     """The images of a singleton."""
 
-    def __init__(self, options: Options, config: Config) -> None:
+    def __init__(self, options: Options, config: Config, fork_server: ForkServer) -> None:
         self.options = options
+        self.fork_server = fork_server
         self.config = config
         self.pid = os.getpid()
         self.started = time.monotonic()
@@ -187,7 +189,7 @@ class Supervisor:
             self._runtime.instance,
             self.factory,
             self.images.values,
-            lambda: [self.pid, *(child.pid for child in self.children)],
+            lambda: [self.pid, self.fork_server.pid, *(child.pid for child in self.children)],
             (self.fetch, self.decompress),
             self.router.evictions,
         )
@@ -218,10 +220,10 @@ class Supervisor:
             if child.role == "fetch":
                 fds.append(self._shared)
                 spec["shared_fd"] = self._shared
-        child.start(spec, fds)
+        child.start(self.fork_server, spec, fds)
         self._live.add(child.identity)
         self._poller.register(child.pidfd, zmq.POLLIN)
-        self._runtime.record([child.pid for child in self.children if child.pid])
+        self._runtime.record([self.fork_server.pid, *(child.pid for child in self.children if child.pid)])
 
     def _log_spec(self) -> Json:
         from nydusd import logs
@@ -372,6 +374,8 @@ class Supervisor:
             self._restart(now)
         if now >= self._watch.next_look():
             self._end_hung(now)
+            self.fork_server.keep()
+            reap_strays(self.children, [self.fork_server.pid])
         self._notifier.alive(now)
         if now >= self._next_checkpoint:
             self._next_checkpoint = now + self.config.nydusd.checkpoint_interval
@@ -405,6 +409,7 @@ class Supervisor:
             if self._session is not None:
                 steps.callback(self._session.close)
             steps.callback(end_all, self.children, _END_PATIENCE)
+            steps.callback(self.fork_server.close)
             if hasattr(self, "router"):
                 steps.callback(self._last_checkpoint)
             if self._session is not None and self._unmount:

@@ -11,18 +11,19 @@ from nydusd.supervisor.daemon import Supervisor
 if TYPE_CHECKING:
     from nydusd.config import Config
     from nydusd.config.blob_entry import BlobEntry
+    from nydusd.forkserver.client import ForkServer
 
 log = logging.getLogger(__name__)
 
 
-def run(options: Options, config: Config, entries: list[BlobEntry]) -> int:
+def run(options: Options, config: Config, entries: list[BlobEntry], fork_server: ForkServer) -> int:
     """Run a daemon until it is told to stop. Raises NydusError when it cannot start; nothing is left behind then."""
     if isinstance(options, SingletonOptions):
         from nydusd.supervisor.singleton import Singleton
 
-        return _run(Singleton(options, entries))
+        return _run(Singleton(options, entries, fork_server))
     assert isinstance(options, FuseOptions)
-    return _run(Supervisor(options, config))
+    return _run(Supervisor(options, config, fork_server))
 
 
 def _run(supervisor: Supervisor) -> int:

@@ -17,6 +17,7 @@ from nydusd.supervisor.daemon import Supervisor
 if TYPE_CHECKING:
     from nydusd.cli.options import SingletonOptions
     from nydusd.config.blob_entry import BlobEntry
+    from nydusd.forkserver.client import ForkServer
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,10 @@ log = logging.getLogger(__name__)
 class Singleton(Supervisor):
     """A daemon with an API, a table of images and a worker that looks at them."""
 
-    def __init__(self, options: SingletonOptions, entries: list[BlobEntry]) -> None:
+    def __init__(self, options: SingletonOptions, entries: list[BlobEntry], fork_server: ForkServer) -> None:
         from nydusd.config import Config
 
-        super().__init__(options, Config())
+        super().__init__(options, Config(), fork_server)
         self._entries = entries
         self.blobs = self._table = BlobTable()
 

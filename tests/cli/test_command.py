@@ -108,7 +108,7 @@ class FakeSupervisor:
         self.calls: list[tuple[FuseOptions, Config]] = []
         self.error: Exception | None = None
 
-    def run(self, options: FuseOptions, config: Config, entries: object) -> int:
+    def run(self, options: FuseOptions, config: Config, entries: object, fork_server: object) -> int:
         self.calls.append((options, config))
         if self.error is not None:
             raise self.error

@@ -78,7 +78,7 @@ def bash(*words: str) -> set[str]:
         (["nydusd", "fu"], {"fuse"}),
         (["nydusd", "fuse", "--log-level", "w"], {"warn"}),
         (["nydusd", "fuse", "--boot"], {"--bootstrap"}),
-        (["nydusd", "fuse", "-M", "nydusd/f"], {"nydusd/formats", "nydusd/frontends"}),
+        (["nydusd", "fuse", "-M", "nydusd/f"], {"nydusd/forkserver", "nydusd/formats", "nydusd/frontends"}),
     ],
 )
 def test_bash_completes(words: list[str], offered: set[str]) -> None:

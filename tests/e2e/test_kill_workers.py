@@ -19,7 +19,7 @@ READERS = 16
 FILES = 32
 FILE_SIZE = 1 << 20
 CHUNK = 1 << 16
-ROLES = ("fuse", "fetch", "decompress")
+ROLES = ("fuse", "fetch", "decompress", "fork server")
 ROUNDS = 1
 KILLS = 12
 
@@ -88,6 +88,6 @@ def test_readers_see_right_bytes_while_processes_are_killed(
 
 def wait_for_pool(daemon: Daemon, role: str) -> int:
     """The number of processes of a role once all that the daemon starts are there."""
-    expected = {"fuse": 2, "fetch": 1, "decompress": 2}[role]
+    expected = {"fuse": 2, "fetch": 1, "decompress": 2, "fork server": 1}[role]
     wait_for_role(daemon, role, expected)
     return expected

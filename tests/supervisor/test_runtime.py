@@ -17,6 +17,7 @@ from nydusd.supervisor.children import Child, end_all
 from nydusd.supervisor.listener import Listener
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.sockets import Sockets
+from tests.support.fork_server import fork_server
 
 
 @pytest.fixture(autouse=True)
@@ -173,9 +174,10 @@ class TestChild:
             raise BlockingIOError(11, "Resource temporarily unavailable")
 
         child = Child("fetch", 0, "workers")
-        monkeypatch.setattr(subprocess, "Popen", no_process)
-        with pytest.raises(NydusError, match="fetch 0 cannot be started: Resource temporarily unavailable"):
-            child.start({}, [])
+        with fork_server() as server:
+            monkeypatch.setattr(server, "spawn", no_process)
+            with pytest.raises(NydusError, match="fetch 0 cannot be started: Resource temporarily unavailable"):
+                child.start(server, {}, [])
         assert child.restart_at is not None
         assert child.pid == 0
 
@@ -191,8 +193,9 @@ class TestChild:
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         child = Child("fetch", 0, "stubborn")
         os.mkfifo(tmp_path / "up")
-        child.start({}, [])
-        (tmp_path / "up").read_bytes()  # until it is up
-        end_all([child], 0.05)
+        with fork_server() as server:
+            child.start(server, {}, [])
+            (tmp_path / "up").read_bytes()  # until it is up
+            end_all([child], 0.05)
         assert "fetch 0 did not end; killing it" in caplog.text
         assert child.pid == 0

@@ -27,7 +27,7 @@ from nydusd.errors import CacheError, FormatError
 from nydusd.formats import open_bootstrap
 from nydusd.ipc.inflight import InflightRow
 from nydusd.ipc.shared_number import map_number
-from nydusd.ipc.spec import read_spec, ready
+from nydusd.ipc.spec import read_spec
 from nydusd.ipc.trace import Trace
 from nydusd.proctitle import set_title
 from nydusd.storage.api.device import BlobDevice
@@ -82,7 +82,6 @@ def main(argv: list[str]) -> int:
     # Requests make no reference cycles: what is alive now stays, and looking for garbage would only cost.
     gc.collect()
     gc.freeze()
-    ready(spec)
     front_end.run()
     return 0
 

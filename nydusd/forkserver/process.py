@@ -1,0 +1,56 @@
+"""A process that was started by somebody: known by its pid, held by a pidfd, so that the pid cannot become another's.
+
+Its end is noticed by whoever holds this. The exit status is known to the process's parent alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+
+
+class Process:
+    """Raises OSError when the process cannot be held (none of this pid, or no fd is left)."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self.status: int | None = None
+        """Exit status once it has ended; negative: the signal that ended it. Of one that is not our child: -SIGKILL."""
+
+    def poll(self) -> int | None:
+        """`status`, after a look whether it has ended."""
+        return self._look(0)
+
+    def wait(self, seconds: float) -> int | None:
+        """`status`, after waiting for its end that long."""
+        return self._look(seconds)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Nothing happens if it has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile, and will be noticed
+                signal.pidfd_send_signal(self.pidfd, number)
+
+    def _look(self, seconds: float) -> int | None:
+        if self.status is not None:
+            return self.status
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        if not poll.poll(seconds * 1000):
+            return None
+        try:
+            result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            self.status = -signal.SIGKILL
+        else:
+            if result is None:
+                return None
+            self.status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+        return self.status
+
+    def close(self) -> None:
+        """Let go of it; only `pid` and `status` are known from then on."""
+        os.close(self.pidfd)

@@ -1,0 +1,183 @@
+"""Children of the fork server: what they are given, whose they are, and what becomes of them when it is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from nydusd.forkserver.client import ForkServer, environment
+from nydusd.forkserver.process import Process
+from nydusd.ipc.spec import write_spec
+from nydusd.supervisor.children import reap_strays
+from tests.support.discipline import wait_until
+from tests.support.fork_server import fork_server
+
+CHILD = """
+import json, os, signal, sys
+from nydusd.ipc.spec import read_spec
+spec = read_spec(sys.argv[1:])
+fds = {}
+for name in os.listdir("/proc/self/fd"):
+    if os.path.lexists(f"/proc/self/fd/{name}"):
+        fds[name] = os.readlink(f"/proc/self/fd/{name}")
+told = {"argv": sys.argv, "fds": fds, "environment": dict(os.environ), "loaded": "extra" in sys.modules}
+os.write(spec["out"], json.dumps(told).encode())
+os.close(spec["out"])
+if spec.get("wait"):
+    signal.pause()
+sys.exit(spec.get("status", 0))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "extra.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def spawn(server: ForkServer, load: tuple[str, ...] = (), **spec: object) -> tuple[Process, dict[str, object]]:
+    """A child, and what it told."""
+    reader, writer = os.pipe()
+    with open(reader, "rb") as f:
+        spec_fd = write_spec({"out": writer, **spec})
+        try:
+            process = server.spawn("child", [spec_fd, writer], load)
+        finally:
+            os.close(spec_fd)
+            os.close(writer)
+        return process, json.loads(f.read())
+
+
+def test_a_child_has_its_fds_under_their_numbers_and_no_others() -> None:
+    with fork_server() as server:
+        reader, writer = os.pipe()
+        high = 700
+        os.dup2(reader, high)
+        spec_fd = write_spec({"out": writer})
+        process = server.spawn("child", [spec_fd, writer, high, reader])
+        for fd in (writer, high, spec_fd):
+            os.close(fd)
+        with open(reader, "rb") as f:
+            told = json.loads(f.read())
+        assert process.wait(10) == 0
+        process.close()
+    own = {"0", "1", "2", str(spec_fd), str(writer), str(high), str(reader)}
+    assert told["fds"].keys() <= own
+    assert told["fds"][str(high)] == told["fds"][str(writer)] == told["fds"][str(reader)]
+    assert str(spec_fd) not in told["fds"]  # it was read and closed
+
+
+def test_a_child_is_ours_and_its_end_is_told_to_us() -> None:
+    with fork_server() as server:
+        process, _ = spawn(server, status=7)
+        assert process.wait(10) == 7
+        process.close()
+        process, _ = spawn(server, wait=True)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+        process.close()
+
+
+def test_modules_that_are_asked_for_are_there_when_the_child_begins() -> None:
+    with fork_server() as server:
+        for load, loaded in (((), False), (("extra",), True), ((), True)):
+            process, told = spawn(server, load)
+            assert told["loaded"] is loaded
+            assert process.wait(10) == 0
+            process.close()
+
+
+def test_a_module_that_is_not_there_is_an_error_and_the_server_lives() -> None:
+    with fork_server() as server:
+        with pytest.raises(OSError, match="nothing_of_this_name"):
+            spawn(server, ("nothing_of_this_name",))
+        pid = server.pid
+        process, _ = spawn(server)
+        assert process.wait(10) == 0
+        process.close()
+        assert server.pid == pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_children_outlive_it_and_another_takes_its_place(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nydusd.forkserver.client._PATIENCE", 3.0)
+    with fork_server() as server:
+        first, _ = spawn(server, wait=True)
+        os.kill(server.pid, number)
+        second, _ = spawn(server)
+        assert second.wait(10) == 0
+        assert first.poll() is None
+        first.send_signal(signal.SIGKILL)
+        assert first.wait(10) == -signal.SIGKILL
+        first.close()
+        second.close()
+
+
+def test_one_that_ended_is_replaced_before_it_is_needed() -> None:
+    def is_another() -> bool:
+        server.keep()
+        return server.pid != before
+
+    with fork_server() as server:
+        before = server.pid
+        server.keep()
+        assert server.pid == before
+        os.kill(before, signal.SIGKILL)
+        wait_until(is_another, "another fork server")
+
+
+def test_it_ends_when_whoever_started_it_is_gone() -> None:
+    with fork_server() as server:
+        process = Process(server.pid)
+        assert server._line is not None
+        server._line.close()
+        assert process.wait(10) == 0
+        process.close()
+
+
+def test_credentials_of_our_environment_are_for_those_alone_that_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {
+        "NYDUS_HEADER_X": "1",
+        "DOCKER_CONFIG": "/x",
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "https_proxy": "http://u:p@h",
+        "MIRROR": "https://u:p@h/",
+    }
+    for name, value in (secrets | {"LANG": "C"}).items():
+        monkeypatch.setenv(name, value)
+    assert environment(secrets=False)["LANG"] == "C"
+    assert not environment(secrets=False).keys() & secrets.keys()
+    assert environment(secrets=True).items() >= secrets.items()
+    with fork_server() as server:
+        process, told = spawn(server, environment=environment(secrets=True))
+        assert process.wait(10) == 0
+        assert told["environment"].items() >= secrets.items()  # type: ignore[attr-defined]
+        process.close()
+        process, told = spawn(server)
+        assert process.wait(10) == 0
+        assert not told["environment"].keys() & secrets.keys()  # type: ignore[attr-defined]
+        process.close()
+
+
+def test_what_a_worker_had_started_is_let_go_of_when_both_have_ended() -> None:
+    with fork_server() as server:
+        pid = os.fork()
+        if pid == 0:  # a worker that starts something and ends
+            os.fork()
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+        def is_alone() -> bool:
+            reap_strays([], [server.pid])
+            path = Path(f"/proc/self/task/{os.getpid()}/children")
+            return path.read_text().split() == [str(server.pid)]
+
+        wait_until(is_alone, "the fork server to be our only child")
