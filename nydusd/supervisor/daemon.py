@@ -105,8 +105,7 @@ class Supervisor:
         """Everything up to RUNNING. The mount is served before the workers are there: `ls` needs none."""
         options = self.options
         assert isinstance(options, FuseOptions)
-        # More front ends than cores gain nothing and cost 10 MB each.
-        count = min(options.fuse_threads, len(os.sched_getaffinity(0)))
+        count = self.config.front_end_count(options.fuse_threads)
         self._begin(count)
         clear_stale_mount(options.mountpoint)
         first = first_request(options, self.config)

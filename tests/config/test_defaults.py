@@ -95,6 +95,7 @@ FILE_CACHE = {
     "encryption_key": "",
 }
 TUNING = {
+    "front_ends": 0,
     "decompress_workers": 0,
     "fetch_workers": 0,
     "read_deadline": 30.0,
@@ -294,6 +295,14 @@ def test_a_configuration_survives_the_way_to_another_process() -> None:
 def test_fetch_workers(kind: str, workers: int, expected: int) -> None:
     text = {"version": 2, "backend": {"type": kind, kind: BACKENDS[kind][0]}, "nydusd": {"fetch_workers": workers}}
     assert load_config(json.dumps(text), "test").fetch_worker_count == expected
+
+
+def test_front_ends_are_one_for_each_two_cores_unless_told_and_never_more_than_threads() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert load_config('{"version":2}', "test").front_end_count(1024) == max(1, cores // 2)
+    assert load_config('{"version":2}', "test").front_end_count(1) == 1
+    assert load_config('{"version":2,"nydusd":{"front_ends":7}}', "test").front_end_count(1024) == 7
+    assert load_config('{"version":2,"nydusd":{"front_ends":7}}', "test").front_end_count(3) == 3
 
 
 def test_decompress_workers_are_as_many_as_cores_unless_told() -> None:

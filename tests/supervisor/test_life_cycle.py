@@ -268,19 +268,3 @@ def test_children_that_die_are_replaced_and_the_rest_is_left_alone() -> None:
             assert set(same) <= set(daemon.pids(role))
             assert others == {other: daemon.pids(other) for other in others}
         assert wrong(daemon) == []
-
-
-def test_all_children_have_the_priority_of_their_supervisor_once_they_are_ready() -> None:
-    """While they start they are preferred; a successor of one that was killed ends up there, too."""
-    with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:
-        assert wrong(daemon) == []
-        wait_for_role(daemon, "decompress", 2)
-        daemon.kill(victim := daemon.pids("fuse")[0])
-        wait_for_role(daemon, "fuse", 2, without=victim)
-        ours = os.getpriority(os.PRIO_PROCESS, daemon.pid)
-
-        def threads() -> list[int]:
-            tasks = [int(t.name) for pid in descendants(daemon.pid) for t in Path(f"/proc/{pid}/task").iterdir()]
-            return [os.getpriority(os.PRIO_PROCESS, task) for task in tasks]
-
-        wait_until(lambda: set(threads()) == {ours}, "the end of all starts")

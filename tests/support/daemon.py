@@ -34,7 +34,7 @@ _numbers = itertools.count()
 
 
 def image_config(blobs: Path, cache: Path) -> dict[str, object]:
-    """A version 1 configuration: blobs in a local folder, a file cache, extended attributes, no prefetch."""
+    """A version 1 configuration: blobs in a local folder, a file cache, extended attributes, no prefetch, two front ends."""
     return {
         "device": {
             "backend": {"type": "localfs", "config": {"dir": str(blobs)}},
@@ -43,6 +43,7 @@ def image_config(blobs: Path, cache: Path) -> dict[str, object]:
         "mode": "direct",
         "digest_validate": False,
         "enable_xattr": True,
+        "nydusd": {"front_ends": 2},
     }
 
 

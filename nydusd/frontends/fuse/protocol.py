@@ -66,7 +66,6 @@ OPCODES = 64
 # Flags of FUSE_INIT. Bits 32 and up travel in flags2 and need INIT_EXT.
 ASYNC_READ = 1 << 0
 DO_READDIRPLUS = 1 << 13
-READDIRPLUS_AUTO = 1 << 14
 NO_OPEN_SUPPORT = 1 << 17
 PARALLEL_DIROPS = 1 << 18
 ABORT_ERROR = 1 << 21

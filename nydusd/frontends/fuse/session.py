@@ -36,8 +36,7 @@ MAX_WRITE = 4096
 
 _WANTED = (
     p.ASYNC_READ  # and not ASYNC_DIO: with it, who waits in a direct read(2) cannot even be killed
-    | p.DO_READDIRPLUS
-    | p.READDIRPLUS_AUTO
+    | p.DO_READDIRPLUS  # not READDIRPLUS_AUTO: an entry more in a listing costs less than the lookup it saves
     | p.NO_OPEN_SUPPORT
     | p.NO_OPENDIR_SUPPORT
     | p.PARALLEL_DIROPS
