@@ -30,7 +30,6 @@ from nydusd.ipc import messages
 from nydusd.ipc.messages import Json, decode, encode
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.prefetch import PrefetchWorker
-from nydusd.supervisor import report
 from nydusd.supervisor.children import Child, end_all, reap_strays
 from nydusd.supervisor.control_ops import ErrorRing
 from nydusd.supervisor.images import Image
@@ -316,6 +315,9 @@ class Supervisor:
         elif kind == messages.RELEASE:
             self.router.release(*messages.NUMBER.unpack(body))
         elif kind == messages.CONTROL:
+            # Here and not above: a start need not wait for what only operators ask.
+            from nydusd.supervisor import report
+
             head = [client, messages.CONTROL, body]
             report.answer(self, decode(frames[3]), lambda answer: self._front.send_multipart([*head, encode(answer)]))
 
