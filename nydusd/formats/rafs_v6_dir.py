@@ -81,7 +81,7 @@ class Directory:
         block = self._block
         base = offset // block * block
         index = -(-(offset - base) // _HEAD_SIZE)
-        previous = b""
+        previous, last_nid = b"", self._last_nid
         while base < self._size:
             at, valid = self._place(base // block)
             names_at = _HEAD_SIZE * self._count(at, valid)
@@ -94,12 +94,13 @@ class Directory:
                 name = data[begin:stop]
                 if position == len(heads):
                     name = name.partition(b"\0")[0]
-                if fault := name_fault(name):
+                if (not 0 < len(name) <= MAX_NAME or b"/" in name or b"\0" in name) and (fault := name_fault(name)):
                     raise self._bad("name", f"entry {index + position - 1} of block {base // block} {fault}")
                 if name <= previous:
                     raise self._bad("name", f"{name!r} must come after {previous!r}: names are sorted, once each")
-                self._check_nid(name, nid)
-                if kind >= len(_KINDS):
+                if nid > last_nid or name == b".":
+                    self._check_nid(name, nid)
+                if kind > 7:
                     raise self._bad("file_type", f"{kind} of {name!r} must be 0 to 7")
                 previous = name
                 yield DirEntry(name, nid, _KINDS[kind], base + _HEAD_SIZE * (index + position))

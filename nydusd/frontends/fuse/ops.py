@@ -11,7 +11,7 @@ import errno
 from collections.abc import Callable
 
 from nydusd.errors import FormatError
-from nydusd.formats.model import DirEntry, Inode
+from nydusd.formats.model import Inode
 
 from . import protocol as p
 from .mount import Mount
@@ -153,37 +153,38 @@ class Operations:
                 break
             out += p.DIRENT.pack(self._mount.shown(entry.ino), entry.next_offset, len(name), entry.kind)
             out += name
-            out += bytes(-len(out) % 8)
+            out += _PADDING[len(out) & 7]
         return bytes(out)
 
     def _readdirplus(self, node: int, body: memoryview) -> bytes:
+        """Entries with their attributes; written out in one piece, as this is what a walk of an image consists of."""
         offset, size, _ = p.READ_FIELDS.unpack_from(body)
         out = bytearray()
-        folder = self._mount.ino_of(node)
-        for entry in self._bootstrap.readdir(folder, offset):
-            name = entry.name
-            if len(out) + padded(p.DIRENTPLUS.size + len(name)) > size:
+        mount, inode_of, pack = self._mount, self._bootstrap.inode, p.DIRENTPLUS.pack
+        folder = mount.ino_of(node)
+        for name, ino, kind, next_offset in self._bootstrap.readdir(folder, offset):
+            length = len(name)
+            if len(out) + ((p.DIRENTPLUS.size + length + 7) & ~7) > size:
                 break
-            shown = self._mount.shown(entry.ino)
-            covered = self.covers and (folder, name) in self.covers
-            out += p.DIRENTPLUS.pack(
-                *(_NO_ENTRY if covered else self._plus(entry)), shown, entry.next_offset, len(name), entry.kind
-            )
+            shown = mount.shown(ino)
+            try:
+                if name in _DOTS or (self.covers and (folder, name) in self.covers):
+                    out += pack(*_NO_ENTRY, shown, next_offset, length, kind)
+                else:
+                    _, mode, links, uid, gid, bytes_, blocks, mtime, nsec, rdev = inode_of(ino)
+                    mtime &= _U64
+                    out += pack(
+                        *(mount.node_of(ino), 0, FOREVER, FOREVER, 0, 0),
+                        *(shown, bytes_, blocks, mtime, mtime, mtime, nsec, nsec, nsec),
+                        *(mode, links, uid, gid, rdev & _U32, p.PAGE, 0),
+                        *(shown, next_offset, length, kind),
+                    )
+            except FormatError:
+                # One bad inode must not hide its whole folder: it is listed, and a stat of it gives EIO.
+                out += pack(*_NO_ENTRY, shown, next_offset, length, kind)
             out += name
-            out += bytes(-len(out) % 8)
+            out += _PADDING[len(out) & 7]
         return bytes(out)
-
-    def _plus(self, entry: DirEntry) -> tuple[int, ...]:
-        """ENTRY_OUT of a listed entry: none for the dots, as the protocol has it, nor for a broken inode.
-
-        One bad inode must not hide its whole folder: it is listed, and a stat of it gives EIO.
-        """
-        if entry.name in (b".", b".."):
-            return _NO_ENTRY
-        try:
-            return self._entry(entry.ino)
-        except FormatError:
-            return _NO_ENTRY
 
     def _statfs_reply(self, _: int, __: memoryview) -> bytes:
         return self._statfs
@@ -243,6 +244,9 @@ def _unknown(_: int, __: memoryview) -> int:
     return errno.ENOSYS
 
 
+_DOTS = (b".", b"..")
+"""Listed without an entry, as the protocol has it."""
+_PADDING = [bytes(-length % 8) for length in range(8)]
 _NO_ENTRY = (0,) * 22
 _ABSENT = p.ENTRY_OUT.pack(0, 0, FOREVER, 0, *(0,) * 18)
 """A negative entry: the kernel remembers that the name is not there, where ENOENT would be asked again."""
