@@ -64,7 +64,10 @@ def main(argv: list[str]) -> int:
 
 def _serve(line: socket.socket) -> Task | None:
     while True:
-        packet, fds, _, _ = socket.recv_fds(line, PACKET_MAX, FDS_MAX)
+        try:
+            packet, fds, _, _ = socket.recv_fds(line, PACKET_MAX, FDS_MAX)
+        except ConnectionResetError:  # killed before it had read our last answer
+            return None
         if not packet:
             return None
         request = json.loads(packet)
@@ -84,7 +87,7 @@ def _serve(line: socket.socket) -> Task | None:
             os.close(fd)
         try:
             line.send(json.dumps(answer).encode())
-        except BrokenPipeError:
+        except ConnectionError:
             return None
 
 

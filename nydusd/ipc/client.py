@@ -2,6 +2,8 @@
 
 ZeroMQ reconnects by itself, and queues what is sent meanwhile, so a supervisor that is replaced costs a wait and no
 request. Data that comes in shared memory (dummy cache, full disk) is viewed through `pieces` and given back by `release`.
+Each supervisor has an arena of its own name, and numbers of leases that none before it gave out: what a former one has given
+is never taken for what its successor gives.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from typing import NamedTuple
 
 import zmq
 
+from nydusd.errors import CacheError
 from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import ANSWER, ANSWER_BODY, CANCEL, NUMBER, RELEASE, REQUEST, REQUEST_BODY, SlotRef, decode
 from nydusd.storage.api.io import ChunkRun
@@ -34,7 +37,7 @@ class ChunkClient:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 80)
         self._socket.connect(endpoint)
         self._next = 0
         self._arenas: dict[str, Arena] = {}
@@ -52,7 +55,7 @@ class ChunkClient:
         return number
 
     def replies(self) -> list[Reply]:
-        """All replies that have come."""
+        """All replies that have come. One whose arena is gone is of a former supervisor and void: who waits asks again."""
         out = []
         while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -62,6 +65,9 @@ class ChunkClient:
                 if len(frames) > 2:
                     raw = decode(frames[2])
                     slot = SlotRef(raw["lease"], raw["arena"], raw["handle"], [tuple(c) for c in raw["chunks"]])
+                    if not self._maps(slot.arena):
+                        self.release(slot)
+                        continue
                 out.append(Reply(number, errno, slot))
         return out
 
@@ -71,10 +77,20 @@ class ChunkClient:
 
     def pieces(self, slot: SlotRef) -> dict[int, memoryview]:
         """The plain bytes of each chunk in a slot; to be dropped before `release`."""
-        arena = self._arenas.get(slot.arena)
-        if arena is None:
-            arena = self._arenas[slot.arena] = Arena.open(slot.arena)
+        arena = self._arenas[slot.arena]
         return {chunk: arena.view(offset, length) for chunk, offset, length in slot.chunks}
+
+    def _maps(self, name: str) -> bool:
+        if name not in self._arenas:
+            try:
+                self._arenas[name] = Arena.open(name)
+            except CacheError:
+                return False
+        return True
+
+    def forget_arenas(self) -> None:
+        """What was given in shared memory is used no more: the supervisor that gave it is gone. Its pages go with it."""
+        self._arenas.clear()
 
     def release(self, slot: SlotRef) -> None:
         """Give a slot's lease back."""

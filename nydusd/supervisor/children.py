@@ -8,12 +8,16 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nydusd.errors import NydusError
 from nydusd.forkserver.client import ForkServer, environment
 from nydusd.forkserver.process import Process
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import write_spec
+
+if TYPE_CHECKING:
+    from nydusd.supervisor.adoption import FrontEnd
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,8 @@ class Child:
         self.commit = ""
         """Which build its process runs: that of its fork server."""
         self.process: Process | None = None
+        self.adopted: FrontEnd | None = None
+        """What is known of the process if another supervisor has started it."""
         self.restart_at: float | None = None
         self.deaths = 0
         """How often in a row it died early: what its back-off grows with."""
@@ -86,12 +92,17 @@ class Child:
             raise NydusError(f"{self.name} cannot be started: {e.strerror or e}") from e
         self.commit = server.commit
 
+    def adopt(self, frontend: FrontEnd) -> None:
+        """Fill the place with a process that another supervisor has started."""
+        self.adopted, self.process = frontend, frontend.process
+        self.generation, self.commit = frontend.generation, frontend.commit
+
     def reap(self) -> int | None:
         """The exit status (negative: signal) if the process has ended; sets when it may be started again."""
         if self.process is None or (status := self.process.poll()) is None:
             return None
         self.process.close()
-        self.process = None
+        self.process = self.adopted = None
         self.crashed = self.hung or status not in (0, -signal.SIGKILL, -signal.SIGTERM)
         self._back_off()
         return int(status)

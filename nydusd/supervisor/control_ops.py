@@ -5,6 +5,7 @@ Runs in the supervisor. Errors have the names that clients know inside; the API 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -14,17 +15,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 from email.utils import formatdate
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nydusd.errors import ConfigError, NydusError
+from nydusd.errors import CacheError, ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.logs import clean
+from nydusd.supervisor.checked import read_checked, write_checked
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor
 
+log = logging.getLogger(__name__)
+
 SETTINGS: Final = ("registry_auth", "proxy_url", "dragonfly_scheduler_endpoint")
 _SECRET: Final = ("registry_auth",)
+_SETTINGS: Final = "settings.json"
+"""In the run-time folder, readable for the daemon's user only: what was set, for a successor."""
 _HIDDEN: Final = "***"
 _MAX_ERRORS, _MAX_BYTES = 500, 50 * 1024
 _KINDS = {errno.ENOENT: "NotFound", errno.ECONNREFUSED: "ConnectionRefused", errno.EACCES: "PermissionDenied"}
@@ -141,6 +148,35 @@ def _set_config(daemon: Supervisor, request: Json) -> None:
         except ConfigError as e:
             raise NydusError(f"Other({json.dumps(str(e), ensure_ascii=False)})") from e
     daemon.settings.setdefault(name, {}).update(values)
+    try:
+        write_checked(Path(daemon.run_dir) / _SETTINGS, {"settings": daemon.settings})
+    except CacheError as e:
+        log.warning("%s; a successor will not know what was set", e)
+
+
+def recall(daemon: Supervisor) -> None:
+    """Set once more what a supervisor that was killed was told, but what is older than the file of the configuration."""
+    from nydusd.logs import register_secret
+
+    path = Path(daemon.run_dir) / _SETTINGS
+    try:
+        settings: dict[str, dict[str, str]] = read_checked(path)["settings"]
+        written = path.stat().st_mtime_ns
+    except (CacheError, KeyError, OSError) as e:
+        if not isinstance(e, CacheError) or e.cause_errno != errno.ENOENT:
+            log.warning("what was set at run time is lost: %s", e)
+        return
+    given = daemon.options.config
+    newer = given is not None and os.path.exists(given) and os.stat(given).st_mtime_ns > written
+    daemon.settings = settings
+    for name, values in settings.items():
+        for key in _SECRET:
+            if values.get(key):
+                register_secret(values[key])
+        image = daemon.images.get(name) or daemon.images.get(f"/{name}")
+        if image is not None and not (newer and image.given):
+            with contextlib.suppress(ConfigError):  # as it was when it was set
+                image.configure(values)
 
 
 OPS: dict[str, Callable[[Supervisor, Json], object]] = {

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from nydusd.cli.options import FuseOptions
-from nydusd.errors import MountError, NydusError
+from nydusd.errors import MountError
 from nydusd.forkserver.client import ForkServer
 from nydusd.frontends.fuse.kernel_cache import forget_attributes, forget_names
 from nydusd.frontends.fuse.protocol import ROOT_ID
@@ -30,8 +30,9 @@ from nydusd.ipc import messages
 from nydusd.ipc.messages import Json, decode, encode
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.prefetch import PrefetchWorker
-from nydusd.supervisor.children import Child, end_all, reap_strays
-from nydusd.supervisor.control_ops import ErrorRing
+from nydusd.supervisor import control_ops
+from nydusd.supervisor.children import Child
+from nydusd.supervisor.family import Family
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener, metrics_socket
 from nydusd.supervisor.mounts import Mounts, first_request
@@ -42,21 +43,17 @@ from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.slots import SlotTable
 from nydusd.supervisor.sockets import Sockets, drain
-from nydusd.supervisor.watch import Watch
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
     from nydusd.config import Config
+    from nydusd.supervisor.adoption import Former
     from nydusd.supervisor.blobs import BlobTable
 
 log = logging.getLogger(__name__)
 
-_BOOT = 3.0
-"""Seconds in which a child that ends by itself means that the daemon cannot start."""
 _STOP_PATIENCE = 10.0
 """Seconds that a stop waits for the last checkpoint."""
-_END_PATIENCE = 2.0
-"""Seconds that children may take to end; there is nothing that they could lose."""
 
 
 class Supervisor:
@@ -73,27 +70,25 @@ class Supervisor:
         self.started = time.monotonic()
         self.state = "INIT"
         self.images: dict[str, Image] = {}
-        self.children: list[Child] = []
-        self.errors = ErrorRing()
+        self.errors = control_ops.ErrorRing()
         self.settings: dict[str, dict[str, str]] = {}
         """What was set by the API at run time, by the id that it was set for."""
         self._runtime = Runtime(options.serves)
         self.run_dir = str(self._runtime.folder)
+        self._poller = zmq.Poller()
+        self._family = Family(options, config, fork_server, self._runtime, self._poller)
+        self.children = self._family.children
         self._notifier = Notifier()
         self.factory = BlobFactory(self._runtime.instance, str(self._runtime.folder))
-        self.slots = SlotTable(self._runtime.arena, config.nydusd.arena_size)
-        self.stage = SlotTable(self._runtime.stage, config.nydusd.arena_size)
-        # What fetch workers share (tokens, redirects, which host is down): in memory, inherited by them alone.
-        self._shared = os.memfd_create("nydusd-backend", os.MFD_CLOEXEC)
         settings = config.rafs.prefetch if config.rafs is not None else None
         self.prefetch = PrefetchWorker(
             settings.batch_size if settings is not None else 0, settings.bandwidth_limit if settings is not None else 0
         )
-        self._watch = Watch(config.nydusd.worker_patience)
         self._session: Session | None = None
+        self._former: Former | None = None
+        """What was taken over, until it is served again."""
         self._listener: Listener | None = None
         self._metrics: socket.socket | None = None
-        self._live: set[bytes] = set()
         self._stopping = False
         self._unmount = True
         self._next_checkpoint = time.monotonic() + config.nydusd.checkpoint_interval
@@ -106,26 +101,49 @@ class Supervisor:
         assert isinstance(options, FuseOptions)
         count = self.config.front_end_count(options.fuse_threads)
         self._begin(count)
-        clear_stale_mount(options.mountpoint)
         first = first_request(options, self.config)
-        image = None if first is None else self.mounts.mount_first(first)
-        self._session = Session.mount(options.mountpoint, read_ahead_kib=1024)
-        self._bind()
-        self._session.open_lanes(count)
+        image = None
+        if self._former is None:
+            clear_stale_mount(options.mountpoint)
+            image = None if first is None else self.mounts.mount_first(first)
+            self._session = self._family.session = Session.mount(options.mountpoint, read_ahead_kib=1024)
+            self._bind()
+            self._session.open_lanes(count)
+            self._family.remember()
+        assert self._session is not None
         places = {
-            "fuse": [Child("fuse", i, "nydusd.frontends.fuse") for i in range(count)],
+            "fuse": [Child("fuse", i, "nydusd.frontends.fuse") for i in range(len(self._session.lanes))],
             "fetch": [Child("fetch", i, "workers") for i in range(self.config.fetch_worker_count)],
             "decompress": [Child("decompress", i, "workers") for i in range(self.config.decompress_worker_count)],
         }
+        if self._former is not None:
+            self._go_on(self._former, places)
         # The API at once: clients wait for it. Then one of each: `ls` needs a front end, the first read a blob prepared.
         self._open_api()
         for turn in range(max(map(len, places.values()))):
             for children in places.values():
                 for child in children[turn : turn + 1]:
-                    self._add(child)
-        if first is not None and image is not None:
+                    self._family.add(child)
+        if self._former is not None:
+            for recorded in self._former.records:
+                self.mounts.serve(self.images[recorded.place], recorded.files)
+            self._former = None
+        elif first is not None and image is not None:
             self.mounts.serve(image, first.files)
-        self._ready(f"{image.source if image else 'an empty folder'} is mounted at {options.mountpoint}")
+        shown = ", ".join(image.source for image in self.images.values()) or "an empty folder"
+        self._ready(f"{shown} is mounted at {options.mountpoint}")
+
+    def _go_on(self, former: Former, places: dict[str, list[Child]]) -> None:
+        """Take the places of a killed supervisor: its front ends, its mounts, and its name on the sockets."""
+        for frontend in former.frontends:
+            self._family.adopt(places["fuse"][frontend.number], frontend)
+        places["fuse"] = [child for child in places["fuse"] if child.process is None]
+        self._family.remember()
+        self._bind()
+        self.mounts.restore(former.records)
+        control_ops.recall(self)
+        former.table.begin_term(former.term)
+        self._mounts_changed(None)
 
     def _begin(self, rows: int) -> None:
         """What comes first in any daemon; `rows` is the number of front ends."""
@@ -134,17 +152,40 @@ class Supervisor:
         signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        self._runtime.claim()
-        self.mounts = Mounts(self._runtime.folder, self._runtime.prefix, self.factory, self._mounts_changed, rows)
+        self._runtime.claim(self._take)
+        runtime, former = self._runtime, self._former
+        size = self.config.nydusd.arena_size
+        self.slots, self.stage = SlotTable(runtime.arena, size, runtime.first), SlotTable(runtime.stage, size)
+        self.factory.begin(runtime.first)
+        table = None
+        if former is not None:
+            self._session, table, rows = former.session, former.table, len(former.session.lanes)
+        self.mounts = Mounts(
+            runtime.folder, runtime.prefix, self.factory, self._mounts_changed, rows, runtime.first, table
+        )
         self.images = self.mounts.images
-        self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
+        self._family.session, self._family.mounts = self._session, self.mounts
+
+    def _take(self, record: Json) -> list[int]:
+        """The pids of front ends that a killed supervisor has left and that are ours now."""
+        if not record or not isinstance(self.options, FuseOptions):
+            return []
+        from nydusd.supervisor.adoption import take_over
+
+        runtime = self._runtime
+        self._former = former = take_over(record, self.options, self.config, runtime.folder, runtime.prefix)
+        if former is None:
+            return []
+        runtime.term = former.term
+        return [frontend.process.pid for frontend in former.frontends]
 
     def _open_api(self) -> None:
         if self.options.apisock is not None:
             self._listener = Listener(self.options.apisock)
         self._metrics = metrics_socket(self.config.nydusd.metrics_listen)
         if self._listener is not None or self._metrics is not None:
-            self._add(Child("api", 0, "nydusd.control"))
+            self._family.listeners = [-1 if sock is None else sock.fileno() for sock in (self._listener, self._metrics)]
+            self._family.add(Child("api", 0, "nydusd.control"))
 
     def _ready(self, what: str) -> None:
         self.state = "RUNNING"
@@ -164,7 +205,6 @@ class Supervisor:
     def _bind(self) -> None:
         self._sockets = Sockets(self._runtime.front, self._runtime.work)
         self._front, self._work = self._sockets.front, self._sockets.work
-        self._poller = zmq.Poller()
         self._poller.register(self._front, zmq.POLLIN)
         self._poller.register(self._work, zmq.POLLIN)
         self._poller.register(self._wake, zmq.POLLIN)
@@ -198,99 +238,21 @@ class Supervisor:
 
     # --- children ---------------------------------------------------------------------------------------------
 
-    def _add(self, child: Child) -> Child:
-        self.children.append(child)
-        self._launch(child)
-        return child
-
-    def _launch(self, child: Child) -> None:
-        spec: Json = {"log": self._log_spec(), "lifeline_fd": self._lifeline}
-        fds = [self._lifeline]
-        if child.role == "fuse":
-            fds, more = self._frontend_spec(child.index)
-            spec |= more | {"crashed": child.crashed}
-        elif child.role == "api":
-            listeners = [-1 if sock is None else sock.fileno() for sock in (self._listener, self._metrics)]
-            fds += [fd for fd in listeners if fd >= 0]
-            spec |= {"listen_fd": listeners[0], "metrics_fd": listeners[1], "front": self._runtime.front}
-        else:
-            spec |= {"role": child.role, "work": self._runtime.work}
-            if child.role == "fetch":
-                fds.append(self._shared)
-                spec["shared_fd"] = self._shared
-        child.start(self.fork_server, spec, fds)
-        self._live.add(child.identity)
-        self._poller.register(child.pidfd, zmq.POLLIN)
-        self._runtime.record([self.fork_server.pid, *(child.pid for child in self.children if child.pid)])
-
-    def _log_spec(self) -> Json:
-        from nydusd import logs
-
-        size = self.options.log_rotation_size << 20
-        return {"level": logs.level_name(), "file": self.options.log_file, "rotation_size": size}
-
-    def _frontend_spec(self, index: int) -> tuple[list[int], Json]:
-        assert self._session is not None
-        lanes = self._session.lanes
-        lane = lanes[index]
-        others = [other.interrupt_out for i, other in enumerate(lanes) if i != index]
-        spec: Json = {
-            "session_fd": lane.fd,
-            "journal_fd": lane.journal,
-            "init_flags": self._session.negotiated.flags,
-            "interrupt_in": lane.interrupt_in,
-            "interrupt_out": others,
-            "front": self._runtime.front,
-            "read_deadline": self.config.nydusd.read_deadline,
-            "mounts": self.mounts.table.spec(),
-            "inflight": self.mounts.board_name,
-        }
-        return [lane.fd, lane.journal, lane.interrupt_in, *others], spec
-
     def _reap(self) -> None:
         """Look after children that have ended: their work goes to others, their place is filled again."""
-        for child in self.children:
-            identity, pidfd = child.identity, child.pidfd
-            if child.process is None:
-                continue
-            status = child.reap()
-            if status is None:
-                continue
-            self._poller.unregister(pidfd)
-            self._live.discard(identity)
-            self.router.drop_client(identity)
-            for pool in (self.fetch, self.decompress):
-                pool.worker_died(identity, killed=not child.crashed)
+        for child, status in self._family.reap(self._ended):
             if self._stopping:
                 continue
-            if child.role == "fuse" and status == 0:
+            if child.role == "fuse" and (status == 0 or (self._session is not None and self._session.is_over())):
                 log.info("%s was unmounted from outside", self.options.serves)
                 self.ask_to_stop()
-            elif status > 0 and time.monotonic() - self.started < _BOOT:
-                # By itself, not by a signal: starting it again would fail again, behind a mount that hangs.
-                raise NydusError(f"{child.name} could not start (exit status {status}); the log says why")
             else:
-                log.warning("%s ended with status %d; starting it again", child.name, status)
+                self._family.judge(child, status)
 
-    def _restart(self, now: float) -> None:
-        for child in self.children:
-            if child.restart_at is None or now < child.restart_at:
-                continue
-            try:
-                self._launch(child)
-            except NydusError as e:
-                log.error("%s; trying again", e)
-
-    def _end_hung(self, now: float) -> None:
-        """Kill workers that do nothing on their job, or never get ready; the job goes to another when they are reaped."""
-        pools = {"fetch": self.fetch, "decompress": self.decompress}
-        workers = {child.pid: child for child in self.children if child.role in pools and child.pid}
-        jobs = {pid: pools[child.role].job_of(child.identity) for pid, child in workers.items()}
-        for pid in self._watch.hung({pid: job for pid, job in jobs.items() if job is not None}, now):
-            child, patience = workers[pid], self.config.nydusd.worker_patience
-            log.warning("%s (pid %d) has shown no sign of life for %g s; killing it", child.name, pid, patience)
-            child.hung = True
-            child.send(signal.SIGKILL)
+    def _ended(self, child: Child, identity: bytes) -> None:
+        self.router.drop_client(identity)
+        for pool in (self.fetch, self.decompress):
+            pool.worker_died(identity, killed=not child.crashed)
 
     # --- messages ---------------------------------------------------------------------------------------------
 
@@ -306,7 +268,7 @@ class Supervisor:
     def _from_front(self, frames: list[bytes]) -> None:
         client, kind, body = frames[0], frames[1], frames[2]
         if kind == messages.REQUEST:
-            if client not in self._live:
+            if client not in self._family.live:
                 return  # sent before its process died: it would be given what nobody gives back
             number, handle, first, count, flags = messages.REQUEST_BODY.unpack(body)
             self.router.request(client, number, handle, first, count, flags)
@@ -324,7 +286,7 @@ class Supervisor:
     def _from_work(self, frames: list[bytes]) -> None:
         identity, kind, body = frames
         pool = self.fetch if identity.startswith(b"fetch-") else self.decompress
-        if kind == messages.HELLO and identity in self._live:
+        if kind == messages.HELLO and identity in self._family.live:
             pool.worker_ready(identity)
         elif kind == messages.DONE:
             pool.worker_done(identity, decode(body))
@@ -346,11 +308,7 @@ class Supervisor:
 
     def _timeout(self) -> float:
         now = time.monotonic()
-        until = [
-            self._next_checkpoint,
-            self._watch.next_look(),
-            *(c.restart_at for c in self.children if c.restart_at is not None),
-        ]
+        until = [self._next_checkpoint, self._family.due()]
         alive = self._notifier.wait(now)
         if alive is not None:
             until.append(now + alive)
@@ -372,11 +330,8 @@ class Supervisor:
         self._reap()
         now = time.monotonic()
         if not self._stopping:
-            self._restart(now)
-        if now >= self._watch.next_look():
-            self._end_hung(now)
-            self.fork_server.keep()
-            reap_strays(self.children, [self.fork_server.pid])
+            self._family.restart(now)
+        self._family.look_after({"fetch": self.fetch, "decompress": self.decompress}, now)
         self._notifier.alive(now)
         if now >= self._next_checkpoint:
             self._next_checkpoint = now + self.config.nydusd.checkpoint_interval
@@ -398,19 +353,21 @@ class Supervisor:
         """Unmount, store what is ready, end all children, leave nothing behind."""
         self._stopping = True
         self.state = "STOPPED"
+        if self._former is not None:
+            self._let_go()
+            return
         self._notifier.send("STOPPING=1")
         with ExitStack() as steps:  # backwards, and each one whatever becomes of those before it
             steps.callback(self._runtime.remove)
-            steps.callback(os.close, self._shared)
-            steps.callback(self.stage.close)
-            steps.callback(self.slots.close)
+            steps.callback(self._family.close)
             steps.callback(self.factory.close)
             if hasattr(self, "_sockets"):
+                steps.callback(self.stage.close)
+                steps.callback(self.slots.close)
                 steps.callback(self._sockets.close)
             if self._session is not None:
                 steps.callback(self._session.close)
-            steps.callback(end_all, self.children, _END_PATIENCE)
-            steps.callback(self.fork_server.close)
+            steps.callback(self._family.end)
             if hasattr(self, "router"):
                 steps.callback(self._last_checkpoint)
             if self._session is not None and self._unmount:
@@ -419,6 +376,12 @@ class Supervisor:
                 steps.callback(self._listener.remove)
             if self._metrics is not None:
                 steps.callback(self._metrics.close)
+
+    def _let_go(self) -> None:
+        """We cannot serve what we took over: leave it as it is, to the next one. Front ends serve what is cached until then."""
+        self._family.end(without="fuse")
+        if self._listener is not None:
+            self._listener.remove()
 
     @staticmethod
     def _try_unmount(session: Session) -> None:
@@ -437,5 +400,5 @@ class Supervisor:
                 child.send(signal.SIGKILL)
         while self.router.checkpoint() and time.monotonic() < deadline:
             if fetchers and not any(child.pid for child in fetchers):
-                self._launch(fetchers[0])
+                self._family.launch(fetchers[0])
             self._turn(0.05)

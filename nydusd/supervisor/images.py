@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from nydusd.ipc.messages import Json
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.api.image import ImageFacts
 from nydusd.storage.cache.blob_cache import BlobCache
-from nydusd.storage.cache.manager import CacheConfig
+from nydusd.storage.cache.manager import CacheConfig, Former
 
 if TYPE_CHECKING:
     from nydusd.config import Config
@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 class Image:
     """One mounted image. Raises ConfigError or CacheError when it cannot be."""
 
-    def __init__(self, place: str, source: str, config: Config, facts: ImageFacts, factory: BlobFactory) -> None:
+    def __init__(
+        self,
+        place: str,
+        source: str,
+        config: Config,
+        facts: ImageFacts,
+        factory: BlobFactory,
+        former: Sequence[Former] = (),
+    ) -> None:
+        """`former`: how front ends that another supervisor has left call the blobs."""
         self.place = place
         self.source = source
         self.config = config
@@ -38,10 +47,13 @@ class Image:
         self.trace: str | None = None
         """The file in which front ends note first reads."""
         self.released = False
+        self.given = False
+        """Whether its configuration is the command line's."""
         cache_config = _cache_config(config)
+        names: Sequence[Former | None] = former or [None] * len(facts.blobs)
         self.caches = [
-            factory.new_blob_cache(cache_config, info, facts.bootstrap, facts.path_id, facts.extracted)
-            for info in facts.blobs
+            factory.new_blob_cache(cache_config, info, facts.bootstrap, facts.path_id, facts.extracted, name)
+            for info, name in zip(facts.blobs, names, strict=True)
         ]
 
     @property
@@ -85,11 +97,15 @@ class Image:
         """
         from nydusd.config import with_settings
 
-        config = with_settings(self.config, values)
+        self.use(with_settings(self.config, values))
+
+    def use(self, config: Config) -> None:
+        """Fetch from now on with the settings of a backend that `config` has. Raises ConfigError."""
         table = _cache_config(config).backend_config
         self.config = config
         for cache in self.caches:
-            cache.spec = replace(cache.spec, backend_config=table)
+            if cache.spec.backend_config != table:
+                cache.spec = replace(cache.spec, backend_config=table)
 
     def blob(self, index: int) -> BlobCache | None:
         return self.caches[index] if 0 <= index < len(self.caches) else None

@@ -102,7 +102,7 @@ def _request(raw: Json) -> Request:
         ) from e
     for secret in secret_values(config):
         register_secret(secret)
-    return Request(raw["mountpoint"], raw["source"], config, paths)
+    return Request(raw["mountpoint"], raw["source"], config, paths, raw["config"])
 
 
 def _refused(error: NydusError) -> NydusError:

@@ -1,11 +1,12 @@
 """The table of mounts: which image is mounted where in the file system, as the supervisor publishes it to its front ends.
 
-Runs in the supervisor. In its folder: `table.json` (the places: mount points and the folders that lead to them) and one
-`INDEX.REVISION.json` a mount, which a front end reads when it first needs the image. A change is written to files, and then
-made known by one store to a number in shared memory, which front ends compare before each request.
+Runs in the supervisor. In its folder: `table.json` (the places: mount points and the folders that lead to them) and two files
+a mount: `INDEX.REVISION.json`, which a front end reads when it first needs the image, and `INDEX.REVISION.record` (mode 0600),
+from which the next supervisor knows it again. A change is written to files, and then made known by one store to a number in
+shared memory, which front ends compare before each request.
 
-After SIGKILL between the two, front ends go on with the table before, which is whole; the files of a mount that nobody
-knows of are removed with the run-time folder.
+After SIGKILL between the two, front ends go on with the table before, which is whole, until the next supervisor publishes
+the one that is written: what `table.json` names is there, and files that it does not name are removed by `take_over`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from itertools import count
 from pathlib import Path
+from typing import Self
 
 from nydusd.errors import CacheError, MountError
 from nydusd.ipc.messages import Json
-from nydusd.ipc.shared_number import make_number
+from nydusd.ipc.shared_number import make_number, map_number
+from nydusd.supervisor.checked import read_checked, write_checked
 
 INDEX_MAX = (1 << 28) - 2
 """Indexes that the front ends' node ids have room for; the next is that of the folders between mounts."""
@@ -73,18 +75,63 @@ class MountTable:
     """`folder` is made; `name` is that of the shared number."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
-        self._name = name
-        self._root = _Place(_ROOT, None, b"")
-        self._numbers = count(_ROOT + 1)
-        self._indexes = count(1)
-        self._first = True
+        self._begin(folder, name)
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as e:
             raise CacheError(f"{folder}: {e.strerror}", e.errno) from e
         self._shared = make_number(name)
-        self._publish()
+        self.publish()
+
+    def _begin(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._name = name
+        self._root = _Place(_ROOT, None, b"")
+        self._next = 1
+        self._next_number = _ROOT + 1
+        self._first = True
+
+    @classmethod
+    def take_over(cls, folder: Path, name: str) -> Self:
+        """The table of a supervisor that was killed, not published anew yet. Raises CacheError when it is not whole."""
+        table = cls.__new__(cls)
+        table._begin(folder, name)
+        raw = read_checked(folder / "table.json")
+        try:
+            table._next, table._next_number, table._first = (
+                int(raw["next"][0]),
+                int(raw["next"][1]),
+                bool(raw["next"][2]),
+            )
+            places: dict[int, _Place] = {}
+            for number, parent, name_hex, changed, index, revision in raw["places"]:
+                above = None if number == _ROOT else places[parent]
+                place = places[number] = _Place(number, above, bytes.fromhex(name_hex))
+                place.changed, place.index, place.revision = changed, index, revision
+                if above is not None:
+                    above.children[place.name] = place
+            table._root = places[_ROOT]
+        except (ValueError, LookupError, TypeError) as e:
+            raise CacheError(f"{folder}/table.json: not a table of mounts: {e!r}") from e
+        table._shared = map_number(name, to_write=True)
+        return table
+
+    def records(self) -> list[tuple[int, str, Json]]:
+        """Of each mounted image its index, its mount point and what `add` or `replace` was given last. Raises CacheError."""
+        return [
+            (place.index, _path(place), read_checked(self._folder / f"{place.index}.{place.revision}.record"))
+            for place in self._root.below()
+            if place.index is not None
+        ]
+
+    def begin_term(self, term: int) -> None:
+        """Publish a table that was taken over, and that another supervisor does so; remove files that it does not name."""
+        named = {"table"} | {f"{p.index}.{p.revision}" for p in self._root.below() if p.index is not None}
+        for path in self._folder.iterdir():
+            if path.stem not in named:
+                path.unlink(missing_ok=True)
+        self._shared[1] = term
+        self.publish()
 
     def spec(self) -> Json:
         """What a front end must know to read the table."""
@@ -113,28 +160,32 @@ class MountTable:
         if hidden is not None:
             raise PlaceError(f"it would hide what is mounted at {hidden}")
 
-    def add(self, names: Sequence[bytes], spec: Json) -> int:
-        """Mount an image; gives its index. Raises what `check_free` raises, and CacheError when nothing can be written."""
+    def add(self, names: Sequence[bytes], spec: Json, record: Json | None = None) -> int:
+        """Mount an image; gives its index. Raises what `check_free` raises, and CacheError when nothing can be written.
+
+        `spec` is for front ends, `record` for the next supervisor.
+        """
         self.check_free(names)
         index = 0 if not names and self._first else self._next_index()
-        self._write(f"{index}.0.json", spec)
+        self._describe(index, 0, spec, record)
         self._first = False
         place = self._root
         for name in names:
             if name not in place.children:
-                place.children[name] = _Place(next(self._numbers), place, name)
+                place.children[name] = _Place(self._next_number, place, name)
+                self._next_number += 1
                 place.changed = time.time_ns()
             place = place.children[name]
         place.index, place.revision = index, 0
         place.changed = time.time_ns()
         try:
-            self._publish()
+            self.publish()
         except CacheError:
             place.index = None
             raise
         return index
 
-    def replace(self, names: Sequence[bytes], spec: Json, *, same: bool) -> int:
+    def replace(self, names: Sequence[bytes], spec: Json, record: Json | None = None, *, same: bool) -> int:
         """Describe the image that is mounted here anew; gives its index, which is the old one if the metadata is the `same`."""
         place = self._mounted(names)
         before = place.index, place.revision
@@ -143,13 +194,13 @@ class MountTable:
         else:
             place.index, place.revision = self._next_index(), 0
         try:
-            self._write(f"{place.index}.{place.revision}.json", spec)
-            self._publish()
+            assert place.index is not None
+            self._describe(place.index, place.revision, spec, record)
+            self.publish()
         except CacheError:
             place.index, place.revision = before
             raise
-        self._remove("{}.{}.json".format(*before))
-        assert place.index is not None
+        self._remove("{}.{}".format(*before))
         return place.index
 
     def check_unused(self, names: Sequence[bytes]) -> None:
@@ -163,7 +214,7 @@ class MountTable:
         """Unmount an image, and remove the folders that led to it alone. Raises what `check_unused` raises."""
         self.check_unused(names)
         place = self._mounted(names)
-        old = f"{place.index}.{place.revision}.json"
+        old = f"{place.index}.{place.revision}"
         place.index = None
         place.children.clear()
         place.changed = time.time_ns()
@@ -171,7 +222,7 @@ class MountTable:
             del place.parent.children[place.name]
             place = place.parent
             place.changed = time.time_ns()
-        self._publish()
+        self.publish()
         self._remove(old)
 
     def close(self) -> None:
@@ -179,9 +230,10 @@ class MountTable:
         self._shared.release()
 
     def _next_index(self) -> int:
-        index = next(self._indexes)
+        index = self._next
         if index > INDEX_MAX:
             raise PlaceError(f"{INDEX_MAX} images were mounted by this daemon: start another one")
+        self._next += 1
         return index
 
     def _find(self, names: Sequence[bytes]) -> _Place | None:
@@ -196,25 +248,30 @@ class MountTable:
             raise PlaceError("object or filesystem doesn't exist")
         return place
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Make the table known to all front ends. Raises CacheError when it cannot be written: then nothing is changed."""
         rows = [
             [p.number, p.parent.number if p.parent else p.number, p.name.hex(), p.changed, p.index, p.revision]
             for p in self._root.below()
         ]
-        self._write("table.json", {"places": rows})
+        counts = [self._next, self._next_number, self._first]
+        write_checked(self._folder / "table.json", {"places": rows, "next": counts})
         self._shared[0] += 1
 
-    def _write(self, name: str, content: Json) -> None:
-        target = self._folder / name
+    def _describe(self, index: int, revision: int, spec: Json, record: Json | None) -> None:
+        target = self._folder / f"{index}.{revision}.json"
+        if record is not None:
+            write_checked(target.with_suffix(".record"), record)
         temporary = target.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(content, separators=(",", ":")))
+            temporary.write_text(json.dumps(spec, separators=(",", ":")))
             os.replace(temporary, target)
         except OSError as e:
             raise CacheError(f"{target}: {e.strerror}", e.errno) from e
 
-    def _remove(self, name: str) -> None:
-        (self._folder / name).unlink(missing_ok=True)
+    def _remove(self, stem: str) -> None:
+        for suffix in ("json", "record"):
+            (self._folder / f"{stem}.{suffix}").unlink(missing_ok=True)
 
 
 def _path(place: _Place) -> str:

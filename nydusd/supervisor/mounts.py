@@ -21,6 +21,7 @@ from nydusd.errors import NydusError
 from nydusd.ipc.inflight import make_board
 from nydusd.ipc.messages import Json
 from nydusd.ipc.mount_counters import make_counters
+from nydusd.ipc.shared_block import map_block
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.blob_cache import BlobCache
@@ -28,6 +29,7 @@ from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.segment import remove
 from nydusd.supervisor.images import Image, metadata_folders
+from nydusd.supervisor.mount_records import Recorded, record_of
 from nydusd.supervisor.mount_table import MountTable, PlaceError, parse_place
 from nydusd.supervisor.planner import plan_prefetch
 from nydusd.supervisor.pool import WorkerPool
@@ -48,9 +50,15 @@ class WorkFailedError(NydusError):
 
 
 class Request:
-    """What a mount or a remount asks for. `files` is the prefetch list, None for the image's own."""
+    """What a mount or a remount asks for. `files` is the prefetch list, None for the image's own.
 
-    def __init__(self, place: str, source: str, config: Config, files: Sequence[bytes] | None) -> None:
+    `text` is what the configuration was read from; None for that of the command line.
+    """
+
+    def __init__(
+        self, place: str, source: str, config: Config, files: Sequence[bytes] | None, text: str | None = None
+    ) -> None:
+        self.text = text
         self.place, self.names = parse_place(place)
         self.source = source
         self.config = config
@@ -58,22 +66,29 @@ class Request:
 
 
 class Mounts:
-    """The images of a session. `prefix` begins the names of shared memory.
+    """The images of a session. `prefix` begins the names of shared memory, `first` is the first number in such names.
 
     `changed(place)` is called after each change of the table. `place` is where the kernel may have another memory of what
-    is there now, None if that cannot be.
+    is there now, None if that cannot be. `table` is that of a supervisor that was killed: its images are mounted by `restore`.
     """
 
     def __init__(
-        self, folder: Path, prefix: str, factory: BlobFactory, changed: Callable[[str | None], None], rows: int
+        self,
+        folder: Path,
+        prefix: str,
+        factory: BlobFactory,
+        changed: Callable[[str | None], None],
+        rows: int,
+        first: int = 1,
+        table: MountTable | None = None,
     ) -> None:
-        self.table = MountTable(folder / "mounts", f"{prefix}mounts")
+        self.table = table or MountTable(folder / "mounts", f"{prefix}mounts")
         self.rows = rows
         """Front ends: each has a row in the shared memory in which they count."""
         self.board_name = f"{prefix}inflight"
-        self.board = make_board(self.board_name, rows)
+        self.board = map_block(self.board_name) if table is not None else make_board(self.board_name, rows)
         self._prefix = prefix
-        self._serial = count(1)
+        self._serial = count(first)
         self.images: dict[str, Image] = {}
         self._folder = folder
         self._factory = factory
@@ -91,6 +106,14 @@ class Mounts:
         """Mount the image of the command line, before there are workers. Raises NydusError."""
         folders = metadata_folders(request.config, str(self._folder))
         return self._add(request, inspect(request.source, folders))
+
+    def restore(self, records: Sequence[Recorded]) -> None:
+        """Know again what a supervisor that was killed had mounted. Raises CacheError when its shared memory is gone."""
+        for recorded in records:
+            image = self.images[recorded.place] = recorded.image(self._factory)
+            if image.given:
+                image.use(image.config)
+            log.info("%s is still mounted at %s", image.source, image.place)
 
     def serve(self, image: Image, files: Sequence[bytes] | None) -> None:
         """Have the blobs of an image opened, and fetch ahead what is to be fetched ahead."""
@@ -141,7 +164,7 @@ class Mounts:
         image = Image(request.place, request.source, request.config, facts, self._factory)
         try:
             self._make_counters(image)
-            image.index = self.table.add(request.names, image.spec())
+            image.index = self.table.add(request.names, image.spec(), record_of(image, request))
         except NydusError:
             self._release(image)
             raise
@@ -165,7 +188,8 @@ class Mounts:
             new.counters, new.block, new.files = old.counters, old.block, old.files
             new.trace = self._trace()
             try:
-                new.index = self.table.replace(request.names, new.spec(), same=facts.identity == old.metadata.identity)
+                same = facts.identity == old.metadata.identity
+                new.index = self.table.replace(request.names, new.spec(), record_of(new, request), same=same)
             except NydusError:
                 new.counters = new.files = None
                 self._release(new)

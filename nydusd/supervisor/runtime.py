@@ -3,12 +3,14 @@
 `/run/nydusd/<instance>` (or under $NYDUSD_RUNTIME_DIR), mode 0700: the ZeroMQ sockets and `state.json`, which names the
 supervisor and its children by pid and start time. Beside it `<instance>.lock`, locked as long as the supervisor lives.
 The instance is derived from the mount point and that place, so the same command line finds its own leftovers after a
-SIGKILL: processes are ended, sockets removed, shared memory kept for `prepare` to inherit.
+SIGKILL. Front ends that go on serving are taken over (`adoption.py`); if that cannot be, they are ended like all others, the
+sockets removed, and shared memory is kept for `prepare` to inherit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -17,13 +19,15 @@ import select
 import shutil
 import signal
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from hashlib import sha256
 from pathlib import Path
 
-from nydusd.errors import MountError
+from nydusd.errors import CacheError, MountError
+from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
 from nydusd.storage.state.segment import names, remove
+from nydusd.supervisor.checked import read_checked, write_checked
 
 log = logging.getLogger(__name__)
 
@@ -42,35 +46,63 @@ class Runtime:
         self.folder = root / self.instance
         self.front = f"ipc://{self.folder}/front"
         self.work = f"ipc://{self.folder}/work"
-        self.arena = f"/nydusd.{self.instance}.arena"
-        self.stage = f"/nydusd.{self.instance}.stage"
         self.prefix = f"/nydusd.{self.instance}."
         """What the names of this instance's shared memory begin with."""
+        self.term = 0
+        """How many supervisors these front ends have had before this one."""
         self._state = self.folder / "state.json"
         self._lock_path = self.folder.with_suffix(".lock")
         self._lock = -1
         self._mountpoint = mountpoint
 
-    def claim(self) -> None:
-        """Make the folder ours. Raises MountError when a live daemon has it; ends what a dead one left running."""
+    @property
+    def arena(self) -> str:
+        """Each supervisor has its own: front ends may still copy from a former one's."""
+        return f"{self.prefix}{self.term}.arena"
+
+    @property
+    def stage(self) -> str:
+        return f"{self.prefix}{self.term}.stage"
+
+    @property
+    def first(self) -> int:
+        """The first number of leases, handles and shared memory that no former supervisor has given out."""
+        return (self.term << 32) + 1
+
+    def claim(self, take: Callable[[Json], Collection[int]] = lambda _record: ()) -> None:
+        """Make the folder ours. Raises MountError when a live daemon has it; ends what a dead one left running.
+
+        `take` is given the dead one's record, {} if there is none, and gives the pids of processes that are taken over: they
+        and what they need stay, and so does the record, until `record` replaces it.
+        """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             self._make_folder()
-            for process in self._read()[1:]:
-                if _alive(process):
-                    log.warning("ending pid %d, left by a nydusd that was killed", process[0])
-                    _end(process)
-            for path in self.folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            remove(self.arena)
-            remove(self.stage)
-            for name in ("mounts", "inflight", "count", "files"):
-                for left in names(f"{self.prefix[1:]}{name}"):
-                    remove(left)
+            record = self._read()
+            processes = _processes(record)[1:]
+            # Front ends last: nobody may start another one, or do a job, while we look what there is.
+            spared = {row["pid"] for row in record.get("frontends", ())}
+            _end_all(process for process in processes if process[0] not in spared)
+            kept = take(record)
+            _end_all(process for process in processes if process[0] not in kept)
+            self._clear(keep=bool(kept))
         except OSError as e:
             raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
-        self.record([])
+        if not kept:
+            self.record([])
+
+    def _clear(self, keep: bool) -> None:
+        """Remove what nobody uses any more; unless `keep`, all but the state of blobs."""
+        for left in names(self.prefix[1:]):
+            kind = left.removeprefix(self.prefix)
+            if left.endswith((".arena", ".stage")) or (
+                not keep and kind.startswith(("mounts", "inflight", "count", "files"))
+            ):
+                remove(left)
+        if not keep:
+            for path in self.folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _take_lock(self) -> None:
         """One daemon a mount point. The kernel ends the lock with its holder, whatever ends that; children don't get it."""
@@ -80,7 +112,7 @@ class Runtime:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(fd)
-                pid = next(iter(self._read()), (0, 0))[0]
+                pid = next(iter(_processes(self._read())), (0, 0))[0]
                 who = f"nydusd with pid {pid}" if pid else "another nydusd"
                 raise MountError(f"{self._mountpoint}: {who} serves this mount point already") from None
             # Its holder may have removed it between our open and our lock.
@@ -97,26 +129,31 @@ class Runtime:
             raise MountError(f"run-time folder {self.folder}: must be a folder of user {os.geteuid()}")
         self.folder.chmod(0o700)
 
-    def _read(self) -> list[tuple[int, int]]:
-        """The processes of the recorded daemon, its supervisor first; [] if there is no record that can be read."""
+    def _read(self) -> Json:
+        """The record of the last daemon here; of one that was damaged or is of another release, its processes at most."""
         try:
-            raw = json.loads(self._state.read_bytes())
-            return [(int(pid), int(start)) for pid, start in raw["processes"]]
+            return read_checked(self._state)
+        except CacheError as e:
+            if e.cause_errno == errno.ENOENT:
+                return {}
+            log.warning("%s", e)
+        try:
+            return {"processes": json.loads(self._state.read_bytes())["processes"]}
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return []
+            return {}
 
-    def record(self, children: Iterable[int]) -> None:
-        """Write down who we are and which children we have (pids). A folder that is full costs the record, no more."""
+    def record(self, children: Iterable[int], more: Json | None = None) -> None:
+        """Write down who we are, which children we have (pids), and what a successor must know `more` to take them over.
+
+        A folder that is full costs the record, no more.
+        """
         pids = [os.getpid(), *children]
-        text = json.dumps(
-            {"version": 1, "mountpoint": self._mountpoint, "processes": [[p, start_time(p)] for p in pids]}
-        )
-        temporary = self._state.with_suffix(".tmp")
+        record: Json = {"version": 0, "mountpoint": self._mountpoint, "term": self.term}
+        record["processes"] = [[pid, start_time(pid)] for pid in pids]
         try:
-            temporary.write_text(text)
-            os.replace(temporary, self._state)
-        except OSError as e:
-            log.warning("%s: %s; a successor will not find our processes", self._state, e.strerror)
+            write_checked(self._state, record | (more or {}))
+        except CacheError as e:
+            log.warning("%s; a successor will not find our processes", e)
 
     def remove(self) -> None:
         """Remove the folder and all shared memory of this instance, if it is ours: the end of a stop."""
@@ -130,19 +167,35 @@ class Runtime:
         self._lock = -1
 
 
-def _alive(process: tuple[int, int]) -> bool:
+def _processes(record: Json) -> list[tuple[int, int]]:
+    """The processes of a recorded daemon, its supervisor first."""
+    try:
+        return [(int(pid), int(start)) for pid, start in record["processes"]]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _end_all(processes: Iterable[tuple[int, int]]) -> None:
+    for process in processes:
+        if alive(process):
+            log.info("ending pid %d, left by a nydusd that was killed", process[0])
+            end(process)
+
+
+def alive(process: tuple[int, int]) -> bool:
+    """Whether this very process is there: pid and start time."""
     pid, start = process
     return start != 0 and start_time(pid) == start
 
 
-def _end(process: tuple[int, int]) -> None:
+def end(process: tuple[int, int]) -> None:
     """SIGKILL this very process and wait until it is gone, with all its file descriptors."""
     try:
         fd = os.pidfd_open(process[0])
     except ProcessLookupError:
         return
     try:
-        if _alive(process):  # still the same: now the number cannot become another's
+        if alive(process):  # still the same: now the number cannot become another's
             signal.pidfd_send_signal(fd, signal.SIGKILL)
             poll = select.poll()
             poll.register(fd, select.POLLIN)

@@ -39,6 +39,6 @@ class Singleton(Supervisor):
             check_folder(entry)
             self._table.bind(entry, inspect(entry.metadata, [self.run_dir]))
         self._bind()
-        self._add(Child("fetch", 0, "workers"))
+        self._family.add(Child("fetch", 0, "workers"))
         self._open_api()
         self._ready(f"{len(self._entries)} images, no mount")

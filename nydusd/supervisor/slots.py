@@ -25,16 +25,19 @@ class _Region:
 
 
 class SlotTable:
-    """All regions of the daemon's arena, which is made when first needed. A region is named by its offset."""
+    """All regions of the daemon's arena, which is made when first needed. A region is named by its offset.
 
-    def __init__(self, name: str, size: int) -> None:
+    Front ends may outlive the supervisor and give leases of it back to the next one, whose numbers are others: `first_lease`.
+    """
+
+    def __init__(self, name: str, size: int, first_lease: int = 1) -> None:
         self._name = name
         self._size = size
         self._arena: Arena | None = None
         self._regions: OrderedDict[int, _Region] = OrderedDict()
         self._where: dict[tuple[int, int], _Region] = {}
         self._leases: dict[int, tuple[bytes, list[_Region]]] = {}
-        self._numbers = count(1)
+        self._numbers = count(first_lease)
 
     @property
     def arena(self) -> Arena:

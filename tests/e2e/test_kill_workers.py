@@ -1,8 +1,10 @@
-"""SIGKILL of any worker or front end, at any time, under load: no reader sees a wrong byte or an error."""
+"""SIGKILL of any process of a daemon, at any time, under load: no reader sees a wrong byte or an error."""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -20,6 +22,7 @@ FILES = 32
 FILE_SIZE = 1 << 20
 CHUNK = 1 << 16
 ROLES = ("fuse", "fetch", "decompress", "fork server")
+SUPERVISOR, BOTH = "supervisor", "supervisor and fuse"
 ROUNDS = 1
 KILLS = 12
 
@@ -66,12 +69,20 @@ def test_readers_see_right_bytes_while_processes_are_killed(
 
             try:
                 while readers.poll() is None and len(killed) < KILLS:
-                    role = choose.choice(ROLES)
-                    victim = choose.choice(daemon.pids(role))
+                    role = choose.choice((*ROLES, SUPERVISOR, BOTH))
+                    victim = choose.choice(daemon.pids(role if role in ROLES else "fuse"))
                     seen = pieces_read(progress)
-                    daemon.kill(victim)
+                    if role in (SUPERVISOR, BOTH):
+                        daemon.kill_supervisor()
+                    if role != SUPERVISOR:
+                        os.kill(victim, signal.SIGKILL)
                     killed.append(role)
-                    wait_for_role(daemon, role, strength[role], without=victim)
+                    if role in ROLES:
+                        wait_for_role(daemon, role, strength[role], without=victim)
+                    else:
+                        daemon.start()  # the same command: what systemd and snapshotters do
+                        for other, count in strength.items():
+                            wait_for_role(daemon, other, count)
                     wait_until(
                         partial(progressed, seen),
                         f"any progress of the readers after the {role} process {victim} was killed (seed {seed})",

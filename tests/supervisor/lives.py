@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,15 @@ from tests.support.discipline import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = oracle.image("v6-zstd-blake3")
+READ = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+try:
+    os.read(fd, 4096)
+except OSError as e:
+    sys.exit(e.errno)
+"""
+
 ONE_CHUNK = "sizes/70K-random"
 """A file of one chunk, with 70,001 bytes that do not compress."""
 
@@ -94,6 +105,23 @@ def run_to_end(daemon: Daemon, environment: dict[str, str] | None = None) -> tup
     )
     assert done.stdout == ""
     return done.returncode, [line for line in done.stderr.splitlines() if not line.startswith("[")]
+
+
+def configure(daemon: Daemon, **keys: object) -> None:
+    """Add keys to a daemon's configuration, for its next start."""
+    file = Path(daemon.command[daemon.command.index("-C") + 1])
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+@contextmanager
+def blocked_reader(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose read of a file is under way. Its exit status is the errno it got."""
+    with subprocess.Popen([sys.executable, "-c", READ, str(path)]) as reader:
+        try:
+            wait_until(lambda: "fuse_direct_io" in Path(f"/proc/{reader.pid}/stack").read_text(), "a blocked read")
+            yield reader
+        finally:
+            reader.kill()
 
 
 def crash(daemon: Daemon) -> list[int]:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,43 +15,16 @@ from tests.supervisor.lives import (
     IMAGE,
     ONE_CHUNK,
     ROOT,
+    blocked_reader,
     config_for,
-    crash,
     not_started,
-    read_direct,
     run_to_end,
     wrong,
 )
 from tests.support.daemon import Daemon, wait_for_role
-from tests.support.discipline import descendants, is_running, wait_until
-from tests.support.oracle import truth
+from tests.support.discipline import descendants, wait_until
 
-READ = """
-import os, sys
-fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
-try:
-    os.read(fd, 4096)
-except OSError as e:
-    sys.exit(e.errno)
-"""
 DEAD_MOUNT = (errno.ECONNABORTED, errno.ENOTCONN)
-
-
-def configure(daemon: Daemon, **keys: object) -> None:
-    """Add keys to a daemon's configuration, for its next start."""
-    file = Path(daemon.command[daemon.command.index("-C") + 1])
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
-
-
-@contextmanager
-def blocked_reader(path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process whose read of a file is under way. Its exit status is the errno it got."""
-    with subprocess.Popen([sys.executable, "-c", READ, str(path)]) as reader:
-        try:
-            wait_until(lambda: "fuse_direct_io" in Path(f"/proc/{reader.pid}/stack").read_text(), "a blocked read")
-            yield reader
-        finally:
-            reader.kill()
 
 
 class TestStop:
@@ -141,54 +110,6 @@ class TestSecondDaemon:
             victim = daemon.pids("fuse")[0]
             daemon.kill(victim)  # the next one must find the segment
             wait_for_role(daemon, "fuse", 2, without=victim)
-            assert wrong(daemon) == []
-
-
-class TestKilledSupervisor:
-    def restart(self, daemon: Daemon, frontends: list[int]) -> None:
-        """The same command once more: it ends what is left."""
-        daemon.start()
-        assert not any(map(is_running, frontends))
-        for pid in frontends:
-            os.waitpid(pid, 0)
-
-    def test_cached_files_are_served_on_and_the_same_command_starts_anew(self) -> None:
-        """The checkpoint has not run: what is ready is known from shared memory alone."""
-        with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:
-            daemon.stop()
-            configure(daemon, nydusd={"checkpoint_interval": 3600})
-            daemon.start()
-            assert wrong(daemon) == []
-            assert daemon.backend_reads() > 0
-            assert list(daemon.cache.glob("*.chunk_map")) == []
-            frontends = crash(daemon)
-            assert all(map(is_running, frontends))
-            assert wrong(daemon) == []
-            self.restart(daemon, frontends)
-            assert wrong(daemon) == []
-            assert daemon.backend_reads() == 0
-            daemon.stop()
-            daemon.start()  # what was inherited was stored at the stop
-            assert wrong(daemon) == []
-            assert daemon.backend_reads() == 0
-
-    def test_again_and_again_in_the_middle_of_reads_gives_right_bytes(self) -> None:
-        with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:
-            for path in ("dup/a", "sizes/1048577", ONE_CHUNK, "sizes/300K-text"):
-                assert read_direct(daemon.mountpoint / path) == truth(IMAGE.name)[path.encode()]
-                self.restart(daemon, crash(daemon))
-            assert wrong(daemon) == []
-
-    def test_reader_of_what_is_not_cached_gets_an_error_when_the_next_daemon_starts(self) -> None:
-        with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:
-            daemon.stop()
-            configure(daemon, amplify_io=0)
-            daemon.start()
-            (daemon.mountpoint / "dup/a").read_bytes()
-            frontends = crash(daemon)
-            with blocked_reader(daemon.mountpoint / ONE_CHUNK) as reader:
-                self.restart(daemon, frontends)
-                assert reader.wait(10) in DEAD_MOUNT  # its mount is gone with the old front ends
             assert wrong(daemon) == []
 
 

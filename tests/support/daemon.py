@@ -154,7 +154,16 @@ class Daemon:
         def matches(pid: int) -> bool:
             return cmdline(pid).startswith(title) or _comm(pid).startswith(title[:15])  # a comm has 15 bytes at most
 
-        return [pid for pid in descendants(self.pid) if is_running(pid) and matches(pid)]
+        return [pid for pid in self.family() if is_running(pid) and matches(pid)]
+
+    def family(self) -> list[int]:
+        """All processes of this daemon but its supervisor: those that it started, and the front ends that it took over."""
+        found = descendants(self.pid)
+        for state in Path(self._environment["NYDUSD_RUNTIME_DIR"]).glob("*/state.json"):
+            record = json.loads(state.read_bytes())
+            if record["mountpoint"] == str(self.mountpoint):
+                found += [row["pid"] for row in record.get("frontends", ()) if row["pid"] not in found]
+        return found
 
     def get(self, path: str, seconds: float = 30.0) -> object:
         """The JSON of `GET path`; None for a 204. AssertionError for any other status."""
@@ -203,12 +212,18 @@ class Daemon:
 
     def kill(self, pid: int) -> None:
         """SIGKILL one process of this daemon."""
-        assert pid == self.pid or pid in descendants(self.pid), f"{pid} is not a process of this daemon"
+        assert pid == self.pid or pid in self.family(), f"{pid} is not a process of this daemon"
         os.kill(pid, signal.SIGKILL)
+
+    def kill_supervisor(self) -> None:
+        """SIGKILL the process that was started. `start` starts the same command again."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Ask the daemon to end with a signal; AssertionError unless it ends with 0 in time and leaves no mount."""
-        family = [self.pid, *descendants(self.pid)]
+        family = [self.pid, *self.family()]
         if not self._process_ended():
             os.kill(self.pid, number)
         self.wait_for_end()
@@ -238,7 +253,7 @@ class Daemon:
     def _dump_stacks(self) -> str:
         """Have every process write its stacks to the log (SIGUSR1), and return what came."""
         before = self.log.stat().st_size
-        for pid in [self.pid, *descendants(self.pid)]:
+        for pid in [self.pid, *self.family()]:
             if is_running(pid):
                 os.kill(pid, signal.SIGUSR1)
         becomes_true(lambda: self.log.stat().st_size > before, 2.0)
@@ -246,7 +261,7 @@ class Daemon:
 
     def _end_by_force(self) -> None:
         assert self._process is not None
-        for pid in [self.pid, *descendants(self.pid)]:
+        for pid in [self.pid, *self.family()]:
             if is_running(pid):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
@@ -283,6 +298,6 @@ def wait_for_role(daemon: Daemon, role: str, count: int, without: int = 0, secon
         return len(pids) == count and without not in pids
 
     if not becomes_true(complete, seconds):
-        now = ", ".join(f"{pid} ({cmdline(pid)})" for pid in descendants(daemon.pid))
+        now = ", ".join(f"{pid} ({cmdline(pid)})" for pid in daemon.family())
         wanted = f"{count} processes of role {role}" + (f" without {without}" if without else "")
         raise AssertionError(f"waited {seconds:g} s in vain for {wanted}; there are: {now}")

@@ -26,6 +26,7 @@ class Changes:
         self._complaints = complaints
         self.idle = False
         """Whether the loop serves nothing, so that the table may change at any instruction."""
+        self._term = views.term
         self._leaving: list[Mount] = []
         """Mounts that are gone, whose parked reads are not."""
 
@@ -41,7 +42,13 @@ class Changes:
             self.idle = True
 
     def take(self) -> None:
-        """Take over the new table of mounts; reads that wait for an image that is gone fail."""
+        """Take over the new table of mounts; reads that wait for an image that is gone fail.
+
+        A supervisor that takes over publishes the table anew: then it is asked for all that is waited for.
+        """
+        if self._term != self._views.term:
+            self._term = self._views.term
+            self._parking.ask_successor()
         try:
             gone = self._views.reload()
         except NydusError as e:

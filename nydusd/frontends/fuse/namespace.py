@@ -64,7 +64,8 @@ class View:
 class Namespace(dict[int, View]):
     """Views by the high bits of a node id; 0 is also that of the root. A view is made when it is first asked for.
 
-    `shared[0]` is the shared number, to be compared with `generation`. `open_mount(spec, index)` opens an image.
+    `shared[0]` is the shared number, to be compared with `generation`, `shared[1]` tells supervisors apart.
+    `open_mount(spec, index)` opens an image.
     """
 
     def __init__(self, folder: str, shared: memoryview, flags: int, open_mount: Callable[[Json, int], Mount]) -> None:
@@ -91,6 +92,11 @@ class Namespace(dict[int, View]):
             raise UnmountedError(f"image {index} is not mounted any more")
         self[index] = view
         return view
+
+    @property
+    def term(self) -> int:
+        """How many supervisors have published this table: it changes when another one takes over."""
+        return self.shared[1]
 
     def knows(self, index: int) -> bool:
         """Whether an image is mounted under this index."""

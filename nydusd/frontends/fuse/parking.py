@@ -38,6 +38,7 @@ class Client(Protocol):
     def cancel(self, request: int) -> None: ...
     def pieces(self, slot: SlotRef) -> dict[int, memoryview]: ...
     def release(self, slot: SlotRef) -> None: ...
+    def forget_arenas(self) -> None: ...
 
 
 class Parked:
@@ -183,6 +184,23 @@ class Parking:
         """End the reads of an image that is gone."""
         for read in [read for read in self.reads.values() if read.device is device]:
             self._end(read, code)
+
+    def ask_successor(self) -> None:
+        """Another supervisor has taken over, which knows of no request: send them again, at once.
+
+        What the former one gave in shared memory is given up, and asked for anew.
+        """
+        if self._client is None:
+            return
+        for reply in self._client.replies():  # what it had still answered
+            self._take(reply)
+        for read in self.reads.values():
+            for number, (run, flags) in read.pending.items():
+                self._client.request(run, flags, number)
+            if read.slots:
+                read.slots.clear()
+                self._ask(read, runs_of(read.vec), 0)
+        self._client.forget_arenas()
 
     def service(self) -> float:
         """Take in the replies and what became due. Gives the seconds until it must be called again."""

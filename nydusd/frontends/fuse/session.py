@@ -123,23 +123,13 @@ class Session:
         os.set_inheritable(fd, False)
         return cls(mountpoint, fd, negotiated, _our_device(mountpoint))
 
-    def clone(self) -> int:
-        """A new fd that reads requests of this session beside the others. The caller owns it. Raises MountError."""
-        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.ioctl(fd, p.DEV_IOC_CLONE, array.array("I", [self.fd]))
-        except OSError as exc:
-            os.close(fd)
-            raise MountError(f"{self.mountpoint}: FUSE_DEV_IOC_CLONE: {exc.strerror}") from exc
-        return fd
-
     def open_lanes(self, count: int) -> list[Lane]:
         """Make the fds of `count` front ends, held here until `close`. Raises MountError."""
         for _ in range(count):
             reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             self.lanes.append(Lane(-1, -1, reader, writer))
             self.lanes[-1] = Lane(-1, journal.create(), reader, writer)
-            self.lanes[-1] = self.lanes[-1]._replace(fd=self.clone())
+            self.lanes[-1] = self.lanes[-1]._replace(fd=clone(self.fd, self.mountpoint))
         return self.lanes[-count:] if count else []
 
     def unmount(self) -> None:
@@ -149,7 +139,7 @@ class Session:
         """
         top = _top_mount(self.mountpoint)
         # The number of the device of a mount that is gone may be given to the next.
-        if self._is_over() or top is None or top.device != self.device:
+        if self.is_over() or top is None or top.device != self.device:
             return
         code = _umount(self.mountpoint, 0)
         if code == errno.EBUSY:
@@ -168,7 +158,7 @@ class Session:
             os.close(self.fd)
             self.fd = -1
 
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the file system is unmounted for good. Not so if it was aborted by hand: it is dead then, but mounted."""
         poll = select.poll()
         poll.register(self.fd, 0)
@@ -187,6 +177,17 @@ class Session:
                 knob.write(str(kib))
         except OSError as exc:
             log.warning("%s: cannot set the read-ahead of %s: %s", path, self.mountpoint, exc.strerror)
+
+
+def clone(of: int, mountpoint: str) -> int:
+    """A new fd that reads requests of the same session beside the others. The caller owns it. Raises MountError."""
+    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, p.DEV_IOC_CLONE, array.array("I", [of]))
+    except OSError as exc:
+        os.close(fd)
+        raise MountError(f"{mountpoint}: FUSE_DEV_IOC_CLONE: {exc.strerror}") from exc
+    return fd
 
 
 def resolve_mountpoint(path: str) -> str:

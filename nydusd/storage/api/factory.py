@@ -7,7 +7,7 @@ from itertools import count
 
 from nydusd.formats.model import BlobInfo
 from nydusd.storage.cache.blob_cache import BlobCache
-from nydusd.storage.cache.manager import BlobCacheMgr, CacheConfig, DummyCacheMgr, FileCacheMgr
+from nydusd.storage.cache.manager import BlobCacheMgr, CacheConfig, DummyCacheMgr, FileCacheMgr, Former
 
 
 class BlobFactory:
@@ -21,18 +21,37 @@ class BlobFactory:
         self._by_handle: dict[int, BlobCache] = {}
 
     def new_blob_cache(
-        self, config: CacheConfig, info: BlobInfo, bootstrap: str, path_id: str, extracted: bool
+        self,
+        config: CacheConfig,
+        info: BlobInfo,
+        bootstrap: str,
+        path_id: str,
+        extracted: bool,
+        former: Former | None = None,
     ) -> BlobCache:
-        """The cache of a blob under this configuration; one more user of it."""
+        """The cache of a blob under this configuration; one more user of it.
+
+        `former`: how the blob is called by front ends that a former daemon has left; it keeps these names for its life.
+        """
         key = config.key()
         manager = self._managers.get(key)
         if manager is None:
             kind = FileCacheMgr if config.work_dir is not None else DummyCacheMgr
             manager = kind(config, self._instance, self._run_dir, lambda: next(self._handles))
             self._managers[key] = manager
-        cache = manager.get_blob_cache(info, bootstrap, path_id, extracted)
+        # What a former daemon opened under this configuration may be an image's whose credentials are others now.
+        names = (manager.segment_of(info), None if former is None else former.segment)
+        known = next((cache for cache in self._by_handle.values() if cache.spec.segment in names), None)
+        if known is not None:
+            known.users += 1
+            return known
+        cache = manager.get_blob_cache(info, bootstrap, path_id, extracted, former)
         self._by_handle[cache.handle] = cache
         return cache
+
+    def begin(self, first: int) -> None:
+        """Give out handles from `first` on: no two supervisors of the same front ends call different blobs by the same."""
+        self._handles = count(first)
 
     def get(self, handle: int) -> BlobCache | None:
         return self._by_handle.get(handle)

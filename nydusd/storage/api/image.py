@@ -94,6 +94,11 @@ def is_folder(facts: ImageFacts, path: Sequence[bytes]) -> bool:
     return ino is not None and image.inode(ino).mode & S_IFMT == S_IFDIR
 
 
+def identity_of(st: os.stat_result) -> str:
+    """The identity of an image whose source file is in this state."""
+    return f"{st.st_dev}:{st.st_ino}:{st.st_size}:{st.st_mtime_ns}"
+
+
 def _metadata(source: str, path_id: str, folders: Sequence[str]) -> tuple[str, bool, str]:
     """The file that holds the bootstrap: the source, or (True) what is extracted from it if the source is a blob."""
     try:
@@ -105,7 +110,7 @@ def _metadata(source: str, path_id: str, folders: Sequence[str]) -> tuple[str, b
         st = os.fstat(fd)
         if not stat.S_ISREG(st.st_mode):
             raise FormatError(source, "bootstrap", "is not a regular file")
-        identity = f"{st.st_dev}:{st.st_ino}:{st.st_size}:{st.st_mtime_ns}"
+        identity = identity_of(st)
         if detect(memoryview(os.pread(fd, 4096, 0))) is not BootstrapKind.BLOB:
             return os.path.abspath(source), False, identity
         from nydusd.storage.cache.load import extract_bootstrap

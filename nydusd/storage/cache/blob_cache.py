@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
-from nydusd.errors import InternalError
+from nydusd.errors import InternalError, NydusError
 from nydusd.storage.cache.ahead import ReadAhead
 from nydusd.storage.cache.backend_counts import BackendCounts
 from nydusd.storage.cache.meta_info import BlobMetaInfo
@@ -94,6 +94,19 @@ class BlobCache:
         self.stored = -1 if self.chunk_map.ready_count() else 0
         self.state, self.reason, self.lost = "ready", None, False
         self._retry_delay = _PREPARE_FIRST
+
+    def take_over(self) -> None:
+        """Go on with the segment of a daemon that was killed: what it had claimed is free. All its workers are gone.
+
+        One that is missing or cannot be used stays to be prepared, like that of a new blob.
+        """
+        try:
+            self.opened()
+        except (NydusError, OSError):
+            return
+        assert self.segment is not None
+        self.spec = replace(self.spec, generation=self.segment.generation)
+        self.chunk_map.end_claims()
 
     def open_failed(self, reason: str) -> None:
         """The job `prepare` failed; readers get EIO until it may be tried again (1 s, doubling to 30 s)."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 from nydusd.formats.model import BlobInfo
 from nydusd.storage.cache.blob_cache import BlobCache
@@ -30,6 +30,13 @@ class CacheConfig:
         return repr((self.backend, sorted(self.backend_config.items()), self.work_dir, self.always_verify))
 
 
+class Former(NamedTuple):
+    """The names that a former daemon gave a blob: front ends that outlived it go on with them."""
+
+    handle: int
+    segment: str
+
+
 class BlobCacheMgr(ABC):
     """Blobs of one configuration, by blob id."""
 
@@ -45,17 +52,19 @@ class BlobCacheMgr(ABC):
     def work_dir(self) -> str | None:
         """The cache folder, None if nothing is stored."""
 
-    def get_blob_cache(self, info: BlobInfo, bootstrap: str, path_id: str, extracted: bool) -> BlobCache:
+    def get_blob_cache(
+        self, info: BlobInfo, bootstrap: str, path_id: str, extracted: bool, former: Former | None = None
+    ) -> BlobCache:
         """The cache of a blob; made when first asked for. Each call is one more user."""
         cache = self.blobs.get(info.blob_id)
         if cache is None:
-            place = f"{self._config.key()}\0{info.blob_id}".encode()
+            handle, segment = former if former is not None else (self._next_handle(), self.segment_of(info))
             cache = BlobCache(
                 BlobSpec(
-                    handle=self._next_handle(),
+                    handle=handle,
                     generation=1,
                     info=info,
-                    segment=f"/nydusd.{self._instance}.{sha256(place).hexdigest()[:16]}",
+                    segment=segment,
                     work_dir=self.work_dir,
                     meta_dir=self._run_dir,
                     bootstrap=bootstrap,
@@ -69,6 +78,11 @@ class BlobCacheMgr(ABC):
             self.blobs[info.blob_id] = cache
         cache.users += 1
         return cache
+
+    def segment_of(self, info: BlobInfo) -> str:
+        """The name of a blob's segment, the same in each daemon of this instance and configuration."""
+        place = f"{self._config.key()}\0{info.blob_id}".encode()
+        return f"/nydusd.{self._instance}.{sha256(place).hexdigest()[:16]}"
 
     def gc(self, ended: Collection[BlobCache] | None = None) -> list[BlobCache]:
         """Drop blobs that no image uses (only those in `ended`, if given); gives them, closed. Cache files stay."""

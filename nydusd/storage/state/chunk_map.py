@@ -58,6 +58,14 @@ class ChunkMap:
         if self._state[chunk] == PENDING:
             self._state[chunk] = to
 
+    def end_claims(self) -> None:
+        """End all claims: whoever made them is dead, and so is every worker that had a job for one."""
+        state = bytes(self._state)
+        chunk = state.find(PENDING)
+        while chunk >= 0:
+            self._state[chunk] = EMPTY
+            chunk = state.find(PENDING, chunk + 1)
+
     def forget(self, chunk: int) -> None:
         """The cache file has lost this chunk's bytes (truncated by somebody): fetch it again."""
         if self._state[chunk] == READY:

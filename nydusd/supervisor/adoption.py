@@ -1,0 +1,259 @@
+"""Taking over from a supervisor that was killed: its front ends go on serving, and the next one gets all that they need.
+
+Runs in the supervisor, in its first moments. What it works from: `state.json` of the run-time folder (which front ends there
+were, under which numbers they have the session's file descriptors), the table of mounts with its records, and the living front
+ends, several of which hold the fds of each lane. Nothing is taken over of a mount that is over, that is another one's, or that
+was made with other parameters: `take_over` says why not, and the daemon then ends what is left and mounts anew.
+
+What holds after SIGKILL in the middle: nothing here changes what the next one needs. The record of the former supervisor
+is replaced, at once, when the fds are ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from nydusd.errors import MountError, NydusError
+from nydusd.frontends.fuse.session import Lane, Negotiated, Session, clone
+from nydusd.ipc.messages import Json
+from nydusd.storage.state.lock import start_time
+from nydusd.supervisor.mount_records import Recorded, readable
+from nydusd.supervisor.mount_table import MountTable
+from nydusd.supervisor.orphans import Orphan
+from nydusd.supervisor.runtime import end
+
+if TYPE_CHECKING:
+    from nydusd.cli.options import FuseOptions
+    from nydusd.config import Config
+    from nydusd.supervisor.children import Child
+
+log = logging.getLogger(__name__)
+
+VERSION = 2
+"""Of the record, and of all that front ends and supervisors say to each other."""
+_FUSE_DEVICE = os.makedev(10, 229)
+
+
+class _Lane(msgspec.Struct, array_like=True):
+    """The numbers of a lane's fds in one process, and the inode of its journal."""
+
+    fd: int
+    journal: int
+    interrupt_in: int
+    interrupt_out: int
+    inode: int
+
+
+class _FrontEnd(msgspec.Struct):
+    index: int
+    generation: int
+    pid: int
+    start: int
+    commit: str
+    lanes: list[_Lane]
+
+
+class _Mounted(msgspec.Struct):
+    device: str
+    minor: int
+    flags: int
+    max_readahead: int
+
+
+class _Record(msgspec.Struct):
+    """What is read of `state.json`; `lanes` are the numbers in the supervisor, and so in each process that it started."""
+
+    version: int
+    term: int
+    parameters: str
+    session: _Mounted
+    lanes: list[_Lane]
+    frontends: list[_FrontEnd]
+
+
+class FrontEnd(NamedTuple):
+    """A front end that outlived its supervisor. `lanes`: its numbers of the fds, to be recorded again."""
+
+    number: int
+    generation: int
+    commit: str
+    process: Orphan
+    lanes: list[_Lane]
+
+
+class Former(NamedTuple):
+    """What a killed supervisor has left. `term`: that of its successor."""
+
+    term: int
+    session: Session
+    table: MountTable
+    records: list[Recorded]
+    frontends: list[FrontEnd]
+
+
+class NotThereError(NydusError):
+    """There is nobody to take over from."""
+
+
+def parameters(options: FuseOptions, config: Config) -> str:
+    """What must be the same for a mount to be taken over: the image, and how it is read. Credentials and tuning may differ."""
+    from nydusd.config import redacted
+
+    shown = redacted(config)
+    what = {
+        "bootstrap": None if options.bootstrap is None else os.path.abspath(options.bootstrap),
+        "place": options.virtual_mountpoint,
+        "config": {key: value for key, value in shown.items() if key not in ("nydusd", "unknown_keys", "warnings")},
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def record_of(session: Session, what: str, children: Sequence[Child]) -> Json:
+    """What a successor must know; `what` are the parameters."""
+    lanes = [[*lane, os.fstat(lane.journal).st_ino] for lane in session.lanes]
+    frontends = [
+        {
+            "index": child.index,
+            "generation": child.generation,
+            "pid": child.pid,
+            "start": start_time(child.pid),
+            "commit": child.commit,
+            "lanes": lanes if child.adopted is None else msgspec.to_builtins(child.adopted.lanes),
+        }
+        for child in children
+        if child.role == "fuse" and child.pid
+    ]
+    return {
+        "version": VERSION,
+        "parameters": what,
+        "session": session.negotiated._asdict() | {"device": session.device},
+        "lanes": lanes,
+        "frontends": frontends,
+    }
+
+
+def take_over(raw: Json, options: FuseOptions, config: Config, folder: Path, prefix: str) -> Former | None:
+    """What the supervisor that wrote this record has left, None if that cannot be taken over; the log says why."""
+    if "session" not in raw:
+        return None
+    with contextlib.ExitStack() as on_failure:
+        try:
+            former = _take_over(raw, options, config, folder, prefix, on_failure)
+        except NotThereError as e:
+            log.info("%s: %s", options.mountpoint, e)
+            return None
+        except (NydusError, OSError, msgspec.ValidationError) as e:
+            log.warning("%s: what is mounted here cannot be taken over: %s; mounting anew", options.mountpoint, e)
+            return None
+        on_failure.pop_all()
+    return former
+
+
+def _take_over(
+    raw: Json, options: FuseOptions, config: Config, folder: Path, prefix: str, on_failure: contextlib.ExitStack
+) -> Former:
+    if raw.get("version") != VERSION:
+        raise MountError(f"its state is of version {raw.get('version')!r}, this release knows {VERSION}")
+    record = msgspec.convert(raw, _Record)
+    frontends = list(_alive(record.frontends))
+    for frontend in frontends:
+        on_failure.callback(frontend.process.close)
+    strangers = list(_unrecorded(record, [frontend.process.pid for frontend in frontends]))
+    for stranger in strangers:
+        on_failure.callback(stranger.close)
+        on_failure.callback(end, (stranger.pid, start_time(stranger.pid)))
+    if not frontends and not strangers:
+        raise NotThereError("no front end of a killed nydusd is left")
+    holders = [(f.process, f.lanes) for f in frontends] + [(process, record.lanes) for process in strangers]
+    lanes = []
+    for number in range(len(record.lanes)):
+        lanes.append(_lane(holders, number))
+        for fd in lanes[-1]:
+            on_failure.callback(os.close, fd)
+    if record.parameters != parameters(options, config):
+        raise MountError("it was mounted with other parameters")
+    negotiated = Negotiated(record.session.minor, record.session.flags, record.session.max_readahead)
+    # Each fd that we forgot would keep a mount alive that nobody serves, and its users waiting.
+    fd = clone(lanes[0].fd, options.mountpoint)
+    on_failure.callback(os.close, fd)
+    session = Session.adopt(options.mountpoint, fd, negotiated)
+    if session.device != record.session.device or session.is_over():
+        raise MountError("another file system is mounted here now")
+    table = MountTable.take_over(folder / "mounts", f"{prefix}mounts")
+    records = readable(table.records(), config)
+    _check_image(records)
+    session.lanes = lanes
+    # Nobody knows how far they got; their lanes' journals are whole, so others can begin there.
+    for stranger in strangers:
+        end((stranger.pid, start_time(stranger.pid)))
+        stranger.close()
+    return Former(record.term + 1, session, table, records, [f for f in frontends if 0 <= f.number < len(lanes)])
+
+
+def _check_image(records: Sequence[Recorded]) -> None:
+    """Raises MountError when the image of the command line is not the one that is mounted. One that is gone may be it."""
+    from nydusd.storage.api.image import identity_of
+
+    for recorded in records:
+        with contextlib.suppress(OSError):
+            if recorded.given and identity_of(os.stat(recorded.source)) != recorded.facts.identity:
+                raise MountError(f"{recorded.source} is another image than the one that is mounted")
+
+
+def _alive(recorded: Sequence[_FrontEnd]) -> Iterator[FrontEnd]:
+    for row in recorded:
+        with contextlib.suppress(OSError):
+            yield FrontEnd(row.index, row.generation, row.commit, Orphan(row.pid, row.start), row.lanes)
+
+
+def _unrecorded(record: _Record, known: Sequence[int]) -> Iterator[Orphan]:
+    """Front ends that were started in the supervisor's last moment, before it could note them: they hold the same journal."""
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or int(name) in known or int(name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError, IndexError):
+            if os.stat(f"/proc/{name}/fd/{record.lanes[0].journal}").st_ino == record.lanes[0].inode:
+                yield Orphan(int(name), start_time(int(name)))
+
+
+def _lane(holders: Sequence[tuple[Orphan, list[_Lane]]], number: int) -> Lane:
+    """Copies of the fds of a lane, from the first who has them. Raises OSError."""
+    why = OSError(errno.ESRCH, f"nobody has the file descriptors of lane {number}")
+    for process, lanes in holders:
+        if number >= len(lanes):
+            continue
+        with contextlib.ExitStack() as taken:
+            try:
+                lane = _copy(process, lanes[number], taken)
+            except OSError as e:
+                why = e
+            else:
+                taken.pop_all()
+                return lane
+    raise why
+
+
+def _copy(process: Orphan, lane: _Lane, taken: contextlib.ExitStack) -> Lane:
+    fds = []
+    for number in (lane.fd, lane.journal, lane.interrupt_in, lane.interrupt_out):
+        fds.append(process.get_fd(number))
+        taken.callback(os.close, fds[-1])
+    device, journal, *pipes = map(os.fstat, fds)
+    if (
+        device.st_rdev != _FUSE_DEVICE
+        or journal.st_ino != lane.inode
+        or not all(stat.S_ISFIFO(pipe.st_mode) for pipe in pipes)
+    ):
+        raise OSError(errno.EBADF, f"process {process.pid} has other file descriptors than were recorded")
+    return Lane(*fds)

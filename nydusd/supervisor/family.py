@@ -1,0 +1,195 @@
+"""All child processes of a daemon: each is started with what its role needs, watched, and replaced when it ends.
+
+Part of the supervisor. `state.json` names each of them from the moment after its start, and before the first front end is
+started it says under which numbers that will have the session's fds: so a successor finds also the one that was not named yet.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import zmq
+
+from nydusd.cli.options import FuseOptions
+from nydusd.errors import NydusError
+from nydusd.ipc.messages import Json
+from nydusd.supervisor.children import Child, end_all, reap_strays
+from nydusd.supervisor.watch import Watch
+
+if TYPE_CHECKING:
+    from nydusd.cli.options import Options
+    from nydusd.config import Config
+    from nydusd.forkserver.client import ForkServer
+    from nydusd.frontends.fuse.session import Session
+    from nydusd.supervisor.adoption import FrontEnd
+    from nydusd.supervisor.mounts import Mounts
+    from nydusd.supervisor.pool import WorkerPool
+    from nydusd.supervisor.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+_BOOT = 3.0
+"""Seconds in which a child that ends by itself means that the daemon cannot start."""
+_HOLDERS = 8
+"""Front ends that hold the fds of a lane."""
+_END_PATIENCE = 2.0
+"""Seconds that children may take to end; there is nothing that they could lose."""
+
+
+class Family:
+    """`poller` learns of each child's pidfd. `session`, `mounts` and `listeners` are set before they are needed."""
+
+    def __init__(
+        self, options: Options, config: Config, fork_server: ForkServer, runtime: Runtime, poller: zmq.Poller
+    ) -> None:
+        self.fork_server = fork_server
+        self.children: list[Child] = []
+        self.live: set[bytes] = set()
+        """ZeroMQ identities of those that run."""
+        self.session: Session | None = None
+        self.mounts: Mounts | None = None
+        self.listeners: Sequence[int] = (-1, -1)
+        """The sockets of the API process: the API's, and that of metrics over TCP; -1 for none."""
+        self._options = options
+        self._config = config
+        self._runtime = runtime
+        self._poller = poller
+        self._started = time.monotonic()
+        self._watch = Watch(config.nydusd.worker_patience)
+        # What fetch workers share (tokens, redirects, which host is down): in memory, inherited by them alone.
+        self._shared = os.memfd_create("nydusd-backend", os.MFD_CLOEXEC)
+        self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
+
+    def add(self, child: Child) -> None:
+        self.children.append(child)
+        self.launch(child)
+
+    def adopt(self, child: Child, frontend: FrontEnd) -> None:
+        """Fill a place with a front end that outlived another supervisor."""
+        child.adopt(frontend)
+        self.children.append(child)
+        self.live.add(child.identity)
+        self._poller.register(child.pidfd, zmq.POLLIN)
+
+    def launch(self, child: Child) -> None:
+        spec: Json = {"log": self._log_spec(), "lifeline_fd": self._lifeline}
+        fds = [self._lifeline]
+        if child.role == "fuse":
+            fds, more = self._frontend_spec(child.index)
+            spec |= more | {"crashed": child.crashed}
+        elif child.role == "api":
+            fds += [fd for fd in self.listeners if fd >= 0]
+            spec |= {"listen_fd": self.listeners[0], "metrics_fd": self.listeners[1], "front": self._runtime.front}
+        else:
+            spec |= {"role": child.role, "work": self._runtime.work}
+            if child.role == "fetch":
+                fds.append(self._shared)
+                spec["shared_fd"] = self._shared
+        child.start(self.fork_server, spec, fds)
+        self.live.add(child.identity)
+        self._poller.register(child.pidfd, zmq.POLLIN)
+        self.remember()
+
+    def remember(self) -> None:
+        """Write down what a successor must know."""
+        more = None
+        if self.session is not None and isinstance(self._options, FuseOptions):
+            from nydusd.supervisor.adoption import parameters, record_of
+
+            more = record_of(self.session, parameters(self._options, self._config), self.children)
+        pids = [self.fork_server.pid, *(child.pid for child in self.children)]
+        self._runtime.record([pid for pid in pids if pid], more)
+
+    def _log_spec(self) -> Json:
+        from nydusd import logs
+
+        size = self._options.log_rotation_size << 20
+        return {"level": logs.level_name(), "file": self._options.log_file, "rotation_size": size}
+
+    def _frontend_spec(self, index: int) -> tuple[list[int], Json]:
+        assert self.session is not None
+        assert self.mounts is not None
+        lanes = self.session.lanes
+        lane = lanes[index]
+        spec: Json = {
+            "session_fd": lane.fd,
+            "journal_fd": lane.journal,
+            "init_flags": self.session.negotiated.flags,
+            "interrupt_in": lane.interrupt_in,
+            "interrupt_out": [other.interrupt_out for i, other in enumerate(lanes) if i != index],
+            "front": self._runtime.front,
+            "read_deadline": self._config.nydusd.read_deadline,
+            "mounts": self.mounts.table.spec(),
+            "inflight": self.mounts.board_name,
+        }
+        # And those of some siblings: a successor of ours has them from any front end that lives, whoever died with us.
+        held = [lanes[(index + i) % len(lanes)] for i in range(min(_HOLDERS, len(lanes)))]
+        return list(dict.fromkeys([fd for each in held for fd in each] + spec["interrupt_out"])), spec
+
+    def reap(self, ended: Callable[[Child, bytes], None]) -> list[tuple[Child, int]]:
+        """Look after children that have ended: `ended(child, identity)` gives their work to others. Gives their statuses."""
+        found = []
+        for child in self.children:
+            identity, pidfd = child.identity, child.pidfd
+            if child.process is None:
+                continue
+            status = child.reap()
+            if status is None:
+                continue
+            self._poller.unregister(pidfd)
+            self.live.discard(identity)
+            ended(child, identity)
+            found.append((child, status))
+        return found
+
+    def judge(self, child: Child, status: int) -> None:
+        """A child has ended and nobody told it to. Raises NydusError when that means that the daemon cannot start."""
+        if status > 0 and time.monotonic() - self._started < _BOOT:
+            # By itself, not by a signal: starting it again would fail again, behind a mount that hangs.
+            raise NydusError(f"{child.name} could not start (exit status {status}); the log says why")
+        log.warning("%s ended with status %d; starting it again", child.name, status)
+
+    def restart(self, now: float) -> None:
+        """Fill the places again whose time has come."""
+        for child in self.children:
+            if child.restart_at is None or now < child.restart_at:
+                continue
+            try:
+                self.launch(child)
+            except NydusError as e:
+                log.error("%s; trying again", e)
+
+    def look_after(self, pools: dict[str, WorkerPool], now: float) -> None:
+        """When it is time: end workers that hang, have a fork server, let go of strays."""
+        if now >= self._watch.next_look():
+            self._end_hung(pools, now)
+            self.fork_server.keep()
+            reap_strays(self.children, [self.fork_server.pid])
+
+    def _end_hung(self, pools: dict[str, WorkerPool], now: float) -> None:
+        """Kill workers that do nothing on their job, or never get ready; the job goes to another when they are reaped."""
+        workers = {child.pid: child for child in self.children if child.role in pools and child.pid}
+        jobs = {pid: pools[child.role].job_of(child.identity) for pid, child in workers.items()}
+        for pid in self._watch.hung({pid: job for pid, job in jobs.items() if job is not None}, now):
+            child, patience = workers[pid], self._config.nydusd.worker_patience
+            log.warning("%s (pid %d) has shown no sign of life for %g s; killing it", child.name, pid, patience)
+            child.hung = True
+            child.send(signal.SIGKILL)
+
+    def due(self) -> float:
+        """When there is something to do next (`time.monotonic()`)."""
+        return min([self._watch.next_look(), *(c.restart_at for c in self.children if c.restart_at is not None)])
+
+    def end(self, *, without: str = "") -> None:
+        """End all processes, but those of the role `without`."""
+        self.fork_server.close()
+        end_all([child for child in self.children if child.role != without], _END_PATIENCE)
+
+    def close(self) -> None:
+        for fd in (self._shared, self._lifeline, self._lifeline_end):
+            os.close(fd)

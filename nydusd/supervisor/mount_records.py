@@ -1,0 +1,84 @@
+"""What a supervisor writes down of each mounted image, so that its successor knows it again under the same names.
+
+The record of the image of the command line holds no configuration: the same command line gives it again, and perhaps newer
+credentials. That of an image that came by the API holds the text that the client gave, credentials included: so it is
+readable for the daemon's user only, as the client's own file is (`checked.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from nydusd.errors import CacheError
+from nydusd.ipc.messages import Json
+from nydusd.ipc.shared_block import map_block
+from nydusd.storage.api.factory import BlobFactory
+from nydusd.storage.api.image import ImageFacts
+from nydusd.storage.cache.manager import Former
+from nydusd.supervisor.images import Image
+
+if TYPE_CHECKING:
+    from nydusd.config import Config
+    from nydusd.supervisor.mounts import Request
+
+
+def record_of(image: Image, request: Request) -> Json:
+    """All that is to be known of a mounted image beside its place and index."""
+    return {
+        "source": image.source,
+        "config": request.text,
+        "prefetch": None if request.files is None else [path.hex() for path in request.files],
+        "mounted_at": image.mounted_at.timestamp(),
+        "facts": image.metadata.to_json(),
+        "caches": [[cache.handle, cache.spec.segment] for cache in image.caches],
+        "counters": image.counters,
+        "files": image.files,
+        "trace": image.trace,
+    }
+
+
+class Recorded:
+    """A record that was read again. Raises CacheError when it is none, ConfigError for a configuration that is none now."""
+
+    def __init__(self, index: int, place: str, raw: Json, given: Config) -> None:
+        """`given`: the configuration of the command line."""
+        from nydusd.config import load_config, secret_values
+        from nydusd.logs import register_secret
+
+        self.index = index
+        self.place = place
+        try:
+            self.source = str(raw["source"])
+            self.given = raw["config"] is None
+            self.config = given if self.given else load_config(raw["config"], f"configuration of {place}")
+            self.files = None if raw["prefetch"] is None else [bytes.fromhex(path) for path in raw["prefetch"]]
+            self.facts = ImageFacts.from_json(raw["facts"])
+            self._mounted_at = datetime.fromtimestamp(raw["mounted_at"], UTC)
+            self._caches = [Former(int(handle), str(segment)) for handle, segment in raw["caches"]]
+            self._counters, self._files, self._trace = (raw[name] for name in ("counters", "files", "trace"))
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise CacheError(f"the record of the image at {place} cannot be used: {e!r}") from e
+        if len(self._caches) != len(self.facts.blobs):
+            raise CacheError(f"the record of the image at {place} names {len(self._caches)} caches")
+        for secret in secret_values(self.config):
+            register_secret(secret)
+
+    def image(self, factory: BlobFactory) -> Image:
+        """The image, mounted: with its counters, its blobs open. Raises CacheError when its shared memory is gone."""
+        image = Image(self.place, self.source, self.config, self.facts, factory, self._caches)
+        image.index, image.given = self.index, self.given
+        image.mounted_at = self._mounted_at
+        image.counters, image.files, image.trace = self._counters, self._files, self._trace
+        if image.counters is not None:
+            image.block = map_block(image.counters)
+        for cache in image.caches:
+            if cache.state == "new":
+                cache.take_over()
+        return image
+
+
+def readable(records: Sequence[tuple[int, str, Json]], given: Config) -> list[Recorded]:
+    """All records of a table. Raises CacheError or ConfigError when one cannot be used."""
+    return [Recorded(index, place, raw, given) for index, place, raw in records]
