@@ -37,6 +37,7 @@ test: lint
 	scripts/need-containerd
 	scripts/need-erofs
 	scripts/need-shells
+	scripts/need-systemd
 	$(BIN)/python scripts/run-tests
 
 test-containerd: setup

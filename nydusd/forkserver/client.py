@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 PACKET_MAX = 64 * 1024
 FDS_MAX = 128
 _SET_CHILD_SUBREAPER = 36
-_PATIENCE = 10.0
+_PATIENCE = 5.0
 """Seconds that a fork server may take to answer. It takes a few milliseconds, and under a second for its first answer."""
 _SECRET_NAME = re.compile(
     r"(?i)secret|token|auth|passw|credential|cookie|key|sign|proxy|^NYDUS_HEADER_|^DOCKER_CONFIG$"

@@ -1,0 +1,108 @@
+"""The unit under a real systemd: ready when it serves, succeeded when it is killed, and nobody who reads notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.image import Built, build
+from tests.support.daemon import image_config
+from tests.support.discipline import wait_until
+from tests.support.readers import PIECE, pieces_read
+from tests.systemd.machine import ROOT, Machine, machine
+
+UNIT = "nydusd@one.service"
+FILES, FILE_SIZE, CHUNK = 8, 1 << 20, 1 << 16
+READERS = 4
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tree")
+    source = random.Random(3)
+    for number in range(FILES):
+        (root / f"{number:02}").write_bytes(source.randbytes(FILE_SIZE))
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(tree, tmp_path_factory.mktemp("image"), CHUNK)
+
+
+@pytest.fixture
+def node(tmp_path: Path, built: Built) -> Iterator[Machine]:
+    """A machine whose `nydusd@one` is ours, with the image, not started yet. `mnt` in its folder is the mount point."""
+    commands = tmp_path / "prefix" / "bin"
+    commands.mkdir(parents=True)
+    os.symlink(Path(sys.executable).parent / "nydusd", commands / "nydusd")
+    (tmp_path / "mnt").mkdir()
+    with machine(tmp_path) as it:
+        text = (ROOT / "systemd" / "nydusd@.service").read_text().replace("@PREFIX@", str(tmp_path / "prefix"))
+        assert "WatchdogSec=10" in text
+        text = text.replace("WatchdogSec=10", "WatchdogSec=2")
+        (it.units / "nydusd@.service").write_text(text)
+        (tmp_path / "one.env").write_text(f"BOOTSTRAP={built.bootstrap}\nMOUNTPOINT={tmp_path / 'mnt'}\n")
+        (tmp_path / "one.toml").write_text(json.dumps(image_config(built.blob.parent, tmp_path / "cache")))
+        for name in ("one.env", "one.toml"):
+            assert it.run("cp", str(tmp_path / name), "/etc/nydusd").returncode == 0
+        it.systemctl("daemon-reload")
+        yield it
+
+
+def test_is_ready_when_it_serves_and_leaves_nothing_when_it_is_stopped(node: Machine, tmp_path: Path) -> None:
+    node.systemctl("start", UNIT)  # waits for READY=1
+    assert "is mounted at" in node.show(UNIT, "StatusText")
+    assert sorted(node.run("ls", str(tmp_path / "mnt")).stdout.split()) == [f"{n:02}" for n in range(FILES)]
+    node.systemctl("stop", UNIT)
+    assert node.show(UNIT, "Result") == "success"
+    assert node.run("mountpoint", "-q", str(tmp_path / "mnt")).returncode != 0
+    assert node.run("pgrep", "-f", "nydusd").stdout == ""
+    assert node.run("ls", "/run/nydusd", "/dev/shm").stdout.split() == ["/dev/shm:", "/run/nydusd:"]
+
+
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_is_succeeded_under_load_and_no_reader_notices(node: Machine, tree: Path, tmp_path: Path, how: str) -> None:
+    node.systemctl("start", UNIT)
+    before = int(node.show(UNIT, "MainPID"))
+    progress, stop = tmp_path / "progress", tmp_path / "stop"
+    inside = ["nsenter", "--target", str(node._init()), "--mount", "--pid"]
+    verify = [sys.executable, "-m", "tests.support.readers", "verify", str(tmp_path / "mnt"), str(tree)]
+    with subprocess.Popen(
+        [*inside, *verify, str(progress), str(stop), str(READERS), "7"], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as readers:
+        try:
+            for _ in range(3 if how == "killed" else 1):
+                seen = pieces_read(progress)
+                wait_until(lambda seen=seen: pieces_read(progress) > seen or readers.poll() is not None, "readers", 60)  # type: ignore[misc]
+                pid = node.show(UNIT, "MainPID")
+                if how == "killed":
+                    node.systemctl("kill", "--signal=KILL", "--kill-who=main", UNIT)
+                else:
+                    node.systemctl("kill", "--signal=STOP", "--kill-who=main", UNIT)  # the watchdog's case
+                wait_until(
+                    lambda pid=pid: (
+                        node.show(UNIT, "MainPID") not in ("0", pid)  # type: ignore[misc]
+                        and node.show(UNIT, "ActiveState") == "active"
+                    ),
+                    "a successor",
+                    90,
+                )
+            seen = pieces_read(progress)
+            wait_until(lambda: pieces_read(progress) > seen + READERS or readers.poll() is not None, "readers", 60)
+        finally:
+            stop.touch()
+        assert readers.stderr is not None
+        assert readers.wait() == 0, readers.stderr.read() + node.log.read_text()
+    assert pieces_read(progress) > FILES * FILE_SIZE // PIECE
+    assert int(node.show(UNIT, "MainPID")) != before
+    assert "mounting anew" not in node.log.read_text(), node.log.read_text()
+    node.systemctl("stop", UNIT)
+    assert node.run("pgrep", "-f", "nydusd").stdout == ""
