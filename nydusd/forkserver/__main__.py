@@ -1,20 +1,25 @@
 """`python -m nydusd.forkserver FD`: the fork server. Children of the daemon begin as copies of this process.
 
 A fresh interpreter that loads what a child needs takes 0.15 s of a processor and 10 MB; a copy of one that has loaded it takes
-a few milliseconds, and shares the memory. This process does nothing else: one thread, no library's background threads, no
-secret in its memory or environment, nothing open but its socket.
+a few milliseconds, and shares the memory. This process does little else: one thread, no library's background threads, no
+secret in its memory or environment, nothing open but its socket and what it holds.
 
 A request (`client.ForkServer`) is one packet: JSON {module, fds, load}, and the fds. `module` is run as with `python -m`, with
 the spec fd, the first of the fds, on its command line; `fds` are the numbers under which the child finds them all; the modules
 `load` are imported here first, once, so that later children share them too. The answer is {pid} or {errno, error}.
 
+A request {hold: true} brings fds of the FUSE session, to be held for a supervisor to come: then it does not end with the
+present one, but with the mount. The answer is {held}, their numbers here. No child has them.
+
 A child is forked twice: its parent ends at once, so it becomes the supervisor's own child (a subreaper), which sees it end.
 
-What holds after SIGKILL: all children live on. The supervisor starts another fork server. Ends when the supervisor does.
+What holds after SIGKILL: all children live on. The supervisor starts another fork server. Ends when the supervisor does, unless
+it holds what the next one needs, which ends it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gc
@@ -22,6 +27,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import struct
@@ -32,6 +38,8 @@ from nydusd.forkserver.client import FDS_MAX, PACKET_MAX
 
 _PID = struct.Struct("=i")
 _FDS_END = 1 << 20
+_HOLD_SECONDS = 60
+"""How long a mount waits for its next supervisor if all others that served it are gone."""
 
 
 class Task(NamedTuple):
@@ -52,8 +60,11 @@ def main(argv: list[str]) -> int:
     for first, end in ((3, line.fileno()), (line.fileno() + 1, _FDS_END)):  # what the supervisor was given for itself
         os.closerange(first, end)
     _load(argv[1:])
-    task = _serve(line)
+    held: list[int] = []
+    task = _serve(line, held)
     if task is None:
+        if held:
+            _outlive(held[0])
         return 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [task.module, "--spec-fd", str(task.spec_fd)]
@@ -62,7 +73,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _serve(line: socket.socket) -> Task | None:
+def _serve(line: socket.socket, held: list[int]) -> Task | None:
     while True:
         try:
             packet, fds, _, _ = socket.recv_fds(line, PACKET_MAX, FDS_MAX)
@@ -71,6 +82,13 @@ def _serve(line: socket.socket) -> Task | None:
         if not packet:
             return None
         request = json.loads(packet)
+        if "hold" in request:
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            held += fds
+            with contextlib.suppress(ConnectionError):  # noticed when the next request is waited for
+                line.send(json.dumps({"held": fds}).encode())
+            continue
         try:
             _load(request["load"])
             pid = _fork()
@@ -81,6 +99,8 @@ def _serve(line: socket.socket) -> Task | None:
         else:
             if pid == 0:
                 line.close()
+                for fd in held:
+                    os.close(fd)
                 return Task(request["module"], _place(fds, request["fds"]))
             answer = {"pid": pid}
         for fd in fds:
@@ -89,6 +109,16 @@ def _serve(line: socket.socket) -> Task | None:
             line.send(json.dumps(answer).encode())
         except ConnectionError:
             return None
+
+
+def _outlive(session: int) -> None:
+    """The supervisor is gone: hold what is held until the next one has it and ends us, or until the mount is over.
+
+    Not for ever: if there is no front end either, users of the mount are better off with an error than waiting.
+    """
+    poll = select.poll()
+    poll.register(session, 0)
+    poll.poll(_HOLD_SECONDS * 1000)
 
 
 def _load(modules: list[str]) -> None:

@@ -78,6 +78,17 @@ class ForkServer:
             raise OSError(answer["errno"], answer["error"])
         return Process(answer["pid"])
 
+    def hold(self, fds: Sequence[int]) -> list[int]:
+        """Have it hold copies of these fds for a supervisor to come; gives their numbers there. Raises OSError."""
+        held: list[int] = []
+        for start in range(0, len(fds), FDS_MAX):
+            part = fds[start : start + FDS_MAX]
+            answer = self._ask(json.dumps({"hold": True}).encode(), part)
+            if answer is None:
+                raise OSError(errno.ETIMEDOUT, "the fork server does not answer")
+            held += answer["held"]
+        return held
+
     def keep(self) -> None:
         """To be called now and then: if it has ended, start another, so that one is there when it is needed."""
         if self._process is not None and self._process.poll() is not None:

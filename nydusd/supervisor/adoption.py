@@ -18,13 +18,14 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from nydusd.errors import MountError, NydusError
+from nydusd.frontends.fuse import journal
 from nydusd.frontends.fuse.session import Lane, Negotiated, Session, clone
 from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
@@ -55,7 +56,10 @@ class _Lane(msgspec.Struct, array_like=True):
     inode: int
 
 
-class _FrontEnd(msgspec.Struct):
+class _Holder(msgspec.Struct):
+    """A front end, or the fork server, which holds the fds of all lanes."""
+
+    role: str
     index: int
     generation: int
     pid: int
@@ -79,7 +83,7 @@ class _Record(msgspec.Struct):
     parameters: str
     session: _Mounted
     lanes: list[_Lane]
-    frontends: list[_FrontEnd]
+    holders: list[_Holder]
 
 
 class FrontEnd(NamedTuple):
@@ -119,11 +123,12 @@ def parameters(options: FuseOptions, config: Config) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def record_of(session: Session, what: str, children: Sequence[Child]) -> Json:
-    """What a successor must know; `what` are the parameters."""
+def record_of(session: Session, what: str, children: Sequence[Child], keeper: int, held: Sequence[int]) -> Json:
+    """What a successor must know. `what` are the parameters; the process `keeper` holds all fds, under the numbers `held`."""
     lanes = [[*lane, os.fstat(lane.journal).st_ino] for lane in session.lanes]
-    frontends = [
+    holders = [
         {
+            "role": child.role,
             "index": child.index,
             "generation": child.generation,
             "pid": child.pid,
@@ -134,12 +139,16 @@ def record_of(session: Session, what: str, children: Sequence[Child]) -> Json:
         for child in children
         if child.role == "fuse" and child.pid
     ]
+    if held:
+        numbers = [[*held[4 * i : 4 * i + 4], lane[-1]] for i, lane in enumerate(lanes)]
+        row = {"role": "keeper", "index": 0, "generation": 0, "pid": keeper, "start": start_time(keeper), "commit": ""}
+        holders.append(row | {"lanes": numbers})
     return {
         "version": VERSION,
         "parameters": what,
         "session": session.negotiated._asdict() | {"device": session.device},
         "lanes": lanes,
-        "frontends": frontends,
+        "holders": holders,
     }
 
 
@@ -166,16 +175,19 @@ def _take_over(
     if raw.get("version") != VERSION:
         raise MountError(f"its state is of version {raw.get('version')!r}, this release knows {VERSION}")
     record = msgspec.convert(raw, _Record)
-    frontends = list(_alive(record.frontends))
-    for frontend in frontends:
-        on_failure.callback(frontend.process.close)
-    strangers = list(_unrecorded(record, [frontend.process.pid for frontend in frontends]))
-    for stranger in strangers:
-        on_failure.callback(stranger.close)
-        on_failure.callback(end, (stranger.pid, start_time(stranger.pid)))
-    if not frontends and not strangers:
-        raise NotThereError("no front end of a killed nydusd is left")
-    holders = [(f.process, f.lanes) for f in frontends] + [(process, record.lanes) for process in strangers]
+    holders, frontends = [], []
+    for holder in record.holders:
+        with contextlib.suppress(OSError):
+            process = Orphan(holder.pid, holder.start)
+            on_failure.callback(process.close)
+            holders.append((process, holder.lanes))
+            if holder.role == "fuse":
+                frontends.append(FrontEnd(holder.index, holder.generation, holder.commit, process, holder.lanes))
+    known = [frontend.process.pid for frontend in frontends]
+    on_failure.callback(_end_strangers, record, known)
+    holders += [(process, record.lanes) for process in _strangers(record, [process.pid for process, _ in holders])]
+    if not holders:
+        raise NotThereError("nobody is left of a nydusd that was killed")
     lanes = []
     for number in range(len(record.lanes)):
         lanes.append(_lane(holders, number))
@@ -194,10 +206,10 @@ def _take_over(
     records = readable(table.records(), config)
     _check_image(records)
     session.lanes = lanes
-    # Nobody knows how far they got; their lanes' journals are whole, so others can begin there.
-    for stranger in strangers:
-        end((stranger.pid, start_time(stranger.pid)))
-        stranger.close()
+    _end_strangers(record, known)
+    for process, _ in holders:
+        if process.pid not in known:
+            process.close()
     return Former(record.term + 1, session, table, records, [f for f in frontends if 0 <= f.number < len(lanes)])
 
 
@@ -211,20 +223,34 @@ def _check_image(records: Sequence[Recorded]) -> None:
                 raise MountError(f"{recorded.source} is another image than the one that is mounted")
 
 
-def _alive(recorded: Sequence[_FrontEnd]) -> Iterator[FrontEnd]:
-    for row in recorded:
-        with contextlib.suppress(OSError):
-            yield FrontEnd(row.index, row.generation, row.commit, Orphan(row.pid, row.start), row.lanes)
+def _strangers(record: _Record, known: Sequence[int]) -> list[Orphan]:
+    """Processes of a daemon that hold what was ours, but for the known ones.
 
-
-def _unrecorded(record: _Record, known: Sequence[int]) -> Iterator[Orphan]:
-    """Front ends that were started in the supervisor's last moment, before it could note them: they hold the same journal."""
+    Front ends that were started in the supervisor's last moment, before it could note them, or are about to be started.
+    """
+    inodes = {lane.inode for lane in record.lanes}
+    found = []
     for name in os.listdir("/proc"):
         if not name.isdecimal() or int(name) in known or int(name) == os.getpid():
             continue
-        with contextlib.suppress(OSError, IndexError):
-            if os.stat(f"/proc/{name}/fd/{record.lanes[0].journal}").st_ino == record.lanes[0].inode:
-                yield Orphan(int(name), start_time(int(name)))
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{name}/comm").read_bytes().startswith(b"nydusd: ") and any(
+                os.readlink(fd.path).startswith(journal.LINK) and os.stat(fd.path).st_ino in inodes
+                for fd in os.scandir(f"/proc/{name}/fd")
+            ):
+                found.append(Orphan(int(name), start_time(int(name))))
+    return found
+
+
+def _end_strangers(record: _Record, known: Sequence[int]) -> None:
+    """End the fork server, and front ends of which nobody knows how far they got: their journals are whole, others begin there.
+
+    Again until there is none, for the fork server may just have made one.
+    """
+    while strangers := _strangers(record, known):
+        for stranger in strangers:
+            end((stranger.pid, start_time(stranger.pid)))
+            stranger.close()
 
 
 def _lane(holders: Sequence[tuple[Orphan, list[_Lane]]], number: int) -> Lane:
@@ -249,10 +275,10 @@ def _copy(process: Orphan, lane: _Lane, taken: contextlib.ExitStack) -> Lane:
     for number in (lane.fd, lane.journal, lane.interrupt_in, lane.interrupt_out):
         fds.append(process.get_fd(number))
         taken.callback(os.close, fds[-1])
-    device, journal, *pipes = map(os.fstat, fds)
+    device, memory, *pipes = map(os.fstat, fds)
     if (
         device.st_rdev != _FUSE_DEVICE
-        or journal.st_ino != lane.inode
+        or memory.st_ino != lane.inode
         or not all(stat.S_ISFIFO(pipe.st_mode) for pipe in pipes)
     ):
         raise OSError(errno.EBADF, f"process {process.pid} has other file descriptors than were recorded")

@@ -166,16 +166,16 @@ class Supervisor:
         self.images = self.mounts.images
         self._family.session, self._family.mounts = self._session, self.mounts
 
-    def _take(self, record: Json) -> list[int]:
-        """The pids of front ends that a killed supervisor has left and that are ours now."""
+    def _take(self, record: Json) -> list[int] | None:
+        """The pids of front ends that a killed supervisor has left and that are ours now; None if nothing is taken over."""
         if not record or not isinstance(self.options, FuseOptions):
-            return []
+            return None
         from nydusd.supervisor.adoption import take_over
 
         runtime = self._runtime
         self._former = former = take_over(record, self.options, self.config, runtime.folder, runtime.prefix)
         if former is None:
-            return []
+            return None
         runtime.term = former.term
         return [frontend.process.pid for frontend in former.frontends]
 
@@ -379,7 +379,7 @@ class Supervisor:
 
     def _let_go(self) -> None:
         """We cannot serve what we took over: leave it as it is, to the next one. Front ends serve what is cached until then."""
-        self._family.end(without="fuse")
+        self._family.leave()
         if self._listener is not None:
             self._listener.remove()
 

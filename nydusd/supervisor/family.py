@@ -60,6 +60,9 @@ class Family:
         self._runtime = runtime
         self._poller = poller
         self._started = time.monotonic()
+        self._keeper = 0
+        """The fork server's process that holds the session's fds, under the numbers `_held`."""
+        self._held: list[int] = []
         self._watch = Watch(config.nydusd.worker_patience)
         # What fetch workers share (tokens, redirects, which host is down): in memory, inherited by them alone.
         self._shared = os.memfd_create("nydusd-backend", os.MFD_CLOEXEC)
@@ -101,9 +104,22 @@ class Family:
         if self.session is not None and isinstance(self._options, FuseOptions):
             from nydusd.supervisor.adoption import parameters, record_of
 
-            more = record_of(self.session, parameters(self._options, self._config), self.children)
+            self._have_held(self.session)
+            more = record_of(
+                self.session, parameters(self._options, self._config), self.children, self.fork_server.pid, self._held
+            )
         pids = [self.fork_server.pid, *(child.pid for child in self.children)]
         self._runtime.record([pid for pid in pids if pid], more)
+
+    def _have_held(self, session: Session) -> None:
+        """Have the fork server hold the session's fds, too: so nothing is lost when a front end dies with us."""
+        if self.fork_server.pid == self._keeper:
+            return
+        self._keeper, self._held = self.fork_server.pid, []
+        try:
+            self._held = self.fork_server.hold([fd for lane in session.lanes for fd in lane])
+        except OSError as e:
+            log.warning("the fork server holds no file descriptors of the mount: %s", e)
 
     def _log_spec(self) -> Json:
         from nydusd import logs
@@ -169,6 +185,8 @@ class Family:
         if now >= self._watch.next_look():
             self._end_hung(pools, now)
             self.fork_server.keep()
+            if self.session is not None and self.fork_server.pid != self._keeper:
+                self.remember()
             reap_strays(self.children, [self.fork_server.pid])
 
     def _end_hung(self, pools: dict[str, WorkerPool], now: float) -> None:
@@ -185,10 +203,15 @@ class Family:
         """When there is something to do next (`time.monotonic()`)."""
         return min([self._watch.next_look(), *(c.restart_at for c in self.children if c.restart_at is not None)])
 
-    def end(self, *, without: str = "") -> None:
-        """End all processes, but those of the role `without`."""
+    def end(self) -> None:
+        """End all processes."""
         self.fork_server.close()
-        end_all([child for child in self.children if child.role != without], _END_PATIENCE)
+        end_all(self.children, _END_PATIENCE)
+
+    def leave(self) -> None:
+        """End all but the front ends, which hold what a successor needs."""
+        self.fork_server.close()
+        end_all([child for child in self.children if child.role != "fuse"], _END_PATIENCE)
 
     def close(self) -> None:
         for fd in (self._shared, self._lifeline, self._lifeline_end):

@@ -69,11 +69,11 @@ class Runtime:
         """The first number of leases, handles and shared memory that no former supervisor has given out."""
         return (self.term << 32) + 1
 
-    def claim(self, take: Callable[[Json], Collection[int]] = lambda _record: ()) -> None:
+    def claim(self, take: Callable[[Json], Collection[int] | None] = lambda _record: None) -> None:
         """Make the folder ours. Raises MountError when a live daemon has it; ends what a dead one left running.
 
-        `take` is given the dead one's record, {} if there is none, and gives the pids of processes that are taken over: they
-        and what they need stay, and so does the record, until `record` replaces it.
+        `take` is given the dead one's record, {} if there is none, and gives the pids of processes that are taken over, None if
+        nothing is: they and what they need stay, and so does the record, until `record` replaces it.
         """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,15 +81,15 @@ class Runtime:
             self._make_folder()
             record = self._read()
             processes = _processes(record)[1:]
-            # Front ends last: nobody may start another one, or do a job, while we look what there is.
-            spared = {row["pid"] for row in record.get("frontends", ())}
+            # Those that hold what is to be taken come last: nobody may do a job while we look what there is.
+            spared = {row["pid"] for row in record.get("holders", ())}
             _end_all(process for process in processes if process[0] not in spared)
             kept = take(record)
-            _end_all(process for process in processes if process[0] not in kept)
-            self._clear(keep=bool(kept))
+            _end_all(process for process in processes if process[0] not in (kept or ()))
+            self._clear(keep=kept is not None)
         except OSError as e:
             raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
-        if not kept:
+        if kept is None:
             self.record([])
 
     def _clear(self, keep: bool) -> None:

@@ -159,15 +159,25 @@ class TestKilledSupervisor:
             wait_for_role(daemon, "fuse", 2, without=first)
         assert wrong(daemon) == []
 
-    def test_and_all_front_ends_leave_a_dead_mount_that_is_made_anew(
-        self, daemon: Daemon, expect_log: ExpectLog
-    ) -> None:
+    def test_and_all_front_ends_with_it_cost_no_read(self, daemon: Daemon) -> None:
+        for pid in daemon.pids("decompress"):
+            os.kill(pid, signal.SIGSTOP)
+        with blocked_reader(daemon.mountpoint / ONE_CHUNK) as reader:
+            frontends = daemon.pids("fuse")
+            daemon.kill_supervisor()
+            for pid in frontends:
+                os.kill(pid, signal.SIGKILL)
+            daemon.start()
+            assert reader.wait(10) == 0
+        assert wrong(daemon) == []
+
+    def test_and_all_others_leave_a_dead_mount_that_is_made_anew(self, daemon: Daemon, expect_log: ExpectLog) -> None:
         expect_log("detached a dead FUSE mount")
-        frontends = daemon.pids("fuse")
+        others = daemon.pids("fork server") + daemon.pids("fuse")
         daemon.kill_supervisor()
-        for pid in frontends:
+        for pid in others:
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(is_running, frontends)), "the end of all front ends")
+        wait_until(lambda: not any(map(is_running, others)), "the end of them all")
         with pytest.raises(OSError) as raised:
             os.listdir(daemon.mountpoint)
         assert raised.value.errno == errno.ENOTCONN

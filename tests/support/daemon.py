@@ -162,7 +162,7 @@ class Daemon:
         for state in Path(self._environment["NYDUSD_RUNTIME_DIR"]).glob("*/state.json"):
             record = json.loads(state.read_bytes())
             if record["mountpoint"] == str(self.mountpoint):
-                found += [row["pid"] for row in record.get("frontends", ()) if row["pid"] not in found]
+                found += [row["pid"] for row in record.get("holders", ()) if row["pid"] not in found]
         return found
 
     def get(self, path: str, seconds: float = 30.0) -> object:
