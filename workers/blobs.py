@@ -132,13 +132,19 @@ class OpenBlobs:
             return
         spec = BlobSpec.from_json(raw)
         old = self._blobs.pop(spec.handle, None)
+        self._blobs[spec.handle] = OpenBlob(spec, self._backend)
         if old is not None:
             old.close()
-        self._blobs[spec.handle] = OpenBlob(spec, self._backend)
+            self._drop_backend(_settings(old.spec))
+
+    def _drop_backend(self, key: str) -> None:
+        """Close the backend of settings that no blob has any more: other credentials were given, and will be again."""
+        if key in self._backends and all(_settings(blob.spec) != key for blob in self._blobs.values()):
+            self._backends.pop(key).close()
 
     def _backend(self, spec: BlobSpec) -> BlobBackend:
         """Made when it is first read from: a decompress worker needs none for a remote blob, and could not log in."""
-        key = repr((spec.backend, sorted(spec.backend_config.items(), key=lambda item: item[0])))
+        key = _settings(spec)
         if key not in self._backends:
             self._backends[key] = make_backend(spec.backend, spec.backend_config, self._shared_fd)
         return self._backends[key]
@@ -186,3 +192,8 @@ class OpenBlobs:
         if len(self._blobs) > _LIMIT:
             list(self._blobs.values())[-_LIMIT - 1].close()
         return blob
+
+
+def _settings(spec: BlobSpec) -> str:
+    """What tells backends apart."""
+    return repr((spec.backend, sorted(spec.backend_config.items(), key=lambda item: item[0])))

@@ -18,6 +18,7 @@ from nydusd.errors import NydusError
 from nydusd.ipc.messages import DONE, HELLO, JOB, Json, decode, encode
 from nydusd.ipc.spec import read_spec, supervisor_gone
 from workers.blobs import OpenBlobs
+from workers.failure import failure
 
 Handler = Callable[[OpenBlobs, Json], Json]
 
@@ -91,7 +92,7 @@ def _run(handlers: dict[str, Handler], blobs: OpenBlobs, job: Json, complain: Ca
     except NydusError as e:
         if e.traceback:
             complain(f"job {job['kind']} of blob {job.get('handle')} failed by a bug of ours")
-        return {"error": str(e), "errno": e.errno, "type": type(e).__name__}
+        return failure(e)
     except Exception as e:
         complain(f"job {job['kind']} of blob {job.get('handle')} failed by a bug of ours")
         return {"error": f"internal error: {e!r}", "errno": NydusError.errno, "type": "InternalError"}

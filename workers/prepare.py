@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from nydusd.errors import CacheError, FormatError
@@ -18,6 +19,7 @@ from nydusd.formats import open_bootstrap
 from nydusd.formats.blob_meta import check_ci_sizes
 from nydusd.formats.model import ChunkFlag, RawChunk
 from nydusd.ipc.messages import Json
+from nydusd.storage.backend.base import ReadHow
 from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_from_raw, build_tarfs
 from nydusd.storage.cache.load import load_ci, meta_file_bytes, parse_meta_file
 from nydusd.storage.cache.spec import BlobSpec
@@ -83,7 +85,8 @@ def _chunk_table(blob: OpenBlob) -> ChunkTable:
             continue
         except (OSError, FormatError) as e:
             log.warning("blob metadata: %s; fetching it again", str(e))
-    header, ci = load_ci(info, blob.reader(meta=True).read)
+    # The supervisor has it done again when the backend is there again: no need to wait for that here.
+    header, ci = load_ci(info, partial(blob.reader(meta=True).read, how=ReadHow(waits=False)))
     table = build_from_ci(info, ci, header, _raw_chunks(spec))
     stored = _store_meta(blob, meta_file_bytes(header, ci))
     if not stored and table.dict_size:

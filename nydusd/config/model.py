@@ -284,13 +284,18 @@ class Overlay(Table, frozen=True, kw_only=True):
     work_dir: str
 
 
+REMOTE_FETCH_WORKERS: Final = 4
+"""How many fetch workers there are where blobs come over a network, if the configuration does not say."""
+
+
 class Tuning(Table, frozen=True, kw_only=True):
     """Keys of this implementation only (table `nydusd`, in v1 a top-level key). 0 workers = choose."""
 
     front_ends: Annotated[int, Meta(ge=0, le=MAX_THREADS)] = 0
     decompress_workers: Annotated[int, Meta(ge=0, le=MAX_THREADS)] = 0
     fetch_workers: Annotated[int, Meta(ge=0, le=MAX_THREADS)] = 0
-    read_deadline: Annotated[float, Meta(ge=0.1, le=86400)] = 30.0
+    read_deadline: Annotated[float, Meta(ge=0.1, le=86400)] = 60.0
+    """Seconds that a read waits for its bytes: longer than a registry is away when it is started anew."""
     checkpoint_interval: Annotated[float, Meta(ge=0.1, le=86400)] = 5.0
     worker_patience: Annotated[float, Meta(ge=0.1, le=86400)] = 10.0
     """Seconds in which a worker that has a job must show a sign of life; longer than any timeout of the backend."""
@@ -339,4 +344,4 @@ class Config(Table, frozen=True, kw_only=True):
         """How many fetch workers to run: as configured, else 1 for local files and 4 for anything slower."""
         if self.nydusd.fetch_workers:
             return self.nydusd.fetch_workers
-        return 1 if self.backend is None or self.backend.type == "localfs" else 4
+        return 1 if self.backend is None or self.backend.type == "localfs" else REMOTE_FETCH_WORKERS

@@ -189,6 +189,7 @@ class Supervisor:
 
     def _ready(self, what: str) -> None:
         self.state = "RUNNING"
+        self._family.add_fetch_workers()
         self._notifier.send("READY=1", f"STATUS={what}")
         log.info("%s", what)
 
@@ -201,6 +202,8 @@ class Supervisor:
         for child in self.children:
             if child.role == "fuse":
                 child.send(signal.SIGURG)
+        if self.state == "RUNNING":
+            self._family.add_fetch_workers()
 
     def _bind(self) -> None:
         self._sockets = Sockets(self._runtime.front, self._runtime.work)
@@ -208,7 +211,7 @@ class Supervisor:
         self._poller.register(self._front, zmq.POLLIN)
         self._poller.register(self._work, zmq.POLLIN)
         self._poller.register(self._wake, zmq.POLLIN)
-        self.fetch = WorkerPool("fetch", self._send_job, lambda: None)
+        self.fetch = WorkerPool("fetch", self._send_job, lambda: None, self._has_others)
         self.decompress = WorkerPool("decompress", self._send_job, self._prefetch_more)
         rafs = self.config.rafs
         self.router = Router(
@@ -231,6 +234,10 @@ class Supervisor:
             (self.fetch, self.decompress),
             self.router.evictions,
         )
+
+    def _has_others(self, server: str) -> bool:
+        """Whether blobs of other servers than this one are in use."""
+        return any(cache.server not in ("", server) and cache.users > 0 for cache in self.factory.blobs())
 
     def _prefetch_more(self) -> None:
         if self.quota.allows_prefetch():
@@ -312,7 +319,7 @@ class Supervisor:
         alive = self._notifier.wait(now)
         if alive is not None:
             until.append(now + alive)
-        for wait in (self.prefetch.wait(now), self.quota.wait(now)):
+        for wait in (self.prefetch.wait(now), self.quota.wait(now), self.router.outages.wait(now)):
             if wait is not None:
                 until.append(now + max(wait, 0.05))
         return max(0.0, min(until) - now)
@@ -340,6 +347,7 @@ class Supervisor:
                 table.trim()
         self.mounts.collect()
         self.quota.tick(now)
+        self.router.tick()
         # In this order: an idle decompress worker may have prefetch want a blob opened.
         self.decompress.pump()
         self.fetch.pump()

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING
 import zmq
 
 from nydusd.cli.options import FuseOptions
+from nydusd.config.model import REMOTE_FETCH_WORKERS
 from nydusd.errors import NydusError
 from nydusd.ipc.messages import Json
+from nydusd.storage.backend import MODULES
+from nydusd.storage.cache.spec import LOCAL
 from nydusd.supervisor.children import Child, end_all, reap_strays
 from nydusd.supervisor.watch import Watch
 
@@ -72,6 +75,22 @@ class Family:
         self.children.append(child)
         self.launch(child)
 
+    def add_fetch_workers(self) -> None:
+        """Have as many as if the daemon had been started with an image whose blobs come over a network, if it has one."""
+        have = sum(child.role == "fetch" for child in self.children)
+        if have >= REMOTE_FETCH_WORKERS or self._config.nydusd.fetch_workers or not self._backends() - set(LOCAL):
+            return
+        try:
+            for index in range(have, REMOTE_FETCH_WORKERS):
+                self.add(Child("fetch", index, "workers"))
+        except NydusError as e:
+            log.error("%s; trying again", e)
+
+    def _backends(self) -> set[str]:
+        """The kinds of backends that are in use."""
+        images = [] if self.mounts is None else self.mounts.images.values()
+        return {cache.spec.backend for image in images for cache in image.caches}
+
     def adopt(self, child: Child, frontend: FrontEnd) -> None:
         """Fill a place with a front end that outlived another supervisor."""
         child.adopt(frontend)
@@ -91,6 +110,7 @@ class Family:
         else:
             spec |= {"role": child.role, "work": self._runtime.work}
             if child.role == "fetch":
+                child.load = [MODULES[kind] for kind in sorted(self._backends())]
                 fds.append(self._shared)
                 spec["shared_fd"] = self._shared
         child.start(self.fork_server, spec, fds)

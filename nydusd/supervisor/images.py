@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +104,7 @@ class Image:
         self.config = config
         for cache in self.caches:
             if cache.spec.backend_config != table:
-                cache.spec = replace(cache.spec, backend_config=table)
+                cache.configure(table)
 
     def blob(self, index: int) -> BlobCache | None:
         return self.caches[index] if 0 <= index < len(self.caches) else None

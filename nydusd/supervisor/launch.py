@@ -23,6 +23,8 @@ _WINDOW_MOST = 8 << 20
 """Compressed bytes that are fetched ahead of a sequential reader at most (or `amplify`, if that is more)."""
 _WINDOW_REMOTE = 16 << 20
 """The same over a network, by several requests at once, so that round trips overlap."""
+_GROWTH_REMOTE = 4
+"""What a window there is multiplied with each time: a reader waits for round trips as long as it is small."""
 
 Done = Callable[[Job, Answer], None]
 
@@ -62,8 +64,8 @@ class Launch:
     def read_ahead(self, cache: BlobCache, first: int, last: int) -> None:
         """A reader is at these chunks: take along what follows, more and more for one that goes on and on."""
         if self._amplify:
-            most = _WINDOW_REMOTE if cache.remote else _WINDOW_MOST
-            ahead = cache.ahead.plan(cache.meta, first, last, self._amplify, most)
+            most, growth = (_WINDOW_REMOTE, _GROWTH_REMOTE) if cache.remote else (_WINDOW_MOST, 2)
+            ahead = cache.ahead.plan(cache.meta, first, last, self._amplify, most, growth)
             self._start(cache, _hopeful(cache, ahead), Priority.AHEAD)
 
     def prefetch(self) -> Iterable[BlobCache]:

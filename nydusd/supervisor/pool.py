@@ -3,7 +3,8 @@
 One job a worker. A job whose worker died goes to another, first in line; after three deaths it is given up, so that a chunk
 that kills workers does not kill them all. A worker that was killed from outside is hardly the job's fault, unless it is the
 system that ends what eats its memory: that is believed after ten. Jobs of a higher priority go first; within one, in
-order of arrival.
+order of arrival. But no server gets the last worker while another one's blobs are mounted too, and one whose last job failed
+for want of an answer gets one worker at a time: a server that accepts and says nothing must not hold all workers.
 """
 
 from __future__ import annotations
@@ -26,15 +27,28 @@ ATTEMPTS = 3
 """Workers that may die on one job."""
 _KILLS = 10
 """Workers that may be killed from outside while they do it."""
+_OVER_NETWORK = ("fetch", "prepare")
+"""Kinds of jobs that wait for a server; the second only sometimes."""
 
 
 class WorkerPool:
-    """`send(identity, message)` gives a job to a worker; `more()` may submit jobs when a worker would be idle."""
+    """`send(identity, message)` gives a job to a worker; `more()` may submit jobs when a worker would be idle.
 
-    def __init__(self, role: str, send: Callable[[bytes, Json], None], more: Callable[[], None]) -> None:
+    `others(server)` says whether there are blobs of other servers, too.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        send: Callable[[bytes, Json], None],
+        more: Callable[[], None],
+        others: Callable[[str], bool] = lambda server: False,
+    ) -> None:
         self.role = role
         self._send = send
         self._more = more
+        self._others = others
+        self._silent: set[str] = set()
         self._queues: dict[Priority, deque[Job]] = {priority: deque() for priority in Priority}
         self._idle: deque[bytes] = deque()
         self._busy: dict[bytes, Job] = {}
@@ -133,7 +147,7 @@ class WorkerPool:
             job = self._next()
             if job is None:
                 return
-            identity = self._idle.popleft()
+            identity = self._idle.pop()  # the one that worked last: it has the connections
             self._busy[identity] = job
             job.started = time.monotonic()
             message = job.payload | {"kind": job.kind, "id": job.number}
@@ -149,7 +163,23 @@ class WorkerPool:
     def _next(self) -> Job | None:
         if not self.queued():
             self._more()
-        return next((queue.popleft() for queue in self._queues.values() if queue), None)
+        for queue in self._queues.values():
+            for place, job in enumerate(queue):
+                if self._may_begin(job):
+                    del queue[place]
+                    return job
+        return None
+
+    def _may_begin(self, job: Job) -> bool:
+        """Whether a job may have one of the idle workers: all but those that wait for a server always may."""
+        server = _server(job)
+        if not server:
+            return True
+        held = sum(_server(other) == server for other in self._busy.values())
+        if held and server in self._silent and job.kind == "fetch":
+            return False
+        last = len(self._idle) == 1 if server in self._silent else held >= self.size - 1
+        return not last or self.size == 1 or not self._others(server)
 
     def worker_ready(self, identity: bytes) -> None:
         """A new worker has announced itself."""
@@ -172,6 +202,8 @@ class WorkerPool:
         self.jobs_failed += bool(answer.get("error") or answer.get("failed"))
         self.read_bytes[job.priority.name.lower()] += answer.get("read_bytes", 0)
         self.route_bytes.update(answer.pop("routes", {}))
+        if server := _server(job):
+            (self._silent.add if "retry_after" in answer else self._silent.discard)(server)
         if job.cache is not None:
             _count(job.cache, job, answer)
         job.done(job, answer)
@@ -200,6 +232,11 @@ class WorkerPool:
         deaths = job.attempts + job.kills
         log.error("job %s has lost %d workers and is given up", job.kind, deaths)
         job.done(job, {"error": f"{deaths} workers died on it", "errno": errno.EIO, "type": "WorkerDied"})
+
+
+def _server(job: Job) -> str:
+    """The server that a job waits for, empty if it does not."""
+    return job.cache.server if job.cache is not None and job.kind in _OVER_NETWORK else ""
 
 
 def _count(cache: BlobCache, job: Job, answer: Answer) -> None:

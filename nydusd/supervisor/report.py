@@ -86,7 +86,7 @@ def _blob(cache: BlobCache, place: str) -> Json:
         "errors": 0,
         "data_file": None if cache.spec.data_path is None else str(cache.spec.data_path),
         "state": "preparing" if cache.state == "new" else cache.state,
-        "reason": cache.reason,
+        "reason": cache.reason or cache.outage or None,
     }
     segment = cache.segment
     if segment is not None:

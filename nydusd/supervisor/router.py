@@ -25,6 +25,7 @@ from nydusd.storage.cache.requests import Answer, Job, Priority, Request
 from nydusd.supervisor.checkpoints import Checkpoints
 from nydusd.supervisor.evictions import Evictions
 from nydusd.supervisor.launch import Launch
+from nydusd.supervisor.outages import Outages
 from nydusd.supervisor.pool import ATTEMPTS, WorkerPool
 from nydusd.supervisor.room import Room
 from nydusd.supervisor.slots import SlotTable
@@ -44,8 +45,8 @@ Reply = Callable[[bytes, int, int, SlotRef | None], None]
 class Router:
     """`reply(client, number, errno, slot)` answers a front end; `fetch` and `decompress` are the pools.
 
-    `slots` is for chunks on their way to readers, `stage` for stored bytes on their way to a cache file. A request of the
-    backend, with all its retries, takes `deadline` seconds at most.
+    `slots` is for chunks on their way to readers, `stage` for stored bytes on their way to a cache file. Readers wait
+    `deadline` seconds for a backend that cannot be reached, and a request of it takes as long at most.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Router:
         self._room = Room(slots, self._launch.cut, self._launch.start_in)
         self._checkpoints = Checkpoints(factory, fetch, self._reopen)
         self.evictions = Evictions(fetch, self._again, self._reopen)
+        self.outages = Outages(deadline)
         self.backend = {"reads": 0, "read_errors": 0, "read_bytes": 0}
 
     # --- what clients ask -------------------------------------------------------------------------------------
@@ -90,6 +92,7 @@ class Router:
         if flags & LOST and cache.caches and cache.state == "ready":
             self._reopen(cache, "the cache file does not hold what its map promises")
         request = Request(client, number, cache, first, count)
+        self.outages.begin(request)
         self._requests[request.key] = request
         self._serve(request)
 
@@ -122,6 +125,11 @@ class Router:
             if not cache.lost:
                 self.open_blob(cache)
 
+    def tick(self) -> None:
+        """Serve requests again that were put off until now."""
+        for request in self.outages.due():
+            self._serve_if_alive(request)
+
     def waiting(self) -> int:
         """Requests that are not answered yet."""
         return len(self._requests)
@@ -132,7 +140,7 @@ class Router:
         if cache.state == "ready":
             self._admit(request)
         elif cache.state == "failed" and not cache.may_open():
-            self._finish(request, errno.EIO)
+            self._refuse(request)
         else:
             cache.waiting.append(request)
             self.open_blob(cache)
@@ -161,6 +169,7 @@ class Router:
                     del cache.waiters[chunk]
         request.left.clear()
         self._room.leave(request)
+        self.outages.leave(request)
 
     # --- opening blobs ----------------------------------------------------------------------------------------
 
@@ -179,18 +188,27 @@ class Router:
         if error is None:
             try:
                 cache.opened()
+                self.outages.over(cache)
                 log.info("blob %s: %d of %d chunks are in the cache", name, answer["ready"], answer["count"])
             except (NydusError, OSError) as e:
                 error = str(e)
         if error is not None:
-            cache.open_failed(error)
-            log.error("blob %s cannot be opened: %s", name, error)
+            cache.open_failed(error, answer.get("retry_after"))
+            level = logging.WARNING if cache.unreachable else logging.ERROR
+            log.log(level, "blob %s cannot be opened: %s", name, error)
         waiting, cache.waiting = cache.waiting, []
         for request in waiting:
             if cache.state == "failed":
-                self._finish(request, errno.EIO)
+                self._refuse(request)
             else:
                 self._serve(request)
+
+    def _refuse(self, request: Request) -> None:
+        """The blob could not be opened. If its backend was not there, the reader waits until that is tried again."""
+        cache = request.cache
+        wait = max(cache.retry_at - time.monotonic(), 0.0)
+        if not (cache.unreachable and self.outages.put_off(request, wait, str(cache.reason))):
+            self._finish(request, errno.EIO)
 
     def _reopen(self, cache: BlobCache, why: str) -> None:
         """The cache file was changed under us: void all claims, and serve all who waited from a new one.
@@ -225,7 +243,7 @@ class Router:
             self._finish(request, errno.EIO)
             return
         missing = [chunk for chunk in request.chunks if not cache.chunk_map.is_ready(chunk)]
-        failure = next(filter(None, map(cache.failure, missing)), 0)
+        failure = 0 if request.put_off else next(filter(None, map(cache.failure, missing)), 0)
         if failure or not missing:
             self._finish(request, failure)
         elif cache.uses_slots:
@@ -233,7 +251,8 @@ class Router:
         else:
             self._wait_for(request, missing)
             self._launch.miss(cache, missing)
-            self._launch.read_ahead(cache, request.first, request.chunks[-1])
+            if not cache.outage:
+                self._launch.read_ahead(cache, request.first, request.chunks[-1])
 
     def _wait_for(self, request: Request, chunks: Iterable[int]) -> None:
         cache = request.cache
@@ -283,12 +302,17 @@ class Router:
                 cache.chunk_map.clear_pending(chunk)
             if answer.get("type") == "StaleCacheError":
                 self._reopen(cache, answer["error"])
+            elif "retry_after" in answer:
+                self._put_off(job, cache, answer)
             else:
                 self._settle(job, cache, answer)
         self._retry_slots()
 
     def _count(self, job: Job, answer: Answer) -> None:
         """Add up what the backend was asked for; a user's reads take from what prefetch may."""
+        if job.kind == "fetch" and job.cache is not None and answer.get("read_bytes"):
+            self.outages.over(job.cache)
+            job.cache.prefetch_delay = 0.0
         for key in self.backend:
             self.backend[key] += answer.get(key, 0)
         if job.priority is not Priority.PREFETCH and not self._prefetch.idle():
@@ -332,6 +356,27 @@ class Router:
                 self._again(request)
             else:
                 self._finish(request, code)
+
+    def _put_off(self, job: Job, cache: BlobCache, answer: Answer) -> None:
+        """The backend could not be reached: readers wait while they have time, then get the error."""
+        name, first, last = cache.spec.info.blob_id, job.chunks[0], job.chunks[-1]
+        requests = {request: None for chunk in job.chunks for request in cache.waiters.get(chunk, ())}
+        if not requests:  # what nobody has asked for yet may be tried again as soon as somebody does
+            log.debug("blob %s chunks %d…%d: %s", name, first, last, answer["error"])
+            if job.priority is Priority.PREFETCH:
+                self._prefetch.put_back(cache, first, last, answer["retry_after"], time.monotonic())
+        complained = False
+        for request in requests:
+            wanted = request.left.intersection(job.chunks)
+            self._detach(request)
+            if self.outages.put_off(request, answer["retry_after"], answer["error"]):
+                continue
+            if not complained:
+                log.error("blob %s chunks %d…%d: %s; readers have no more time", name, first, last, answer["error"])
+                complained = True
+            for chunk in wanted:
+                cache.failed(chunk, answer["errno"], outage=True)
+            self._finish(request, answer["errno"])
 
     def _note_room(self, cache: BlobCache, why_none: str) -> None:
         """Remember whether the cache folder had room for a job's chunks; `why_none` is empty if it had."""

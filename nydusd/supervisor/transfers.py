@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class Transfers:
     """`filled(job, answer)` is called for each fill job, and with an error for each fetch job that came to nothing.
 
     `count(job, answer)` is told what the backend was asked for. `request_bytes` bounds a request of several chunks, `deadline`
-    (seconds) its duration with all its retries.
+    (seconds) its duration with all its retries where no reader's deadline does.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Transfers:
         def done(job: Job, answer: Answer) -> None:
             self._fetched(transfer, job, answer)
 
-        payload: Answer = {"coff": transfer.at, "bypass": bypass, "deadline": self._deadline}
+        payload: Answer = {"coff": transfer.at, "bypass": bypass}
         job = Job("fetch", transfer.cache, priority, payload, done, chunks)
         transfer.cache.jobs.update(dict.fromkeys(chunks, job))
         return job
@@ -153,8 +154,15 @@ class Transfers:
         self._open.add(transfer)
         job.payload["slot"] = self._place(transfer, transfer.offset, transfer.size)
         job.payload["prefetch"] = job.priority is Priority.PREFETCH
+        job.payload["until"] = self._until(job)
         self._fetching.add(job)
         self._fetch.submit(job)
+
+    def _until(self, job: Job) -> float:
+        """When nobody who waits for a job now does so any more (monotonic seconds)."""
+        assert job.cache is not None
+        waiters = (request for chunk in job.chunks for request in job.cache.waiters.get(chunk, ()))
+        return max((request.until for request in waiters), default=time.monotonic() + self._deadline)
 
     @staticmethod
     def _place(transfer: _Transfer, offset: int, length: int) -> Answer:
@@ -324,6 +332,7 @@ class Transfers:
             job.payload["coff"] = at
             job.payload["slot"] = self._place(transfer, transfer.offset, size)
             job.payload["prefetch"] = False
+            job.payload["until"] = self._until(job)
             self._fetching.add(job)
             self._fetch.submit(job)
 

@@ -165,6 +165,8 @@ def _mounts(daemon: Supervisor, _request: Json) -> Json:
             ready += 0 if cache.segment is None else cache.chunk_map.ready_count()
             if cache.state == "failed":
                 failed.append(f"blob {cache.spec.info.blob_id} cannot be opened: {cache.reason}")
+            elif cache.outage:
+                failed.append(f"readers wait for the backend: {cache.outage}")
         images.append(
             {
                 "mountpoint": image.place,

@@ -6,7 +6,6 @@ The server runs in the test's process, so whatever waits for the mount is read b
 from __future__ import annotations
 
 import base64
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -125,39 +124,6 @@ def test_thousand_readers_of_one_cold_chunk_are_one_request(tmp_path: Path) -> N
             command = [sys.executable, "-m", "tests.support.readers", "storm", str(daemon.mountpoint / BIG)]
             subprocess.run([*command, str(tmp_path / "truth"), "50", "20", str(CHUNK)], check=True, timeout=120)
             assert len(server.requests) == before + 1
-
-
-def test_failing_backend_is_asked_a_few_times_however_many_read(
-    tmp_path: Path, expect_log: Callable[..., None]
-) -> None:
-    """Five failures in a row and the host counts as down, for all workers: then one request in a pause of up to 4 s."""
-    chosen = image("v6-none-sha256")
-    (blob,) = chosen.blobs.iterdir()
-    with registry(chosen) as server:
-        settings = config(server, tmp_path, rafs={"mode": "direct", "batch_size": 0}, nydusd={"read_deadline": 3.0})
-        with Daemon(chosen.bootstrap, chosen.blobs, config=settings) as daemon:
-            (daemon.mountpoint / "bigowner").read_bytes()
-            server.handlers[f"/v2/{REPO}/blobs/sha256:{blob.name}"] = lambda request: Reply(503)
-            before = len(server.requests)
-            names = [name for name, content in truth(chosen.name).items() if content]
-            paths = [os.path.join(os.fsencode(daemon.mountpoint), name) for name in names]
-            expect_log("ERROR")
-            with concurrent.futures.ThreadPoolExecutor(32) as readers:
-                failed = list(readers.map(_fails, paths * 3))
-            assert any(failed)
-            asked = len(server.requests) - before
-            assert 5 <= asked <= 40, asked
-            serve(server, blob.name, blob.read_bytes())
-            wait_until(lambda: not any(map(_fails, paths)), "the backend to be used again", 30)
-            read_all(daemon, chosen)
-
-
-def _fails(path: bytes) -> bool:
-    try:
-        Path(os.fsdecode(path)).read_bytes()
-    except OSError:
-        return True
-    return False
 
 
 def test_only_fetch_workers_and_the_supervisor_hold_credentials(tmp_path: Path) -> None:

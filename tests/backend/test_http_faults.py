@@ -376,7 +376,7 @@ def test_a_breaker_keeps_readers_from_a_dead_host(server: Faulty) -> None:
             with pytest.raises(BackendUnavailableError):
                 read(backend)
         assert server.count() == 5
-        with pytest.raises(BackendUnavailableError, match="is down, so it was not asked") as caught:
+        with pytest.raises(BackendUnavailableError, match=r"is down \(.*\), so it was not asked") as caught:
             read(backend)
         assert caught.value.retry_after > 10
         hosts = backend.state()["hosts"]

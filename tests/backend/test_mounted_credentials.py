@@ -71,6 +71,25 @@ def test_new_credentials_are_taken_from_dockers_file_while_the_daemon_runs(tree:
         assert not re.search("WARN .*blob", mounted.log()) and "another-password" not in mounted.log()
 
 
+def test_new_credentials_are_given_by_the_api(tree: Tree, hub: Hub, expect_log: Callable[..., None]) -> None:
+    """They are used at once, by every worker, also for what was refused a moment ago; the old connections are closed."""
+    expect_log(FAILED)
+    hub.users = set()
+    memory = {"failure_memory": 3600}
+    with Mounted(tree, {"host": hub.server.host, **memory}, tuning={"fetch_workers": 2}) as mounted:
+        assert mounted.read(NAMES[0]) == errno.EIO
+        renewed = "dXNlcjphbm90aGVyLXBhc3N3b3Jk"  # user:another-password
+        hub.users = {renewed}
+        body = json.dumps({"registry_auth": renewed}).encode()
+        assert mounted.daemon.request("PUT", "/api/v1/config?id=/", body)[0] == 204
+        assert all(mounted.is_right(name) for name in NAMES)
+        answer = mounted.daemon.get("/api/v1/nydusd/workers")
+        assert isinstance(answer, dict)
+        assert all(row.get("connections", {}).get(hub.server.host, 0) <= 1 for row in answer["processes"])
+        assert renewed not in mounted.log() and "another-password" not in mounted.log()
+        assert hub.server.count("/token") < 20
+
+
 def test_metadata_that_could_not_be_had_is_asked_for_again(
     tree: Tree, hub: Hub, expect_log: Callable[..., None]
 ) -> None:

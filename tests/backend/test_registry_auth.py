@@ -21,7 +21,6 @@ from nydusd.storage.backend.http.breaker import Policy
 from nydusd.storage.backend.http.fetch import Timing
 from nydusd.storage.backend.registry.challenge import Challenge, parse_challenges
 from nydusd.storage.backend.registry.credentials import CredentialSource
-from nydusd.storage.backend.registry.given import give_credentials
 from tests.support.backends import REPO, Blob, registry_backend
 from tests.support.certificates import Authority
 from tests.support.faulty_server import Faulty, Handler, Reply, Request, faulty, part_of
@@ -323,48 +322,19 @@ def test_a_token_server_by_no_usable_url_is_an_error(hub: Hub, realm: str) -> No
     assert hub.server.count() == 1
 
 
-def test_new_credentials_are_used_from_the_next_read_on(hub: Hub) -> None:
+def test_what_was_refused_to_one_is_asked_for_as_another_at_once(hub: Hub) -> None:
+    """Other credentials make another backend; what the workers share outlives it."""
     hub.users = {NEW}
-    with registry_backend(hub.server.host, auth=OLD) as backend:
-        reader = backend.get_reader(BLOB.id)
-        with pytest.raises(CredentialsRejectedError):
-            reader.read(0, 10)
-        give_credentials(backend.store, table(hub), NEW)
-        assert bytes(reader.read(0, 10)) == BLOB.data[:10]
-
-
-def test_credentials_that_are_given_reach_every_worker_and_its_successor(hub: Hub) -> None:
-    hub.users = {NEW}
-    with registry_backend(hub.server.host, auth=OLD) as one:
-        with registry_backend(hub.server.host, one.store.fileno(), auth=OLD) as two:
-            for backend in (one, two):
-                with pytest.raises(CredentialsRejectedError):
-                    backend.get_reader(BLOB.id).read(0, 10)
-            give_credentials(one.store, table(hub), NEW)
-            for backend in (one, two):
-                assert bytes(backend.get_reader(BLOB.id).read(0, 10)) == BLOB.data[:10]
-        with registry_backend(hub.server.host, one.store.fileno(), auth=OLD) as successor:
-            assert bytes(successor.get_reader(BLOB.id).read(0, 10)) == BLOB.data[:10]
-        assert hub.given == 1
-
-
-def test_new_credentials_that_are_wrong_do_not_spoil_a_token_that_is_good(hub: Hub) -> None:
-    with registry_backend(hub.server.host, auth=OLD) as backend:
-        reader = backend.get_reader(BLOB.id)
-        reader.read(0, 10)
-        give_credentials(backend.store, table(hub), NEW)
-        for _ in range(3):
-            assert bytes(reader.read(0, 10)) == BLOB.data[:10]
-        assert hub.given == 1
-
-
-def test_credentials_of_another_form_are_refused_without_showing_them(hub: Hub) -> None:
-    with registry_backend(hub.server.host, auth=OLD) as backend:
-        for wrong in (SECRETS[1], base64.b64encode(SECRETS[1].encode()).decode()):
-            with pytest.raises(ConfigError, match="registry_auth: must be base64") as caught:
-                give_credentials(backend.store, table(hub), wrong)
-            assert wrong not in str(caught.value)
-        assert bytes(backend.get_reader(BLOB.id).read(0, 10)) == BLOB.data[:10]
+    with registry_backend(hub.server.host, auth=OLD) as old:
+        for _ in range(2):
+            with pytest.raises(CredentialsRejectedError):
+                old.get_reader(BLOB.id).read(0, 10)
+        asked = hub.server.count()
+        with registry_backend(hub.server.host, old.store.fileno(), auth=NEW) as new:
+            assert bytes(new.get_reader(BLOB.id).read(0, 10)) == BLOB.data[:10]
+        with pytest.raises(CredentialsRejectedError, match="as a moment ago"):
+            old.get_reader(BLOB.id).read(0, 10)
+        assert hub.server.count() - asked <= 3
 
 
 def test_docker_config_is_used_and_read_again_when_it_is_renewed(hub: Hub, tmp_path: Path) -> None:

@@ -124,6 +124,17 @@ class TestWorkers:
         assert lines[1].endswith("stopped")
         assert lines[2].endswith("busy: fill")
 
+    def test_says_where_connections_are_open(
+        self, api: ApiProcess, capsys: pytest.CaptureFixture[str], daemon: Daemon
+    ) -> None:
+        connected = process("fetch", 0, 0, 1) | {"connections": {"registry.example.org": 1, "10.0.0.1:5000": 2}}
+        daemon.by_op["workers"] = {"processes": [connected], "uptime": 1}
+        assert (
+            ctl(api, capsys, "workers")
+            .splitlines()[1]
+            .endswith("idle, connected to registry.example.org, 10.0.0.1:5000 (2)")
+        )
+
 
 class TestCache:
     def test_map(self, api: ApiProcess, daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ TUNING = {
     "front_ends": 0,
     "decompress_workers": 0,
     "fetch_workers": 0,
-    "read_deadline": 30.0,
+    "read_deadline": 60.0,
     "checkpoint_interval": 5.0,
     "worker_patience": 10.0,
     "arena_size": 64 << 20,

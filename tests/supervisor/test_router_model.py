@@ -26,6 +26,7 @@ class Bad(Enum):
     DISK_FULL = auto()
     FILE_REPLACED = auto()
     ERROR = auto()
+    NO_BACKEND = auto()
 
 
 class Machine(RuleBasedStateMachine):
@@ -134,6 +135,8 @@ class Machine(RuleBasedStateMachine):
         elif kind == "fetch" and how is Bad.CHUNKS_FAIL:
             error = {"error": "the blob is too short", "errno": errno.EIO, "type": "RangeNotSatisfiableError"}
             self.world.done(identity, error)
+        elif kind in ("fetch", "prepare") and how is Bad.NO_BACKEND:
+            self.world.out(identity, float(len(some)))
         elif kind == "prepare" and how is Bad.CHUNKS_FAIL:
             self.world.prepared(identity, ready=some)
         elif kind == "checkpoint" and how is Bad.FILE_REPLACED:
@@ -170,6 +173,7 @@ class Machine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.1, 1.0, 6.0, 31.0]))
     def time_passes(self, seconds: float) -> None:
         self.world.clock.now += seconds
+        self.world.router.tick()
 
     @rule(blob=st.integers(0, 1), first=st.integers(0, CHUNKS - 1), size=st.sampled_from([-1, 1, 4]))
     def prefetch(self, blob: int, first: int, size: int) -> None:

@@ -153,7 +153,7 @@ class TestDamaged:
         world.pump()
         world.fetched(b"fetch-0")
         world.pump()
-        world.filled(b"decompress-0", failed=[4])
+        world.filled(b"decompress-1", failed=[4])
         world.ask(B, 3, world.far, 20, 1, LOST)
         world.settle()
         assert sorted(codes(world)) == [(1, 0), (2, 0), (3, 0)]

@@ -23,7 +23,7 @@ from nydusd.storage.cache.manager import CacheConfig
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Job, Priority, Request
 from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Identity, Segment, names, remove
-from nydusd.supervisor import launch, transfers
+from nydusd.supervisor import launch, outages, transfers
 from nydusd.supervisor import router as router_module
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
@@ -57,6 +57,8 @@ class World:
         patch.setattr(blob_cache, "time", self.clock)
         patch.setattr(router_module, "time", self.clock)
         patch.setattr(launch, "time", self.clock)
+        patch.setattr(outages, "time", self.clock)
+        patch.setattr(transfers, "time", self.clock)
         patch.setattr(launch, "_JOB_BYTES", 32 << 10)
         patch.setattr(transfers, "_FILL_BYTES", 32 << 10)
         patch.setattr(transfers, "MIN_REQUEST", 8 << 10)
@@ -271,8 +273,13 @@ class World:
     def fail(self, identity: bytes) -> None:
         self.done(identity, {"error": "no such blob", "errno": errno.EIO, "type": "NoSuchBlobError"})
 
+    def out(self, identity: bytes, retry_after: float = 0.0) -> None:
+        """The worker's job ends because the backend is not there."""
+        error: Json = {"error": "is down", "errno": errno.EIO, "type": "BackendUnavailableError"}
+        self.done(identity, error | {"retry_after": retry_after, "reads": 1, "read_errors": 1, "read_bytes": 0})
+
     def settle(self) -> None:
-        """Let healthy workers finish all that is asked for, while clients give back what they get."""
+        """Let healthy workers finish all that is asked for, while clients give back what they get and time passes."""
         for number in range(2):
             for role in ("fetch", "decompress"):
                 self.worker(role, b"healthy-%d" % number + role.encode())
@@ -280,6 +287,11 @@ class World:
             while self.leases:
                 self.router.release(self.leases.pop())
             self.pump()
+            wait = self.router.outages.wait(self.clock.now)
+            if not self.sent and wait is not None:
+                self.clock.now += wait
+                self.router.tick()
+                continue
             if not self.sent:
                 break
             self.finish(next(iter(self.sent)))
@@ -348,6 +360,7 @@ class World:
     def _check_request(self, request: Request) -> None:
         cache = request.cache
         waits = [request in cache.waiting, bool(request.left), request in self.router._room._line]
+        waits.append(self.router.outages.waits(request))
         assert waits.count(True) == 1, f"a request waits for {waits.count(True)} things"
         if request in cache.waiting:
             assert cache.state == "preparing", "nobody prepares the blob that a request waits for"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 MOUNTED = "tests/backend/test_mounted_faults.py::test_a_fault_and_its_end"
-ORIGIN = "tests/backend/test_mounted_faults.py::test_an_origin_that_goes_away_under_load_and_comes_back"
-STORM = "tests/backend/test_mounted_faults.py::test_sixty_four_readers_of_a_dead_origin_are_few_requests"
+_OUTAGE = "tests/backend/test_mounted_outage.py::test_"
+ORIGIN = f"{_OUTAGE}registry_that_is_stopped_under_load_and_started_again_costs_its_readers_a_delay"
+STORM = f"{_OUTAGE}sixty_four_readers_of_a_dead_origin_are_few_requests"
+SILENT = f"{_OUTAGE}silent_token_server_holds_no_reader_of_another_host"
 PROXY = "tests/backend/test_mounted_proxy.py::test_what_a_proxy_gives_instead_of_the_blob_comes_from_the_origin"
 FALLBACK = "tests/backend/test_mounted_proxy.py::test_all_bytes_come_by_the_proxy_until_it_dies"
 CREDENTIALS = "tests/backend/test_mounted_credentials.py::test_expired_credentials_end_neither_the_mount_nor_the_daemon"
@@ -17,6 +19,7 @@ CONNECT = "tests/backend/test_http_connect.py::test_a_connection_that_is_not_acc
 DATA = "the data"
 LATE = "the data, a little later"
 ERROR = "EIO; the data when that is over"
+LATE_ERROR = "EIO after `read_deadline`; the data when that is over"
 
 
 class Row(NamedTuple):
@@ -39,7 +42,7 @@ ROWS = [
     Row("500", LATE, "status 500", MOUNTED),
     Row("503", LATE, "status 503", MOUNTED),
     Row("503 with Retry-After", "the data, after that time", "status 503", MOUNTED),
-    Row("500 for ever", ERROR, "status 500", MOUNTED),
+    Row("500 for ever", LATE_ERROR, "status 500", MOUNTED),
     Row("reset before the answer", LATE, "the connection broke", MOUNTED),
     Row("reset in mid-body", LATE, "the connection broke in the body", MOUNTED),
     Row("body shorter than its right Content-Length", LATE, "the body is shorter than it should be", MOUNTED),
@@ -57,8 +60,14 @@ ROWS = [
     Row("wrong bytes", LATE, "the chunk, both digests; read once more", MOUNTED),
     Row("wrong bytes for ever", ERROR, "the chunk, both digests, twice", MOUNTED),
     Row("each connection closed", DATA, "—", MOUNTED),
-    Row("origin down under load, and back", ERROR, "the connection broke; counts as down", ORIGIN),
-    Row("origin down, 64 readers at once", "EIO", "counts as down", STORM),
+    Row("origin down under load, and back", LATE, "no connection to it; counts as down; answers again", ORIGIN),
+    Row(
+        "origin down for longer than `read_deadline`, 64 readers at once",
+        LATE_ERROR,
+        "counts as down; readers have no more time",
+        STORM,
+    ),
+    Row("token server that accepts and says nothing", LATE_ERROR, "no token: no answer in time", SILENT),
     Row("proxy that answers 200 with a page", LATE, "wrong answer … by proxy … another way is tried", PROXY),
     Row("proxy that dies", LATE, "no connection by the proxy … another way is tried", FALLBACK),
     Row("expired credentials at start", ERROR, "status 401, credentials are missing, wrong or expired", CREDENTIALS),

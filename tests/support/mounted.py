@@ -34,6 +34,7 @@ class Tree:
         tree.mkdir(parents=True)
         self.contents = {name: source.randbytes(CHUNK) for name in names}
         for name, content in self.contents.items():
+            (tree / name).parent.mkdir(exist_ok=True)
             (tree / name).write_bytes(content)
         built = build(tree, folder / "image", CHUNK, plain=folder / "plain")
         self.bootstrap = built.bootstrap
@@ -60,7 +61,7 @@ class Hub:
         self.refusal = 401
         self.given = 0
         server.handlers[self.path] = self._blob
-        server.handlers["/token"] = self._token
+        server.handlers["/token"] = self.token
 
     def part(self, request: Request) -> Reply:
         """The right answer."""
@@ -77,7 +78,8 @@ class Hub:
             return self.part(request)
         return step if isinstance(step, Reply) else step(request)
 
-    def _token(self, request: Request) -> Reply:
+    def token(self, request: Request) -> Reply:
+        """The right answer of the token server."""
         if request.headers.get("authorization", "").removeprefix("Basic ") not in self.users:
             return Reply(401)
         with self.server.lock:

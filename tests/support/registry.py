@@ -112,14 +112,19 @@ class DockerRegistry:
                 }
             }
         (folder / "config.yml").write_text(json.dumps(config))
+        self._folder = folder
         self._log = (folder / "log").open("wb")
+        self.start()
+
+    def start(self) -> None:
+        """Start the process, at first and after `stop`."""
         self._process = subprocess.Popen(
-            ["docker-registry", "serve", str(folder / "config.yml")], stdout=self._log, stderr=self._log
+            ["docker-registry", "serve", str(self._folder / "config.yml")], stdout=self._log, stderr=self._log
         )
         started = becomes_true(self._listens, 15.0)
         if not started:
             self.close()
-            raise AssertionError(f"docker-registry did not start: {(folder / 'log').read_text()[-2000:]}")
+            raise AssertionError(f"docker-registry did not start: {(self._folder / 'log').read_text()[-2000:]}")
 
     def push(self, repo: str, data: bytes, digest: str, headers: Mapping[str, str] | None = None) -> None:
         """Store a blob by the distribution API."""
@@ -141,10 +146,14 @@ class DockerRegistry:
             done = manager.request("PUT", url, body=manifest, headers={"Content-Type": media_type, **(headers or {})})
             assert done.status == 201, done.data
 
-    def close(self) -> None:
-        """End the process."""
+    def stop(self) -> None:
+        """End the process and all its connections; nobody listens at its address then."""
         self._process.terminate()
         self._process.wait(10)
+
+    def close(self) -> None:
+        """End the process for good."""
+        self.stop()
         self._log.close()
 
     def _listens(self) -> bool:

@@ -1,7 +1,8 @@
 """`nydusctl workers`: the processes of the daemon (GET /api/v1/nydusd/workers; this implementation only).
 
 One line a process: its role and number, pid, generation (how many processes this place has had), which build it runs, what
-it does, how many jobs it has done, and its memory: RSS, and PSS, in which shared pages count for their share only.
+it does, how many jobs it has done, and its memory: RSS, and PSS, in which shared pages count for their share only. Behind
+what it does stands where it has connections open, as of the end of its last job.
 """
 
 from __future__ import annotations
@@ -10,7 +11,18 @@ import argparse
 from collections.abc import Iterator
 
 from nydusd.cli.ctl.connection import Api
-from nydusd.cli.ctl.text import MISSING, duration, list_at, number_at, one_line, size, table, text_at
+from nydusd.cli.ctl.text import (
+    MISSING,
+    duration,
+    list_at,
+    number_at,
+    one_line,
+    printable,
+    size,
+    table,
+    table_at,
+    text_at,
+)
 from nydusd.cli.ctl.verb import Verb
 
 PATH = "/api/v1/nydusd/workers"
@@ -52,7 +64,10 @@ def state_of(process: object) -> str:
     state, job = text_at(process, "state"), text_at(process, "busy")
     if text_at(process, "kernel_state") in _STOPPED:
         state = "stopped"
-    return state if job == MISSING else f"{state}: {job}"
+    text = state if job == MISSING else f"{state}: {job}"
+    open_now = table_at(process, "connections")
+    hosts = [printable(host) + (f" ({number})" if number != 1 else "") for host, number in open_now.items()]
+    return f"{text}, connected to {', '.join(hosts)}" if hosts else text
 
 
 VERB = Verb(("workers",), "the processes of the daemon, what they do and what memory they take", run)

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from nydusd.errors import UnsupportedError
 from nydusd.storage.backend.base import BlobBackend
 
-SUPPORTED = ("localfs", "localdisk", "registry", "oss", "s3", "http-proxy")
+MODULES = {
+    "localfs": f"{__name__}.localfs",
+    "localdisk": f"{__name__}.localdisk",
+    "registry": f"{__name__}.registry.backend",
+    "oss": f"{__name__}.oss",
+    "s3": f"{__name__}.s3",
+    "http-proxy": f"{__name__}.http_proxy",
+}
+"""What `make_backend` imports for each kind: whoever knows which kind is needed may have it imported before."""
+SUPPORTED = tuple(MODULES)
 
 
 def make_backend(kind: str, config: Mapping[str, object], shared_fd: int = -1) -> BlobBackend:

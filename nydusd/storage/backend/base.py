@@ -44,11 +44,13 @@ class ReadHow:
     """How to read. `prefetch`: nobody waits for it. `deadline`: `time.monotonic()` when whoever waits gives up.
 
     `bypass`: ask the origin itself, past proxies, mirrors and remembered redirects, because what they gave was wrong.
+    `waits`: a host that is down, or that wants no requests for a while, may be waited for; if not, the read fails at once.
     """
 
     prefetch: bool = False
     deadline: float | None = None
     bypass: bool = False
+    waits: bool = True
 
 
 USER = ReadHow()
@@ -61,7 +63,7 @@ class BackendMetrics:
     `read_amount` is bytes that were really given, `over_read` bytes that were received and thrown away. `retries` counts
     by class (transient, throttled, auth), `route_bytes` bytes by the way on which they came (origin, proxy, mirror).
     `latency_sum` is seconds by size class, `latency_count` reads by size class, `latency_matrix` reads by size class and
-    latency class.
+    latency class. `waited` is seconds between requests and the first bytes of their answers.
     """
 
     read_count: int = 0
@@ -71,6 +73,7 @@ class BackendMetrics:
     requests: int = 0
     token_requests: int = 0
     redirect_hits: int = 0
+    waited: float = 0.0
     retries: Counter[str] = field(default_factory=Counter)
     route_bytes: Counter[str] = field(default_factory=Counter)
     latency_sum: list[float] = field(default_factory=lambda: [0.0] * (len(SIZE_CLASSES) + 1))
@@ -93,6 +96,11 @@ class BlobReader(ABC):
     def __init__(self, blob_id: str, metrics: BackendMetrics) -> None:
         self.blob_id = blob_id
         self._metrics = metrics
+
+    @property
+    def waited(self) -> float:
+        """Seconds that its backend has waited for answers to begin, so far."""
+        return self._metrics.waited
 
     @abstractmethod
     def blob_size(self) -> int:

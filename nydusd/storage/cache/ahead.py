@@ -1,7 +1,7 @@
 """ReadAhead: what to fetch before readers of a blob ask for it, because they read on from where they are.
 
-Plain tables of the supervisor. A few readers of one blob are told apart by where they are; each has a window, which is twice
-as long whenever its reader comes near the end of what was fetched ahead of it.
+Plain tables of the supervisor. A few readers of one blob are told apart by where they are; each has a window, which grows
+whenever its reader comes near the end of what was fetched ahead of it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ class ReadAhead:
         """Chunk numbers or states mean something else now."""
         self._streams.clear()
 
-    def plan(self, meta: BlobMetaInfo, first: int, last: int, least: int, most: int) -> list[int]:
+    def plan(self, meta: BlobMetaInfo, first: int, last: int, least: int, most: int, growth: int = 2) -> list[int]:
         """A reader is at chunks `first` to `last`: what is to be fetched behind them and is not ready.
 
-        `least` compressed bytes are for a reader that was not seen before, `most` for one that goes on and on.
+        `least` compressed bytes are for a reader that was not seen before, `most` for one that goes on and on: each time
+        `growth` times as many.
         """
         stream = next((s for s in reversed(self._streams) if s.start <= first <= s.end + _NEAR), None)
         if stream is None:
@@ -56,6 +57,6 @@ class ReadAhead:
         under_way = meta.distance(last, begin)
         if under_way > stream.window // 2:
             return []
-        stream.window = max(least, min(stream.window * 2, most))
+        stream.window = max(least, min(stream.window * growth, most))
         chunks, stream.end = meta.ahead(begin, stream.window - under_way)
         return chunks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nydusd.errors import InternalError, NydusError
 from nydusd.storage.cache.ahead import ReadAhead
@@ -19,8 +20,9 @@ from nydusd.storage.state.chunk_map import ChunkMap
 from nydusd.storage.state.map_file import forget_deleted
 from nydusd.storage.state.segment import Segment, names, remove
 
-_BACK_OFF, _POISON = (0.1, 5.0), (60.0, 3600.0)
+_BACK_OFF, _POISON, _OUTAGE = (0.1, 5.0), (60.0, 3600.0), (0.5, 0.5)
 _PREPARE_FIRST, _PREPARE_MOST = 1.0, 30.0
+_REACH_FIRST, _REACH_MOST = 0.1, 4.0
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class BlobCache:
 
     def __init__(self, spec: BlobSpec) -> None:
         self.spec = spec
+        self.server = spec.server
         self.users = 0
         self.backend = BackendCounts()
         self.prefetch = PrefetchCounts()
@@ -47,6 +50,8 @@ class BlobCache:
         self.state = "new"  # new, preparing, ready, failed
         self.lost = False  # its cache file was taken from under it, and nobody has asked for it since
         self.reason: str | None = None
+        self.outage = ""  # why readers wait for the backend
+        self.unreachable = False  # it failed because its backend could not be reached: readers wait
         self.segment: Segment | None = None
         self.waiting: list[Request] = []
         self.jobs: dict[int, Job] = {}
@@ -54,11 +59,12 @@ class BlobCache:
         self.stored = 0  # ready chunks at the last checkpoint, -1: not known
         self.checkpointing = False  # or chunks are being taken out: never both
         self.pinned = False  # the kernel reads the cache file by itself: nothing may be taken out
+        self.prefetch_at = self.prefetch_delay = 0.0  # not before, because the backend could not be reached
         self.no_room_until = 0.0  # 0: the cache folder had room the last time
         self.ahead = ReadAhead()
         self._failures: dict[int, tuple[int, float, float]] = {}
         self.retry_at = 0.0  # when a failed blob may be opened again
-        self._retry_delay = _PREPARE_FIRST
+        self._retry_delay = 0.0
 
     @property
     def handle(self) -> int:
@@ -93,7 +99,7 @@ class BlobCache:
         # Some of them may come from the segment of a daemon that was killed before it could store its map.
         self.stored = -1 if self.chunk_map.ready_count() else 0
         self.state, self.reason, self.lost = "ready", None, False
-        self._retry_delay = _PREPARE_FIRST
+        self._retry_delay = 0.0
 
     def take_over(self) -> None:
         """Go on with the segment of a daemon that was killed: what it had claimed is free. All its workers are gone.
@@ -108,11 +114,15 @@ class BlobCache:
         self.spec = replace(self.spec, generation=self.segment.generation)
         self.chunk_map.end_claims()
 
-    def open_failed(self, reason: str) -> None:
-        """The job `prepare` failed; readers get EIO until it may be tried again (1 s, doubling to 30 s)."""
-        self.state, self.reason = "failed", reason
-        self.retry_at = time.monotonic() + self._retry_delay
-        self._retry_delay = min(self._retry_delay * 2, _PREPARE_MOST)
+    def open_failed(self, reason: str, retry_after: float | None = None) -> None:
+        """The job `prepare` failed; readers get EIO until it may be tried again (1 s, doubling to 30 s).
+
+        With `retry_after` the backend could not be reached: readers wait (0.1 s, doubling to 4 s, and so many seconds).
+        """
+        self.state, self.reason, self.unreachable = "failed", reason, retry_after is not None
+        first, most = (_REACH_FIRST, _REACH_MOST) if self.unreachable else (_PREPARE_FIRST, _PREPARE_MOST)
+        self._retry_delay = min(max(self._retry_delay * 2, first), most)
+        self.retry_at = time.monotonic() + max(self._retry_delay, retry_after or 0.0)
 
     def may_open(self) -> bool:
         return self.state == "new" or (self.state == "failed" and time.monotonic() >= self.retry_at)
@@ -125,12 +135,20 @@ class BlobCache:
         self.jobs.clear()
         self.waiters.clear()
 
-    def failed(self, chunk: int, errno: int, *, poison: bool = False) -> None:
+    def configure(self, backend_config: dict[str, Any]) -> None:
+        """Have the backend asked with other settings from the next job on; what has failed with the old ones may go well."""
+        self.spec = replace(self.spec, backend_config=backend_config)
+        self.server = self.spec.server
+        self.retry_at = 0.0
+        self._failures.clear()
+
+    def failed(self, chunk: int, errno: int, *, poison: bool = False, outage: bool = False) -> None:
         """Remember a failure: new readers get it at once until the back-off is over (100 ms, doubling to 5 s).
 
-        `poison`: workers died on it, which must not go on (1 min, doubling to 1 h).
+        `poison`: workers died on it, which must not go on (1 min, doubling to 1 h). `outage`: readers have waited for the
+        backend long enough; the kernel, which asks once more for what a read-ahead did not get, is not to wait again (500 ms).
         """
-        first, most = _POISON if poison else _BACK_OFF
+        first, most = _POISON if poison else _OUTAGE if outage else _BACK_OFF
         _, _, delay = self._failures.get(chunk, (0, 0.0, 0.0))
         delay = min(max(delay * 2, first), most)
         self._failures[chunk] = (errno, time.monotonic() + delay, delay)

@@ -17,6 +17,7 @@ from nydusd.storage.state.segment import EMPTY, VERIFY
 _BURST = 16 << 20
 _TINY = 1e-3
 """Seconds that are not worth waiting: without that, who waited as told may be told, by rounding, to wait on."""
+_PAUSE_FIRST, _PAUSE_MOST = 1.0, 60.0
 _GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
 
 
@@ -63,6 +64,12 @@ class PrefetchWorker:
         """Queue chunks; count < 0 means to the end of the blob."""
         self._runs.append((cache, first, count))
 
+    def put_back(self, cache: BlobCache, first: int, last: int, retry_after: float, now: float) -> None:
+        """A batch could not be had from the backend: leave that alone for `retry_after` seconds (1 s, doubling to 60 s)."""
+        cache.prefetch_delay = min(max(cache.prefetch_delay * 2, _PAUSE_FIRST), _PAUSE_MOST)
+        cache.prefetch_at = now + max(cache.prefetch_delay, retry_after)
+        self._aside.setdefault(cache, deque()).appendleft((cache, first, last + 1 - first))
+
     def cancel(self, cache: BlobCache) -> None:
         """Forget what is queued of a blob."""
         self._runs = deque(run for run in self._runs if run[0] is not cache)
@@ -79,7 +86,7 @@ class PrefetchWorker:
         """Seconds until `take` may give more by the passing of time alone; None if only an event can bring that."""
         until = [now + wait] if self._runs and (wait := self.limiter.wait(now)) else []
         until += [cache.retry_at for cache in self._aside if cache.state == "failed"]
-        until += [cache.no_room_until for cache in self._aside if cache.state == "ready"]
+        until += [max(cache.no_room_until, cache.prefetch_at) for cache in self._aside if cache.state == "ready"]
         return max(0.0, min(until) - now) if until else None
 
     def take(
@@ -91,13 +98,13 @@ class PrefetchWorker:
         """
         if self.limiter.wait(now) > 0:
             return None
-        for cache in [cache for cache in self._aside if _can_be_filled(cache)]:
+        for cache in [cache for cache in self._aside if _can_be_filled(cache, now)]:
             self._runs.extendleft(reversed(self._aside.pop(cache)))
         while self._runs:
             if not may(self._runs[0][0]):
                 return None
             run = self._runs.popleft()
-            if not _can_be_filled(run[0]):
+            if not _can_be_filled(run[0], now):
                 self._aside.setdefault(run[0], deque()).append(run)
                 continue
             batch = self._batch(run, now)
@@ -132,6 +139,9 @@ class PrefetchWorker:
         return batch
 
 
-def _can_be_filled(cache: BlobCache) -> bool:
-    """Open, and with room. A failed blob can be when it has been opened, by a reader or after its back-off."""
-    return cache.state == "ready" and not cache.uses_slots
+def _can_be_filled(cache: BlobCache, now: float) -> bool:
+    """Open, with room, and with a backend that is worth asking.
+
+    A failed blob can be when it has been opened, by a reader or after its back-off.
+    """
+    return cache.state == "ready" and not cache.uses_slots and now >= cache.prefetch_at

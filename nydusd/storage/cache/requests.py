@@ -26,7 +26,8 @@ class Request:
     """A front end waits for chunks first .. first + count - 1 of a blob.
 
     `left` are the chunks that it waits for now, `held` the arena regions that are kept for it until it is answered,
-    `rounds` how often it had to start over.
+    `rounds` how often it had to start over. `until` is when its reader gives up (monotonic seconds), `put_off` how often it
+    had to wait for a backend that could not be reached.
     """
 
     client: bytes
@@ -37,6 +38,8 @@ class Request:
     left: set[int] = field(default_factory=set)
     held: list[int] = field(default_factory=list)
     rounds: int = 0
+    until: float = 0.0
+    put_off: int = 0
 
     @property
     def key(self) -> tuple[bytes, int]:

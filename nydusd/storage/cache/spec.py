@@ -57,6 +57,14 @@ class BlobSpec:
         """Whether reading from the backend waits for a network: then fetch workers do it, and they alone."""
         return self.backend not in LOCAL
 
+    @property
+    def server(self) -> str:
+        """Tells servers apart without giving secrets away; empty for a local backend."""
+        if not self.remote:
+            return ""
+        found = (self.backend_config.get(key) for key in ("host", "endpoint", "addr"))
+        return f"{self.backend} {next(filter(None, found), '')}"
+
     def to_json(self, secrets: bool = True) -> dict[str, Any]:
         """As plain data. Without `secrets`, for who does not talk to a remote backend, the settings of one are left out."""
         out = asdict(self) | {"info": info_to_json(self.info)}

@@ -70,6 +70,10 @@ class HttpBackend(BlobBackend):
     def blob_url(self, blob_id: str) -> str:
         """The full URL of a blob (http or https) at the origin. Computed anew for each attempt."""
 
+    def who(self) -> str:
+        """Tells apart as whom a blob is asked for, without giving it away: what one is refused another may get."""
+        return ""
+
     def authorize(self, method: str, url: str, headers: dict[str, str]) -> None:
         """Add to `headers` what lets this request to the origin pass. The default adds nothing.
 

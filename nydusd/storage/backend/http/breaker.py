@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _FORGET: Final = 3600.0
 MAX_HOLD: Final = 3600.0
+_MAX_WHY: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,13 @@ class Breaker:
 
     def failed(self, why: str) -> None:
         """The host could not be reached, broke off or failed."""
-        pause = self._store.update(self._key, self._count)
+        pause = self._store.update(self._key, lambda entry: self._count(entry, why))
         if pause:
             log.warning("%s: counts as down for %.1f s after repeated failures (%s)", self._name, pause, why)
+
+    def why(self) -> str:
+        """What failed last; safe to print."""
+        return str((self._store.get(self._key) or {}).get("why", ""))
 
     def hold_off(self, seconds: float) -> None:
         """The host wants no request for so long."""
@@ -118,11 +123,11 @@ class Breaker:
         hold = _number(entry or {}, "hold")
         return ({"hold": hold} if hold > time.monotonic() else None), _FORGET, None
 
-    def _count(self, entry: Entry | None) -> tuple[Entry, float, float]:
+    def _count(self, entry: Entry | None, why: str) -> tuple[Entry, float, float]:
         entry = entry or {}
         now = time.monotonic()
         failures = int(_number(entry, "failures")) + 1
-        entry["failures"] = failures
+        entry["failures"], entry["why"] = failures, why[:_MAX_WHY]
         if failures < self._policy.limit:
             return entry, _FORGET, 0.0
         if _number(entry, "until") > now:

@@ -6,7 +6,7 @@ What may be tried, and how often, is decided here and nowhere else:
 - transient failures are retried `retries` times with exponential back-off and full jitter, going on behind the bytes
   that came; bytes that came in quantity give the retries back;
 - 429, and 503 with Retry-After, keep all workers off the host for the time it asks for; nobody waits longer for that than his
-  deadline, and prefetch does not wait at all;
+  deadline, and prefetch and whoever is needed elsewhere (`ReadHow.waits`) do not wait at all;
 - a refusal (401, 403) is put to the backend, which may renew what it has; that is tried once or twice, not more;
 - what a second request would not change is remembered for some seconds and told to all who ask again;
 - a host that keeps failing is asked by one worker at a time (see `breaker`).
@@ -89,6 +89,7 @@ class Fetch:
         self._blob_id = blob_id
         self._timing = backend.timing
         self._prefetch = how.prefetch
+        self._waits = how.waits and not how.prefetch
         self._fresh = how.bypass
         default = self._timing.prefetch if how.prefetch else self._timing.user
         self._deadline = time.monotonic() + default if how.deadline is None else how.deadline
@@ -105,7 +106,7 @@ class Fetch:
 
     def run(self, task: Task, remember: str = "") -> None:
         """Do the task or raise `BackendError`. `remember` tells tasks apart whose failure says nothing of others."""
-        key = f"no:{self._backend.blob_url(self._blob_id)}{remember}"
+        key = f"no:{self._backend.who()} {self._backend.blob_url(self._blob_id)}{remember}"
         ranged = f"{key} {task.range()}"
         if not self._fresh:
             self._raise_if_known(key)
@@ -166,7 +167,7 @@ class Fetch:
     def _send(self, task: Task, route: Route, url: str, origin_url: str) -> Answer:
         backend = self._backend
         at_origin = same_origin(url, origin_url)
-        backend.patience = Patience(self._deadline, 0.0 if self._prefetch else self._timing.longest_wait)
+        backend.patience = Patience(self._deadline, self._timing.longest_wait if self._waits else 0.0)
         headers = {
             name: value
             for name, value in backend.common_headers.items()
@@ -190,8 +191,11 @@ class Fetch:
         if route.is_origin:
             pass_gate(breaker, breaker.admit, host_of(sent_to), "", backend.patience)
         backend.metrics.requests += 1
+        sent = time.monotonic()
         try:
-            return backend.transport.send(task.method, sent_to, headers, self._deadline, proxied=route.proxied)
+            answer = backend.transport.send(task.method, sent_to, headers, self._deadline, proxied=route.proxied)
+            backend.metrics.waited += time.monotonic() - sent
+            return answer
         except Failure as failure:
             if failure.host_failed:
                 breaker.failed(failure.text())
@@ -301,12 +305,14 @@ class Fetch:
         pause = self._pause(failure)
         if moved >= PROGRESS:
             self._attempt = 0
-        gives_up = self._prefetch and failure.kind is Kind.THROTTLED
+        gives_up = not self._waits and failure.kind is Kind.THROTTLED
         if failure.kind not in RETRIED or self._attempt >= self._tries or pause >= left or gives_up:
             if failure.kind is Kind.TRANSIENT and self._attempt < self._tries:
                 failure.kind = Kind.DEADLINE
             error = error_of(failure, self._blob_id, self._exchanges)
-            log.warning("%s", error)
+            # Whoever noticed that the host is to be left alone has said so; here it was not even asked.
+            not_asked = failure.kind in (Kind.DOWN, Kind.THROTTLED) and not failure.status
+            log.log(logging.DEBUG if not_asked and not self._waits else logging.WARNING, "%s", error)
             raise error from failure
         log.warning("blob %s: %s (attempt %d), again in %.2f s", self._blob_id, failure.text(), self._exchanges, pause)
         backend.metrics.retries[failure.kind.value] += 1

@@ -33,7 +33,7 @@ def pass_gate(breaker: Breaker, ask: Callable[[], float], host: str, who: str, p
         left = patience.deadline - time.monotonic()
         limit = left if hold else min(left, patience.for_down - waited)
         if not patience.for_down or wait > limit:
-            what = "wants no request" if hold else "is down, so it was not asked"
+            what = "wants no request" if hold else f"is down ({breaker.why()}), so it was not asked"
             kind = Kind.THROTTLED if hold else Kind.DOWN
             raise Failure(kind, host, f"{who}{what} for {wait:.1f} s", retry_after=wait)
         time.sleep(wait)

@@ -22,7 +22,6 @@ from nydusd.storage.backend.http.failure import Failure, Kind
 from nydusd.storage.backend.http.store import Entry, SharedStore
 from nydusd.storage.backend.registry.challenge import parse_challenges
 from nydusd.storage.backend.registry.credentials import Credentials, CredentialSource
-from nydusd.storage.backend.registry.given import given_credentials
 from nydusd.storage.backend.registry.tokens import Realm, Tokens
 from nydusd.storage.backend.table import read_table
 
@@ -43,7 +42,6 @@ class RegistryBackend(HttpBackend):
             raise ConfigError("backend registry: 'host' is no host name or host:port (the scheme has its own key)")
         if not _REPO.fullmatch(table.repo) or len(table.repo) > 255:
             raise ConfigError(f"backend registry: 'repo' is {table.repo[:300]!r}; it must be a repository's name")
-        self._table = table
         self._scheme = "http" if table.scheme == "http" else "https"
         self._host = table.host
         self._repo = table.repo
@@ -56,9 +54,6 @@ class RegistryBackend(HttpBackend):
         self._challenge_key = f"challenge:{table.host}/{table.repo}"
         self._sent = ""
         self._sent_as: Credentials = self._source.current()
-        self._before: Credentials | None = None
-        """Credentials that were replaced; a token that was got with them may be good still."""
-        self._given_at = 0.0
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], shared_fd: int = -1) -> RegistryBackend:
@@ -68,8 +63,10 @@ class RegistryBackend(HttpBackend):
     def blob_url(self, blob_id: str) -> str:
         return f"{self._base()}{blob_id}"
 
+    def who(self) -> str:
+        return self._source.current().name
+
     def authorize(self, method: str, url: str, headers: dict[str, str]) -> None:
-        self._take_given()
         self._sent_as = self._source.current()
         challenge = self.store.get(self._challenge_key)
         if self._given_token:
@@ -124,15 +121,6 @@ class RegistryBackend(HttpBackend):
     def _base(self) -> str:
         return f"{self._scheme}://{self._host}/v2/{self._repo}/blobs/sha256:"
 
-    def _take_given(self) -> None:
-        """Take over what somebody has given since the last request."""
-        given = given_credentials(self.store, self._table)
-        if given is not None and given["at"] != self._given_at:
-            self._before = self._source.current()
-            self._given_at = float(given["at"] or 0.0)
-            self._given_token = ""
-            self._source.give(str(given["auth"]))
-
     def _learn(self, header: str) -> Entry | None:
         """Remember what the registry asks for; None if it is nothing that we have."""
         challenges = {challenge.scheme: challenge.params for challenge in reversed(parse_challenges(header))}
@@ -160,12 +148,6 @@ class RegistryBackend(HttpBackend):
         try:
             return self._tokens.get(realm, credentials, not_this)
         except Failure as failure:
-            old = self._tokens.known(realm, self._before, not_this) if self._before is not None else ""
-            if old:
-                log.warning(
-                    "%s; a token that was got with the former credentials is used while it lasts", failure.text()
-                )
-                return old
             if failure.kind is not Kind.REFUSED or not self._source.rejected(credentials):
                 raise
         return self._tokens.get(realm, self._source.current(), not_this)

@@ -54,19 +54,13 @@ class CredentialSource:
 
     def __init__(self, host: str, auth: str) -> None:
         self._host = host
-        self._given = NOBODY
+        self._given = _registered(Credentials(basic=auth.strip()))
         self._given_rejected = False
         self._file_state: tuple[int, int, int] | None = None
         self._file: dict[str, object] = {}
         self._helped = NOBODY
         self._helped_until = 0.0
         self._complaint = ""
-        self.give(auth)
-
-    def give(self, auth: str) -> None:
-        """Take other credentials from now on (base64 of `user:password`, empty for those of docker)."""
-        self._given = _registered(Credentials(basic=auth.strip()))
-        self._given_rejected = False
 
     def current(self) -> Credentials:
         """What to use now; `NOBODY` where there is nothing."""

@@ -82,11 +82,6 @@ class Tokens:
             self._raise_if_known(key, realm, begun)
             return self._ask(key, realm, credentials)
 
-    def known(self, realm: Realm, credentials: Credentials, not_this: str = "") -> str:
-        """A token that was got earlier and is good still, empty if there is none."""
-        entry = self._store.get(_key(realm, credentials))
-        return str(entry["token"]) if entry is not None and _usable(entry, not_this) else ""
-
     def _raise_if_known(self, key: str, realm: Realm, since: float = math.inf) -> None:
         """Raise `Failure` if a token was refused a moment ago, or could not be had since that time."""
         known = self._store.get(f"no-token:{key}")
