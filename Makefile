@@ -5,7 +5,7 @@ BIN := .venv/bin
 PREFIX ?= /usr/local
 CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests scripts/reference
 
-.PHONY: help setup demo test test-containerd lint fuzz bench bench-delays reference install clean
+.PHONY: help setup demo test test-containerd lint fuzz bench bench-erofs bench-delays reference install clean
 
 help:
 	@echo 'make demo    mount an image (a packed one, or of SOURCE=FOLDER or SOURCE=HOST/REPO:TAG), read it cold and warm'
@@ -16,6 +16,7 @@ help:
 	@echo 'make install  into PREFIX (/usr/local), below DESTDIR if that is set'
 	@echo 'make reference  write the man pages and shell completions anew'
 	@echo 'make bench   figures against the kernel'"'"'s EROFS, and against a reference binary if $$NYDUSD_REF names one'
+	@echo 'make bench-erofs   the ways in which the kernel reads images beside the kernel alone, $$NYDUSD_REF as above'
 	@echo 'make bench-delays   cold start and cold read at 0, 5, 20 and 100 ms of round trip, $$NYDUSD_REF as above'
 	@echo 'make setup   what the others do first: system packages, .venv, pinned libraries'
 	@echo 'make clean   remove what the above left in this folder, .venv included'
@@ -54,6 +55,11 @@ bench: setup
 	scripts/need-bench
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.builder
+
+bench-erofs: setup
+	scripts/need-fuse
+	scripts/need-bench
+	$(BIN)/python -m bench.erofs_ways
 
 bench-delays: setup
 	scripts/need-fuse

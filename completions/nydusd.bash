@@ -4,10 +4,10 @@ _nydusd() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
         case $word in
-            --apisock|--bootstrap|--config|--dedup-db|--failover-policy|--fscache|--fscache-tag|--fscache-threads|--fuse-threads|--id|--localfs-dir|--log-file|--log-level|--log-rotation-size|--mountpoint|--prefetch-files|--rlimit-nofile|--shared-dir|--supervisor|--thread-num|--virtual-mountpoint|-A|-B|-C|-D|-F|-L|-M|-l|-m|-s) ((i++)); continue ;;
+            --apisock|--bootstrap|--config|--dedup-db|--driver|--failover-policy|--fscache|--fscache-tag|--fscache-threads|--fuse-threads|--id|--localfs-dir|--log-file|--log-level|--log-rotation-size|--mountpoint|--prefetch-files|--rlimit-nofile|--shared-dir|--supervisor|--thread-num|--virtual-mountpoint|-A|-B|-C|-D|-F|-L|-M|-l|-m|-s) ((i++)); continue ;;
         esac
         case "$path/$word" in
-            /fuse|/singleton|/virtiofs|/nbd|/uffd|/help) path=$path/$word ;;
+            /fuse|/erofs|/blobfs|/singleton|/virtiofs|/nbd|/uffd|/help) path=$path/$word ;;
         esac
     done
     case "$path $prev" in
@@ -45,6 +45,33 @@ _nydusd() {
         "/fuse --prefetch-files") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/fuse -m"|"/fuse --virtual-mountpoint") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/fuse --dedup-db") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/erofs -A"|"/erofs --apisock") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/erofs -C"|"/erofs --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/erofs --id") COMPREPLY=(); return ;;
+        "/erofs --supervisor") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/erofs -l"|"/erofs --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/erofs -L"|"/erofs --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/erofs --log-rotation-size") COMPREPLY=(); return ;;
+        "/erofs --rlimit-nofile") COMPREPLY=(); return ;;
+        "/erofs -M"|"/erofs --mountpoint") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/erofs -B"|"/erofs --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/erofs -D"|"/erofs --localfs-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/erofs --prefetch-files") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/erofs --fuse-threads"|"/erofs --thread-num") COMPREPLY=(); return ;;
+        "/erofs --driver") COMPREPLY=($(compgen -W 'auto fanotify blobfs fuse' -- "$cur")); return ;;
+        "/blobfs -A"|"/blobfs --apisock") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/blobfs -C"|"/blobfs --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/blobfs --id") COMPREPLY=(); return ;;
+        "/blobfs --supervisor") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/blobfs -l"|"/blobfs --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/blobfs -L"|"/blobfs --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/blobfs --log-rotation-size") COMPREPLY=(); return ;;
+        "/blobfs --rlimit-nofile") COMPREPLY=(); return ;;
+        "/blobfs -M"|"/blobfs --mountpoint") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/blobfs -B"|"/blobfs --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/blobfs -D"|"/blobfs --localfs-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/blobfs --prefetch-files") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/blobfs --fuse-threads"|"/blobfs --thread-num") COMPREPLY=(); return ;;
         "/singleton -A"|"/singleton --apisock") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/singleton -C"|"/singleton --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/singleton --id") COMPREPLY=(); return ;;
@@ -82,8 +109,10 @@ _nydusd() {
         "/uffd --rlimit-nofile") COMPREPLY=(); return ;;
     esac
     case "$path" in
-        '') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -M --mountpoint --failover-policy --fuse-threads --thread-num --writable -B --bootstrap -D --localfs-dir -s --shared-dir --prefetch-files -m --virtual-mountpoint --dedup-db fuse singleton virtiofs nbd uffd help' -- "$cur")) ;;
+        '') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -M --mountpoint --failover-policy --fuse-threads --thread-num --writable -B --bootstrap -D --localfs-dir -s --shared-dir --prefetch-files -m --virtual-mountpoint --dedup-db fuse erofs blobfs singleton virtiofs nbd uffd help' -- "$cur")) ;;
         '/fuse') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -M --mountpoint --failover-policy --fuse-threads --thread-num --writable -B --bootstrap -D --localfs-dir -s --shared-dir --prefetch-files -m --virtual-mountpoint --dedup-db' -- "$cur")) ;;
+        '/erofs') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -M --mountpoint -B --bootstrap -D --localfs-dir --prefetch-files --fuse-threads --thread-num --driver' -- "$cur")) ;;
+        '/blobfs') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -M --mountpoint -B --bootstrap -D --localfs-dir --prefetch-files --fuse-threads --thread-num' -- "$cur")) ;;
         '/singleton') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -F --fscache --fscache-tag --fscache-threads' -- "$cur")) ;;
         '/virtiofs') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version' -- "$cur")) ;;
         '/nbd') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version' -- "$cur")) ;;

@@ -11,11 +11,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
-from nydusd.cli.options import FuseOptions, Options, SingletonOptions
+from nydusd.cli.options import BlobfsOptions, ErofsOptions, FuseOptions, Options, SingletonOptions
 from nydusd.errors import ConfigError, UnsupportedError
 
 LOG_LEVELS: Final = ("trace", "debug", "info", "warn", "error")
 FAILOVER_POLICIES: Final = ("none", "resend", "flush")
+DRIVERS: Final = ("auto", "fanotify", "blobfs", "fuse")
 NOT_YET: Final = ("virtiofs", "nbd", "uffd")
 """Subcommands of the reference daemon that this version knows by name only."""
 _EARLY: Final = "early_"
@@ -73,7 +74,8 @@ def parse_arguments(argv: Sequence[str]) -> FuseOptions | SingletonOptions:
     given.update((name.removeprefix(_EARLY), value) for name, value in early.items())
     if "mountpoint" not in given:
         raise ConfigError("--mountpoint is missing")
-    options = FuseOptions(**given)
+    kinds: dict[str | None, type[FuseOptions]] = {"erofs": ErofsOptions, "blobfs": BlobfsOptions}
+    options = kinds.get(command, FuseOptions)(**given)
     _check(options)
     return options
 
@@ -90,6 +92,8 @@ def _check_instance(options: Options) -> None:
 
 def _check(options: FuseOptions) -> None:
     _check_instance(options)
+    if isinstance(options, ErofsOptions | BlobfsOptions) and options.bootstrap is None:
+        raise ConfigError("--bootstrap is missing")
     if options.bootstrap is not None and options.shared_dir is not None:
         raise ConfigError("--bootstrap cannot be used with --shared-dir")
     if options.localfs_dir is not None and options.config is not None:
@@ -120,13 +124,19 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     fuse = add("fuse", "serve images over FUSE (also without a subcommand)")
     _add_globals(fuse)
     _add_fuse_options(fuse, "")
+    erofs = add("erofs", "mount one image with the kernel's own EROFS, where that can be")
+    _add_globals(erofs)
+    _add_erofs_options(erofs)
+    blobfs = add("blobfs", "serve the blobs of an image over FUSE, uncompressed, one file a blob")
+    _add_globals(blobfs)
+    _add_image_options(blobfs.add_argument_group("options of blobfs"))
     singleton = add("singleton", "serve many images without a mount of its own")
     _add_globals(singleton)
     _add_singleton_options(singleton)
     for name in NOT_YET:
         _add_globals(add(name, "not supported yet"))
     add("help", "print this").add_argument("topic", nargs="?")
-    return parser, {"fuse": fuse, "singleton": singleton}
+    return parser, {"fuse": fuse, "erofs": erofs, "blobfs": blobfs, "singleton": singleton}
 
 
 def _add_globals(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +196,21 @@ def _add_fuse_options(parser: argparse.ArgumentParser, prefix: str) -> None:
     )
     add("-m", "--virtual-mountpoint", dest=f"{prefix}virtual_mountpoint", metavar="PATH", help="place in the mount (/)")
     add("--dedup-db", dest=f"{prefix}dedup_db", metavar="PATH", help="chunk deduplication database")
+
+
+def _add_erofs_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("options of erofs")
+    _add_image_options(group)
+    group.add_argument("--driver", choices=DRIVERS, metavar="WAY", help=f"one of {', '.join(DRIVERS)} (auto)")
+
+
+def _add_image_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("-M", "--mountpoint", metavar="DIR", help="existing folder to mount on")
+    add("-B", "--bootstrap", metavar="PATH", help="metadata of the image to mount")
+    add("-D", "--localfs-dir", metavar="DIR", help="folder of blobs and cache, instead of -C")
+    add("--prefetch-files", metavar="PATH", help="list of files to read ahead, one a line")
+    add("--fuse-threads", "--thread-num", type=_Number(1, 1024), metavar="N", help="front-end processes over FUSE (4)")
 
 
 def _add_singleton_options(parser: argparse.ArgumentParser) -> None:

@@ -66,3 +66,15 @@ class FuseOptions(Options):
     @property
     def serves(self) -> str:
         return self.mountpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErofsOptions(FuseOptions):
+    """Options of `nydusd erofs`. `driver` is how the kernel comes to what is not cached yet, or `auto`."""
+
+    driver: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobfsOptions(FuseOptions):
+    """Options of `nydusd blobfs`."""

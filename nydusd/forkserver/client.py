@@ -24,7 +24,7 @@ from nydusd.version import commit_on_disk
 log = logging.getLogger(__name__)
 
 PACKET_MAX = 64 * 1024
-FDS_MAX = 128
+FDS_MAX = 253
 _SET_CHILD_SUBREAPER = 36
 _PATIENCE = 5.0
 """Seconds that a fork server may take to answer. It takes a few milliseconds, and under a second for its first answer."""

@@ -118,6 +118,7 @@ def parameters(options: FuseOptions, config: Config) -> str:
     what = {
         "bootstrap": None if options.bootstrap is None else os.path.abspath(options.bootstrap),
         "place": options.virtual_mountpoint,
+        "kind": type(options).__name__,
         "config": {key: value for key, value in shown.items() if key not in ("nydusd", "unknown_keys", "warnings")},
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

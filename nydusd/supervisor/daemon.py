@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import zmq
@@ -61,6 +62,12 @@ class Supervisor:
 
     blobs: BlobTable | None = None
     """The images of a singleton."""
+    mounts_by_api = True
+    """Whether the API may mount and unmount images."""
+    front_end = ("FUSE", "`nydusd fuse` serves images through FUSE only")
+    """By which way images are read, and why."""
+    fuse_module = "nydusd.frontends.fuse"
+    """What front ends run."""
 
     def __init__(self, options: Options, config: Config, fork_server: ForkServer) -> None:
         self.options = options
@@ -104,15 +111,16 @@ class Supervisor:
         first = first_request(options, self.config)
         image = None
         if self._former is None:
-            clear_stale_mount(options.mountpoint)
+            mountpoint = self.fuse_mountpoint()
+            clear_stale_mount(mountpoint)
             image = None if first is None else self.mounts.mount_first(first)
-            self._session = self._family.session = Session.mount(options.mountpoint, read_ahead_kib=1024)
+            self._session = self._family.session = Session.mount(mountpoint, read_ahead_kib=1024)
             self._bind()
             self._session.open_lanes(count)
             self._family.remember()
         assert self._session is not None
         places = {
-            "fuse": [Child("fuse", i, "nydusd.frontends.fuse") for i in range(len(self._session.lanes))],
+            "fuse": [Child("fuse", i, self.fuse_module) for i in range(len(self._session.lanes))],
             "fetch": [Child("fetch", i, "workers") for i in range(self.config.fetch_worker_count)],
             "decompress": [Child("decompress", i, "workers") for i in range(self.config.decompress_worker_count)],
         }
@@ -145,6 +153,10 @@ class Supervisor:
         former.table.begin_term(former.term)
         self._mounts_changed(None)
 
+    def fuse_mountpoint(self) -> str:
+        """Where the FUSE session is mounted."""
+        return self.options.serves
+
     def _begin(self, rows: int) -> None:
         """What comes first in any daemon; `rows` is the number of front ends."""
         # First of all: a signal during the start ends the daemon after it, and nothing is left behind.
@@ -173,7 +185,8 @@ class Supervisor:
         from nydusd.supervisor.adoption import take_over
 
         runtime = self._runtime
-        self._former = former = take_over(record, self.options, self.config, runtime.folder, runtime.prefix)
+        options = replace(self.options, mountpoint=self.fuse_mountpoint())
+        self._former = former = take_over(record, options, self.config, runtime.folder, runtime.prefix)
         if former is None:
             return None
         runtime.term = former.term
@@ -250,11 +263,15 @@ class Supervisor:
         for child, status in self._family.reap(self._ended):
             if self._stopping:
                 continue
-            if child.role == "fuse" and (status == 0 or (self._session is not None and self._session.is_over())):
+            if self._is_over(child, status):
                 log.info("%s was unmounted from outside", self.options.serves)
                 self.ask_to_stop()
             else:
                 self._family.judge(child, status)
+
+    def _is_over(self, child: Child, status: int) -> bool:
+        """Whether a child has ended because what it served was unmounted."""
+        return child.role == "fuse" and (status == 0 or (self._session is not None and self._session.is_over()))
 
     def _ended(self, child: Child, identity: bytes) -> None:
         self.router.drop_client(identity)

@@ -58,6 +58,10 @@ class Family:
         self.mounts: Mounts | None = None
         self.listeners: Sequence[int] = (-1, -1)
         """The sockets of the API process: the API's, and that of metrics over TCP; -1 for none."""
+        self.own_spec: Callable[[Child], tuple[list[int], Json] | None] = lambda _child: None
+        """Fds and spec of a child that only some daemons have."""
+        self.started: Callable[[Child], None] = lambda _child: None
+        """Told of each child that was started."""
         self._options = options
         self._config = config
         self._runtime = runtime
@@ -99,7 +103,7 @@ class Family:
         self._poller.register(child.pidfd, zmq.POLLIN)
 
     def launch(self, child: Child) -> None:
-        spec: Json = {"log": self._log_spec(), "lifeline_fd": self._lifeline}
+        spec: Json = {"log": self.log_spec(), "lifeline_fd": self._lifeline}
         fds = [self._lifeline]
         if child.role == "fuse":
             fds, more = self._frontend_spec(child.index)
@@ -107,6 +111,9 @@ class Family:
         elif child.role == "api":
             fds += [fd for fd in self.listeners if fd >= 0]
             spec |= {"listen_fd": self.listeners[0], "metrics_fd": self.listeners[1], "front": self._runtime.front}
+        elif (own := self.own_spec(child)) is not None:
+            fds, more = own
+            spec |= more
         else:
             spec |= {"role": child.role, "work": self._runtime.work}
             if child.role == "fetch":
@@ -117,6 +124,7 @@ class Family:
         self.live.add(child.identity)
         self._poller.register(child.pidfd, zmq.POLLIN)
         self.remember()
+        self.started(child)
 
     def remember(self) -> None:
         """Write down what a successor must know."""
@@ -128,7 +136,8 @@ class Family:
             more = record_of(
                 self.session, parameters(self._options, self._config), self.children, self.fork_server.pid, self._held
             )
-        pids = [self.fork_server.pid, *(child.pid for child in self.children)]
+        # Not those that hold what a successor takes over before it ends them.
+        pids = [self.fork_server.pid, *(child.pid for child in self.children if child.role not in ("erofs", "guard"))]
         self._runtime.record([pid for pid in pids if pid], more)
 
     def _have_held(self, session: Session) -> None:
@@ -141,7 +150,7 @@ class Family:
         except OSError as e:
             log.warning("the fork server holds no file descriptors of the mount: %s", e)
 
-    def _log_spec(self) -> Json:
+    def log_spec(self) -> Json:
         from nydusd import logs
 
         size = self._options.log_rotation_size << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from nydusd.cli.options import FuseOptions, Options, SingletonOptions
+from nydusd.cli.options import BlobfsOptions, ErofsOptions, FuseOptions, Options, SingletonOptions
 from nydusd.supervisor.daemon import Supervisor
 
 if TYPE_CHECKING:
@@ -22,6 +22,14 @@ def run(options: Options, config: Config, entries: list[BlobEntry], fork_server:
         from nydusd.supervisor.singleton import Singleton
 
         return _run(Singleton(options, entries, fork_server))
+    if isinstance(options, ErofsOptions):
+        from nydusd.supervisor.selection import daemon_for
+
+        return _run(daemon_for(options, config, fork_server))
+    if isinstance(options, BlobfsOptions):
+        from nydusd.supervisor.blobfs import BlobfsDaemon
+
+        return _run(BlobfsDaemon(options, config, fork_server))
     assert isinstance(options, FuseOptions)
     return _run(Supervisor(options, config, fork_server))
 

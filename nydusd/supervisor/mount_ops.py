@@ -50,7 +50,7 @@ def _umount(daemon: Supervisor, request: Json, reply: Reply) -> None:
 
 def _check_daemon(daemon: Supervisor) -> None:
     """Raises NotHereError for a daemon that mounts nothing."""
-    if daemon.blobs is not None:
+    if daemon.blobs is not None or not daemon.mounts_by_api:
         raise NotHereError
 
 

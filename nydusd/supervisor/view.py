@@ -174,8 +174,8 @@ def _mounts(daemon: Supervisor, _request: Json) -> Json:
                 "ready": ready,
                 "failed": failed,
                 "why": _why(daemon, image, failed, ready < chunks),
-                "front_end": "FUSE",
-                "why_front_end": "`nydusd fuse` serves images through FUSE only",
+                "front_end": daemon.front_end[0],
+                "why_front_end": daemon.front_end[1],
             }
         )
     return {"images": images, "log": {"file": logs.current_file()}}

@@ -65,7 +65,7 @@ class Daemon:
     status 0, no mount and no process within a deadline; a daemon that hangs writes its stacks into the log, is killed, and
     the test fails. `cache` names a cache folder to keep over several daemons (default: a fresh one); `config` replaces
     the whole configuration; without a bootstrap there is no image and no configuration; `args` are appended to the command
-    line; `environment` is added to ours.
+    line; `environment` is added to ours; `verb` is the subcommand.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Daemon:
         config: dict[str, object] | None = None,
         args: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
+        verb: str = "fuse",
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="d", dir=discipline.folder))
         self.mountpoint = self.folder / "mnt"
@@ -88,7 +89,7 @@ class Daemon:
         config_file.write_text(json.dumps(config or image_config(blobs, self.cache)))
         image = () if bootstrap is None else ("-B", str(bootstrap), "-C", str(config_file))
         self.command = [
-            *(sys.executable, "-m", "nydusd", "fuse"),
+            *(sys.executable, "-m", "nydusd", verb),
             *image,
             *("-M", str(self.mountpoint), "-A", str(self.apisock)),
             *args,

@@ -100,6 +100,7 @@ class Mounted:
         kind: str = "registry",
         environment: dict[str, str] | None = None,
         tuning: dict[str, object] | None = None,
+        verb: str = "fuse",
     ) -> None:
         self.tree = tree
         self._folder = Path(tempfile.mkdtemp(prefix="m", dir=discipline.folder))
@@ -124,6 +125,7 @@ class Mounted:
             cache=self._folder / "cache",
             config=config,
             environment=known | (environment or {}),
+            verb=verb,
         )
 
     def __enter__(self) -> Self:

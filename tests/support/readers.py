@@ -70,14 +70,17 @@ def verify(tree: str, truth: str, progress: str, stop: str, processes: int, seed
     def process(number: int) -> int:
         order = random.Random(seed + number)
         pieces = [(name, offset) for name, content in files.items() for offset in range(0, len(content), PIECE)]
-        opened = {name: os.open(os.path.join(tree, name), DIRECT) for name in files}
+        opened = {name: open_uncached(os.path.join(tree, name)) for name in files}
         problems: list[str] = []
 
         def check(name: str, offset: int) -> None:
             length = min(PIECE, len(files[name]) - offset)
             began = time.monotonic_ns()
+            fd, direct = opened[name]
+            if not direct:
+                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
             try:
-                have = os.pread(opened[name], length, offset)
+                have = os.pread(fd, length, offset)
             except OSError as error:
                 problems.append(f"{name} at {offset}: {error}")
             else:
@@ -100,6 +103,16 @@ def verify(tree: str, truth: str, progress: str, stop: str, processes: int, seed
         return report(problems)
 
     return wait_for([fork(process, number) for number in range(processes)])
+
+
+def open_uncached(path: str) -> tuple[int, bool]:
+    """A file opened to be read past the page cache; False where that cannot be, and what is in there is to be dropped."""
+    try:
+        return os.open(path, DIRECT), True
+    except OSError:
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return fd, False
 
 
 def pieces_read(progress: Path) -> int:

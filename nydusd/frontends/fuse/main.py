@@ -19,7 +19,7 @@ import logging
 import mmap
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nydusd import logs
@@ -41,9 +41,14 @@ from .stats import Stats
 
 log = logging.getLogger(__name__)
 
+Opener = Callable[[Mapping[str, Any], int, int], Mount]
 
-def main(argv: list[str]) -> int:
-    """Serve until unmounted. Raises NydusError when the spec or the image cannot be used."""
+
+def main(argv: list[str], opener: Opener | None = None) -> int:
+    """Serve until unmounted, what `opener` makes of the spec of a mount: by default the image.
+
+    Raises NydusError when the spec or the image cannot be used.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     spec = read_spec(argv)
     index = int(spec["index"])
@@ -58,7 +63,7 @@ def main(argv: list[str]) -> int:
         return ChunkClient(front, identity)
 
     def open_one(mount: Mapping[str, Any], number: int) -> Mount:
-        return open_mount(mount, index, number)
+        return (opener or open_mount)(mount, index, number)
 
     mounts = spec["mounts"]
     shared = map_number(str(mounts["shared"]))
@@ -100,14 +105,14 @@ def open_board(name: str | None, row: int) -> InflightRow | None:
 def open_mount(spec: Mapping[str, Any], row: int, index: int = 0) -> Mount:
     """The mount that a spec describes; `row`: our counters. Raises FormatError for a bad bootstrap, or CacheError."""
     path = str(spec["bootstrap"])
-    view = _map(path, spec.get("bootstrap_size"))
+    view = map_bootstrap(path, spec.get("bootstrap_size"))
     bootstrap = open_bootstrap(view, path, spec["path_id"], extracted=bool(spec["extracted"]))
     device = BlobDevice.from_spec(spec["blobs"], row)
     trace = Trace(str(spec["trace"])) if spec.get("trace") else None
     return Mount(str(spec["id"]), bootstrap, device, bool(spec["xattr"]), index, Stats.from_spec(spec, row), trace)
 
 
-def _map(path: str, size: int | None) -> memoryview:
+def map_bootstrap(path: str, size: int | None) -> memoryview:
     """The file's bytes, mapped read-only. Raises FormatError when it is empty or its size is not the recorded one."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

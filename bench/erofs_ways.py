@@ -1,0 +1,162 @@
+"""`make bench-erofs`: the ways of `nydusd erofs` beside the kernel alone on the complete cache file and a reference over FUSE.
+
+All cache folders are on one ext4 in a file on tmpfs, through a loop device: fanotify needs such a file system, and no disk is
+measured. The image is that of `make bench` and one file more, which nobody reads: so a blob can be all cached where it is
+read, and still be incomplete. One run, contenders in turn, $NYDUSD_BENCH_ROUNDS (2) rounds, medians and ratios. $NYDUSD_REF
+names the reference. Random reads are 4 KiB, over files of more than 64 KiB, each past the reader's page cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench.erofs import erofs_mount
+from bench.image import Built, build
+from bench.run import FOLDER, Figures, drop_caches, median, prepare, read_all, warm
+
+ROUNDS = int(os.environ.get("NYDUSD_BENCH_ROUNDS", "2"))
+UNREAD = "zz-unread"
+UNREAD_SIZE = 64 << 20
+ROOM = 4 << 30
+HIGHER_IS_BETTER = ("cold MB/s", "warm MB/s", "random 1 job, 1/s", "random 4 jobs, 1/s")
+
+
+def main() -> int:
+    """Measure and print the table."""
+    image = make_image()
+    with ext4_on_tmpfs() as room:
+        plain = room / "plain"
+        shutil.copyfile(FOLDER / "ways/plain" / f"{image.blob.name}.blob.data", plain)
+        contenders: list[tuple[str, Callable[[], Figures]]] = [
+            ("fanotify, complete", lambda: ours(image, room, "fanotify", complete=True)),
+            ("fanotify, incomplete", lambda: ours(image, room, "fanotify", complete=False)),
+            ("blobfs, incomplete", lambda: ours(image, room, "blobfs", complete=False)),
+            ("ours, FUSE", lambda: ours(image, room, "fuse", complete=False)),
+        ]
+        if reference := os.environ.get("NYDUSD_REF"):
+            command = [reference, "fuse", "--rlimit-nofile", "0"]
+            contenders.append(("reference, FUSE", lambda: daemon(image, room, command, complete=False)))
+        contenders.append(("EROFS alone", lambda: alone(image, room, plain)))
+        results: dict[str, list[Figures]] = {name: [] for name, _ in contenders}
+        for turn in range(ROUNDS):
+            for name, measure in contenders:
+                print(f"round {turn + 1} of {ROUNDS}: {name}", file=sys.stderr)
+                results[name].append(measure())
+    (FOLDER / "erofs-ways.json").write_text(json.dumps(results, indent=1))
+    print(table({name: median(rows) for name, rows in results.items()}))
+    return 0
+
+
+def make_image() -> Built:
+    """The image of `make bench`'s tree and one file more; `plain` beside it is its complete cache file."""
+    tree = Path(os.environ.get("NYDUSD_BENCH_TREE", FOLDER / "rootfs"))
+    if not tree.exists():
+        prepare()
+    out = FOLDER / "ways"
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "tree").mkdir(parents=True)
+    subprocess.run(["cp", "-al", f"{tree}/.", str(out / "tree")], check=True)
+    (out / "tree" / UNREAD).write_bytes(os.urandom(UNREAD_SIZE))
+    return build(out / "tree", out, plain=out / "plain")
+
+
+@contextlib.contextmanager
+def ext4_on_tmpfs() -> Iterator[Path]:
+    """A folder on an ext4 of its own."""
+    with tempfile.TemporaryDirectory(prefix="nydusd-bench-", dir="/dev/shm") as name:
+        disk, folder = Path(name) / "disk", Path(name) / "mnt"
+        folder.mkdir()
+        with open(disk, "wb") as file:
+            file.truncate(ROOM)
+        subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(disk)], check=True)
+        subprocess.run(["mount", "-o", "loop", str(disk), str(folder)], check=True)
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def ours(image: Built, room: Path, driver: str, *, complete: bool) -> Figures:
+    """Our daemon, from this checkout."""
+    return daemon(image, room, [sys.executable, "-m", "nydusd", "erofs", "--driver", driver], complete=complete)
+
+
+def daemon(image: Built, room: Path, command: list[str], *, complete: bool) -> Figures:
+    """One round of a daemon: cold read of all but the file that nobody reads, or of all, then everything warm."""
+    with tempfile.TemporaryDirectory(prefix="w", dir=room) as name:
+        work = Path(name)
+        mountpoint = work / "mnt"
+        mountpoint.mkdir()
+        backend = {"type": "localfs", "config": {"dir": str(image.blob.parent)}}
+        cache = {"type": "blobcache", "config": {"work_dir": str(work / "cache")}}
+        (work / "config.json").write_text(
+            json.dumps({"device": {"backend": backend, "cache": cache}, "mode": "direct"})
+        )
+        more = [
+            "-B",
+            str(image.bootstrap),
+            "-C",
+            str(work / "config.json"),
+            "-M",
+            str(mountpoint),
+            "--log-level",
+            "error",
+        ]
+        drop_caches()
+        environment = os.environ | {"NYDUSD_RUNTIME_DIR": str(work / "run")}
+        process = subprocess.Popen([*command, *more], env=environment, stderr=subprocess.DEVNULL)
+        try:
+            while not os.path.ismount(mountpoint):
+                if process.poll() is not None:
+                    raise RuntimeError(f"{command[0]} ended with status {process.returncode}")
+                time.sleep(0.001)
+            figures = {"cold MB/s": read_all(mountpoint, skip=() if complete else (UNREAD,))}
+            if complete:
+                time.sleep(1)  # all is there now, and the daemon sees it
+            figures |= warm(mountpoint, skip=(UNREAD,))
+        finally:
+            process.terminate()
+            process.wait()
+        return figures
+
+
+def alone(image: Built, room: Path, plain: Path) -> Figures:
+    """The kernel on the complete cache file: nothing can be faster."""
+    mountpoint = room / "alone"
+    mountpoint.mkdir(exist_ok=True)
+    with erofs_mount(image.bootstrap, [plain], mountpoint):
+        return warm(mountpoint, skip=(UNREAD,))
+
+
+def table(results: dict[str, Figures]) -> str:
+    """Markdown: a row a contender; in brackets the ratio to the kernel alone and to the reference, more than 1 is better."""
+    keys = list(dict.fromkeys(key for row in results.values() for key in row))
+    lines = ["| | " + " | ".join(keys) + " |", "|" + " --- |" * (1 + len(keys))]
+    for name, row in results.items():
+        cells = []
+        for key in keys:
+            if key not in row:
+                cells.append("")
+                continue
+            ratios = []
+            for other in ("EROFS alone", "reference, FUSE"):
+                theirs = results.get(other, {}).get(key)
+                if theirs is not None and other != name:
+                    ratio = row[key] / theirs if key in HIGHER_IS_BETTER else theirs / row[key]
+                    ratios.append(f"{ratio:.2f}")
+            cells.append(f"{row[key]:,.{0 if row[key] > 100 else 2}f}" + (f" ({', '.join(ratios)})" if ratios else ""))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

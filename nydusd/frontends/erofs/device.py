@@ -1,0 +1,141 @@
+"""The blobs of an image as address ranges of their cache files: what of a range is there, what must be fetched.
+
+Runs in the front end. For each blob it maps the segment. The file itself is read by the kernel alone, after the event was
+answered; nothing is ever taken out of it (`BlobCache.pinned`), so a range that is ready stays so.
+
+The kernel reads the file that it was given at the mount. If another takes its place in the cache folder, what the first one
+has can be read on, and the rest cannot be had any more: the segment of the other file says nothing of it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+
+from nydusd.errors import CacheError, StaleCacheError
+from nydusd.storage.api.io import ChunkRun
+from nydusd.storage.state.segment import EMPTY, READY, RECORD, RETIRED, Segment
+
+_LOOK_AHEAD = 16 << 20
+"""Bytes behind a sequential reader that should be there, or on their way."""
+_STEADY = 4 << 20
+"""Bytes that a reader may skip and still count as sequential."""
+_STEP = 1 << 20
+"""Bytes after which a sequential reader is looked at again."""
+_PAGE = 4096
+
+
+class Blob:
+    """One blob. `file` is (device, inode) of the cache file that EROFS has, `tree` the private mount that it has it by."""
+
+    def __init__(self, spec: Mapping[str, object], file: tuple[int, int], tree: int, row: int) -> None:
+        self.blob_id = str(spec["blob_id"])
+        self.handle = int(str(spec["handle"]))
+        self.file = file
+        self.tree = tree
+        self._name = str(spec["segment"])
+        self._row = row
+        self.watched = True
+        self._segment: Segment | None = None
+        self._place = -_STEADY - 1
+        self._looked = 0
+
+    def missing(self, offset: int, count: int, held: int) -> ChunkRun | None:
+        """The chunks that must be fetched before this range may be read, the first missing to the last; None: read now.
+
+        `held` is the size that the cache file has now. Raises StaleCacheError when it was cut off or the range cannot be had
+        any more, CacheError when that is outside the blob.
+        """
+        if self._segment is None or self._epoch[0] == RETIRED:
+            self._current()
+        if held < self._size:
+            raise StaleCacheError(f"blob {self.blob_id}: its cache file was cut off")
+        end = offset + count
+        if offset >= self._limit or not count:
+            raise CacheError(
+                f"blob {self.blob_id}: a read of {count} bytes at {offset} is outside its {self._size} bytes"
+            )
+        first, last = bisect_right(self._ends, offset), bisect_left(self._starts, end)
+        states = self._states[first:last].tobytes()
+        counters = self._counters
+        if states.count(READY) == last - first:
+            counters[0] += 1
+            counters[1] += count
+            return None
+        counters[2] += 1
+        counters[3] += count
+        absent = [chunk for chunk, state in enumerate(states, first) if state != READY]
+        return ChunkRun(self.handle, absent[0], absent[-1] - absent[0] + 1)
+
+    def ready(self, run: ChunkRun) -> bool:
+        """Whether all chunks of a run are there. Raises StaleCacheError if not, and the blob has another file now."""
+        segment = self._current()
+        if bytes(segment.state[run.first : run.first + run.count]).count(READY) == run.count:
+            return True
+        if not segment.is_current():
+            self.close()
+            self._current()
+        return False
+
+    def hint(self, offset: int) -> ChunkRun | None:
+        """A reader is at `offset`: a run to send with AHEAD if it goes on sequentially and will come to what is not there."""
+        place, self._place = self._place, offset
+        if not place < offset <= place + _STEADY:
+            self._looked = offset + _STEP
+        elif offset >= self._looked:
+            self._looked = offset + _STEP
+            chunk = min(bisect_right(self._ends, offset + _LOOK_AHEAD), len(self._ends) - 1)
+            if chunk >= 0 and self._states[chunk] == EMPTY:
+                return ChunkRun(self.handle, min(bisect_right(self._ends, offset), chunk), 1)
+        return None
+
+    def complete(self) -> bool:
+        """Whether nothing of the blob is missing."""
+        try:
+            segment = self._current()
+        except CacheError:
+            return False
+        return bool(bytes(segment.state).count(READY) == segment.count)
+
+    def count_error(self) -> None:
+        """A read failed."""
+        if self._segment is not None:
+            self._counters[4] += 1
+
+    def _current(self) -> Segment:
+        """The segment of the kernel's file. Raises StaleCacheError when there is none."""
+        segment = self._segment
+        if segment is not None and segment.epoch[0] != RETIRED:
+            return segment
+        fresh = Segment.open(self._name)
+        if fresh is None or (fresh.identity.dev, fresh.identity.ino) != self.file:
+            if fresh is not None:
+                fresh.close()
+            raise StaleCacheError(
+                f"blob {self.blob_id}: its cache file was replaced or deleted; mount the image again to have the rest of it"
+            )
+        self.close()
+        self._segment = fresh
+        self._epoch, self._states = fresh.epoch, fresh.state
+        self._counters = fresh.counters(self._row)
+        self._size = fresh.identity.size
+        self._limit = -(-self._size // _PAGE) * _PAGE
+        self._starts, self._ends = array("Q"), array("Q")
+        for _, start, _, size, *_ in RECORD.iter_unpack(fresh.records):
+            self._starts.append(start)
+            self._ends.append(start + size)
+        return fresh
+
+    def close(self) -> None:
+        if self._segment is not None:
+            self._counters.release()
+            self._segment.close()
+            self._segment = None
+
+
+def blobs_from_spec(
+    specs: Sequence[Mapping[str, object]], files: Sequence[tuple[int, int]], trees: Sequence[int], row: int
+) -> list[Blob]:
+    """The supervisor's description, see `Image.spec`."""
+    return [Blob(spec, file, tree, row) for spec, file, tree in zip(specs, files, trees, strict=True)]

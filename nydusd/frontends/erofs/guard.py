@@ -1,0 +1,85 @@
+"""`python -m nydusd.frontends.erofs.guard --spec-fd N`: a process that does nothing, and holds what must not be closed.
+
+When the last fd of a fanotify group is closed, readers that wait pass, and a hole reads as zeros. Supervisor and front end
+may both be killed; while the guard lives, readers wait for the next daemon, which takes the fds from here.
+
+If none comes: a daemon that is gone must not keep readers for ever. Once neither supervisor nor front end have been there
+for `patience` seconds, the guard becomes a front end by itself: what is cached is served, the rest refused. It ends when the
+file system is gone.
+
+The spec: `group`, `journal`, `record`, `trees` (fds), `files` (paths of the cache files), `left` (path of the file that
+names us), `patience` (seconds), `supervisor` (its pid), and `successor`: the spec of the front end that it may become.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from nydusd.ipc.messages import Json
+from nydusd.ipc.spec import read_spec, write_spec
+from nydusd.proctitle import set_title
+
+from . import left, record
+
+_LOOK = 1.0
+"""Seconds between looks around."""
+
+
+def main(argv: list[str]) -> int:
+    """Hold on until the file system is gone. Raises FormatError when the spec cannot be used."""
+    spec = read_spec(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_title("guard")
+    with contextlib.suppress(OSError):
+        os.setsid()  # what ends the daemon's process group is not meant for readers
+    # Who looks for users of these files, before anything is taken out of them, finds us.
+    for path in spec["files"]:
+        with contextlib.suppress(OSError):
+            os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    supervisor = int(spec["supervisor"])
+    alone_since: float | None = None
+    while True:
+        time.sleep(_LOOK)
+        known = record.read(int(spec["record"]))
+        orphaned = os.getppid() != supervisor
+        if (known.names is not None or orphaned) and not known.settled().is_alive():
+            if orphaned:
+                left.forget(Path(spec["left"]), os.getpid())
+            return 0
+        if not orphaned or not _is_idle(int(spec["journal"])):
+            alone_since = None
+            continue
+        now = time.monotonic()
+        if alone_since is None:
+            alone_since = now
+        if now - alone_since >= float(spec["patience"]) or known.ended:
+            _become_front_end(spec)
+
+
+def _is_idle(journal: int) -> bool:
+    """Whether no front end lives: it would have the journal locked."""
+    try:
+        fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    fcntl.lockf(journal, fcntl.LOCK_UN)
+    return True
+
+
+def _become_front_end(spec: Json) -> None:
+    fds = [int(spec[name]) for name in ("group", "journal", "record")] + [int(fd) for fd in spec["trees"]]
+    for fd in fds:
+        os.set_inheritable(fd, True)
+    successor = write_spec(spec["successor"] | {"alone": True})
+    os.set_inheritable(successor, True)
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "nydusd.frontends.erofs", "--spec-fd", str(successor)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,132 @@
+"""What a killed supervisor has left of an EROFS mount: where the next one finds it, and how it gets its fds.
+
+A file beside the run-time folder names who holds its fds, guard and front end, by pid and start time, and the numbers of the
+fds. Written by the supervisor before mount(2) and whenever it started one of them, removed once the file system is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from nydusd.errors import MountError
+from nydusd.storage.state.lock import start_time
+
+from .session import Fds
+
+log = logging.getLogger(__name__)
+
+_END_SECONDS = 5.0
+_PIDFD_GETFD = 438
+
+
+class Left(NamedTuple):
+    """`holders` are pidfds of processes that hold `fds`, copies of which are ours."""
+
+    holders: list[int]
+    fds: Fds
+
+
+def write(path: Path, holders: Sequence[int], fds: Fds) -> None:
+    """Note who holds what. Raises MountError: without it a kill of the supervisor could not be made good."""
+    content = {
+        "version": 1,
+        "holders": [[pid, start_time(pid)] for pid in holders],
+        "fds": [fds.group, fds.journal, fds.record, fds.trees],
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, path)
+    except OSError as e:
+        raise MountError(f"{path}: {e.strerror}") from e
+
+
+def forget(path: Path, holder: int) -> None:
+    """Remove the note if it names this process: the file system is gone."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        if holder in [pid for pid, _ in json.loads(path.read_text())["holders"]]:
+            path.unlink()
+
+
+def take(path: Path) -> Left | None:
+    """What is held, None when nobody holds anything. The holders go on: `end` them when all is taken over.
+
+    Raises MountError when there are holders and their fds cannot be had.
+    """
+    try:
+        raw = json.loads(path.read_text())
+        processes = [(int(pid), int(start)) for pid, start in raw["holders"]]
+        group, journal, record, trees = raw["fds"]
+        numbers = [int(group), int(journal), int(record), *map(int, trees)]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        log.warning("%s cannot be read: %s", path, e)
+        return None
+    holders = [holder for pid, start in processes if (holder := _living(pid, start)) >= 0]
+    why = ""
+    for holder in holders:
+        copies: list[int] = []
+        try:
+            for number in numbers:
+                copies.append(_copy(holder, number))
+        except OSError as e:
+            why = str(e.strerror)
+            for fd in copies:
+                os.close(fd)
+            continue
+        return Left(holders, Fds(copies[0], copies[1], copies[2], copies[3:]))
+    let_be(holders)
+    if why:
+        raise MountError(f"{path}: what a killed daemon has mounted cannot be taken over: {why}")
+    return None
+
+
+def let_be(holders: Sequence[int]) -> None:
+    """Leave the holders as they are."""
+    for holder in holders:
+        os.close(holder)
+
+
+def end(holders: Sequence[int]) -> None:
+    """SIGKILL those whose fds were taken over, and wait until they are gone."""
+    for holder in holders:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(holder, signal.SIGKILL)
+    for holder in holders:
+        poll = select.poll()
+        poll.register(holder, select.POLLIN)
+        poll.poll(_END_SECONDS * 1000)
+    let_be(holders)
+
+
+def _living(pid: int, start: int) -> int:
+    """The pidfd of this very process, -1 if it has ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
+    if start != 0 and start_time(pid) == start:
+        return pidfd
+    os.close(pidfd)
+    return -1
+
+
+def _copy(guard: int, number: int) -> int:
+    """pidfd_getfd(2); the copy is not inheritable."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd: int = libc.syscall(_PIDFD_GETFD, guard, number, 0)
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return fd

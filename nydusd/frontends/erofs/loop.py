@@ -1,0 +1,333 @@
+"""The loop of the front end: take events of the group, let readers pass whose range is there, have the rest fetched.
+
+One process, for two that read one group would mix up its events. It never waits for one miss with all others. A reader
+passes only after all chunks of its range are marked ready, which a worker does after the bytes are in the cache file; for
+whatever goes wrong its read is refused, so it gets EIO and never a hole.
+
+What holds after SIGKILL: the group and the journal live on in the supervisor and the guard; readers wait, and a successor
+answers first what the journal has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+import os
+import select
+import time
+from collections.abc import Callable, Sequence
+
+from nydusd.errors import CacheError, MountError, NydusError
+from nydusd.frontends.fuse.complaints import Complaints
+from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
+from nydusd.ipc.messages import AHEAD, LOST
+from nydusd.storage.api.io import ChunkRun
+
+from . import fanotify
+from .device import Blob
+from .journal import UNKNOWN, Journal
+from .record import Record
+
+log = logging.getLogger(__name__)
+
+_SPIN = 24
+"""How often the group is asked again before the loop sleeps, as in the FUSE front end, and for the same reason."""
+_LOOK = 0.5
+"""Seconds between looks whether blobs are complete, while some are not."""
+_REST = 2.0
+"""Seconds between looks whether anybody uses the file system still."""
+
+
+class _Waiting:
+    """A reader that waits: its event's number, what it still needs, until when."""
+
+    __slots__ = ("asked_lost", "blobs", "count", "deadline", "number", "offset", "pending", "place", "runs")
+
+    def __init__(self, number: int, place: int, offset: int, count: int, blobs: list[Blob], deadline: float) -> None:
+        self.number = number
+        self.place = place
+        self.offset = offset
+        self.count = count
+        self.blobs = blobs
+        self.deadline = deadline
+        self.asked_lost = False
+        self.pending: dict[int, tuple[ChunkRun, int]] = {}
+        self.runs: list[tuple[Blob, ChunkRun]] = []
+
+
+class FrontEnd:
+    """Serves the events of `group`. `inherited`: numbers of a predecessor's events that `journal.reserve` occupies.
+
+    `known()` is the mount's record as it is now; `alone`: there is no supervisor, what is missing cannot be fetched.
+    A reader waits `patience` seconds at most.
+    """
+
+    def __init__(
+        self,
+        group: int,
+        journal: Journal,
+        blobs: Sequence[Blob],
+        connect: Callable[[], Client],
+        known: Callable[[], Record],
+        *,
+        inherited: set[int],
+        patience: float = 30.0,
+        alone: bool = False,
+    ) -> None:
+        self._group = group
+        self._journal = journal
+        self._blobs = {blob.file: (index, blob) for index, blob in enumerate(blobs)}
+        self._all = list(blobs)
+        self._connect = connect
+        self._client: Client | None = None
+        self._known = known
+        self._inherited = inherited
+        self._own_numbers = {kept.event.fd for kept in journal.left} - inherited
+        self._patience = patience
+        self._alone = alone
+        self._waiting: dict[int, _Waiting] = {}
+        self._owners: dict[int, _Waiting] = {}
+        self._complaints = Complaints("erofs")
+        self._next_ask = self._next_look = self._next_rest = 0.0
+        self._over = False
+        self.completed: Callable[[], None] = lambda: None
+        """Called once, when nothing is missing any more."""
+        self._told = False
+
+    def run(self) -> None:
+        """Serve until the file system is gone. Raises OSError when the group cannot be read."""
+        self._recover()
+        buffer = [self._journal.buffer]
+        tries = 0
+        poll = select.poll()
+        while not self._over:
+            if not self._waiting and tries < _SPIN:
+                try:
+                    length = os.readv(self._group, buffer)
+                except BlockingIOError:
+                    tries += 1
+                    os.sched_yield()
+                    continue
+                self._take(length)
+                tries = 0
+                continue
+            timeout = self._service()
+            if self._over:
+                return
+            poll.register(self._group, 0 if self._journal.full else select.POLLIN)
+            if self._client is not None:
+                poll.register(self._client.fileno(), select.POLLIN)
+            if any(ready == self._group for ready, _ in poll.poll(math.ceil(timeout * 1000))):
+                with contextlib.suppress(BlockingIOError):
+                    self._take(os.readv(self._group, buffer))
+                tries = 0
+
+    def _take(self, length: int) -> None:
+        """Answer the events in the first `length` bytes of the buffer, or have them wait."""
+        for event in fanotify.events(self._journal.buffer):
+            try:
+                st = os.fstat(event.fd)
+                index, blob = self._blobs[st.st_dev, st.st_ino]
+                run = blob.missing(event.offset, event.length, st.st_size)
+            except (KeyError, OSError):
+                self._refuse(event.fd, errno.EIO, "an event for a file that is no cache file of this image")
+                os.close(event.fd)
+                continue
+            except NydusError as e:
+                self._refuse(event.fd, self._code(e), str(e))
+                os.close(event.fd)
+                continue
+            if run is None:
+                self._answer(event.fd, 0)
+                os.close(event.fd)
+            else:
+                place = self._journal.keep(event, index)
+                self._wait(
+                    _Waiting(event.fd, place, event.offset, event.length, [blob], self._deadline()), [(blob, run)]
+                )
+            hint = blob.hint(event.offset)
+            if hint is not None and not self._alone:
+                self._line().request(hint, AHEAD)
+        self._journal.settled(length)
+
+    def _recover(self) -> None:
+        """Answer, or have wait again, what a predecessor had taken and not answered."""
+        for place, event, index, hopeless in self._journal.left:
+            blobs = self._all if index == UNKNOWN else self._all[index : index + 1]
+            waiting = _Waiting(event.fd, place, event.offset, event.length, blobs, self._deadline())
+            if hopeless or not event.length or not blobs:
+                self._end(waiting, errno.EIO, "front ends die of this event: its reader is refused")
+                continue
+            try:
+                runs = self._needs(waiting)
+            except NydusError as e:
+                self._end(waiting, self._code(e), str(e))
+                continue
+            if runs:
+                self._wait(waiting, runs)
+            else:
+                self._end(waiting, 0)
+
+    @staticmethod
+    def _needs(waiting: _Waiting) -> list[tuple[Blob, ChunkRun]]:
+        """What must be fetched for a reader. Where it is not known of which blob, the range of each that has it."""
+        runs = []
+        outside: CacheError | None = None
+        inside = False
+        for blob in waiting.blobs:
+            try:
+                run = blob.missing(waiting.offset, waiting.count, os.stat(fanotify.path_of(blob.tree)).st_size)
+            except CacheError as e:
+                if len(waiting.blobs) == 1 or e.temporary:
+                    raise
+                outside = e
+                continue
+            inside = True
+            if run is not None:
+                runs.append((blob, run))
+        if not inside and outside is not None:
+            raise outside
+        return runs
+
+    # --- waiting ----------------------------------------------------------------------------------------------
+
+    def _line(self) -> Client:
+        """The line to the supervisor, made at the first miss."""
+        if self._client is None:
+            self._client = self._connect()
+        return self._client
+
+    def _deadline(self) -> float:
+        return time.monotonic() + (0.0 if self._alone else self._patience)
+
+    def _wait(self, waiting: _Waiting, runs: list[tuple[Blob, ChunkRun]], flags: int = 0) -> None:
+        if not self._waiting:
+            self._next_ask = time.monotonic() + ASK_AGAIN
+        self._waiting[waiting.number] = waiting
+        waiting.runs = runs
+        if self._alone:
+            return
+        for _, run in runs:
+            number = self._line().request(run, flags)
+            waiting.pending[number] = (run, flags)
+            self._owners[number] = waiting
+
+    def _service(self) -> float:
+        """Take in replies and what became due; gives the seconds until it must be called again."""
+        if self._client is not None:
+            for reply in self._client.replies():
+                self._reply(reply.request, reply.errno, reply.slot is not None)
+                if reply.slot is not None:
+                    self._client.release(reply.slot)
+        now = time.monotonic()
+        if self._waiting and now >= self._next_ask:
+            self._next_ask = now + ASK_AGAIN
+            for waiting in list(self._waiting.values()):
+                if now >= waiting.deadline:
+                    self._end(waiting, errno.ETIMEDOUT, "nobody has fetched it in time")
+                    continue
+                for number, (run, flags) in waiting.pending.items():
+                    self._line().request(run, flags, number)
+        if now >= self._next_look:
+            self._next_look = now + _LOOK
+            self._look_for_complete()
+        if now >= self._next_rest:
+            self._next_rest = now + _REST
+            self._look_around()
+        until = [self._next_rest]
+        if not self._told:
+            until.append(self._next_look)
+        if self._waiting:
+            until.append(self._next_ask)
+        return max(0.0, min(until) - now)
+
+    def _reply(self, request: int, code: int, in_memory: bool) -> None:
+        waiting = self._owners.pop(request, None)
+        if waiting is None:
+            return
+        del waiting.pending[request]
+        if code:
+            self._end(waiting, code, os.strerror(code))
+        elif in_memory:
+            self._end(waiting, errno.ENOSPC, "the cache folder has no room for it")
+        elif not waiting.pending:
+            self._check(waiting)
+
+    def _check(self, waiting: _Waiting) -> None:
+        """All that was asked for has come, it is said."""
+        try:
+            lost = [(blob, run) for blob, run in waiting.runs if not blob.ready(run)]
+            if not lost:
+                self._end(waiting, 0)
+            elif waiting.asked_lost:
+                self._end(waiting, errno.EIO, "chunks were reported as fetched, twice, and are not there")
+            else:
+                waiting.asked_lost = True
+                self._wait(waiting, lost, LOST)
+        except NydusError as e:
+            self._end(waiting, self._code(e), str(e))
+
+    def _end(self, waiting: _Waiting, code: int, why: str = "") -> None:
+        """Answer a reader that waited."""
+        if code:
+            self._refuse(waiting.number, code, why, waiting.blobs)
+        else:
+            self._answer(waiting.number, 0)
+        self._waiting.pop(waiting.number, None)
+        for number in waiting.pending:
+            self._owners.pop(number, None)
+            self._line().cancel(number)
+        waiting.pending.clear()
+        self._journal.drop(waiting.place)
+        # Only now may the kernel use the number again.
+        if waiting.number not in self._own_numbers:
+            with contextlib.suppress(OSError):
+                os.close(waiting.number)
+
+    # --- answers ----------------------------------------------------------------------------------------------
+
+    def _refuse(self, number: int, code: int, why: str, blobs: Sequence[Blob] = ()) -> None:
+        for blob in blobs:
+            blob.count_error()
+        name = blobs[0].blob_id if len(blobs) == 1 else ""
+        self._complaints.log("a read failed: %s%s", f"blob {name}: " if name and name not in why else "", why)
+        self._answer(number, code)
+
+    def _answer(self, number: int, code: int) -> None:
+        try:
+            fanotify.answer(self._group, number, code)
+        except OSError as e:
+            if e.errno != errno.ENOENT:  # a predecessor had answered it
+                self._complaints.log("the kernel refused an answer: %s", e.strerror)
+
+    @staticmethod
+    def _code(error: NydusError) -> int:
+        return error.errno
+
+    # --- now and then -----------------------------------------------------------------------------------------
+
+    def _look_for_complete(self) -> None:
+        """Stop to be asked about blobs of which nothing is missing."""
+        for blob in self._all:
+            if blob.watched and blob.complete():
+                try:
+                    fanotify.unwatch(self._group, blob.tree)
+                except MountError as e:
+                    self._complaints.log("blob %s: %s", blob.blob_id, e)
+                blob.watched = False
+                log.info("blob %s: all of it is in the cache; the kernel reads it by itself", blob.blob_id)
+        if not self._told and not any(blob.watched for blob in self._all):
+            self._told = True
+            self.completed()
+
+    def _look_around(self) -> None:
+        """Whether the file system is there, and the daemon was not stopped."""
+        known = self._known()
+        if not known.is_alive():
+            self._over = True
+        elif known.ended and not self._alone:
+            self._alone = True
+            for waiting in list(self._waiting.values()):
+                self._end(waiting, errno.EIO, "the daemon was stopped")

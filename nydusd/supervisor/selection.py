@@ -1,0 +1,114 @@
+"""Which way `nydusd erofs` takes: the best that kernel, cache folder and image allow, or the one that was asked for.
+
+Runs in the process that becomes the supervisor, before anything is started. Each way that is passed over is logged with the
+reason, and so is the one that is taken; `nydusctl info` tells it, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from typing import TYPE_CHECKING
+
+from nydusd.errors import MountError, UnsupportedError
+from nydusd.formats import BootstrapKind, detect
+from nydusd.frontends.erofs import fanotify
+
+if TYPE_CHECKING:
+    from nydusd.cli.options import ErofsOptions
+    from nydusd.config import Config
+    from nydusd.forkserver.client import ForkServer
+    from nydusd.supervisor.daemon import Supervisor
+
+log = logging.getLogger(__name__)
+
+_FILES_SINCE = (6, 12)
+"""The first kernel whose EROFS mounts files without a block device."""
+
+
+def daemon_for(options: ErofsOptions, config: Config, fork_server: ForkServer) -> Supervisor:
+    """The daemon that serves the image. Raises UnsupportedError when the way that was asked for is not there."""
+    from nydusd.supervisor.blobfs import ErofsOnBlobfs
+    from nydusd.supervisor.daemon import Supervisor
+    from nydusd.supervisor.erofs import ErofsDaemon
+
+    taken, why = choose(options.driver, options.bootstrap or "", config.cache.work_dir if config.cache else None)
+    daemon: Supervisor
+    if taken == "fanotify":
+        daemon = ErofsDaemon(options, config, fork_server, why)
+    elif taken == "blobfs":
+        daemon = ErofsOnBlobfs(options, config, fork_server, why)
+    else:
+        daemon = Supervisor(options, config, fork_server)
+        daemon.front_end = ("FUSE", why)
+    log.info("front end: %s: %s", *daemon.front_end)
+    return daemon
+
+
+def choose(asked: str, bootstrap: str, work_dir: str | None) -> tuple[str, str]:
+    """The way to take, and why. Raises UnsupportedError when the one that was asked for is not there."""
+    if asked == "fuse":
+        return asked, "it was asked for"
+    no_erofs = _why_no_erofs(bootstrap, work_dir)
+    reasons = {"fanotify": no_erofs or _why_no_fanotify(str(work_dir)), "blobfs": no_erofs}
+    if asked != "auto":
+        if reasons[asked] is not None:
+            raise UnsupportedError(f"--driver {asked}: {reasons[asked]}; use `nydusd fuse`")
+        return asked, "it was asked for"
+    passed: list[str] = []
+    for way, reason in reasons.items():
+        if reason is None:
+            return way, "; ".join(passed) or "this kernel and the cache folder have all it needs"
+        passed.append(f"not {way}: {reason}")
+    return "fuse", "; ".join(passed if reasons["fanotify"] != no_erofs else [f"not EROFS: {no_erofs}"])
+
+
+def _why_no_erofs(bootstrap: str, work_dir: str | None) -> str | None:
+    """What is missing to mount the image as EROFS over files; None if nothing is."""
+    if reason := _why_no_erofs_here():
+        return reason
+    if work_dir is None:
+        return "no cache folder is configured"
+    with contextlib.suppress(OSError), open(bootstrap, "rb") as f:
+        if detect(memoryview(f.read(4096))) is BootstrapKind.V5:
+            return f"{bootstrap} is of RAFS v5, which only we can read"
+    return None
+
+
+def _why_no_erofs_here() -> str | None:
+    release = os.uname().release
+    with contextlib.suppress(ValueError):
+        major, minor, *_ = (int(part) for part in release.replace("-", ".").split(".")[:2])
+        if (major, minor) < _FILES_SINCE:
+            return f"kernel {release} mounts EROFS from block devices only; 6.12 and later from files"
+    with open("/proc/filesystems") as table:
+        if any(line.split()[-1] == "erofs" for line in table):
+            return None
+    if os.path.isdir(f"/lib/modules/{release}/kernel/fs/erofs"):  # the kernel loads it at the mount
+        return None
+    return f"kernel {release} has no EROFS"
+
+
+def _why_no_fanotify(folder: str) -> str | None:
+    """What is missing to be asked before a file in the cache folder is read: tried with one. None if nothing is."""
+    try:
+        group = fanotify.open_group()
+    except MountError as e:
+        return str(e)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".nydusd-", suffix=".tmp") as probe:
+            tree = fanotify.private_mount(probe.name)
+            try:
+                fanotify.watch(group, tree)
+            finally:
+                os.close(tree)
+    except OSError as e:
+        return f"cache folder {folder}: {e.strerror}"
+    except MountError as e:
+        return f"cache folder {folder}: {e}"
+    finally:
+        os.close(group)
+    return None

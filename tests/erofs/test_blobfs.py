@@ -1,0 +1,65 @@
+"""The blobs of an image as files over FUSE, by themselves and below the kernel's EROFS."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from bench.image import build
+from bench.run import regular_files
+from tests.erofs.test_images import V6, differences
+from tests.support.daemon import Daemon
+from tests.support.discipline import wait_until
+from tests.support.oracle import Image, image
+
+SETS = [image for image in V6 if ":" not in image.name]
+
+
+@pytest.mark.parametrize("image", SETS, ids=lambda image: image.name)
+def test_the_kernel_shows_the_manifest_over_blobfs(image: Image, tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    shutil.copytree(image.blobs, blobs)
+    bootstrap = blobs / image.bootstrap.name if image.bootstrap.parent == image.blobs else image.bootstrap
+    with Daemon(bootstrap, blobs, verb="erofs", args=("--driver", "blobfs")) as daemon:
+        assert differences(image, daemon.mountpoint) == []
+        assert daemon.backend_reads() > 0
+        assert "read through EROFS over blobfs (it was asked for)" in daemon.ctl("info")
+
+
+def test_a_blob_is_a_file_with_its_plain_bytes(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for number in range(5):
+        (tree / f"{number}").write_bytes(os.urandom(70_000))
+    built = build(tree, tmp_path / "image", 1 << 16, plain=tmp_path / "plain")
+    plain = (tmp_path / "plain" / f"{built.blob.name}.blob.data").read_bytes()
+    with Daemon(built.bootstrap, built.blob.parent, verb="blobfs") as daemon:
+        assert os.listdir(daemon.mountpoint) == [built.blob.name]
+        blob = daemon.mountpoint / built.blob.name
+        assert blob.stat().st_size == len(plain)
+        with open(blob, "rb", buffering=0) as file:  # across the padding behind a chunk, and up to the end
+            assert os.pread(file.fileno(), 9000, 60_000) == plain[60_000:69_000]
+            assert os.pread(file.fileno(), 1 << 20, len(plain) - 5) == plain[-5:]
+        assert blob.read_bytes() == plain
+
+
+def test_without_any_process_of_ours_a_read_fails(tmp_path: Path) -> None:
+    small = image("v6-zstd-blake3")
+    with Daemon(small.bootstrap, small.blobs, verb="erofs", args=("--driver", "blobfs")) as daemon:
+        fd = os.open(max(regular_files(daemon.mountpoint), key=os.path.getsize), os.O_RDONLY)
+        front_ends = daemon.pids("fuse")
+        daemon.kill_supervisor()
+        for pid in front_ends:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(Path(f"/proc/{pid}/fd/0").exists() for pid in front_ends), "the front ends' end")
+        with pytest.raises(OSError) as failure:
+            os.pread(fd, 4096, 0)
+        assert failure.value.errno == errno.EIO
+        os.close(fd)
+        daemon.start()
+        assert differences(small, daemon.mountpoint) == []

@@ -1,0 +1,181 @@
+"""SIGKILL of processes of `nydusd erofs` while readers wait: they get the right bytes, or an error, and never a hole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import wait_for_role
+from tests.support.discipline import cmdline, descendants, is_running, wait_until
+from tests.support.faulty_server import Reply, Request, faulty
+from tests.support.mounted import CHUNK, Hub, Mounted, Tree
+
+Expect = Callable[..., None]
+ROLES = ("erofs", "guard", "fetch", "decompress")
+NAMES = [f"{number:02}" for number in range(8)]
+READ = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+print("open", flush=True)
+try:
+    sys.stdout.write(os.pread(fd, 1 << 20, 0).hex())
+except OSError as error:
+    sys.exit(error.errno)
+"""
+
+
+class Held:
+    """A daemon whose registry answers nothing while `hold` is set."""
+
+    def __init__(self, tree: Tree, hub: Hub, **tuning: object) -> None:
+        self.asked = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.tree = tree
+
+        def answer(request: Request) -> Reply:
+            self.asked.set()
+            self.gate.wait(60)
+            return hub.part(request)
+
+        hub.always = answer
+        hub.open_to_all = True
+        backend: dict[str, object] = {"host": hub.server.host, "timeout": 60}
+        self.mounted = Mounted(tree, backend, verb="erofs", tuning=tuning)
+        self.daemon = self.mounted.daemon
+
+    def one(self, role: str) -> int:
+        """The process of a role, once it is there."""
+        wait_for_role(self.daemon, role, 1)
+        return self.daemon.pids(role)[0]
+
+    def hold(self) -> None:
+        self.gate.clear()
+        self.asked.clear()
+
+    def read(self, name: str) -> subprocess.Popen[bytes]:
+        """A reader in a process of its own, which has the file open."""
+        command = [sys.executable, "-c", READ, str(self.daemon.mountpoint / name)]
+        reader = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0)  # the line, and no byte more
+        assert reader.stdout is not None and reader.stdout.readline() == b"open\n"
+        return reader
+
+    def waiting_reader(self, name: str) -> subprocess.Popen[bytes]:
+        """A reader that waits for bytes that the registry holds back."""
+        self.hold()
+        reader = self.read(name)
+        assert self.asked.wait(30), "nobody asked the registry"
+        return reader
+
+    def right(self, reader: subprocess.Popen[bytes], name: str) -> None:
+        """AssertionError unless the reader gets what is in the file."""
+        out, _ = reader.communicate(timeout=60)
+        assert reader.returncode == 0, f"{name}: {os.strerror(reader.returncode)}"
+        assert bytes.fromhex(out.decode()) == self.tree.contents[name], f"{name}: wrong bytes"
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    return Tree(NAMES, tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture
+def hub(tree: Tree) -> Iterator[Hub]:
+    with faulty() as server:
+        yield Hub(tree, server)
+
+
+def own(role: str) -> list[int]:
+    """Processes of a role below this one, whoever is their parent now."""
+    return [pid for pid in descendants(os.getpid()) if is_running(pid) and cmdline(pid).startswith(f"nydusd: {role}")]
+
+
+def test_a_reader_waits_through_the_death_of_any_process(tree: Tree, hub: Hub) -> None:
+    held = Held(tree, hub)
+    with held.mounted:
+        for name, role in zip(NAMES, ROLES, strict=False):
+            victim = held.one(role)
+            reader = held.waiting_reader(name)
+            held.daemon.kill(victim)
+            wait_for_role(held.daemon, role, 1, without=victim)
+            assert reader.poll() is None
+            held.gate.set()
+            held.right(reader, name)
+
+
+def test_a_reader_waits_for_the_next_daemon(tree: Tree, hub: Hub) -> None:
+    held = Held(tree, hub)
+    with held.mounted:
+        for name, others in zip(NAMES, ((), ("erofs",), ("guard",)), strict=False):
+            kept = os.open(held.daemon.mountpoint / NAMES[-1], os.O_RDONLY)
+            reader = held.waiting_reader(name)
+            victims = [held.one(role) for role in others]
+            held.daemon.kill_supervisor()
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            assert reader.poll() is None
+            held.gate.set()
+            held.daemon.start()
+            held.right(reader, name)
+            # It is the same mount: what was open before can be read on.
+            assert os.pread(kept, CHUNK, 0) == tree.contents[NAMES[-1]]
+            os.close(kept)
+
+
+def test_a_stop_with_open_files_leaves_no_hole_to_read(tree: Tree, hub: Hub, expect_log: Expect) -> None:
+    expect_log("a read failed: .*(the daemon was stopped|nobody has fetched it in time)")
+    held = Held(tree, hub)
+    with held.mounted:
+        cached = os.open(held.daemon.mountpoint / NAMES[0], os.O_RDONLY)
+        absent = os.open(held.daemon.mountpoint / NAMES[1], os.O_RDONLY)
+        assert os.pread(cached, CHUNK, 0) == tree.contents[NAMES[0]]
+        os.posix_fadvise(cached, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.kill(held.daemon.pid, signal.SIGTERM)
+        held.daemon.wait_for_end()
+        with pytest.raises(OSError) as failure:
+            os.pread(absent, CHUNK, 0)
+        assert failure.value.errno == errno.EIO
+        assert os.pread(cached, CHUNK, 0) == tree.contents[NAMES[0]]
+        os.close(absent)
+        os.close(cached)
+        wait_until(lambda: not own("erofs") and not own("guard"), "the end of those that stayed")
+
+
+def test_what_nobody_serves_any_more_is_refused(tree: Tree, hub: Hub, expect_log: Expect) -> None:
+    expect_log("a read failed: .*nobody has fetched it in time")
+    held = Held(tree, hub, read_deadline=1.0)
+    with held.mounted:
+        reader = held.waiting_reader(NAMES[0])
+        front_end = held.one("erofs")
+        held.daemon.kill_supervisor()
+        os.kill(front_end, signal.SIGKILL)
+        reader.communicate(timeout=60)
+        assert reader.returncode == errno.EIO
+        held.gate.set()
+        held.daemon.start()
+        held.right(held.read(NAMES[0]), NAMES[0])
+
+
+def test_a_complete_image_is_read_without_the_front_end(tree: Tree, hub: Hub, tmp_path: Path) -> None:
+    held = Held(tree, hub)
+    with held.mounted:
+        for name in NAMES:
+            held.right(held.read(name), name)
+        wait_until(lambda: "the kernel reads it by itself" in held.mounted.log(), "all of it to be here")
+        front_end = held.one("erofs")
+        os.kill(front_end, signal.SIGSTOP)
+        try:
+            fd = os.open(held.daemon.mountpoint / NAMES[0], os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+            held.right(held.read(NAMES[0]), NAMES[0])
+        finally:
+            os.kill(front_end, signal.SIGCONT)

@@ -1,0 +1,89 @@
+"""SIGKILL of any process of `nydusd erofs`, the supervisor too, at any time, under load: not one hole read as data."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.image import Built, build
+from tests.support.daemon import Daemon, wait_for_role
+from tests.support.discipline import cmdline, wait_until
+from tests.support.readers import PIECE, longest_read, pieces_read
+
+READERS = 8
+FILES = 16
+FILE_SIZE = 1 << 20
+CHUNK = 1 << 14
+ROLES = ("erofs", "guard", "fetch", "decompress")
+KILLS = int(os.environ.get("NYDUSD_TEST_KILLS", "10"))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of many small chunks, so that the cache stays cold for a while; none of them has zeros."""
+    root = tmp_path_factory.mktemp("tree")
+    source = random.Random(3)
+    for number in range(FILES):
+        (root / f"{number:02}").write_bytes(source.randbytes(FILE_SIZE))
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(tree, tmp_path_factory.mktemp("image"), CHUNK)
+
+
+def test_readers_see_right_bytes_while_processes_are_killed(tree: Path, built: Built, tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    choose = random.Random(seed)
+    killed: list[str] = []
+    for number in range(-(-KILLS // 5)):  # afresh, with a cold cache: once all is there, nobody is asked any more
+        with Daemon(built.bootstrap, built.blob.parent, verb="erofs") as daemon:
+            progress, stop = tmp_path / f"progress{number}", tmp_path / f"stop{number}"
+            command = [sys.executable, "-m", "tests.support.readers", "verify", str(daemon.mountpoint), str(tree)]
+            arguments = [str(progress), str(stop), str(READERS), str(seed)]
+            with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as readers:
+                try:
+                    for _ in range(5):
+                        seen = pieces_read(progress)
+                        kill_some(daemon, choose, killed)
+                        wait_until(
+                            lambda: pieces_read(progress) > seen or readers.poll() is not None,  # noqa: B023
+                            f"any progress of the readers after {killed} (seed {seed})",
+                            60,
+                        )
+                finally:
+                    stop.touch()
+                assert readers.stderr is not None
+                assert readers.wait() == 0, f"seed {seed}, killed {killed}: {readers.stderr.read()}"
+            print(f"longest read {longest_read(progress):.2f} s")
+            assert pieces_read(progress) >= READERS * FILES * FILE_SIZE // PIECE
+    print(f"killed {killed}")
+
+
+def kill_some(daemon: Daemon, choose: random.Random, killed: list[str]) -> None:
+    """One process, or the supervisor, perhaps together with one of the two others that hold the group."""
+    if choose.random() < 0.4:
+        also = choose.choice((None, "erofs", "guard"))
+        others = [] if also is None else daemon.pids(also)
+        daemon.kill_supervisor()
+        for pid in others:
+            if cmdline(pid).startswith("nydusd: "):
+                os.kill(pid, signal.SIGKILL)
+        killed.append(f"supervisor and {also}" if also else "supervisor")
+        daemon.start()
+        return
+    role = choose.choice(ROLES)
+    pids = daemon.pids(role)
+    if pids:
+        victim = choose.choice(pids)
+        killed.append(role)
+        daemon.kill(victim)
+        wait_for_role(daemon, role, {"decompress": 2}.get(role, 1), without=victim)
