@@ -172,9 +172,9 @@ class ErofsDaemon(OpensFirst):
     def _is_over(self, child: Child, status: int) -> bool:
         return child.role in ("erofs", "guard") and status == 0
 
-    def _take(self, record: Json) -> list[int]:
+    def _take(self, record: Json) -> list[int] | None:
         """Of what is in the record nothing is taken over: what is, is noted elsewhere."""
-        return []
+        return None
 
     # --- stop -------------------------------------------------------------------------------------------------
 
