@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from nydusd.cli.options import FuseOptions
     from nydusd.config import Config
     from nydusd.supervisor.children import Child
+    from nydusd.supervisor.fd_store import FdStore
 
 log = logging.getLogger(__name__)
 
@@ -153,13 +154,15 @@ def record_of(session: Session, what: str, children: Sequence[Child], keeper: in
     }
 
 
-def take_over(raw: Json, options: FuseOptions, config: Config, folder: Path, prefix: str) -> Former | None:
+def take_over(
+    raw: Json, options: FuseOptions, config: Config, folder: Path, prefix: str, store: FdStore
+) -> Former | None:
     """What the supervisor that wrote this record has left, None if that cannot be taken over; the log says why."""
     if "session" not in raw:
         return None
     with contextlib.ExitStack() as on_failure:
         try:
-            former = _take_over(raw, options, config, folder, prefix, on_failure)
+            former = _take_over(raw, options, config, folder, prefix, store, on_failure)
         except NotThereError as e:
             log.info("%s: %s", options.mountpoint, e)
             return None
@@ -171,24 +174,38 @@ def take_over(raw: Json, options: FuseOptions, config: Config, folder: Path, pre
 
 
 def _take_over(
-    raw: Json, options: FuseOptions, config: Config, folder: Path, prefix: str, on_failure: contextlib.ExitStack
+    raw: Json,
+    options: FuseOptions,
+    config: Config,
+    folder: Path,
+    prefix: str,
+    store: FdStore,
+    on_failure: contextlib.ExitStack,
 ) -> Former:
     if raw.get("version") != VERSION:
         raise MountError(f"its state is of version {raw.get('version')!r}, this release knows {VERSION}")
     record = msgspec.convert(raw, _Record)
-    holders, frontends = [], []
-    for holder in record.holders:
+    holders: list[tuple[Orphan | FdStore, list[_Lane]]] = []
+    frontends = []
+    for row in record.holders:
         with contextlib.suppress(OSError):
-            process = Orphan(holder.pid, holder.start)
+            process = Orphan(row.pid, row.start)
             on_failure.callback(process.close)
-            holders.append((process, holder.lanes))
-            if holder.role == "fuse":
-                frontends.append(FrontEnd(holder.index, holder.generation, holder.commit, process, holder.lanes))
+            holders.append((process, row.lanes))
+            if row.role == "fuse":
+                frontends.append(FrontEnd(row.index, row.generation, row.commit, process, row.lanes))
     known = [frontend.process.pid for frontend in frontends]
     on_failure.callback(_end_strangers, record, known)
     holders += [(process, record.lanes) for process in _strangers(record, [process.pid for process, _ in holders])]
-    if not holders:
+    stored = store.numbers(record.session.device, len(record.lanes))
+    if not holders and all(-1 in fds for fds in stored):
         raise NotThereError("nobody is left of a nydusd that was killed")
+    holders.append(
+        (
+            store,
+            [_Lane(fds[0], fds[1], fds[2], fds[3], lane.inode) for fds, lane in zip(stored, record.lanes, strict=True)],
+        )
+    )
     lanes = []
     for number in range(len(record.lanes)):
         lanes.append(_lane(holders, number))
@@ -208,9 +225,9 @@ def _take_over(
     _check_image(records)
     session.lanes = lanes
     _end_strangers(record, known)
-    for process, _ in holders:
-        if process.pid not in known:
-            process.close()
+    for holder, _ in holders:
+        if isinstance(holder, Orphan) and holder.pid not in known:
+            holder.close()
     return Former(record.term + 1, session, table, records, [f for f in frontends if 0 <= f.number < len(lanes)])
 
 
@@ -254,7 +271,7 @@ def _end_strangers(record: _Record, known: Sequence[int]) -> None:
             stranger.close()
 
 
-def _lane(holders: Sequence[tuple[Orphan, list[_Lane]]], number: int) -> Lane:
+def _lane(holders: Sequence[tuple[Orphan | FdStore, list[_Lane]]], number: int) -> Lane:
     """Copies of the fds of a lane, from the first who has them. Raises OSError."""
     why = OSError(errno.ESRCH, f"nobody has the file descriptors of lane {number}")
     for process, lanes in holders:
@@ -271,7 +288,7 @@ def _lane(holders: Sequence[tuple[Orphan, list[_Lane]]], number: int) -> Lane:
     raise why
 
 
-def _copy(process: Orphan, lane: _Lane, taken: contextlib.ExitStack) -> Lane:
+def _copy(process: Orphan | FdStore, lane: _Lane, taken: contextlib.ExitStack) -> Lane:
     fds = []
     for number in (lane.fd, lane.journal, lane.interrupt_in, lane.interrupt_out):
         fds.append(process.get_fd(number))

@@ -34,6 +34,7 @@ from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.supervisor import control_ops
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.family import Family
+from nydusd.supervisor.fd_store import FdStore
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener, metrics_socket
 from nydusd.supervisor.mounts import Mounts, first_request
@@ -86,6 +87,7 @@ class Supervisor:
         self._family = Family(options, config, fork_server, self._runtime, self._poller)
         self.children = self._family.children
         self._notifier = Notifier()
+        self._store = FdStore(self._notifier)
         self.factory = BlobFactory(self._runtime.instance, str(self._runtime.folder))
         settings = config.rafs.prefetch if config.rafs is not None else None
         self.prefetch = PrefetchWorker(
@@ -186,7 +188,7 @@ class Supervisor:
 
         runtime = self._runtime
         options = replace(self.options, mountpoint=self.fuse_mountpoint())
-        self._former = former = take_over(record, options, self.config, runtime.folder, runtime.prefix)
+        self._former = former = take_over(record, options, self.config, runtime.folder, runtime.prefix, self._store)
         if former is None:
             return None
         runtime.term = former.term
@@ -203,6 +205,7 @@ class Supervisor:
     def _ready(self, what: str) -> None:
         self.state = "RUNNING"
         self._family.add_fetch_workers()
+        self._store.keep(self._session)
         self._notifier.send("READY=1", f"STATUS={what}")
         log.info("%s", what)
 

@@ -5,9 +5,14 @@ Runs in the supervisor. A datagram that systemd does not take is lost, and nothi
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
+
+_PATIENCE = 1.0
+"""Seconds that systemd may take to take file descriptors: many messages at once may be more than wait there."""
 
 
 class Notifier:
@@ -22,8 +27,8 @@ class Notifier:
         """Seconds between signs of life; None if nobody watches."""
         self._due = 0.0
 
-    def send(self, *lines: str) -> None:
-        """Send assignments, such as `READY=1` and `STATUS=text`."""
+    def send(self, *lines: str, fds: Sequence[int] = ()) -> None:
+        """Send assignments, such as `READY=1` and `STATUS=text`, with fds that go with them."""
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
@@ -31,8 +36,9 @@ class Notifier:
             contextlib.suppress(OSError),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as wire,
         ):
-            wire.setblocking(False)
-            wire.sendto("\n".join(lines).encode(), address)
+            wire.settimeout(_PATIENCE if fds else 0)
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            wire.sendmsg(["\n".join(lines).encode()], ancillary, 0, address)
 
     def alive(self, now: float) -> None:
         """Called in each turn of the loop: gives a sign of life when one is due."""

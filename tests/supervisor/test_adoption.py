@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -85,6 +86,64 @@ def start_again(daemon: Daemon, frontends: list[int]) -> None:
     daemon.start()
     assert all(map(is_running, frontends))
     assert set(frontends) <= set(daemon.pids("fuse"))
+
+
+GIVING = """
+import fcntl, os, sys
+from nydusd.storage.state.lock import start_time
+from nydusd.supervisor.orphans import Orphan
+giver = Orphan(os.getppid(), start_time(os.getppid()))
+names, numbers = sys.argv[1], sys.argv[2].split(",")
+fds = [fcntl.fcntl(giver.get_fd(int(number)), fcntl.F_DUPFD_CLOEXEC, 100) for number in numbers]
+for number, fd in enumerate(fds):
+    os.dup2(fd, 3 + number)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": names}
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Starts a daemon with fds as systemd gives them: those of the process that starts this."""
+
+
+class Stored:
+    """The receiving end of systemd's fd store: fds by name, in no order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.fds: dict[str, list[int]] = {}
+        self.environment = {"NOTIFY_SOCKET": str(folder / "notify")}
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.environment["NOTIFY_SOCKET"])
+        self._socket.settimeout(30)
+
+    def until_ready(self) -> None:
+        text = ""
+        while "READY=1" not in text:
+            data, fds, _, _ = socket.recv_fds(self._socket, 4096, 4)
+            text = data.decode()
+            message = dict(line.split("=", 1) for line in text.split("\n"))
+            if "FDSTORE" in message and message["FDNAME"] not in self.fds:
+                self.fds[message["FDNAME"]], fds = fds[::-1], []
+            if "FDSTOREREMOVE" in message:
+                fds = self.fds.pop(message["FDNAME"])
+            for fd in fds:
+                os.close(fd)
+
+    def giving(self, command: list[str]) -> list[str]:
+        """A command that gives these fds to another."""
+        names = ":".join(name for name, fds in self.fds.items() for _ in fds)
+        numbers = ",".join(str(fd) for fds in self.fds.values() for fd in fds)
+        return [sys.executable, "-c", GIVING, names, numbers, *command]
+
+    def close(self) -> None:
+        self._socket.close()
+        for fds in self.fds.values():
+            for fd in fds:
+                os.close(fd)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Iterator[Stored]:
+    made = Stored(tmp_path)
+    yield made
+    made.close()
 
 
 def state_file(daemon: Daemon) -> Path:
@@ -266,6 +325,42 @@ class TestSuccessor:
         path.write_bytes(content)
         daemon.start()
         assert wrong(daemon) == []
+
+
+class TestFdStore:
+    def test_that_has_the_fds_lets_every_process_be_killed_at_no_read(self, stored: Stored, tmp_path: Path) -> None:
+        cache = tmp_path / "cache"
+        config = config_for(IMAGE, cache, amplify_io=0)
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, cache=cache, config=config, environment=stored.environment) as daemon:
+            command = daemon.command
+            for path in (ONE_CHUNK, "sizes/300K-text"):
+                stored.until_ready()
+                assert [len(fds) for fds in stored.fds.values()] == [4, 4]
+                wait_for_role(daemon, "decompress", 2)
+                for pid in daemon.pids("decompress"):
+                    os.kill(pid, signal.SIGSTOP)
+                with blocked_reader(daemon.mountpoint / path) as reader:
+                    others = [pid for pid in daemon.family() if is_running(pid)]
+                    daemon.kill_supervisor()
+                    for pid in others:
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    daemon.command = stored.giving(command)
+                    daemon.start()
+                    assert reader.wait(10) == 0
+            assert wrong(daemon) == []
+
+    def test_is_rid_of_what_is_over(self, stored: Stored) -> None:
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, environment=stored.environment) as daemon:
+            stored.until_ready()
+            before = set(stored.fds)
+            daemon.stop()
+            daemon.command = stored.giving(daemon.command)
+            daemon.start()
+            stored.until_ready()
+            assert len(stored.fds) == 2
+            assert len(before & set(stored.fds)) in (0, 2)  # the next mount may have the number of the last
+            assert wrong(daemon) == []
 
 
 class TestSharedDaemon:
