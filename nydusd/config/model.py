@@ -304,6 +304,8 @@ class Tuning(Table, frozen=True, kw_only=True):
     """Bytes of disk that the cache folder may take; 0: as much as there is."""
     cache_keep: Annotated[int, Meta(ge=0, le=86400)] = 10
     """Seconds for which what was asked for stays in the cache, also above the quota."""
+    guardian: Annotated[float, Meta(ge=0, le=86400)] = 0.0
+    """Seconds after which a supervisor that was killed and not started again by anybody starts itself again; 0: never."""
     metrics_listen: str = ""
     """IP:PORT at which metrics are served over TCP, besides the API socket; empty: nowhere."""
 

@@ -9,7 +9,9 @@ the spec fd, the first of the fds, on its command line; `fds` are the numbers un
 `load` are imported here first, once, so that later children share them too. The answer is {pid} or {errno, error}.
 
 A request {hold: true} brings fds of the FUSE session, to be held for a supervisor to come: then it does not end with the
-present one, but with the mount. The answer is {held}, their numbers here. No child has them.
+present one, but with the mount. The answer is {held}, their numbers here. No child has them. {guard: {delay, command}} brings
+an fd with an environment: if the supervisor is killed and nobody has started another one `delay` seconds later, this
+process does (`guardian.py`).
 
 A child is forked twice: its parent ends at once, so it becomes the supervisor's own child (a subreaper), which sees it end.
 
@@ -32,7 +34,7 @@ import signal
 import socket
 import struct
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nydusd.forkserver.client import FDS_MAX, PACKET_MAX
 
@@ -61,9 +63,14 @@ def main(argv: list[str]) -> int:
         os.closerange(first, end)
     _load(argv[1:])
     held: list[int] = []
-    task = _serve(line, held)
+    guards: list[dict[str, Any]] = []
+    task = _serve(line, held, guards)
     if task is None:
-        if held:
+        if guards:
+            from nydusd.forkserver.guardian import guard
+
+            guard(held[0], guards[-1])
+        elif held:
             _outlive(held[0])
         return 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -73,7 +80,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _serve(line: socket.socket, held: list[int]) -> Task | None:
+def _serve(line: socket.socket, held: list[int], guards: list[dict[str, Any]]) -> Task | None:
     while True:
         try:
             packet, fds, _, _ = socket.recv_fds(line, PACKET_MAX, FDS_MAX)
@@ -85,6 +92,8 @@ def _serve(line: socket.socket, held: list[int]) -> Task | None:
         if "hold" in request:
             for fd in fds:
                 os.set_inheritable(fd, False)
+            if "guard" in request:
+                guards.append(request["guard"] | {"environment": fds[0]})
             held += fds
             with contextlib.suppress(ConnectionError):  # noticed when the next request is waited for
                 line.send(json.dumps({"held": fds}).encode())

@@ -87,6 +87,7 @@ class Supervisor:
         self._family = Family(options, config, fork_server, self._runtime, self._poller)
         self.children = self._family.children
         self._notifier = Notifier()
+        self._family.guarded = not self._notifier.active and options.supervisor is None
         self._store = FdStore(self._notifier)
         self.factory = BlobFactory(self._runtime.instance, str(self._runtime.folder))
         settings = config.rafs.prefetch if config.rafs is not None else None

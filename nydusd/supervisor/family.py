@@ -56,6 +56,8 @@ class Family:
         """ZeroMQ identities of those that run."""
         self.session: Session | None = None
         self.mounts: Mounts | None = None
+        self.guarded = False
+        """Whether the fork server may have to start us again: nobody else does."""
         self.listeners: Sequence[int] = (-1, -1)
         """The sockets of the API process: the API's, and that of metrics over TCP; -1 for none."""
         self.own_spec: Callable[[Child], tuple[list[int], Json] | None] = lambda _child: None
@@ -147,6 +149,8 @@ class Family:
         self._keeper, self._held = self.fork_server.pid, []
         try:
             self._held = self.fork_server.hold([fd for lane in session.lanes for fd in lane])
+            if self.guarded and self._config.nydusd.guardian:
+                self.fork_server.guard(self._config.nydusd.guardian)
         except OSError as e:
             log.warning("the fork server holds no file descriptors of the mount: %s", e)
 

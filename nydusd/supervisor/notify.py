@@ -27,6 +27,11 @@ class Notifier:
         """Seconds between signs of life; None if nobody watches."""
         self._due = 0.0
 
+    @property
+    def active(self) -> bool:
+        """Whether somebody is told."""
+        return bool(self._address)
+
     def send(self, *lines: str, fds: Sequence[int] = ()) -> None:
         """Send assignments, such as `READY=1` and `STATUS=text`, with fds that go with them."""
         if not self._address:

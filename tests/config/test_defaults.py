@@ -104,6 +104,7 @@ TUNING = {
     "arena_size": 64 << 20,
     "cache_quota": 0,
     "cache_keep": 10,
+    "guardian": 0.0,
     "metrics_listen": "",
 }
 NOTHING = {"localdisk": None, "localfs": None, "oss": None, "s3": None, "registry": None, "http-proxy": None}

@@ -327,6 +327,28 @@ class TestSuccessor:
         assert wrong(daemon) == []
 
 
+class TestGuardian:
+    def test_starts_a_killed_supervisor_again_as_it_was_started(self, tmp_path: Path) -> None:
+        config = config_for(IMAGE, tmp_path / "cache", amplify_io=0, nydusd={"guardian": 0.2})
+        with Daemon(
+            IMAGE.bootstrap, IMAGE.blobs, cache=tmp_path / "cache", config=config, environment={"GIVEN": "to it"}
+        ) as daemon:
+            for path in (ONE_CHUNK, "sizes/300K-text"):
+                frontends, killed = daemon.pids("fuse"), supervisor_of(daemon)
+                os.kill(killed, signal.SIGKILL)
+                assert read_direct(daemon.mountpoint / path) == TRUTH[path.encode()]
+                wait_until(lambda killed=killed: supervisor_of(daemon) != killed, "the next supervisor")  # type: ignore[misc]
+                assert daemon.pids("fuse") == frontends
+                assert b"GIVEN=to it" in Path(f"/proc/{supervisor_of(daemon)}/environ").read_bytes().split(b"\0")
+            os.kill(supervisor_of(daemon), signal.SIGTERM)
+            wait_until(lambda: mounts_under(daemon.folder) == set(), "the end of the mount")
+            daemon.forget()
+
+
+def supervisor_of(daemon: Daemon) -> int:
+    return int(json.loads(state_file(daemon).read_bytes())["processes"][0][0])
+
+
 class TestFdStore:
     def test_that_has_the_fds_lets_every_process_be_killed_at_no_read(self, stored: Stored, tmp_path: Path) -> None:
         cache = tmp_path / "cache"

@@ -222,6 +222,13 @@ class Daemon:
         os.kill(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
+    def forget(self) -> None:
+        """What was started has ended, killed, and what came after it has, too."""
+        assert self._process is not None
+        self._process.wait()
+        self._process = None
+        discipline.logs.end(self.log)
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Ask the daemon to end with a signal; AssertionError unless it ends with 0 in time and leaves no mount."""
         family = [self.pid, *self.family()]
