@@ -5,7 +5,7 @@ BIN := .venv/bin
 PREFIX ?= /usr/local
 CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests scripts/reference
 
-.PHONY: help setup demo test test-containerd lint fuzz bench bench-erofs bench-delays reference install clean
+.PHONY: help setup demo test test-containerd lint fuzz torture bench bench-erofs bench-delays reference install clean
 
 help:
 	@echo 'make demo    mount an image (a packed one, or of SOURCE=FOLDER or SOURCE=HOST/REPO:TAG), read it cold and warm'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-containerd  of these, what containerd and nydus-snapshotter do with the daemon'
 	@echo 'make lint    the checks alone'
 	@echo 'make fuzz    at least 100,000 mutated inputs through every parser (FUZZ_INPUTS=N)'
+	@echo 'make torture  kill processes of a daemon at random under readers that compare every byte (TORTURE_MINUTES=N)'
 	@echo 'make install  into PREFIX (/usr/local), below DESTDIR if that is set'
 	@echo 'make reference  write the man pages and shell completions anew'
 	@echo 'make bench   figures against the kernel'"'"'s EROFS, and against a reference binary if $$NYDUSD_REF names one'
@@ -49,6 +50,10 @@ test-containerd: setup
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz
+
+torture: setup
+	scripts/need-fuse
+	$(BIN)/python -m tests.torture
 
 bench: setup
 	scripts/need-fuse

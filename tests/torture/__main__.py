@@ -1,0 +1,160 @@
+"""`make torture`: processes of a daemon are killed at random while 16 readers compare every byte.
+
+TORTURE_MINUTES (10) says how long, TORTURE_SEED repeats the choices of a run. A round is one daemon: with a cache folder that
+is empty at first, or with none (all data comes through shared memory). Any process may be killed, or stopped for a moment; the
+supervisor also with all front ends, and in the middle of taking over. After each round the daemon is told to end, and what it
+leaves behind is looked for. The exit status is 0 if no read failed or was wrong, and nothing was left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from bench.image import Built, build
+from tests.support.daemon import Daemon, image_config, wait_for_role
+from tests.support.discipline import discipline
+from tests.support.readers import PIECE, longest_read, pieces_read
+
+READERS = 16
+FILES, FILE_SIZE, CHUNK = 64, 1 << 20, 1 << 16
+ROUND_SECONDS = 30.0
+KINDS = (
+    *("fuse", "fetch", "decompress", "fork server", "api", "supervisor"),
+    *("supervisor and front ends", "supervisor, and its successor", "stopped"),
+)
+
+
+def make_tree(root: Path) -> None:
+    """Files of many small chunks, half of which do not compress."""
+    source = random.Random(2)
+    root.mkdir()
+    for number in range(FILES):
+        pieces = [
+            source.randbytes(CHUNK) if index % 2 else source.randbytes(16) * (CHUNK // 16)
+            for index in range(FILE_SIZE // CHUNK)
+        ]
+        (root / f"{number:02}").write_bytes(b"".join(pieces))
+
+
+class Round:
+    """One daemon under its readers."""
+
+    def __init__(self, built: Built, tree: Path, folder: Path, choose: random.Random) -> None:
+        self.choose = choose
+        self.kinds: Counter[str] = Counter()
+        self.folder = folder
+        self.tree = tree
+        self.problems: list[str] = []
+        self.cached = choose.random() < 0.6
+        config = image_config(built.blob.parent, folder / "cache") | {"amplify_io": choose.choice((0, 1 << 20))}
+        config["nydusd"] = {"front_ends": choose.choice((1, 2)), "worker_patience": 2.0}
+        if not self.cached:
+            device = config["device"]
+            assert isinstance(device, dict)
+            device["cache"]["type"] = ""
+        self.daemon = Daemon(built.bootstrap, built.blob.parent, cache=folder / "cache", config=config)
+        self.progress = folder / "progress"
+
+    def run(self, until: float) -> None:
+        seed = self.choose.randrange(1 << 32)
+        stop = self.folder / "stop"
+        command = [sys.executable, "-m", "tests.support.readers", "verify", str(self.daemon.mountpoint), str(self.tree)]
+        with self.daemon as daemon:
+            arguments = [str(self.progress), str(stop), str(READERS), str(seed)]
+            with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as readers:
+                try:
+                    while time.monotonic() < until and readers.poll() is None:
+                        time.sleep(self.choose.random() ** 2)
+                        self.hurt(daemon)
+                finally:
+                    stop.touch()
+                    assert readers.stderr is not None
+                    self.problems += readers.stderr.read().splitlines()
+            wait_for_role(daemon, "api", 1)
+        self.problems += [line for line in discipline.logs.problems() if "workers died" not in line]
+
+    def hurt(self, daemon: Daemon) -> None:
+        """One thing that may happen to a daemon."""
+        kind = self.choose.choice(KINDS)
+        self.kinds[kind] += 1
+        if kind == "stopped":
+            pids = [pid for role in ("fuse", "fetch", "decompress") for pid in daemon.pids(role)]
+            if pids:
+                self.stop_for_a_moment(self.choose.choice(pids))
+        elif kind.startswith("supervisor"):
+            victims = daemon.pids("fuse") if kind.endswith("front ends") else []
+            daemon.kill_supervisor()
+            for pid in victims:
+                send(pid, signal.SIGKILL)
+            if kind.endswith("successor"):
+                with subprocess.Popen(daemon.command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as next_one:
+                    time.sleep(self.choose.random() * 0.8)
+                    next_one.kill()
+            daemon.start()
+        else:
+            for pid in daemon.pids(kind)[:1]:
+                send(pid, signal.SIGKILL)
+
+    def stop_for_a_moment(self, pid: int) -> None:
+        send(pid, signal.SIGSTOP)
+        time.sleep(self.choose.random() * 0.3)
+        send(pid, signal.SIGCONT)
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def main() -> int:
+    minutes = float(os.environ.get("TORTURE_MINUTES", "10"))
+    seed = int(os.environ.get("TORTURE_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+    print(f"seed {seed} (TORTURE_SEED repeats its choices), {minutes:g} minutes", flush=True)
+    discipline.start()
+    kinds: Counter[str] = Counter()
+    problems: list[str] = []
+    pieces, longest, rounds = 0, 0.0, 0
+    try:
+        tree = discipline.folder / "tree"
+        make_tree(tree)
+        built = build(tree, discipline.folder / "image", CHUNK)
+        end = time.monotonic() + minutes * 60
+        while time.monotonic() < end and not problems:
+            folder = discipline.folder / f"round{rounds}"
+            folder.mkdir()
+            before = discipline.snapshot()
+            this = Round(built, tree, folder, random.Random(f"{seed}/{rounds}"))
+            this.run(min(end, time.monotonic() + ROUND_SECONDS))
+            problems += this.problems + [f"left behind: {what}" for what in discipline.leftovers(before)]
+            kinds += this.kinds
+            pieces += pieces_read(this.progress)
+            longest = max(longest, longest_read(this.progress))
+            rounds += 1
+            print(
+                f"round {rounds}: {'cache' if this.cached else 'no cache'}, {this.kinds.total()} kills,"
+                f" {pieces_read(this.progress):,} reads, longest {longest_read(this.progress):.2f} s",
+                flush=True,
+            )
+            shutil.rmtree(folder)
+    finally:
+        discipline.finish()
+    print(json.dumps(dict(sorted(kinds.items()))))
+    gib = pieces * PIECE / 2**30
+    print(f"{kinds.total()} kills, {pieces:,} reads ({gib:.1f} GiB), longest {longest:.2f} s, {len(problems)} problems")
+    for problem in problems[:50]:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
