@@ -173,13 +173,15 @@ class WorkerPool:
     def _may_begin(self, job: Job) -> bool:
         """Whether a job may have one of the idle workers: all but those that wait for a server always may."""
         server = _server(job)
-        if not server:
+        if not server or self.size == 1:
             return True
-        held = sum(_server(other) == server for other in self._busy.values())
-        if held and server in self._silent and job.kind == "fetch":
+        held = Counter(_server(other) for other in self._busy.values())
+        if server not in self._silent:
+            return held[server] < self.size - 1 or not self._others(server)
+        if held[server] and job.kind == "fetch":
             return False
-        last = len(self._idle) == 1 if server in self._silent else held >= self.size - 1
-        return not last or self.size == 1 or not self._others(server)
+        # However many servers are silent, they leave one worker to the others.
+        return sum(held[silent] for silent in self._silent) < self.size - 1 or not self._others(server)
 
     def worker_ready(self, identity: bytes) -> None:
         """A new worker has announced itself."""

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -184,6 +185,17 @@ def test_open_connections_of_each_worker_are_reported(tmp_path: Path) -> None:
         assert sum(row["jobs"] for row in rows) >= daemon.backend_reads()
         open_now = [row["connections"] for row in rows if row["connections"]]
         assert open_now and all(row == {server.host: 1} for row in open_now)
+
+
+def test_daemon_without_an_image_gets_more_fetch_workers_with_its_first_one_from_a_server(tmp_path: Path) -> None:
+    name, content = BIG, truth("v6-none-sha256")[BIG.encode()]
+    chosen = image("v6-none-sha256")
+    with registry(chosen) as server, Daemon(None, chosen.blobs) as daemon:
+        wait_for_role(daemon, "fetch", 1)
+        settings = json.dumps(config(server, tmp_path))
+        assert daemon.mount("/one", chosen.bootstrap, chosen.blobs, config=settings) == (204, "")
+        wait_for_role(daemon, "fetch", 4)
+        assert (daemon.mountpoint / "one" / name).read_bytes() == content
 
 
 def test_stop_while_all_fetch_workers_wait_for_a_dead_server_loses_nothing(tmp_path: Path) -> None:

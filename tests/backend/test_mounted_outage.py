@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.discipline import wait_until
-from tests.support.fault_table import ORIGIN, SILENT, STORM, rows_of
+from tests.support.fault_table import ORIGIN, PAGE, SILENT, STORM, rows_of
 from tests.support.faulty_server import Reply, faulty
 from tests.support.mounted import AUTH, REPO, Hub, Mounted, Tree
 from tests.support.registry import docker_registry
@@ -107,6 +107,26 @@ def test_sixty_four_readers_of_a_dead_origin_are_few_requests(
         assert re.search(error, mounted.log())
         for name in names:
             wait_until(partial(mounted.is_right, name), f"{name} to be readable", 30)
+        assert mounted.wrong_in_cache() == []
+
+
+def test_readers_of_a_blob_that_only_comes_wrong_are_few_requests(
+    tree: Tree, hub: Hub, expect_log: Callable[..., None]
+) -> None:
+    """A server that answers, if only with a page, does not count as down; but it is left alone with this blob."""
+    assert rows_of(PAGE) == ["page with status 200 for longer than `read_deadline`, 64 readers at once"]
+    with Mounted(tree, {"host": hub.server.host}, tuning={"read_deadline": 2.0, "fetch_workers": 4}) as mounted:
+        assert mounted.is_right(NAMES[0])
+        expect_log(FAILED)
+        hub.always = Reply(200, {"Content-Type": "text/html"}, b"<html>We will be back soon.</html>")
+        before = hub.server.count(hub.path)
+        readers = Readers(mounted, NAMES[1 : 1 + READERS], READERS)
+        readers.join()
+        asked = hub.server.count(hub.path) - before
+        hub.always = None
+        assert set(readers.found.values()) <= {errno.EIO, errno.ETIMEDOUT}
+        assert asked <= 5 + 3 + 4 * 5, "five, those under way then, and one by each worker in each pause"
+        wait_until(partial(mounted.is_right, NAMES[1]), "the blob to be readable", 30)
         assert mounted.wrong_in_cache() == []
 
 

@@ -229,6 +229,31 @@ class TestWorkers:
         pool.end_all("other", {})
         assert pool.busy() == ["other"] + ["silent"] * 3
 
+    def test_silent_server_is_asked_again_however_busy_the_others_are(self, world: World) -> None:
+        pool = Pool(world)
+        pool.submit("other", 9)
+        pool.submit("silent", 1)
+        assert pool.busy() == ["other"] * 3 + ["silent"]
+        for _ in range(2):
+            pool.end_all("silent", {"error": "no", "errno": errno.EIO, "type": "BackendTimeoutError", "retry_after": 0})
+            pool.submit("silent", 1)
+            assert pool.busy() == ["other"] * 3 + ["silent"]
+
+    def test_silent_servers_leave_one_to_the_others(self, world: World) -> None:
+        pool = Pool(world)
+        pool.submit("silent", 1)
+        pool.submit("other", 1)
+        failed: Answer = {"error": "no", "errno": errno.EIO, "type": "BackendTimeoutError", "retry_after": 0}
+        pool.end_all("silent", failed)
+        pool.end_all("other", failed)
+        for name in (b"0", b"1"):
+            pool.pool.worker_died(name)
+        pool.submit("silent", 1)
+        pool.submit("other", 1)
+        assert pool.busy() == ["silent"]
+        pool.end_all("silent", {})
+        assert pool.busy() == ["other"]
+
     def test_one_that_is_alone_works_for_all(self, world: World) -> None:
         pool = Pool(world)
         for number in range(3):

@@ -8,6 +8,7 @@ MOUNTED = "tests/backend/test_mounted_faults.py::test_a_fault_and_its_end"
 _OUTAGE = "tests/backend/test_mounted_outage.py::test_"
 ORIGIN = f"{_OUTAGE}registry_that_is_stopped_under_load_and_started_again_costs_its_readers_a_delay"
 STORM = f"{_OUTAGE}sixty_four_readers_of_a_dead_origin_are_few_requests"
+PAGE = f"{_OUTAGE}readers_of_a_blob_that_only_comes_wrong_are_few_requests"
 SILENT = f"{_OUTAGE}silent_token_server_holds_no_reader_of_another_host"
 PROXY = "tests/backend/test_mounted_proxy.py::test_what_a_proxy_gives_instead_of_the_blob_comes_from_the_origin"
 FALLBACK = "tests/backend/test_mounted_proxy.py::test_all_bytes_come_by_the_proxy_until_it_dies"
@@ -66,6 +67,12 @@ ROWS = [
         LATE_ERROR,
         "counts as down; readers have no more time",
         STORM,
+    ),
+    Row(
+        "page with status 200 for longer than `read_deadline`, 64 readers at once",
+        LATE_ERROR,
+        "wrong answer: a page instead of the blob; counts as down",
+        PAGE,
     ),
     Row("token server that accepts and says nothing", LATE_ERROR, "no token: no answer in time", SILENT),
     Row("proxy that answers 200 with a page", LATE, "wrong answer … by proxy … another way is tried", PROXY),

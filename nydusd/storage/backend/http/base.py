@@ -112,6 +112,10 @@ class HttpBackend(BlobBackend):
             breaker = self._breakers[name] = Breaker(self.store, name, self.timing.breaker)
         return breaker
 
+    def breaker_of_blob(self, blob_id: str) -> Breaker:
+        """The breaker of one blob at the origin: for a server that lives, and gives something else instead of this blob."""
+        return Breaker(self.store, f"blob {blob_id} at {host_of(self.blob_url(blob_id))}", self.timing.breaker)
+
     def connections(self) -> dict[str, int]:
         return self.transport.open_connections()
 

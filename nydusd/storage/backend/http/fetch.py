@@ -9,7 +9,8 @@ What may be tried, and how often, is decided here and nowhere else:
   deadline, and prefetch and whoever is needed elsewhere (`ReadHow.waits`) do not wait at all;
 - a refusal (401, 403) is put to the backend, which may renew what it has; that is tried once or twice, not more;
 - what a second request would not change is remembered for some seconds and told to all who ask again;
-- a host that keeps failing is asked by one worker at a time (see `breaker`).
+- a host that keeps failing is asked by one worker at a time (see `breaker`); one that gives wrong answers for a blob is left
+  alone with that blob.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class Fetch:
         self._route: Route = backend.routes.origin
         self._used_kept = False
         self._host = ""
+        self._blob = backend.breaker_of_blob(blob_id)
 
     def run(self, task: Task, remember: str = "") -> None:
         """Do the task or raise `BackendError`. `remember` tells tasks apart whose failure says nothing of others."""
@@ -189,6 +191,7 @@ class Fetch:
         sent_to = route.url(url) if url == origin_url or not route.base else url
         breaker = route.breaker or backend.breaker_of(sent_to)
         if route.is_origin:
+            pass_gate(self._blob, self._blob.busy, host_of(sent_to), "this blob ", backend.patience)
             pass_gate(breaker, breaker.admit, host_of(sent_to), "", backend.patience)
         backend.metrics.requests += 1
         sent = time.monotonic()
@@ -229,12 +232,15 @@ class Fetch:
                 breaker.failed(failure.text())
             else:
                 breaker.succeeded()
+                if failure.kind is Kind.TRANSIENT:
+                    self._blob.failed(failure.text())
             raise
         finally:
             backend.metrics.route_bytes[route.kind] += task.progress - before
             self._done_with(answer)
         if route.is_origin:
             breaker.succeeded()
+            self._blob.succeeded()
         else:
             backend.routes.worked(route)
         return done
