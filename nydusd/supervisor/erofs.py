@@ -56,6 +56,7 @@ class ErofsDaemon(OpensFirst):
         super().__init__(options, config, fork_server)
         self.front_end = ("EROFS with fanotify", why)
         self._erofs: ErofsSession | None = None
+        self._front_end = Child("erofs", 0, "nydusd.frontends.erofs")
         self._left = Path(self.run_dir).with_suffix(".erofs.json")
         self._family.own_spec, self._family.started = self._own_spec, self._started
 
@@ -69,6 +70,10 @@ class ErofsDaemon(OpensFirst):
         assert first is not None
         image = self.mounts.mount_first(first)
         check(image)
+        if len(image.caches) > _BLOBS_MOST:
+            raise UnsupportedError(
+                f"{image.source}: {len(image.caches)} blobs, with fanotify {_BLOBS_MOST} at most: use blobfs"
+            )
         for cache in image.caches:
             cache.pinned = True
         self._bind()
@@ -98,12 +103,15 @@ class ErofsDaemon(OpensFirst):
             complete = [cache.chunk_map.is_all_ready() for cache in image.caches]
             facts = image.metadata
             self._erofs = ErofsSession.prepare(mountpoint, facts.bootstrap, facts.identity, self._files, complete)
+        if found is not None:
+            # Its ZeroMQ identity must be no former one's: what that asked for may be under way still.
+            self._front_end.generation = found.generation
         self._family.add(Child("guard", 0, "nydusd.frontends.erofs.guard", ("nydusd.frontends.erofs.main",)))
         if found is not None:
             left.end(found.holders)
         elif self._erofs is not None:
             self._erofs.mount()
-        self._family.add(Child("erofs", 0, "nydusd.frontends.erofs"))
+        self._family.add(self._front_end)
 
     def _adopt(self, mountpoint: str, image: Image, found: left.Left) -> bool:
         """Go on with what a killed daemon has left, if it is mounted. Raises MountError when it is another image."""
@@ -167,7 +175,7 @@ class ErofsDaemon(OpensFirst):
         """A guard or a front end is there: note it for a successor."""
         if child.role in ("erofs", "guard") and self._erofs is not None:
             holders = [each.pid for each in self.children if each.role in ("erofs", "guard") and each.pid]
-            left.write(self._left, holders, self._erofs.fds)
+            left.write(self._left, holders, self._erofs.fds, self._front_end.generation)
 
     def _is_over(self, child: Child, status: int) -> bool:
         return child.role in ("erofs", "guard") and status == 0
@@ -200,6 +208,10 @@ class ErofsDaemon(OpensFirst):
         except NydusError as e:
             log.error("%s", e)
             return False
+
+
+_BLOBS_MOST = 240
+"""Each has a file descriptor that is handed to front end and guard, and no more can be at once."""
 
 
 def check(image: Image) -> None:

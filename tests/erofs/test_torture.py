@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,33 +40,36 @@ def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     return build(tree, tmp_path_factory.mktemp("image"), CHUNK)
 
 
-def test_readers_see_right_bytes_while_processes_are_killed(tree: Path, built: Built, tmp_path: Path) -> None:
+@pytest.mark.parametrize("round_", range(-(-KILLS // 5)))
+def test_readers_see_right_bytes_while_processes_are_killed(
+    tree: Path, built: Built, tmp_path: Path, round_: int
+) -> None:
+    """Each round has a cold cache: once all is there, nobody is asked any more."""
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     choose = random.Random(seed)
     killed: list[str] = []
-    for number in range(-(-KILLS // 5)):  # afresh, with a cold cache: once all is there, nobody is asked any more
-        with Daemon(built.bootstrap, built.blob.parent, verb="erofs") as daemon:
-            progress, stop = tmp_path / f"progress{number}", tmp_path / f"stop{number}"
-            command = [sys.executable, "-m", "tests.support.readers", "verify", str(daemon.mountpoint), str(tree)]
-            arguments = [str(progress), str(stop), str(READERS), str(seed)]
-            with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as readers:
-                try:
-                    for _ in range(5):
-                        seen = pieces_read(progress)
-                        kill_some(daemon, choose, killed)
-                        wait_until(
-                            lambda: pieces_read(progress) > seen or readers.poll() is not None,  # noqa: B023
-                            f"any progress of the readers after {killed} (seed {seed})",
-                            60,
-                        )
-                finally:
-                    stop.touch()
-                assert readers.stderr is not None
-                assert readers.wait() == 0, f"seed {seed}, killed {killed}: {readers.stderr.read()}"
-            print(f"longest read {longest_read(progress):.2f} s")
-            assert pieces_read(progress) >= READERS * FILES * FILE_SIZE // PIECE
-    print(f"killed {killed}")
+    progress, stop = tmp_path / "progress", tmp_path / "stop"
+    with Daemon(built.bootstrap, built.blob.parent, verb="erofs") as daemon:
+        command = [sys.executable, "-m", "tests.support.readers", "verify", str(daemon.mountpoint), str(tree)]
+        arguments = [str(progress), str(stop), str(READERS), str(seed)]
+        with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as readers:
+
+            def progressed(since: int) -> bool:
+                return pieces_read(progress) > since or readers.poll() is not None
+
+            try:
+                for _ in range(5):
+                    seen = pieces_read(progress)
+                    kill_some(daemon, choose, killed)
+                    what = f"any progress of the readers after {killed} (seed {seed})"
+                    wait_until(partial(progressed, seen), what, 60)
+            finally:
+                stop.touch()
+            assert readers.stderr is not None
+            assert readers.wait() == 0, f"seed {seed}, killed {killed}: {readers.stderr.read()}"
+    print(f"killed {killed}; longest read {longest_read(progress):.2f} s")
+    assert pieces_read(progress) >= READERS * FILES * FILE_SIZE // PIECE
 
 
 def kill_some(daemon: Daemon, choose: random.Random, killed: list[str]) -> None:

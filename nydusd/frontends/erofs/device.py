@@ -73,10 +73,10 @@ class Blob:
         segment = self._current()
         if bytes(segment.state[run.first : run.first + run.count]).count(READY) == run.count:
             return True
-        if not segment.is_current():
-            self.close()
-            self._current()
-        return False
+        if segment.is_current():
+            return False
+        self.close()
+        return bytes(self._current().state[run.first : run.first + run.count]).count(READY) == run.count
 
     def hint(self, offset: int) -> ChunkRun | None:
         """A reader is at `offset`: a run to send with AHEAD if it goes on sequentially and will come to what is not there."""

@@ -12,7 +12,7 @@ import logging
 import os
 import select
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,16 +28,24 @@ _PIDFD_GETFD = 438
 
 
 class Left(NamedTuple):
-    """`holders` are pidfds of processes that hold `fds`, copies of which are ours."""
+    """`holders` are pidfds of processes that hold `fds`, copies of which are ours.
+
+    `generation`: of the next front end, one that no front end of theirs had.
+    """
 
     holders: list[int]
     fds: Fds
+    generation: int
 
 
-def write(path: Path, holders: Sequence[int], fds: Fds) -> None:
-    """Note who holds what. Raises MountError: without it a kill of the supervisor could not be made good."""
+def write(path: Path, holders: Sequence[int], fds: Fds, generation: int) -> None:
+    """Note who holds what, and the generation of the front end.
+
+    Raises MountError: without it a kill of the supervisor could not be made good.
+    """
     content = {
         "version": 1,
+        "generation": generation,
         "holders": [[pid, start_time(pid)] for pid in holders],
         "fds": [fds.group, fds.journal, fds.record, fds.trees],
     }
@@ -66,6 +74,7 @@ def take(path: Path) -> Left | None:
         processes = [(int(pid), int(start)) for pid, start in raw["holders"]]
         group, journal, record, trees = raw["fds"]
         numbers = [int(group), int(journal), int(record), *map(int, trees)]
+        generation = int(raw["generation"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -83,7 +92,9 @@ def take(path: Path) -> Left | None:
             for fd in copies:
                 os.close(fd)
             continue
-        return Left(holders, Fds(copies[0], copies[1], copies[2], copies[3:]))
+        fds = Fds(copies[0], copies[1], copies[2], copies[3:])
+        known = [pid for pid, _ in processes]
+        return Left([*holders, *_unnoted(fds.journal, numbers[1], known)], fds, generation + 1)
     let_be(holders)
     if why:
         raise MountError(f"{path}: what a killed daemon has mounted cannot be taken over: {why}")
@@ -106,6 +117,19 @@ def end(holders: Sequence[int]) -> None:
         poll.register(holder, select.POLLIN)
         poll.poll(_END_SECONDS * 1000)
     let_be(holders)
+
+
+def _unnoted(journal: int, number: int, known: Sequence[int]) -> Iterator[int]:
+    """Pidfds of those that were started in the supervisor's last moment, before they were noted: they hold the journal, too."""
+    inode = os.fstat(journal).st_ino
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or int(name) in known or int(name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{name}/fd/{number}").st_ino == inode and "memfd:" in os.readlink(
+                f"/proc/{name}/fd/{number}"
+            ):
+                yield os.pidfd_open(int(name))
 
 
 def _living(pid: int, start: int) -> int:

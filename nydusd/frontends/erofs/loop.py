@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _SPIN = 24
 """How often the group is asked again before the loop sleeps, as in the FUSE front end, and for the same reason."""
+_ROUNDS = 4
+"""How often chunks may be reported as fetched and not be there: the blob may be opened anew meanwhile."""
 _LOOK = 0.5
 """Seconds between looks whether blobs are complete, while some are not."""
 _REST = 2.0
@@ -43,7 +45,7 @@ _REST = 2.0
 class _Waiting:
     """A reader that waits: its event's number, what it still needs, until when."""
 
-    __slots__ = ("asked_lost", "blobs", "count", "deadline", "number", "offset", "pending", "place", "runs")
+    __slots__ = ("blobs", "count", "deadline", "number", "offset", "pending", "place", "rounds", "runs")
 
     def __init__(self, number: int, place: int, offset: int, count: int, blobs: list[Blob], deadline: float) -> None:
         self.number = number
@@ -52,7 +54,7 @@ class _Waiting:
         self.count = count
         self.blobs = blobs
         self.deadline = deadline
-        self.asked_lost = False
+        self.rounds = 1
         self.pending: dict[int, tuple[ChunkRun, int]] = {}
         self.runs: list[tuple[Blob, ChunkRun]] = []
 
@@ -261,11 +263,11 @@ class FrontEnd:
             lost = [(blob, run) for blob, run in waiting.runs if not blob.ready(run)]
             if not lost:
                 self._end(waiting, 0)
-            elif waiting.asked_lost:
-                self._end(waiting, errno.EIO, "chunks were reported as fetched, twice, and are not there")
+            elif waiting.rounds == _ROUNDS:
+                self._end(waiting, errno.EIO, f"chunks were reported as fetched, {_ROUNDS} times, and are not there")
             else:
-                waiting.asked_lost = True
-                self._wait(waiting, lost, LOST)
+                waiting.rounds += 1
+                self._wait(waiting, lost, LOST if waiting.rounds == 2 else 0)
         except NydusError as e:
             self._end(waiting, self._code(e), str(e))
 

@@ -96,7 +96,12 @@ class ErofsSession:
     def mount(self) -> None:
         """mount(2). The guard must hold the fds by now. Raises MountError."""
         devices = [fanotify.path_of(tree) for tree in self.fds.trees]
-        mount_erofs(self.record.mountpoint, self.record.bootstrap, devices)
+        try:
+            mount_erofs(self.record.mountpoint, self.record.bootstrap, devices)
+        except MountError:
+            self.record = replace(self.record, names=())  # or what others mount meanwhile would pass for ours
+            record.write(self.fds.record, self.record)
+            raise
         self._note()
         self.record.set_read_ahead(incomplete=True)
 
