@@ -100,7 +100,9 @@ def daemon(image: Built, command: list[str], environment: dict[str, str]) -> Fig
                 time.sleep(0.001)
             os.listdir(mountpoint)
             figures = {"start to ls, s": time.perf_counter() - begin}
+            before = cpu(process.pid)
             figures["cold MB/s"] = read_all(mountpoint)
+            figures["cold, s of CPU"] = cpu(process.pid) - before
             figures |= warm(mountpoint)
             figures["memory MB"] = memory(process.pid)
         finally:
@@ -188,12 +190,24 @@ def random_reader(files: list[bytes], seed: int, queue: SimpleQueue[int]) -> Non
     queue.put(count)
 
 
-def memory(pid: int) -> float:
-    """Sum of PSS over a process and its descendants, MB."""
-    total = 0
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
     pids = [pid]
     for each in pids:
         pids += [int(child) for child in Path(f"/proc/{each}/task/{each}/children").read_text().split()]
+    return pids
+
+
+def cpu(pid: int) -> float:
+    """Seconds of CPU of a process and its descendants that live."""
+    fields = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in family(pid)]
+    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(pid: int) -> float:
+    """Sum of PSS over a process and its descendants, MB."""
+    total = 0
+    for each in family(pid):
         for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 total += int(line.split()[1])

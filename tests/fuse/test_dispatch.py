@@ -72,7 +72,7 @@ class WholeDevice:
 
 def single(mount: Mount, flags: int) -> Namespace:
     """A namespace of one image at "/" that nothing is ever added to."""
-    namespace = Namespace("", memoryview(bytearray(8)).cast("Q"), flags, lambda _spec, _index: mount)
+    namespace = Namespace("", memoryview(bytearray(16)).cast("Q"), flags, lambda _spec, _index: mount)
     operations = Operations(mount, flags, namespace.root_entry)
     namespace[0] = View(mount, operations.table(), operations)
     return namespace
