@@ -38,3 +38,20 @@ def _runs(node: Node, reference: str) -> bool:
         if "failed to mount" not in str(error):
             raise
         return False
+
+
+@pytest.mark.parametrize("mode", ["dedicated", "shared"])
+def test_a_killed_daemon_is_succeeded_under_a_running_container(shop: Shop, mode: str) -> None:
+    """The policy `failover`: the snapshotter keeps the session and starts the same command, which takes over."""
+    reference = shop.references[SMALL]
+    with Node(mode, recover_policy="failover") as node:
+        container = node.start_container(reference)
+        (pid,) = node.daemon_pids()
+        os.kill(pid, signal.SIGKILL)
+        assert node.exec_python(container, "import json; print(42)") == "42\n"
+        wait_until(lambda: node.daemon_pids() not in ([], [pid]), "the next daemon", 30.0)
+        wait_until(lambda: [row["state"] for row in node.daemons()] == ["RUNNING"], "its start", 30.0)
+        assert node.exec_python(container, "import decimal, email; print(43)") == "43\n"
+        node.watch_daemon_logs()
+        node.nerdctl("rm", "-f", container)
+        node.nerdctl("rmi", reference)
