@@ -22,6 +22,7 @@ from nydusd.errors import CacheError, ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.logs import clean
 from nydusd.supervisor.checked import read_checked, write_checked
+from nydusd.version import GIT_COMMIT
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor
@@ -34,6 +35,9 @@ _SETTINGS: Final = "settings.json"
 """In the run-time folder, readable for the daemon's user only: what was set, for a successor."""
 _HIDDEN: Final = "***"
 _MAX_ERRORS, _MAX_BYTES = 500, 50 * 1024
+_PATIENCE = 1.0
+"""Seconds that who keeps our session may take: nobody is served meanwhile."""
+_PACKET, _FDS_MOST = 64 << 10, 16
 _KINDS = {errno.ENOENT: "NotFound", errno.ECONNREFUSED: "ConnectionRefused", errno.EACCES: "PermissionDenied"}
 
 
@@ -86,33 +90,61 @@ class ErrorRing(logging.Handler):
 
 
 def _start(daemon: Supervisor, _request: Json) -> None:
-    raise StateError('UnexpectedEvent("Start")')
+    if daemon.state != "READY":
+        raise StateError('UnexpectedEvent("Start")')
+    daemon.state = "RUNNING"
 
 
 def _takeover(daemon: Supervisor, _request: Json) -> None:
+    """Whoever started us after a crash wants us to take over. That is done: what he keeps for us we had from our front ends."""
     if daemon.state != "INIT":
         raise StateError('UnexpectedEvent("Takeover")')
     if daemon.options.supervisor is None:
         raise NydusError('UpgradeManager("MissingSupervisorPath")')
-    raise NotHereError
+    with _connected(daemon.options.supervisor) as wire:
+        try:
+            data, fds, _, _ = socket.recv_fds(wire, _PACKET, _FDS_MOST)
+            for fd in fds:
+                os.close(fd)
+            while data:
+                data = wire.recv(_PACKET)
+        except OSError as e:
+            raise NydusError(f"UpgradeManager({json.dumps(_error_text('Recv', e))})") from e
+    daemon.state = "READY"
 
 
 def _sendfd(daemon: Supervisor, _request: Json) -> None:
-    """Refused, after the listener was let go: who listens there waits until somebody connects."""
+    """Have the session kept by who listens: as long as he does, the mount lives, whatever becomes of us."""
     if daemon.state == "INIT":
         raise NotReadyError("NotReady")
     if daemon.options.supervisor is None:
         raise NotHereError
-    with socket.socket(socket.AF_UNIX) as wire:
-        wire.setblocking(False)
+    with _connected(daemon.options.supervisor) as wire:  # in any case: who listens there waits until somebody does
+        fd = daemon.session_fd()
+        if fd < 0:
+            raise NotHereError
         try:
-            wire.connect(daemon.options.supervisor)
+            socket.send_fds(wire, [json.dumps({"nydusd": GIT_COMMIT, "serves": daemon.options.serves}).encode()], [fd])
         except OSError as e:
-            kind = _KINDS.get(e.errno or 0, "Other")
-            cause = f"Os {{ code: {e.errno}, kind: {kind}, message: {json.dumps(os.strerror(e.errno or 0))} }}"
-            text = json.dumps(f"StorageBackendError(CreateUnixStream({cause}))")
-            raise NydusError(f"UpgradeManager({text})") from e
-    raise NotHereError
+            raise NydusError(f"UpgradeManager({json.dumps(_error_text('Send', e))})") from e
+
+
+def _connected(path: str) -> socket.socket:
+    """A line to who keeps our session. Raises NydusError."""
+    wire = socket.socket(socket.AF_UNIX)
+    wire.settimeout(_PATIENCE)
+    try:
+        wire.connect(path)
+    except OSError as e:
+        wire.close()
+        raise NydusError(f"UpgradeManager({json.dumps(_error_text('CreateUnixStream', e))})") from e
+    return wire
+
+
+def _error_text(what: str, error: OSError) -> str:
+    kind = _KINDS.get(error.errno or 0, "Other")
+    cause = f"Os {{ code: {error.errno}, kind: {kind}, message: {json.dumps(os.strerror(error.errno or 0))} }}"
+    return f"StorageBackendError({what}({cause}))"
 
 
 def _events(daemon: Supervisor, _request: Json) -> Json:

@@ -77,6 +77,7 @@ class Supervisor:
         self.pid = os.getpid()
         self.started = time.monotonic()
         self.state = "INIT"
+        self._first_state = "RUNNING"
         self.images: dict[str, Image] = {}
         self.errors = control_ops.ErrorRing()
         self.settings: dict[str, dict[str, str]] = {}
@@ -155,6 +156,13 @@ class Supervisor:
         control_ops.recall(self)
         former.table.begin_term(former.term)
         self._mounts_changed(None)
+        if self.options.supervisor is not None:
+            # We serve, but whoever started us after a crash waits for this, to tell us to take over and to start.
+            self._first_state = "INIT"
+
+    def session_fd(self) -> int:
+        """The FUSE session's, -1 if there is none."""
+        return -1 if self._session is None else self._session.fd
 
     def fuse_mountpoint(self) -> str:
         """Where the FUSE session is mounted."""
@@ -204,7 +212,7 @@ class Supervisor:
             self._family.add(Child("api", 0, "nydusd.control"))
 
     def _ready(self, what: str) -> None:
-        self.state = "RUNNING"
+        self.state = self._first_state
         self._family.add_fetch_workers()
         self._store.keep(self._session)
         self._notifier.send("READY=1", f"STATUS={what}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.containerd.conftest import Shop
 from tests.containerd.images import SMALL
-from tests.containerd.node import Node
+from tests.containerd.node import Node, http_get
 from tests.support.discipline import descendants, is_running, wait_until
 
 
@@ -31,6 +32,15 @@ def test_a_killed_daemon_is_started_again_and_containers_run(shop: Shop, mode: s
             wait_until(lambda: node.daemons() == [], "the end of the daemon")
 
 
+def _states(node: Node) -> list[object]:
+    """What the daemons say of themselves."""
+    answers = []
+    for path in (node.folder / "sn" / "socket").glob("*/api.sock"):
+        with contextlib.suppress(OSError):
+            answers.append(http_get(str(path), "/api/v1/daemon"))
+    return [answer["state"] for answer in answers if isinstance(answer, dict)]
+
+
 def _runs(node: Node, reference: str) -> bool:
     try:
         return node.run_python(reference, "import json; print(42)") == "42\n"
@@ -38,3 +48,20 @@ def _runs(node: Node, reference: str) -> bool:
         if "failed to mount" not in str(error):
             raise
         return False
+
+
+@pytest.mark.parametrize("mode", ["dedicated", "shared"])
+def test_a_killed_daemon_is_succeeded_under_a_running_container(shop: Shop, mode: str) -> None:
+    """The policy `failover`: the snapshotter keeps the session and starts the same command, which takes over."""
+    reference = shop.references[SMALL]
+    with Node(mode, recover_policy="failover") as node:
+        container = node.start_container(reference)
+        (pid,) = node.daemon_pids()
+        os.kill(pid, signal.SIGKILL)
+        assert node.exec_python(container, "import json; print(42)") == "42\n"
+        wait_until(lambda: node.daemon_pids() not in ([], [pid]), "the next daemon", 30.0)
+        wait_until(lambda: _states(node) == ["RUNNING"], "its start", 30.0)
+        assert node.exec_python(container, "import decimal, email; print(43)") == "43\n"
+        node.watch_daemon_logs()
+        node.nerdctl("rm", "-f", container)
+        node.nerdctl("rmi", reference)

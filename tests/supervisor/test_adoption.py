@@ -349,6 +349,65 @@ def supervisor_of(daemon: Daemon) -> int:
     return int(json.loads(state_file(daemon).read_bytes())["processes"][0][0])
 
 
+class TestFailover:
+    """The protocol by which nydus-snapshotter keeps a session and has a crashed daemon succeeded."""
+
+    def test_session_is_sent_and_after_a_crash_taken_over_as_told(self, tmp_path: Path) -> None:
+        config = config_for(IMAGE, tmp_path / "cache", amplify_io=0)
+        path = str(tmp_path / "keeper")
+        with (
+            Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=("--supervisor", path, "--id", "x")) as daemon,
+            socket.socket(socket.AF_UNIX) as keeper,
+        ):
+            assert daemon.request("PUT", "/api/v1/daemon/fuse/sendfd")[0] == 500  # nobody listens
+            keeper.bind(path)
+            keeper.listen()
+            state, fds = self.exchange(daemon, keeper, "PUT", "fuse/sendfd", b"", [])
+            assert state
+            assert [os.readlink(f"/proc/self/fd/{fd}") for fd in fds] == ["/dev/fuse"]
+            crash(daemon)
+            with open(daemon.log, "ab") as log:
+                daemon._process = subprocess.Popen(daemon.command, stdin=subprocess.DEVNULL, stderr=log, cwd=ROOT)
+            wait_until(lambda: state_of(daemon) == "INIT", "the next daemon")
+            assert read_direct(daemon.mountpoint / ONE_CHUNK) == TRUTH[ONE_CHUNK.encode()]
+            assert daemon.request("PUT", "/api/v1/daemon/start")[0] == 400
+            self.exchange(daemon, keeper, "PUT", "fuse/takeover", state, fds)
+            assert state_of(daemon) == "READY"
+            assert daemon.request("PUT", "/api/v1/daemon/start")[0] == 204
+            assert state_of(daemon) == "RUNNING"
+            assert wrong(daemon) == []
+            for fd in fds:
+                os.close(fd)
+
+    @staticmethod
+    def exchange(
+        daemon: Daemon, keeper: socket.socket, method: str, path: str, state: bytes, fds: list[int]
+    ) -> tuple[bytes, list[int]]:
+        """What the daemon sends while it is asked, or, given a state, what it is sent."""
+        answers: list[int] = []
+        asking = threading.Thread(target=lambda: answers.append(daemon.request(method, f"/api/v1/daemon/{path}")[0]))
+        asking.start()
+        wire, _ = keeper.accept()
+        with wire:
+            if state:
+                socket.send_fds(wire, [state], fds)
+            else:
+                state, fds, _, _ = socket.recv_fds(wire, 4096, 4)
+                assert wire.recv(1) == b""
+        asking.join()
+        assert answers == [204]
+        return state, fds
+
+
+def state_of(daemon: Daemon) -> str | None:
+    try:
+        answer = daemon.get("/api/v1/daemon", seconds=2.0)
+    except OSError:
+        return None
+    assert isinstance(answer, dict)
+    return str(answer["state"])
+
+
 class TestFdStore:
     def test_that_has_the_fds_lets_every_process_be_killed_at_no_read(self, stored: Stored, tmp_path: Path) -> None:
         cache = tmp_path / "cache"
