@@ -188,7 +188,7 @@ def test_front_ends_that_die_come_back_with_all_mounts(daemon: Daemon) -> None:
     for pid in daemon.pids("fuse"):
         daemon.kill(pid)
     assert os.listdir(daemon.mountpoint) == ["b"]
-    wait_for_role(daemon, "fuse", len(os.sched_getaffinity(0)))
+    wait_for_role(daemon, "fuse", max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 def test_a_bootstrap_that_vanished_fails_its_image_alone(

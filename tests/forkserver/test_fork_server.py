@@ -167,17 +167,22 @@ def test_credentials_of_our_environment_are_for_those_alone_that_need_them(monke
         process.close()
 
 
+def children() -> set[int]:
+    return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+
 def test_what_a_worker_had_started_is_let_go_of_when_both_have_ended() -> None:
     with fork_server() as server:
+        before = children()
         pid = os.fork()
         if pid == 0:  # a worker that starts something and ends
             os.fork()
             os._exit(0)
         os.waitpid(pid, 0)
 
-        def is_alone() -> bool:
-            reap_strays([], [server.pid])
-            path = Path(f"/proc/self/task/{os.getpid()}/children")
-            return path.read_text().split() == [str(server.pid)]
+        def is_gone() -> bool:
+            reap_strays([], list(before))
+            return children() == before
 
-        wait_until(is_alone, "the fork server to be our only child")
+        wait_until(is_gone, "the end of what became our child")
+        assert server.pid in before

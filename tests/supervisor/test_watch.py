@@ -14,6 +14,7 @@ import pytest
 from nydusd.supervisor.watch import Watch
 from tests.supervisor.lives import IMAGE, config_for, wrong
 from tests.support.daemon import Daemon, wait_for_role
+from tests.support.discipline import wait_until
 
 BEATS = "import time\nwhile True: time.sleep(0.001)"
 SPINS = "while True: pass"
@@ -29,6 +30,8 @@ class Process:
         assert self._process.stdout is not None
         self._process.stdout.readline()
         self.pid = self._process.pid
+        if code.endswith("pause()"):
+            wait_until(lambda: "pause" in Path(f"/proc/{self.pid}/wchan").read_text(), "sleep for ever")
 
     def end(self) -> None:
         self._process.kill()

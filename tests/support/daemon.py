@@ -144,7 +144,7 @@ class Daemon:
             return False
         try:
             answer = self.get("/api/v1/daemon", seconds=2.0)
-        except OSError:
+        except (OSError, AssertionError):  # 503: its supervisor has no time for the API yet
             return False
         return isinstance(answer, dict) and answer.get("state") == "RUNNING"
 
