@@ -180,6 +180,11 @@ def _set_config(daemon: Supervisor, request: Json) -> None:
         except ConfigError as e:
             raise NydusError(f"Other({json.dumps(str(e), ensure_ascii=False)})") from e
     daemon.settings.setdefault(name, {}).update(values)
+    remember(daemon)
+
+
+def remember(daemon: Supervisor) -> None:
+    """Write down what is set, for a successor."""
     try:
         write_checked(Path(daemon.run_dir) / _SETTINGS, {"settings": daemon.settings})
     except CacheError as e:

@@ -181,7 +181,9 @@ class Supervisor:
         self.slots, self.stage = SlotTable(runtime.arena, size, runtime.first), SlotTable(runtime.stage, size)
         self.factory.begin(runtime.first)
         table = None
-        if former is not None:
+        if former is None:
+            control_ops.remember(self)
+        else:
             self._session, table, rows = former.session, former.table, len(former.session.lanes)
         self.mounts = Mounts(
             runtime.folder, runtime.prefix, self.factory, self._mounts_changed, rows, runtime.first, table
