@@ -1,6 +1,7 @@
 """`make torture`: processes of a daemon are killed at random while 16 readers compare every byte.
 
-TORTURE_MINUTES (10) says how long, TORTURE_SEED repeats the choices of a run. A round is one daemon: with a cache folder that
+TORTURE_MINUTES (10) says how long, TORTURE_SEED repeats the choices of a run, TORTURE_WAY (fuse) is how the image is read:
+fuse, fanotify or blobfs. A round is one daemon: with a cache folder that
 is empty at first, or with none (all data comes through shared memory). Any process may be killed, or stopped for a moment; the
 supervisor also with all front ends, and in the middle of taking over. After each round the daemon is told to end, and what it
 leaves behind is looked for. The exit status is 0 if no read failed or was wrong, and nothing was left.
@@ -28,8 +29,10 @@ from tests.support.readers import PIECE, longest_read, pieces_read
 READERS = 16
 FILES, FILE_SIZE, CHUNK = 64, 1 << 20, 1 << 16
 ROUND_SECONDS = 30.0
+WAY = os.environ.get("TORTURE_WAY", "fuse")
+FRONT_ENDS = ("erofs", "guard") if WAY == "fanotify" else ("fuse",)
 KINDS = (
-    *("fuse", "fetch", "decompress", "fork server", "api", "supervisor"),
+    *(*FRONT_ENDS, "fetch", "decompress", "fork server", "api", "supervisor"),
     *("supervisor and front ends", "supervisor, and its successor", "stopped"),
 )
 
@@ -55,14 +58,21 @@ class Round:
         self.folder = folder
         self.tree = tree
         self.problems: list[str] = []
-        self.cached = choose.random() < 0.6
+        self.cached = WAY != "fuse" or choose.random() < 0.6
         config = image_config(built.blob.parent, folder / "cache") | {"amplify_io": choose.choice((0, 1 << 20))}
         config["nydusd"] = {"front_ends": choose.choice((1, 2)), "worker_patience": 2.0}
         if not self.cached:
             device = config["device"]
             assert isinstance(device, dict)
             device["cache"]["type"] = ""
-        self.daemon = Daemon(built.bootstrap, built.blob.parent, cache=folder / "cache", config=config)
+        self.daemon = Daemon(
+            built.bootstrap,
+            built.blob.parent,
+            cache=folder / "cache",
+            config=config,
+            verb="fuse" if WAY == "fuse" else "erofs",
+            args=() if WAY == "fuse" else ("--driver", WAY),
+        )
         self.progress = folder / "progress"
 
     def run(self, until: float) -> None:
@@ -88,11 +98,13 @@ class Round:
         kind = self.choose.choice(KINDS)
         self.kinds[kind] += 1
         if kind == "stopped":
-            pids = [pid for role in ("fuse", "fetch", "decompress") for pid in daemon.pids(role)]
+            pids = [pid for role in (*FRONT_ENDS, "fetch", "decompress") for pid in daemon.pids(role)]
             if pids:
                 self.stop_for_a_moment(self.choose.choice(pids))
         elif kind.startswith("supervisor"):
-            victims = daemon.pids("fuse") if kind.endswith("front ends") else []
+            # With fanotify two of the three that hold its group: it is what is promised.
+            role = self.choose.choice(FRONT_ENDS)
+            victims = daemon.pids(role) if kind.endswith("front ends") else []
             daemon.kill_supervisor()
             for pid in victims:
                 send(pid, signal.SIGKILL)
