@@ -27,7 +27,9 @@ PACKET_MAX = 64 * 1024
 FDS_MAX = 253
 _SET_CHILD_SUBREAPER = 36
 _PATIENCE = 5.0
-"""Seconds that a fork server may take to answer. It takes a few milliseconds, and under a second for its first answer."""
+"""Seconds that a fork server may take to answer: it takes a few milliseconds."""
+_FIRST_PATIENCE = 20.0
+"""The same for its first answer, before which it loads all that children need: 0.3 s, unless the machine is busy."""
 _SECRET_NAME = re.compile(
     r"(?i)secret|token|auth|passw|credential|cookie|key|sign|proxy|^NYDUS_HEADER_|^DOCKER_CONFIG$"
 )
@@ -141,7 +143,7 @@ class ForkServer:
             except OSError:
                 ours.close()
                 raise
-        ours.settimeout(_PATIENCE)
+        ours.settimeout(_FIRST_PATIENCE)
         self.commit = commit_on_disk()
         self._line, self._process = ours, Process(pid)
 
@@ -152,6 +154,7 @@ class ForkServer:
         try:
             socket.send_fds(self._line, [request], list(fds))
             packet = self._line.recv(PACKET_MAX)
+            self._line.settimeout(_PATIENCE)
         except OSError:  # a time-out is one, too
             return None
         return json.loads(packet) if packet else None

@@ -27,8 +27,7 @@ from nydusd.forkserver.client import ForkServer
 from nydusd.frontends.fuse.kernel_cache import forget_attributes, forget_names
 from nydusd.frontends.fuse.protocol import ROOT_ID
 from nydusd.frontends.fuse.session import Session, clear_stale_mount
-from nydusd.ipc import messages
-from nydusd.ipc.messages import Json, decode, encode
+from nydusd.ipc.messages import Json
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.supervisor import control_ops
@@ -44,7 +43,8 @@ from nydusd.supervisor.quota import Quota
 from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.slots import SlotTable
-from nydusd.supervisor.sockets import Sockets, drain
+from nydusd.supervisor.sockets import Sockets
+from nydusd.supervisor.traffic import Traffic
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
@@ -234,12 +234,10 @@ class Supervisor:
 
     def _bind(self) -> None:
         self._sockets = Sockets(self._runtime.front, self._runtime.work)
-        self._front, self._work = self._sockets.front, self._sockets.work
-        self._poller.register(self._front, zmq.POLLIN)
-        self._poller.register(self._work, zmq.POLLIN)
-        self._poller.register(self._wake, zmq.POLLIN)
-        self.fetch = WorkerPool("fetch", self._send_job, lambda: None, self._has_others)
-        self.decompress = WorkerPool("decompress", self._send_job, self._prefetch_more)
+        for source in (self._sockets.front, self._sockets.work, self._wake):
+            self._poller.register(source, zmq.POLLIN)
+        self.fetch = WorkerPool("fetch", self._sockets.send_job, lambda: None, self._has_others)
+        self.decompress = WorkerPool("decompress", self._sockets.send_job, self._prefetch_more)
         rafs = self.config.rafs
         self.router = Router(
             self.factory,
@@ -248,9 +246,12 @@ class Supervisor:
             self.slots,
             self.stage,
             self.prefetch,
-            self._reply,
+            self._sockets.reply,
             amplify=rafs.batch_size if rafs is not None else 1 << 20,
             deadline=self.config.nydusd.read_deadline,
+        )
+        self._traffic = Traffic(
+            self._sockets, self.router, self.fetch, self.decompress, self._family.live, self._control
         )
         self.mounts.start(self.fetch, self.router, self.prefetch)
         self.quota = Quota(
@@ -265,6 +266,13 @@ class Supervisor:
     def _has_others(self, server: str) -> bool:
         """Whether blobs of other servers than this one are in use."""
         return any(cache.server not in ("", server) and cache.users > 0 for cache in self.factory.blobs())
+
+    def _control(self, request: Json, answer: Callable[[Json], object]) -> None:
+        """What the API process asks for."""
+        # Here and not above: a start need not wait for what only operators ask.
+        from nydusd.supervisor import report
+
+        report.answer(self, request, answer)
 
     def _prefetch_more(self) -> None:
         if self.quota.allows_prefetch():
@@ -292,51 +300,6 @@ class Supervisor:
         for pool in (self.fetch, self.decompress):
             pool.worker_died(identity, killed=not child.crashed)
 
-    # --- messages ---------------------------------------------------------------------------------------------
-
-    def _send_job(self, identity: bytes, message: Json) -> None:
-        self._work.send_multipart([identity, messages.JOB, encode(message)])
-
-    def _reply(self, client: bytes, number: int, errno: int, slot: messages.SlotRef | None) -> None:
-        frames = [client, messages.ANSWER, messages.ANSWER_BODY.pack(number, errno)]
-        if slot is not None:
-            frames.append(encode(slot._asdict()))
-        self._front.send_multipart(frames)
-
-    def _from_front(self, frames: list[bytes]) -> None:
-        client, kind, body = frames[0], frames[1], frames[2]
-        if kind == messages.REQUEST:
-            if client not in self._family.live:
-                return  # sent before its process died: it would be given what nobody gives back
-            number, handle, first, count, flags = messages.REQUEST_BODY.unpack(body)
-            self.router.request(client, number, handle, first, count, flags)
-        elif kind == messages.CANCEL:
-            self.router.cancel(client, *messages.NUMBER.unpack(body))
-        elif kind == messages.RELEASE:
-            self.router.release(*messages.NUMBER.unpack(body))
-        elif kind == messages.CONTROL:
-            # Here and not above: a start need not wait for what only operators ask.
-            from nydusd.supervisor import report
-
-            head = [client, messages.CONTROL, body]
-            report.answer(self, decode(frames[3]), lambda answer: self._front.send_multipart([*head, encode(answer)]))
-
-    def _from_work(self, frames: list[bytes]) -> None:
-        identity, kind, body = frames
-        pool = self.fetch if identity.startswith(b"fetch-") else self.decompress
-        if kind == messages.HELLO and identity in self._family.live:
-            pool.worker_ready(identity)
-        elif kind == messages.DONE:
-            pool.worker_done(identity, decode(body))
-
-    @staticmethod
-    def _guarded(handle: Callable[[list[bytes]], None], frames: list[bytes]) -> None:
-        """One message must not end the daemon: a bug in its handling costs its reader a deadline, and is logged."""
-        try:
-            handle(frames)
-        except Exception:
-            log.exception("a message of %s failed by a bug of ours", frames[0].decode(errors="backslashreplace"))
-
     # --- the loop ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -357,12 +320,7 @@ class Supervisor:
 
     def _turn(self, timeout: float) -> None:
         events = dict(self._poller.poll(int(timeout * 1000) + 1 if timeout else 0))
-        if self._front in events:
-            for frames in drain(self._front):
-                self._guarded(self._from_front, frames)
-        if self._work in events:
-            for frames in drain(self._work):
-                self._guarded(self._from_work, frames)
+        self._traffic.take(events)
         if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
             self.ask_to_stop()
         self._reap()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import zmq
 
 from nydusd.errors import MountError
+from nydusd.ipc import messages
+from nydusd.ipc.messages import Json, encode
 
 _MESSAGES = 256
 """Messages taken from a socket before the others get their turn."""
@@ -26,6 +28,17 @@ class Sockets:
             except zmq.ZMQError as e:
                 self.close()
                 raise MountError(f"{endpoint}: {e.strerror}; a shorter NYDUSD_RUNTIME_DIR may help") from e
+
+    def send_job(self, identity: bytes, message: Json) -> None:
+        """Give a worker a job."""
+        self.work.send_multipart([identity, messages.JOB, encode(message)])
+
+    def reply(self, client: bytes, number: int, errno: int, slot: messages.SlotRef | None) -> None:
+        """Answer a request of a front end."""
+        frames = [client, messages.ANSWER, messages.ANSWER_BODY.pack(number, errno)]
+        if slot is not None:
+            frames.append(encode(slot._asdict()))
+        self.front.send_multipart(frames)
 
     def close(self) -> None:
         self._context.destroy(linger=0)
