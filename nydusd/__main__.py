@@ -1,10 +1,10 @@
-"""`python -m nydusd`: the same as the command `nydusd`. Runs in the process that becomes the supervisor."""
+"""`python -m nydusd`: the same as the command `nydusd`. Runs in the process that becomes the supervisor, or stands for it."""
 
 from __future__ import annotations
 
 import sys
 
-from nydusd.cli.nydusd import main
+from nydusd.nursery.stub import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

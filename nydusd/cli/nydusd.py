@@ -26,10 +26,13 @@ _CACHEFILES = "/dev/cachefiles"
 AUTH_VARIABLE = "IMAGE_PULL_AUTH"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. The exit status: 0 after a normal end, 1 for an error, 2 for a wrong flag or configuration key."""
+def main(argv: Sequence[str] | None = None, fork_server: ForkServer | None = None) -> int:
+    """Run the command. The exit status: 0 after a normal end, 1 for an error, 2 for a wrong flag or configuration key.
+
+    `fork_server`: one that is there already, which is ended.
+    """
     try:
-        return _main(sys.argv[1:] if argv is None else argv)
+        return _main(sys.argv[1:] if argv is None else argv, fork_server)
     except VersionAsked:
         sys.stdout.write(version_text("nydusd"))
         return 0
@@ -48,16 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _main(argv: Sequence[str]) -> int:
-    options = parse_arguments(argv)
-
-    from nydusd.forkserver.client import ForkServer
-
-    fork_server = ForkServer()  # it loads what children need while we load what the supervisor needs
+def _main(argv: Sequence[str], fork_server: ForkServer | None) -> int:
     try:
+        options = parse_arguments(argv)
+        if fork_server is None:
+            from nydusd.forkserver.client import ForkServer
+
+            fork_server = ForkServer()  # it loads what children need while we load what the supervisor needs
         return _run(options, fork_server)
     finally:
-        fork_server.close()
+        if fork_server is not None:
+            fork_server.close()
 
 
 def _run(options: Options, fork_server: ForkServer) -> int:

@@ -50,6 +50,8 @@ daemon: write the stacks of that process to the log.
 `IMAGE_PULL_AUTH`: base64 of user:password for the registry; goes before the key in the configuration.
 
 `NYDUSD_RUNTIME_DIR`: where sockets and state of running daemons are (/run/nydusd).
+
+`NYDUSD_NURSERY`: `off` to start without the help of the node's nursery, and to start none.
 """,
         ),
         (

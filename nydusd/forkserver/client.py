@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nydusd.forkserver.process import Process
-from nydusd.version import commit_on_disk
+from nydusd.version import GIT_COMMIT, commit_on_disk
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +51,17 @@ FOR_DAEMON = (
 class ForkServer:
     """One process at a time, started anew when it is gone. Raises OSError when there is no room for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, made: tuple[socket.socket, int] | None = None) -> None:
+        """`made`: our end of the line to a fork server that is there already, and its pid."""
         self._process: Process | None = None
         self._line: socket.socket | None = None
-        self.commit = ""
-        """Which build it has loaded: what was on disk when it started."""
-        self._start()
+        self.commit = GIT_COMMIT
+        """Which build it has loaded: what was on disk when it started, or what we have loaded if it is a copy of us."""
+        if made is None:
+            self._start()
+        else:
+            self._line, self._process = made[0], Process(made[1])
+            self._line.settimeout(_PATIENCE)
 
     @property
     def pid(self) -> int:

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from nydusd.cli.options import BlobfsOptions, ErofsOptions, FuseOptions, Options, SingletonOptions
+from nydusd.nursery import client as nursery
 from nydusd.supervisor.daemon import Supervisor
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ def _run(supervisor: Supervisor) -> int:
     logging.getLogger().addHandler(supervisor.errors)
     try:
         supervisor.start()
+        nursery.start_if_useful()
         supervisor.run()
     finally:
         supervisor.stop()
+        nursery.end_if_last()
         logging.getLogger().removeHandler(supervisor.errors)
     log.info("stopped")
     return 0

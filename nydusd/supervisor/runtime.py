@@ -25,13 +25,13 @@ from pathlib import Path
 
 from nydusd.errors import CacheError, MountError
 from nydusd.ipc.messages import Json
+from nydusd.nursery import place
 from nydusd.storage.state.lock import start_time
 from nydusd.storage.state.segment import names, remove
 from nydusd.supervisor.checked import read_checked, write_checked
 
 log = logging.getLogger(__name__)
 
-_DEFAULT = "/run/nydusd"
 _END_SECONDS = 5.0
 """How long a killed process may take to vanish."""
 
@@ -40,7 +40,7 @@ class Runtime:
     """Paths of one daemon's run-time folder."""
 
     def __init__(self, mountpoint: str) -> None:
-        root = Path(os.environ.get("NYDUSD_RUNTIME_DIR") or _DEFAULT).absolute()
+        root = Path(place.root())
         # Both: shared memory is named by this, and a daemon that sees other records must not clear away what is ours.
         self.instance = sha256(os.fsencode(f"{root}\0{mountpoint}")).hexdigest()[:12]
         self.folder = root / self.instance

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tests.support.daemon import wait_for_role
 from tests.support.discipline import descendants, wait_until
 from tests.support.fault_table import CREDENTIALS, METADATA, rows_of
 from tests.support.faulty_server import Reply, faulty
+from tests.support.memory import found_in_memory
 from tests.support.mounted import AUTH, PASSWORD, TOKEN, Hub, Mounted, Tree
 
 NAMES = [f"{number:02}" for number in range(6)]
@@ -150,28 +150,6 @@ def test_credentials_are_nowhere_but_where_they_are_used(tree: Tree, hub: Hub) -
 
 def is_worker(pid: int) -> bool:
     return b"nydusd: fetch" in (title := Path(f"/proc/{pid}/cmdline").read_bytes()) or b"nydusd: decompress" in title
-
-
-def found_in_memory(pid: int, secrets: list[bytes]) -> list[bytes]:
-    """Which of these byte strings a process has in memory that it can write to: what a core file of it would hold."""
-    found: set[bytes] = set()
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-                place, rights, *_ = line.split()
-                if not rights.startswith("rw") or "[vvar" in line:
-                    continue
-                first, end = (int(part, 16) for part in place.split("-"))
-                memory.seek(first)
-                try:
-                    content = memory.read(end - first)
-                except OSError:
-                    continue  # a part of a mapping behind the end of its file
-                found.update(secret for secret in secrets if secret in content)
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    return sorted(found)
 
 
 def test_a_worker_that_is_started_again_has_the_credentials(tree: Tree, hub: Hub) -> None:

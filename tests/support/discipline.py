@@ -207,6 +207,8 @@ class Discipline:
         self.log_folder.mkdir()
         os.environ[RUN_ID_VARIABLE] = self.run_id
         os.environ["NYDUSD_RUNTIME_DIR"] = str(self.runtime)
+        # It would outlive a test beside a daemon of several tests. tests/nursery has it on.
+        os.environ["NYDUSD_NURSERY"] = "off"
         if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 

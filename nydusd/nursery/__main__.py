@@ -1,0 +1,212 @@
+"""`python -m nydusd.nursery LOCK_FD`: the nursery. Daemons begin as copies of this process, and share its memory.
+
+A daemon that loads all by itself takes 0.4 s and some 60 MB; a copy takes less of both. This process does nothing else: one
+thread, no library's background threads, no secret in its memory or environment. It never reads what a daemon is started
+with: the daemon does, from a memfd, when it has forked off its own fork server (`nydusd.nursery.birth`).
+
+A request is one packet from `nydusd.nursery.stub`: its identity, and the fds of its stdio, folder, memfd and leash. Who differs
+from this process in what matters (`nydusd.nursery.peers`) gets no answer, and goes on by itself. The nursery is the parent of
+the daemons, and tells the stub of one that a signal has ended.
+
+What holds after SIGKILL: daemons live on; the next one starts by itself, and another nursery after it. Ends when no daemon is
+left on the node: the last one asks for it, and it looks from time to time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+
+from nydusd.forkserver.client import FOR_DAEMON
+from nydusd.nursery import place
+from nydusd.nursery.birth import FDS, Birth, be_born
+from nydusd.nursery.client import is_any_alive
+from nydusd.nursery.peers import is_like_us, peer_pid
+from nydusd.proctitle import set_title
+
+_LOADED = (
+    *FOR_DAEMON,
+    "nydusd.cli.limits",
+    "nydusd.cli.mountpoint",
+    "nydusd.cli.nydusd",
+    "nydusd.config.file",
+    "nydusd.control.__main__",
+    "nydusd.formats.walk",
+    "nydusd.storage.backend.localfs",
+    "nydusd.storage.backend.registry.backend",
+    "nydusd.supervisor.adoption",
+    "nydusd.supervisor.main",
+    "nydusd.supervisor.report",
+    "workers.checkpoint",
+    "workers.evict",
+    "workers.inspect",
+    "workers.resolve",
+    "blake3",
+    "lz4.block",
+    "zstandard",
+)
+"""What a daemon and its processes import before they have served their first reads: none of them does it again."""
+_LOOK = 10.0
+"""Seconds between looks whether any daemon is left."""
+_DAWDLE = 5.0
+"""Seconds that a connection may stay without a request."""
+_PACKET_MAX = 64 * 1024
+
+
+class _Connection:
+    """One that has sent nothing yet, or the stub of a daemon that lives."""
+
+    def __init__(self, wire: socket.socket) -> None:
+        self.wire = wire
+        self.since = time.monotonic()
+
+
+class Nursery:
+    """`serve` is the loop; it ends with what is to be born in a copy of this process, and with None in the nursery."""
+
+    def __init__(self, lock: int, identity: bytes) -> None:
+        self._lock = lock
+        self._identity = identity
+        self._path = f"{place.stem(identity)}.sock"
+        self._waiting: dict[int, _Connection] = {}
+        """Connections that have sent nothing yet, by fd."""
+        self._daemons: dict[int, tuple[int, socket.socket]] = {}
+        """pid and stub of our children, by pidfd."""
+        self._poll = select.poll()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def serve(self) -> Birth | None:
+        """Make daemons until none is left on this node. Raises OSError if it cannot listen."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)  # of one that was killed: we hold the lock
+        mask = os.umask(0o177)
+        self._listener.bind(self._path)
+        os.umask(mask)
+        self._listener.listen(256)
+        self._listener.setblocking(False)
+        self._poll.register(self._listener, select.POLLIN)
+        next_look = 0.0
+        while True:
+            now = time.monotonic()
+            if now >= next_look:
+                next_look = now + _LOOK
+                if not self._needed():
+                    break
+                for fd in [fd for fd, connection in self._waiting.items() if now - connection.since > _DAWDLE]:
+                    self._forget(fd)
+            for fd, _ in self._poll.poll(_DAWDLE * 1000):
+                if fd == self._listener.fileno():
+                    self._accept()
+                elif fd in self._daemons:
+                    self._bury(fd)
+                elif fd in self._waiting:
+                    wire = self._waiting[fd].wire
+                    birth, ends = self._request(wire)
+                    if birth is not None:
+                        return birth
+                    if ends:
+                        self._remove()
+                        wire.close()
+                        return None
+                    self._forget(fd)
+        self._remove()
+        return None
+
+    def _needed(self, without: int = 0) -> bool:
+        return any(pid != without for pid, _ in self._daemons.values()) or is_any_alive()
+
+    def _remove(self) -> None:
+        """Before the lock goes with us: nobody finds a nursery that is gone, or removes the next one's."""
+        os.unlink(self._path)
+        os.unlink(f"{place.stem(self._identity)}.lock")
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            wire, _ = self._listener.accept()
+            wire.setblocking(False)
+            self._waiting[wire.fileno()] = _Connection(wire)
+            self._poll.register(wire, select.POLLIN)
+
+    def _forget(self, fd: int) -> None:
+        self._poll.unregister(fd)
+        self._waiting.pop(fd).wire.close()
+
+    def _request(self, wire: socket.socket) -> tuple[Birth | None, bool]:
+        """What is to be born in the copy that we then are; and whether we are to end."""
+        try:
+            body, fds, _, _ = socket.recv_fds(wire, _PACKET_MAX, FDS)
+        except OSError:
+            return None, False
+        try:
+            pid = peer_pid(wire)
+            if body == place.END and pid:
+                if not self._needed(without=pid):
+                    return None, True
+                wire.send(place.IN_USE)
+            elif body == self._identity and len(fds) == FDS and pid and is_like_us(pid):
+                return self._bear(pid, wire, fds), False
+        except OSError:
+            pass  # no room for another process, or the stub is gone: it goes on by itself
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return None, False
+
+    def _bear(self, stub: int, wire: socket.socket, fds: list[int]) -> Birth | None:
+        child = os.fork()
+        if child == 0:
+            own = socket.socket(fileno=os.dup(wire.fileno()))
+            birth = Birth(stub, own, *map(os.dup, fds))
+            for connection in self._waiting.values():
+                connection.wire.close()
+            for pidfd, (_, other) in self._daemons.items():
+                os.close(pidfd)
+                other.close()
+            self._listener.close()
+            os.close(self._lock)
+            return birth
+        pidfd = os.pidfd_open(child)
+        self._daemons[pidfd] = child, wire.dup()
+        self._poll.register(pidfd, select.POLLIN)
+        return None
+
+    def _bury(self, pidfd: int) -> None:
+        """A daemon has ended: tell its stub if it could not."""
+        pid, wire = self._daemons.pop(pidfd)
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with contextlib.suppress(OSError):
+            wire.send(f"signal {-status}".encode() if status < 0 else f"exit {status}".encode())
+        wire.close()
+
+
+def main(argv: list[str]) -> int:
+    """Serve until no daemon is left; in a copy, be the daemon, or its fork server."""
+    lock = int(argv[0])
+    os.set_inheritable(lock, False)
+    os.setsid()  # what a terminal sends to its processes is not for us
+    faulthandler.register(signal.SIGUSR1)  # in the daemon again, with its log; here it must only not kill
+    identity = place.identity()
+    set_title("nursery")
+    for name in _LOADED:
+        importlib.import_module(name)
+    os.chdir("/")  # not before: $PYTHONPATH may be relative
+    gc.collect()
+    gc.freeze()
+    birth = Nursery(lock, identity).serve()
+    if birth is None:
+        return 0
+    return be_born(birth)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""Where the nursery is found, and for whom it is. Used by the stub, the nursery and supervisors; imports next to nothing.
+
+`nursery-X.sock` and `nursery-X.lock` in the run-time root (/run/nydusd or $NYDUSD_RUNTIME_DIR). X tells apart what would run
+differently: another build, interpreter, or what an interpreter takes from its environment when it begins. The lock is held as
+long as the nursery lives, from before its process begins. After SIGKILL both files stay; whoever takes the lock removes them.
+"""
+
+from __future__ import annotations
+
+import binascii
+import os
+import sys
+
+DEFAULT_ROOT = "/run/nydusd"
+END = b"end"
+"""What a daemon that was the last one sends instead of an identity."""
+IN_USE = b"in use"
+READY = b"ready"
+GO = b"go"
+_AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LANG", "LC_", "TZ", "OPENSSL_")
+"""What the variables begin with that are looked at only when an interpreter or a library begins."""
+
+
+def root() -> str:
+    """The run-time root, absolute."""
+    return os.path.abspath(os.environ.get("NYDUSD_RUNTIME_DIR") or DEFAULT_ROOT)
+
+
+def is_off() -> bool:
+    """Whether the operator wants no nursery."""
+    return os.environ.get("NYDUSD_NURSERY", "") == "off"
+
+
+def identity() -> bytes:
+    """What a process started now would run. Every release changes `version.py`, which holds version and commit."""
+    code = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "version.py")
+    st = os.stat(code)
+    facts = [sys.version, sys.executable, code, f"{st.st_dev} {st.st_ino} {st.st_mtime_ns} {st.st_size}"]
+    facts += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_AT_START))
+    return os.fsencode("\0".join(facts))
+
+
+def stem(of: bytes) -> str:
+    """The path of the nursery for an identity, without its suffix."""
+    return f"{root()}/nursery-{binascii.crc32(of):08x}"

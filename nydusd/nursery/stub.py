@@ -1,0 +1,133 @@
+"""The command `nydusd`, before anything else is loaded: have the nursery fork the daemon, or become the daemon.
+
+Where a nursery is (`nydusd.nursery.client` says when), this process stays what clients have started, watch and signal: it
+passes its signals on to the daemon and ends as the daemon does. Until it has sent GO it may give up at any time and go on by
+itself: the daemon begins nothing before. So a nursery that is dead, hangs or refuses costs a start some time, nothing more.
+
+What holds after SIGKILL: the daemon's supervisor gets SIGKILL from the kernel, for the leash, a pipe, is closed. It holds no
+secret but what it was started with. Imports little: it is there as long as the daemon, and in the way of its start.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from nydusd.nursery import place
+
+TYPE_CHECKING = False  # known to type checkers by its name: `typing` takes 10 ms
+if TYPE_CHECKING:
+    from _socket import socket as Socket
+
+_PATIENCE = 2.0
+"""Seconds that the nursery may take for each step. It takes some 20 ms."""
+_STATUS_PATIENCE = 1.0
+"""Seconds within which the nursery says which signal has ended the daemon, if it lives."""
+
+
+def main() -> int:
+    """Run the command. The exit status is that of `nydusd.cli.nydusd.main`."""
+    if not (os.environ.get("NOTIFY_SOCKET") or place.is_off()):  # systemd wants to be told by its main process
+        try:
+            status = _from_nursery()
+        except OSError:
+            status = None
+        if status is not None:
+            return status
+    from nydusd.cli.nydusd import main as become_the_daemon
+
+    return become_the_daemon(sys.argv[1:])
+
+
+def _from_nursery() -> int | None:
+    """The daemon's exit status; None if no nursery made one. Raises OSError for the same."""
+    who = place.identity()
+    path = f"{place.stem(who)}.sock"
+    os.stat(path)
+    import _socket
+
+    with _Closing(_socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)) as wire:
+        wire.settimeout(_PATIENCE)
+        wire.connect(path)
+        credentials = wire.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+        if int.from_bytes(credentials[4:8], sys.byteorder) != os.geteuid():
+            return None
+        leash, leash_end = os.pipe2(os.O_CLOEXEC)
+        fds = [0, 1, 2, os.open(".", os.O_PATH | os.O_CLOEXEC), _letter(), leash]
+        rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
+        try:
+            wire.sendmsg([who], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+            answer, ancillary, _, _ = wire.recvmsg(64, _socket.CMSG_SPACE(4))
+        except OSError:
+            os.close(leash_end)
+            raise
+        finally:
+            for fd in fds[3:]:
+                os.close(fd)
+        if answer != place.READY or not ancillary:
+            os.close(leash_end)
+            return None
+        pidfd = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+        return _stand_for(wire, pidfd)
+
+
+def _letter() -> int:
+    """A memfd with what only the daemon may read: arguments and environment."""
+    parts = [str(len(sys.argv)).encode(), *map(os.fsencode, sys.argv)]
+    parts += [name + b"=" + value for name, value in os.environb.items()]
+    data = b"\0".join(parts)
+    fd = os.memfd_create("nydusd-start", os.MFD_CLOEXEC)
+    while data:
+        data = data[os.write(fd, data) :]
+    return fd
+
+
+def _stand_for(wire: Socket, pidfd: int) -> int | None:
+    """Let the daemon begin, and be it for whoever started us, until it has ended. None if it did not begin."""
+    import contextlib
+    import select
+    import signal
+
+    passed: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        passed.append(number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and we are about to
+            signal.pidfd_send_signal(pidfd, number)
+
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+        number = getattr(signal, name)
+        # The daemon handles the first two even where they are ignored, such as in the background of a shell.
+        if name in ("SIGTERM", "SIGINT") or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, pass_on)
+    # From here on it is the daemon's turn whatever happens: a second one must not begin.
+    with contextlib.suppress(OSError):  # it is dead: its pidfd tells
+        wire.send(place.GO)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
+    wire.settimeout(_STATUS_PATIENCE)
+    try:
+        kind, _, number = wire.recv(64).decode().partition(" ")
+    except OSError:
+        kind = ""
+    if kind == "exit":
+        return int(number)
+    # Killed. By what, the nursery knows; without it: what we have passed on, or what is sent from outside.
+    by = int(number) if kind == "signal" else passed[-1] if passed else signal.SIGKILL
+    signal.signal(by, signal.SIG_DFL) if by not in (signal.SIGKILL, signal.SIGSTOP) else None
+    os.kill(os.getpid(), by)
+    return 128 + by
+
+
+class _Closing:
+    """`contextlib.closing` without its import."""
+
+    def __init__(self, wire: Socket) -> None:
+        self._wire = wire
+
+    def __enter__(self) -> Socket:
+        return self._wire
+
+    def __exit__(self, *_: object) -> None:
+        self._wire.close()
