@@ -85,12 +85,14 @@ class Nursery:
 
     def serve(self) -> Birth | None:
         """Make daemons until none is left on this node. Raises OSError if it cannot listen."""
+        part = place.stem(self._identity) + ".new"
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)  # of one that was killed: we hold the lock
+            os.unlink(part)  # of one that was killed: we hold the lock
         mask = os.umask(0o177)
-        self._listener.bind(self._path)
+        self._listener.bind(part)
         os.umask(mask)
         self._listener.listen(256)
+        os.rename(part, self._path)  # so whoever finds it can connect
         self._listener.setblocking(False)
         self._poll.register(self._listener, select.POLLIN)
         next_look = 0.0
@@ -125,8 +127,13 @@ class Nursery:
 
     def _remove(self) -> None:
         """Before the lock goes with us: nobody finds a nursery that is gone, or removes the next one's."""
-        os.unlink(self._path)
-        os.unlink(f"{place.stem(self._identity)}.lock")
+        lock = f"{place.stem(self._identity)}.lock"
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # somebody has cleared the folder, and there may be another nursery
+            if os.path.samestat(os.fstat(self._lock), os.stat(lock)):
+                os.unlink(self._path)
+                os.unlink(lock)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):

@@ -119,7 +119,11 @@ def _may_begin(wire: socket.socket) -> bool:
     finally:
         os.close(pidfd)
     wire.settimeout(_GO_SECONDS)
-    return wire.recv(16) == place.GO
+    try:
+        return wire.recv(16) == place.GO
+    except TimeoutError:  # it is stopped, and may go on later
+        wire.send(place.NOTHING)
+        return False
 
 
 def _fasten(leash: int) -> None:

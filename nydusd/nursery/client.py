@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _END_PATIENCE = 3.0
 """Seconds that a nursery may take to end, or to be there at all, before it is killed."""
 _ANSWER_PATIENCE = 1.0
+_PATH_MAX = 107 - len(".sock")
 
 
 def is_any_alive(without: int = 0) -> bool:
@@ -46,7 +47,10 @@ def start_if_useful() -> None:
     if place.is_off() or not is_any_alive(without=os.getpid()):
         return
     try:
-        lock = _take_lock(f"{place.stem(place.identity())}.lock")
+        stem = place.stem(place.identity())
+        if len(os.fsencode(stem)) > _PATH_MAX:
+            return
+        lock = _take_lock(f"{stem}.lock")
         if lock is None:
             return
         try:
@@ -73,7 +77,7 @@ def end_if_last() -> None:
     try:
         if is_any_alive(without=os.getpid()):
             return
-        for lock in Path(place.root()).glob("nursery-*.lock"):
+        for lock in Path(place.root()).glob(f"{place.prefix()}*.lock"):
             _end(lock)
     except OSError as e:
         log.warning("the nursery of this node: %s", e)
@@ -107,6 +111,7 @@ def _end(path: Path) -> None:
         lock = _take_lock(str(path))
         if lock is not None:  # it has ended, or was killed
             wire_path.unlink(missing_ok=True)
+            path.with_suffix(".new").unlink(missing_ok=True)
             path.unlink()
             os.close(lock)
             return

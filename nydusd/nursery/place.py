@@ -1,8 +1,9 @@
 """Where the nursery is found, and for whom it is. Used by the stub, the nursery and supervisors; imports next to nothing.
 
-`nursery-X.sock` and `nursery-X.lock` in the run-time root (/run/nydusd or $NYDUSD_RUNTIME_DIR). X tells apart what would run
-differently: another build, interpreter, or what an interpreter takes from its environment when it begins. The lock is held as
-long as the nursery lives, from before its process begins. After SIGKILL both files stay; whoever takes the lock removes them.
+`nursery-UID-X.sock` and `nursery-UID-X.lock` in the run-time root (/run/nydusd or $NYDUSD_RUNTIME_DIR). X tells apart what
+would run differently: another build, interpreter, or what an interpreter takes from its environment when it begins. The lock
+is held as long as the nursery lives, from before its process begins. After SIGKILL the files stay; who gets the lock
+removes them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ END = b"end"
 IN_USE = b"in use"
 READY = b"ready"
 GO = b"go"
+NOTHING = b"nothing"
+"""What a copy says that has begun nothing, for it got no GO in time."""
 _AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LANG", "LC_", "TZ", "OPENSSL_")
 """What the variables begin with that are looked at only when an interpreter or a library begins."""
 
@@ -42,4 +45,9 @@ def identity() -> bytes:
 
 def stem(of: bytes) -> str:
     """The path of the nursery for an identity, without its suffix."""
-    return f"{root()}/nursery-{binascii.crc32(of):08x}"
+    return f"{root()}/{prefix()}{binascii.crc32(of):08x}"
+
+
+def prefix() -> str:
+    """What the names of this user's nurseries begin with."""
+    return f"nursery-{os.geteuid()}-"

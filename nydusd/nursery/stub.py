@@ -41,6 +41,8 @@ def main() -> int:
 
 def _from_nursery() -> int | None:
     """The daemon's exit status; None if no nursery made one. Raises OSError for the same."""
+    for fd in range(3):
+        os.fstat(fd)  # where one is closed, the next fd that we open would be taken for it
     who = place.identity()
     path = f"{place.stem(who)}.sock"
     os.stat(path)
@@ -89,6 +91,7 @@ def _stand_for(wire: Socket, pidfd: int) -> int | None:
     import signal
 
     passed: list[int] = []
+    former = {}
 
     def pass_on(number: int, _frame: object) -> None:
         passed.append(number)
@@ -99,7 +102,7 @@ def _stand_for(wire: Socket, pidfd: int) -> int | None:
         number = getattr(signal, name)
         # The daemon handles the first two even where they are ignored, such as in the background of a shell.
         if name in ("SIGTERM", "SIGINT") or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, pass_on)
+            former[number] = signal.signal(number, pass_on)
     # From here on it is the daemon's turn whatever happens: a second one must not begin.
     with contextlib.suppress(OSError):  # it is dead: its pidfd tells
         wire.send(place.GO)
@@ -108,14 +111,20 @@ def _stand_for(wire: Socket, pidfd: int) -> int | None:
     poll.poll()
     wire.settimeout(_STATUS_PATIENCE)
     try:
-        kind, _, number = wire.recv(64).decode().partition(" ")
+        told = wire.recv(64)
     except OSError:
-        kind = ""
+        told = b""
+    if told == place.NOTHING:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        return None
+    kind, _, value = told.decode().partition(" ")
     if kind == "exit":
-        return int(number)
+        return int(value)
     # Killed. By what, the nursery knows; without it: what we have passed on, or what is sent from outside.
-    by = int(number) if kind == "signal" else passed[-1] if passed else signal.SIGKILL
-    signal.signal(by, signal.SIG_DFL) if by not in (signal.SIGKILL, signal.SIGSTOP) else None
+    by = int(value) if kind == "signal" else passed[-1] if passed else signal.SIGKILL
+    if by != signal.SIGKILL:
+        signal.signal(by, signal.SIG_DFL)
     os.kill(os.getpid(), by)
     return 128 + by
 

@@ -207,19 +207,22 @@ def test_the_last_daemon_kills_one_that_hangs() -> None:
         assert list(runtime.iterdir()) == []
 
 
-def test_one_without_daemons_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NYDUSD_RUNTIME_DIR", str(tmp_path))
+def test_one_without_daemons_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = discipline.folder / "lonely"
+    runtime.mkdir()
+    monkeypatch.setenv("NYDUSD_RUNTIME_DIR", str(runtime))
     lock = client._take_lock(f"{place.stem(place.identity())}.lock")
     assert lock is not None
     nursery = subprocess.Popen([sys.executable, "-m", "nydusd.nursery", str(lock)], pass_fds=[lock], cwd=ROOT)
     os.close(lock)
     assert nursery.wait(15) == 0
-    assert list(tmp_path.iterdir()) == []
+    assert list(runtime.iterdir()) == []
 
 
-def test_a_command_in_another_namespace_starts_by_itself(nursery: int) -> None:
+@pytest.mark.parametrize("how", ['exec unshare --uts "$@"', 'exec "$@" <&-'], ids=["namespace", "closed"])
+def test_a_command_in_another_namespace_or_without_stdio_starts_by_itself(nursery: int, how: str) -> None:
     daemon = Another()
-    daemon.command = ["unshare", "--uts", *daemon.command]
+    daemon.command = ["sh", "-c", how, "sh", *daemon.command]
     with daemon:
         assert not daemon.is_copy()
 

@@ -1,8 +1,7 @@
-"""A fork server for a test. The test's process is the parent of orphans meanwhile, as a supervisor is."""
+"""A fork server for a test. The test's process is the parent of orphans, as a supervisor is (`discipline.start` sees to it)."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,5 +15,3 @@ def fork_server() -> Iterator[client.ForkServer]:
         yield server
     finally:
         server.close()
-        ctypes.CDLL(None).prctl(client._SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-        client._take_in_orphans.cache_clear()
