@@ -24,7 +24,7 @@ def test_a_killed_daemon_is_started_again_and_containers_run(shop: Shop, mode: s
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: node.daemon_pids() not in ([], [pid]), "the next daemon", 30.0)
         # The next daemon has its mounts back a moment after it is there: what runs earlier finds no image.
-        wait_until(lambda: _runs(node, reference), "a container to run again", 60.0)
+        wait_until(lambda: runs(node, reference), "a container to run again", 60.0)
         node.watch_daemon_logs()
         wait_until(lambda: not any(is_running(pid) for pid in family), "the end of all of the first daemon's processes")
         node.nerdctl("rmi", reference)
@@ -41,7 +41,8 @@ def _states(node: Node) -> list[object]:
     return [answer["state"] for answer in answers if isinstance(answer, dict)]
 
 
-def _runs(node: Node, reference: str) -> bool:
+def runs(node: Node, reference: str) -> bool:
+    """Whether a container runs; False while its image is not mounted."""
     try:
         return node.run_python(reference, "import json; print(42)") == "42\n"
     except AssertionError as error:

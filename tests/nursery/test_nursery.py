@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from nydusd.errors import CacheError
 from nydusd.nursery import client, place
 from nydusd.nursery.peers import is_like_us
-from nydusd.supervisor.checked import read_checked
-from tests.supervisor.lives import IMAGE, ROOT, wrong
-from tests.support.daemon import Daemon, wait_for_role
+from tests.supervisor.lives import ROOT, wrong
+from tests.support.daemon import wait_for_role
 from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
 from tests.support.memory import found_in_memory
+from tests.support.nursery import Another, is_ready, nurseries, running_nursery
 
 SECRETS = {
     "NYDUS_HEADER_Cookie": "cookie-of-the-operator",
@@ -37,54 +36,6 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as wire:
 """
 
 
-class Another(Daemon):
-    """A daemon that may come from a nursery: its processes are not below the one that was started."""
-
-    def __init__(
-        self,
-        runtime: Path = discipline.runtime,
-        environment: dict[str, str] | None = None,
-        bootstrap: Path | None = IMAGE.bootstrap,
-    ) -> None:
-        own = {"NYDUSD_NURSERY": "", "NYDUSD_RUNTIME_DIR": str(runtime)}
-        super().__init__(bootstrap, IMAGE.blobs, environment=own | (environment or {}))
-
-    def recorded(self) -> list[int]:
-        """The pids of its processes, its supervisor first."""
-        for state in Path(self._environment["NYDUSD_RUNTIME_DIR"]).glob("*/state.json"):
-            try:
-                record = read_checked(state)
-            except CacheError:
-                continue
-            if record["mountpoint"] == str(self.mountpoint):
-                return [pid for pid, _ in record["processes"]]
-        return []
-
-    def family(self) -> list[int]:
-        return self.recorded()
-
-    @property
-    def supervisor(self) -> int:
-        return self.recorded()[0]
-
-    def is_copy(self) -> bool:
-        """Whether a nursery has made it."""
-        return self.supervisor != self.pid
-
-    def status(self) -> int:
-        """The exit status of what was started, once it has ended."""
-        assert self._process is not None
-        return self._process.wait(15)
-
-
-def nurseries() -> list[int]:
-    return [pid for pid in descendants(os.getpid()) if cmdline(pid) == "nydusd: nursery" and is_running(pid)]
-
-
-def is_ready(runtime: Path) -> bool:
-    return bool(list(runtime.glob("nursery-*.sock")))
-
-
 @pytest.fixture(scope="module")
 def first() -> Iterator[Another]:
     """A daemon that lives as long as these tests, so that nurseries do."""
@@ -93,17 +44,9 @@ def first() -> Iterator[Another]:
 
 
 @pytest.fixture
-def nursery(first: Another, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setenv("NYDUSD_NURSERY", "")
-    client.start_if_useful()
-    wait_until(lambda: is_ready(discipline.runtime), "a nursery")
-    (pid,) = nurseries()
-    yield pid
-    for other in nurseries():  # a daemon that found none has started another
-        os.kill(other, signal.SIGKILL)
-    wait_until(lambda: not nurseries(), "the end of the nurseries")
-    for path in discipline.runtime.glob("nursery-*"):
-        path.unlink()
+def nursery(first: Another) -> Iterator[int]:
+    with running_nursery() as pid:
+        yield pid
 
 
 def test_the_second_daemon_starts_it_the_third_comes_from_it_and_the_last_one_ends_it() -> None:

@@ -1,0 +1,84 @@
+"""Daemons that may come from a nursery, and a nursery that is there from the start. Elsewhere in the tests it is off."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nydusd.errors import CacheError
+from nydusd.nursery import client
+from nydusd.supervisor.checked import read_checked
+from tests.supervisor.lives import IMAGE
+from tests.support.daemon import Daemon
+from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
+
+
+class Another(Daemon):
+    """A daemon that may come from a nursery: its processes are not below the one that was started."""
+
+    def __init__(
+        self,
+        runtime: Path = discipline.runtime,
+        environment: dict[str, str] | None = None,
+        bootstrap: Path | None = IMAGE.bootstrap,
+    ) -> None:
+        own = {"NYDUSD_NURSERY": "", "NYDUSD_RUNTIME_DIR": str(runtime)}
+        super().__init__(bootstrap, IMAGE.blobs, environment=own | (environment or {}))
+
+    def recorded(self) -> list[int]:
+        """The pids of its processes, its supervisor first."""
+        for state in Path(self._environment["NYDUSD_RUNTIME_DIR"]).glob("*/state.json"):
+            try:
+                record = read_checked(state)
+            except CacheError:
+                continue
+            if record["mountpoint"] == str(self.mountpoint):
+                return [pid for pid, _ in record["processes"]]
+        return []
+
+    def family(self) -> list[int]:
+        return self.recorded()
+
+    @property
+    def supervisor(self) -> int:
+        return self.recorded()[0]
+
+    def is_copy(self) -> bool:
+        """Whether a nursery has made it."""
+        return self.supervisor != self.pid
+
+    def status(self) -> int:
+        """The exit status of what was started, once it has ended."""
+        assert self._process is not None
+        return self._process.wait(15)
+
+
+def nurseries() -> list[int]:
+    return [pid for pid in descendants(os.getpid()) if cmdline(pid) == "nydusd: nursery" and is_running(pid)]
+
+
+def is_ready(runtime: Path) -> bool:
+    return bool(list(runtime.glob("nursery-*.sock")))
+
+
+@contextmanager
+def running_nursery() -> Iterator[int]:
+    """A nursery in the run's run-time folder, where a daemon must live: its pid. Commands started here ask it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NYDUSD_NURSERY", "")
+        client.start_if_useful()
+        wait_until(lambda: is_ready(discipline.runtime), "a nursery")
+        (pid,) = nurseries()
+        try:
+            yield pid
+        finally:
+            for other in nurseries():  # a daemon that found none has started another
+                os.kill(other, signal.SIGKILL)
+            wait_until(lambda: not nurseries(), "the end of the nurseries")
+            for path in discipline.runtime.glob("nursery-*"):
+                path.unlink()
