@@ -58,6 +58,7 @@ _LOOK = 10.0
 """Seconds between looks whether any daemon is left."""
 _DAWDLE = 5.0
 """Seconds that a connection may stay without a request."""
+_PAUSE = 0.05
 _PACKET_MAX = 64 * 1024
 
 
@@ -100,7 +101,7 @@ class Nursery:
             now = time.monotonic()
             if now >= next_look:
                 next_look = now + _LOOK
-                if not self._needed():
+                if self._is_outdated() or not self._needed():
                     break
                 for fd in [fd for fd, connection in self._waiting.items() if now - connection.since > _DAWDLE]:
                     self._forget(fd)
@@ -122,8 +123,25 @@ class Nursery:
         self._remove()
         return None
 
+    def close(self) -> None:
+        """Let go of all fds; the files stay."""
+        for connection in self._waiting.values():
+            connection.wire.close()
+        for pidfd, (_, stub) in self._daemons.items():
+            os.close(pidfd)
+            stub.close()
+        self._listener.close()
+        os.close(self._lock)
+
     def _needed(self, without: int = 0) -> bool:
         return any(pid != without for pid, _ in self._daemons.values()) or is_any_alive()
+
+    def _is_outdated(self) -> bool:
+        """Whether the files of another build have replaced those that we have loaded: then nobody asks us any more."""
+        try:
+            return place.identity() != self._identity
+        except OSError:
+            return True
 
     def _remove(self) -> None:
         """Before the lock goes with us: nobody finds a nursery that is gone, or removes the next one's."""
@@ -136,11 +154,14 @@ class Nursery:
                 os.unlink(lock)
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             wire, _ = self._listener.accept()
-            wire.setblocking(False)
-            self._waiting[wire.fileno()] = _Connection(wire)
-            self._poll.register(wire, select.POLLIN)
+        except OSError:  # it has given up, or no fd is left: then it waits, and need not be looked at all the time
+            time.sleep(_PAUSE)
+            return
+        wire.setblocking(False)
+        self._waiting[wire.fileno()] = _Connection(wire)
+        self._poll.register(wire, select.POLLIN)
 
     def _forget(self, fd: int) -> None:
         self._poll.unregister(fd)
@@ -172,13 +193,7 @@ class Nursery:
         if child == 0:
             own = socket.socket(fileno=os.dup(wire.fileno()))
             birth = Birth(stub, own, *map(os.dup, fds))
-            for connection in self._waiting.values():
-                connection.wire.close()
-            for pidfd, (_, other) in self._daemons.items():
-                os.close(pidfd)
-                other.close()
-            self._listener.close()
-            os.close(self._lock)
+            self.close()
             return birth
         pidfd = os.pidfd_open(child)
         self._daemons[pidfd] = child, wire.dup()

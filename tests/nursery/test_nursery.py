@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.nursery import client, place
+from nydusd.nursery.__main__ import Nursery
 from nydusd.nursery.peers import is_like_us
 from tests.supervisor.lives import ROOT, wrong
 from tests.support.daemon import wait_for_role
@@ -160,6 +161,16 @@ def test_one_without_daemons_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(lock)
     assert nursery.wait(15) == 0
     assert list(runtime.iterdir()) == []
+
+
+def test_one_whose_files_were_replaced_ends_whoever_lives(first: Another) -> None:
+    outdated = b"what an older build was"
+    lock = client._take_lock(f"{place.stem(outdated)}.lock")
+    assert lock is not None
+    nursery = Nursery(lock, outdated)
+    assert nursery.serve() is None
+    nursery.close()
+    assert list(discipline.runtime.glob("nursery-*")) == []
 
 
 @pytest.mark.parametrize("how", ['exec unshare --uts "$@"', 'exec "$@" <&-'], ids=["namespace", "closed"])
