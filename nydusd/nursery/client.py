@@ -26,9 +26,9 @@ from nydusd.supervisor.runtime import alive
 
 log = logging.getLogger(__name__)
 
-_END_PATIENCE = 3.0
+_END_PATIENCE = 2.0
 """Seconds that a nursery may take to end, or to be there at all, before it is killed."""
-_ANSWER_PATIENCE = 1.0
+_ANSWER_PATIENCE = 0.5
 _PATH_MAX = 107 - len(".sock")
 
 
