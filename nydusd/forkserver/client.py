@@ -51,12 +51,14 @@ FOR_DAEMON = (
 class ForkServer:
     """One process at a time, started anew when it is gone. Raises OSError when there is no room for it."""
 
-    def __init__(self, made: tuple[socket.socket, int] | None = None) -> None:
-        """`made`: our end of the line to a fork server that is there already, and its pid."""
+    def __init__(self, made: tuple[socket.socket, int, int] | None = None) -> None:
+        """`made`: our end of the line to a fork server that is there already, its pid, and an fd with our environment."""
         self._process: Process | None = None
         self._line: socket.socket | None = None
         self.commit = GIT_COMMIT
         """Which build it has loaded: what was on disk when it started, or what we have loaded if it is a copy of us."""
+        self._given = -1 if made is None else made[2]
+        """What holds the environment that we were given, where /proc/self/environ does not."""
         if made is None:
             self._start()
         else:
@@ -103,7 +105,8 @@ class ForkServer:
         """
         environ = os.memfd_create("nydusd-environment", os.MFD_CLOEXEC)
         try:
-            with open("/proc/self/environ", "rb") as given:  # as it was: secrets were taken out of `os.environ`
+            # As it was: secrets were taken out of `os.environ`.
+            with open("/proc/self/environ" if self._given < 0 else f"/proc/self/fd/{self._given}", "rb") as given:
                 os.write(environ, given.read())
             command = [sys.executable, "-P", "-m", "nydusd", *sys.argv[1:]]
             request = {"hold": True, "guard": {"delay": delay, "command": command}}

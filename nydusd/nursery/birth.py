@@ -58,7 +58,7 @@ def be_born(birth: Birth) -> int:
         return _be_fork_server(theirs)
     theirs.close()
     os.close(birth.folder)
-    arguments = _read_letter(birth.letter)
+    arguments, given = _read_letter(birth.letter)
     _tell_environment(ours)
     if not _may_begin(birth.wire):
         return 1
@@ -70,7 +70,7 @@ def be_born(birth: Birth) -> int:
     sys.argv = arguments
     from nydusd.cli.nydusd import main
 
-    status = main(arguments[1:], ForkServer((ours, pid)))
+    status = main(arguments[1:], ForkServer((ours, pid, given)))
     sys.stdout.flush()
     with contextlib.suppress(OSError):  # nobody is there to be told
         birth.wire.send(f"exit {status}".encode())
@@ -95,8 +95,8 @@ def _tell_environment(line: socket.socket) -> None:
         os.close(fd)
 
 
-def _read_letter(fd: int) -> list[str]:
-    """Arguments; the environment becomes ours."""
+def _read_letter(fd: int) -> tuple[list[str], int]:
+    """Arguments, and a memfd with the environment, which becomes ours, too."""
     size = os.fstat(fd).st_size
     data = b""
     while len(data) < size:
@@ -105,10 +105,13 @@ def _read_letter(fd: int) -> list[str]:
     parts = data.split(b"\0")
     count = int(parts[0])
     os.environ.clear()
+    given = os.memfd_create("nydusd-environment", os.MFD_CLOEXEC)
+    with open(given, "wb", closefd=False) as file:
+        file.write(b"\0".join(parts[1 + count :]))
     for part in parts[1 + count :]:
         name, _, value = part.partition(b"=")
         os.environb[name] = value
-    return [os.fsdecode(part) for part in parts[1 : 1 + count]]
+    return [os.fsdecode(part) for part in parts[1 : 1 + count]], given
 
 
 def _may_begin(wire: socket.socket) -> bool:

@@ -14,9 +14,9 @@ import pytest
 
 from nydusd.nursery import place
 from nydusd.nursery.peers import is_like_us
-from tests.supervisor.lives import ROOT, wrong
+from tests.supervisor.lives import IMAGE, ROOT, config_for, wrong
 from tests.support.daemon import wait_for_role
-from tests.support.discipline import cmdline, discipline, is_running, wait_until
+from tests.support.discipline import cmdline, descendants, discipline, is_running, mounts_under, wait_until
 from tests.support.memory import found_in_memory
 from tests.support.nursery import Another, running_nursery
 
@@ -171,3 +171,17 @@ def test_a_copy_has_the_folder_limits_mask_and_priority_of_what_was_started(nurs
             assert "Umask:\t0027" in Path(f"/proc/{pid}/status").read_text()
             assert "5000" in Path(f"/proc/{pid}/limits").read_text().partition("Max open files")[2].split("\n")[0]
             assert os.getpriority(os.PRIO_PROCESS, pid) == 3
+
+
+def test_a_guardian_starts_a_killed_copy_again_as_it_was_started(nursery: int, tmp_path: Path) -> None:
+    config = config_for(IMAGE, tmp_path / "cache", nydusd={"guardian": 0.2})
+    with Another(config=config, environment={"GIVEN": "to it"}) as daemon:
+        killed = daemon.supervisor
+        daemon.kill_supervisor()
+        wait_until(lambda: daemon.recorded()[:1] not in ([], [killed]), "the next supervisor")
+        (stub,) = [pid for pid in descendants(os.getpid()) if f"-M {daemon.mountpoint}" in cmdline(pid)]
+        assert b"GIVEN=to it" in Path(f"/proc/{stub}/environ").read_bytes().split(b"\0")
+        assert wrong(daemon) == []
+        os.kill(stub, signal.SIGTERM)
+        wait_until(lambda: mounts_under(daemon.folder) == set(), "the end of the mount")
+        daemon.forget()

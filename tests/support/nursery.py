@@ -26,9 +26,10 @@ class Another(Daemon):
         runtime: Path = discipline.runtime,
         environment: dict[str, str] | None = None,
         bootstrap: Path | None = IMAGE.bootstrap,
+        config: dict[str, object] | None = None,
     ) -> None:
         own = {"NYDUSD_NURSERY": "", "NYDUSD_RUNTIME_DIR": str(runtime)}
-        super().__init__(bootstrap, IMAGE.blobs, environment=own | (environment or {}))
+        super().__init__(bootstrap, IMAGE.blobs, config=config, environment=own | (environment or {}))
 
     def recorded(self) -> list[int]:
         """The pids of its processes, its supervisor first."""
