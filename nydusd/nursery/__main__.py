@@ -101,7 +101,7 @@ class Nursery:
             now = time.monotonic()
             if now >= next_look:
                 next_look = now + _LOOK
-                if self._is_outdated() or not self._needed():
+                if self._is_outdated() or not is_any_alive():
                     break
                 for fd in [fd for fd, connection in self._waiting.items() if now - connection.since > _DAWDLE]:
                     self._forget(fd)
@@ -132,9 +132,6 @@ class Nursery:
             stub.close()
         self._listener.close()
         os.close(self._lock)
-
-    def _needed(self, without: int = 0) -> bool:
-        return any(pid != without for pid, _ in self._daemons.values()) or is_any_alive()
 
     def _is_outdated(self) -> bool:
         """Whether the files of another build have replaced those that we have loaded: then nobody asks us any more."""
@@ -176,7 +173,7 @@ class Nursery:
         try:
             pid = peer_pid(wire)
             if body == place.END and pid:
-                if not self._needed(without=pid):
+                if not is_any_alive():  # our children that are about to end do not count
                     return None, True
                 wire.send(place.IN_USE)
             elif body == self._identity and len(fds) == FDS and pid and is_like_us(pid):
