@@ -173,6 +173,7 @@ def children() -> set[int]:
 
 def test_what_a_worker_had_started_is_let_go_of_when_both_have_ended() -> None:
     with fork_server() as server:
+        reap_strays([], [server.pid])  # what earlier tests have left to us
         before = children()
         pid = os.fork()
         if pid == 0:  # a worker that starts something and ends
