@@ -21,12 +21,22 @@ class Process:
         """Exit status once it has ended; negative: the signal that ended it. Of one that is not our child: -SIGKILL."""
 
     def poll(self) -> int | None:
-        """`status`, after a look whether it has ended."""
-        return self._look(0)
+        """`status`, after a look whether it has ended: one system call for a child of ours."""
+        if self.status is None:
+            try:
+                result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                self.status = -signal.SIGKILL if self._ends(0) else None
+            else:
+                if result is not None:
+                    self.status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+        return self.status
 
     def wait(self, seconds: float) -> int | None:
         """`status`, after waiting for its end that long."""
-        return self._look(seconds)
+        if self.status is None:
+            self._ends(seconds)
+        return self.poll()
 
     def send_signal(self, number: signal.Signals) -> None:
         """Nothing happens if it has ended."""
@@ -34,22 +44,11 @@ class Process:
             with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile, and will be noticed
                 signal.pidfd_send_signal(self.pidfd, number)
 
-    def _look(self, seconds: float) -> int | None:
-        if self.status is not None:
-            return self.status
+    def _ends(self, seconds: float) -> bool:
+        """Whether it has ended, or does within that time."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        if not poll.poll(seconds * 1000):
-            return None
-        try:
-            result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
-        except ChildProcessError:
-            self.status = -signal.SIGKILL
-        else:
-            if result is None:
-                return None
-            self.status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
-        return self.status
+        return bool(poll.poll(seconds * 1000))
 
     def close(self) -> None:
         """Let go of it; only `pid` and `status` are known from then on."""

@@ -69,6 +69,8 @@ class Family:
         self._runtime = runtime
         self._poller = poller
         self._started = time.monotonic()
+        self._parameters = ""
+        """What a successor compares, once it was needed."""
         self._keeper = 0
         """The fork server's process that holds the session's fds, under the numbers `_held`."""
         self._held: list[int] = []
@@ -134,10 +136,10 @@ class Family:
         if self.session is not None and isinstance(self._options, FuseOptions):
             from nydusd.supervisor.adoption import parameters, record_of
 
+            if not self._parameters:
+                self._parameters = parameters(self._options, self._config)
             self._have_held(self.session)
-            more = record_of(
-                self.session, parameters(self._options, self._config), self.children, self.fork_server.pid, self._held
-            )
+            more = record_of(self.session, self._parameters, self.children, self.fork_server.pid, self._held)
         # Not those that hold what a successor takes over before it ends them.
         pids = [self.fork_server.pid, *(child.pid for child in self.children if child.role not in ("erofs", "guard"))]
         self._runtime.record([pid for pid in pids if pid], more)

@@ -85,7 +85,6 @@ class FrontEnd:
         self._connect = connect
         self._client: Client | None = None
         self._known = known
-        self._inherited = inherited
         self._own_numbers = {kept.event.fd for kept in journal.left} - inherited
         self._patience = patience
         self._alone = alone

@@ -42,23 +42,22 @@ class View:
         self.handlers = handlers
         self.operations = operations
         self.chunk_shift = 0 if mount is None else mount.bootstrap.chunk_size.bit_length() - 1
-        self.known: dict[tuple[int, int], KnownChunk] = {}
-        """Chunks of which a part was read, by node id and place in the file."""
+        self.known: dict[tuple[int, int], KnownChunk | None] = {}
+        """Chunks of which a part was read, by node id and place in the file; None where these bytes are not one chunk."""
 
     def learn(self, node: int, offset: int) -> None:
         """A part of a chunk was just read from the cache file, at `offset` of a file of this image."""
         assert self.mount is not None
-        start = offset >> self.chunk_shift << self.chunk_shift
-        ino = self.mount.ino_of(node)
-        vec = self.mount.bootstrap.extents(ino, start, 1 << self.chunk_shift)
-        # Where these bytes of the file are not one chunk (chunks of tarfs are, files with holes are not) nothing is learnt.
-        if len(vec) != 1 or vec[0].offset:
+        place = node, offset >> self.chunk_shift
+        if place in self.known and self.known[place] is None:
             return
-        chunk = self.mount.device.known(ino, vec[0])
-        if chunk is not None:
-            if len(self.known) >= _KNOWN:
-                self.known.clear()
-            self.known[node, offset >> self.chunk_shift] = chunk
+        ino = self.mount.ino_of(node)
+        vec = self.mount.bootstrap.extents(ino, place[1] << self.chunk_shift, 1 << self.chunk_shift)
+        # In a file with holes, or where tarfs has other chunks, these bytes may be more than one, or a part of one.
+        is_one = len(vec) == 1 and not vec[0].offset
+        if len(self.known) >= _KNOWN:
+            self.known.clear()
+        self.known[place] = self.mount.device.known(ino, vec[0]) if is_one else None
 
 
 class Namespace(dict[int, View]):
