@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.image import Built, build
+from bench.image import Built, build, configuration
+from bench.processes import family, pss
 
 _FILES = 200
 _SET_CHILD_SUBREAPER = 36
@@ -38,8 +38,8 @@ def main(argv: list[str]) -> int:
         for number in range(1, count + 1):
             seconds = _start(image, folder / str(number), runtime, stack)
             time.sleep(_SETTLE)
-            pids = _processes(os.getpid())
-            now = sum(map(_pss, pids)) / 1e6
+            pids = family(os.getpid())[1:]
+            now = sum(map(pss, pids)) * 1024 / 1e6
             print(f"{number:6}   {seconds:8.3f}   {now - before:7.1f}   {len(pids):9}", flush=True)
             before = now
     return 0
@@ -60,9 +60,7 @@ def _start(image: Built, work: Path, runtime: Path, stack: contextlib.ExitStack)
     mountpoint = work / "mnt"
     mountpoint.mkdir(parents=True)
     config = work / "config.json"
-    backend = {"type": "localfs", "config": {"dir": str(image.blob.parent)}}
-    cache = {"type": "blobcache", "config": {"work_dir": str(work / "cache")}}
-    config.write_text(json.dumps({"device": {"backend": backend, "cache": cache}, "mode": "direct"}))
+    config.write_text(configuration(image, work / "cache"))
     command = [str(Path(sys.executable).with_name("nydusd")), "fuse", "-B", str(image.bootstrap), "-C", str(config)]
     command += ["-M", str(mountpoint), "-A", str(work / "api.sock"), "--log-level", "error"]
     begin = time.perf_counter()
@@ -78,25 +76,6 @@ def _start(image: Built, work: Path, runtime: Path, stack: contextlib.ExitStack)
     for path in mountpoint.iterdir():
         path.read_bytes()
     return seconds
-
-
-def _processes(pid: int) -> list[int]:
-    """All processes below this one."""
-    found = []
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(OSError):
-            for child in map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()):
-                found += [child, *_processes(child)]
-    return found
-
-
-def _pss(pid: int) -> int:
-    """Proportional set size in bytes; 0 for a process that is gone."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.erofs import erofs_mount
-from bench.image import Built, build
+from bench.image import Built, build, configuration
 from bench.run import FOLDER, Figures, drop_caches, median, prepare, read_all, warm
 
 ROUNDS = int(os.environ.get("NYDUSD_BENCH_ROUNDS", "2"))
@@ -96,11 +96,7 @@ def daemon(image: Built, room: Path, command: list[str], *, complete: bool) -> F
         work = Path(name)
         mountpoint = work / "mnt"
         mountpoint.mkdir()
-        backend = {"type": "localfs", "config": {"dir": str(image.blob.parent)}}
-        cache = {"type": "blobcache", "config": {"work_dir": str(work / "cache")}}
-        (work / "config.json").write_text(
-            json.dumps({"device": {"backend": backend, "cache": cache}, "mode": "direct"})
-        )
+        (work / "config.json").write_text(configuration(image, work / "cache"))
         more = [
             "-B",
             str(image.bootstrap),

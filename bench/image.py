@@ -7,6 +7,7 @@ complete cache file of that blob, which the kernel's EROFS takes as its device.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +24,13 @@ class Built(NamedTuple):
     blob: Path
     names: int
     data_bytes: int
+
+
+def configuration(built: Built, cache: Path) -> str:
+    """A version 1 configuration: the image's blobs from their folder, a file cache in `cache`."""
+    backend = {"type": "localfs", "config": {"dir": str(built.blob.parent)}}
+    device = {"backend": backend, "cache": {"type": "blobcache", "config": {"work_dir": str(cache)}}}
+    return json.dumps({"device": device, "mode": "direct"})
 
 
 def build(tree: Path, out: Path, chunk_size: int = DEFAULT_CHUNK_SIZE, plain: Path | None = None) -> Built:

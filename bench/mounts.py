@@ -20,8 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.image import Built
-from bench.run import family, memory, prepare
+from bench.image import Built, configuration
+from bench.processes import family, memory
+from bench.run import prepare
 
 
 class _Api(http.client.HTTPConnection):
@@ -64,9 +65,7 @@ def measure(built: Built, images: int, used: bool) -> None:
         work = Path(name)
         mountpoint, apisock = work / "mnt", work / "api.sock"
         mountpoint.mkdir()
-        backend = {"type": "localfs", "config": {"dir": str(built.blob.parent)}}
-        cache = {"type": "blobcache", "config": {"work_dir": str(work / "cache")}}
-        config = json.dumps({"device": {"backend": backend, "cache": cache}, "mode": "direct"})
+        config = configuration(built, work / "cache")
         copies = [work / f"bootstrap-{number}" for number in range(images)]
         for copy in copies:
             shutil.copyfile(built.bootstrap, copy)

@@ -24,7 +24,8 @@ from multiprocessing import Process, SimpleQueue
 from pathlib import Path
 
 from bench.erofs import erofs_mount
-from bench.image import Built, build
+from bench.image import Built, build, configuration
+from bench.processes import cpu, memory
 
 FOLDER = Path(os.environ.get("NYDUSD_BENCH_DIR", "/var/tmp/nydusd-bench"))
 ROUNDS = int(os.environ.get("NYDUSD_BENCH_ROUNDS", "3"))
@@ -86,9 +87,7 @@ def daemon(image: Built, command: list[str], environment: dict[str, str]) -> Fig
         mountpoint = work / "mnt"
         mountpoint.mkdir()
         config = work / "config.json"
-        backend = {"type": "localfs", "config": {"dir": str(image.blob.parent)}}
-        cache = {"type": "blobcache", "config": {"work_dir": str(work / "cache")}}
-        config.write_text(json.dumps({"device": {"backend": backend, "cache": cache}, "mode": "direct"}))
+        config.write_text(configuration(image, work / "cache"))
         arguments = ["-B", str(image.bootstrap), "-C", str(config), "-M", str(mountpoint), "--log-level", "error"]
         drop_caches()
         begin = time.perf_counter()
@@ -188,30 +187,6 @@ def random_reader(files: list[bytes], seed: int, queue: SimpleQueue[int]) -> Non
         os.preadv(fd, [page], offset)
         count += 1
     queue.put(count)
-
-
-def family(pid: int) -> list[int]:
-    """A process and its descendants."""
-    pids = [pid]
-    for each in pids:
-        pids += [int(child) for child in Path(f"/proc/{each}/task/{each}/children").read_text().split()]
-    return pids
-
-
-def cpu(pid: int) -> float:
-    """Seconds of CPU of a process and its descendants that live."""
-    fields = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in family(pid)]
-    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
-
-
-def memory(pid: int) -> float:
-    """Sum of PSS over a process and its descendants, MB."""
-    total = 0
-    for each in family(pid):
-        for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                total += int(line.split()[1])
-    return total / 1024
 
 
 def median(rows: list[Figures]) -> Figures:

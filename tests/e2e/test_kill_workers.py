@@ -16,6 +16,7 @@ from bench.image import Built, build
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import wait_until
 from tests.support.readers import PIECE, longest_read, pieces_read
+from tests.support.trees import half_random_tree
 
 READERS = 16
 FILES = 32
@@ -30,15 +31,7 @@ KILLS = 12
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of many small chunks, so that the cache stays cold for a while; half of each is incompressible."""
-    root = tmp_path_factory.mktemp("tree")
-    source = random.Random(2)
-    for number in range(FILES):
-        pieces = [
-            source.randbytes(CHUNK) if index % 2 else source.randbytes(16) * (CHUNK // 16)
-            for index in range(FILE_SIZE // CHUNK)
-        ]
-        (root / f"{number:02}").write_bytes(b"".join(pieces))
-    return root
+    return half_random_tree(tmp_path_factory.mktemp("tree"), FILES, FILE_SIZE, CHUNK)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from bench.image import Built, build
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import cmdline, wait_until
 from tests.support.readers import PIECE, longest_read, pieces_read
+from tests.support.trees import random_tree
 
 READERS = 8
 FILES = 16
@@ -28,11 +29,7 @@ KILLS = int(os.environ.get("NYDUSD_TEST_KILLS", "10"))
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of many small chunks, so that the cache stays cold for a while; none of them has zeros."""
-    root = tmp_path_factory.mktemp("tree")
-    source = random.Random(3)
-    for number in range(FILES):
-        (root / f"{number:02}").write_bytes(source.randbytes(FILE_SIZE))
-    return root
+    return random_tree(tmp_path_factory.mktemp("tree"), FILES, FILE_SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from tests.supervisor.lives import IMAGE, config_for, read_direct, wrong
 from tests.support import oracle
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import wait_until
+from tests.support.trees import random_tree
 
 CHUNK = 1 << 16
 FILES = 12
@@ -120,11 +120,7 @@ class TestQuota:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of many small chunks that differ everywhere: a hole, or another chunk's bytes, cannot pass for them."""
-    root = tmp_path_factory.mktemp("tree")
-    source = random.Random(3)
-    for number in range(FILES):
-        (root / f"{number:02}").write_bytes(source.randbytes(FILE_SIZE))
-    return root
+    return random_tree(tmp_path_factory.mktemp("tree"), FILES, FILE_SIZE)
 
 
 @pytest.fixture(scope="module")

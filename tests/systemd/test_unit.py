@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from bench.image import Built, build
 from tests.support.daemon import image_config
 from tests.support.discipline import wait_until
 from tests.support.readers import PIECE, pieces_read
+from tests.support.trees import random_tree
 from tests.systemd.machine import ROOT, Machine, machine
 
 UNIT = "nydusd@one.service"
@@ -25,11 +25,7 @@ READERS = 4
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tree")
-    source = random.Random(3)
-    for number in range(FILES):
-        (root / f"{number:02}").write_bytes(source.randbytes(FILE_SIZE))
-    return root
+    return random_tree(tmp_path_factory.mktemp("tree"), FILES, FILE_SIZE)
 
 
 @pytest.fixture(scope="module")

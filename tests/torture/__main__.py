@@ -25,6 +25,7 @@ from bench.image import Built, build
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import discipline
 from tests.support.readers import PIECE, longest_read, pieces_read
+from tests.support.trees import half_random_tree
 
 READERS = 16
 FILES, FILE_SIZE, CHUNK = 64, 1 << 20, 1 << 16
@@ -35,18 +36,6 @@ KINDS = (
     *(*FRONT_ENDS, "fetch", "decompress", "fork server", "api", "supervisor"),
     *("supervisor and front ends", "supervisor, and its successor", "stopped"),
 )
-
-
-def make_tree(root: Path) -> None:
-    """Files of many small chunks, half of which do not compress."""
-    source = random.Random(2)
-    root.mkdir()
-    for number in range(FILES):
-        pieces = [
-            source.randbytes(CHUNK) if index % 2 else source.randbytes(16) * (CHUNK // 16)
-            for index in range(FILE_SIZE // CHUNK)
-        ]
-        (root / f"{number:02}").write_bytes(b"".join(pieces))
 
 
 class Round:
@@ -138,7 +127,8 @@ def main() -> int:
     pieces, longest, rounds = 0, 0.0, 0
     try:
         tree = discipline.folder / "tree"
-        make_tree(tree)
+        tree.mkdir()
+        half_random_tree(tree, FILES, FILE_SIZE, CHUNK)
         built = build(tree, discipline.folder / "image", CHUNK)
         end = time.monotonic() + minutes * 60
         while time.monotonic() < end and not problems:
