@@ -131,6 +131,12 @@ def http_get(sock: str, path: str) -> object:
         connection.close()
 
 
+def _accepts(path: str) -> bool:
+    """Whether somebody accepts connections to this unix socket; a file alone is there before its owner listens."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
+
+
 def _listdir(path: str) -> set[str]:
     try:
         return set(os.listdir(path))
@@ -172,8 +178,9 @@ class Node:
 
     def __enter__(self) -> Self:
         try:
+            # containerd connects at its start, and again a second after it failed: the snapshotter has to be there first.
+            self._start_snapshotter()
             self._start("containerd", ["containerd", "-c", str(self.folder / "containerd.toml")], "ctd.sock")
-            self.start_snapshotter()
         except BaseException:
             self._end_by_force()
             raise
@@ -188,7 +195,12 @@ class Node:
             self._give_up(error)
 
     def start_snapshotter(self) -> None:
-        """Start the snapshotter, again if it was stopped; it finds the daemons that it knew by its database."""
+        """Start the snapshotter again after it was stopped; it finds the daemons that it knew by its database."""
+        self._start_snapshotter()
+        # After a restart containerd fails every call for a second before it connects again.
+        wait_until(self._containerd_reaches_it, "containerd's connection to the snapshotter", START_SECONDS)
+
+    def _start_snapshotter(self) -> None:
         text = SNAPSHOTTER_TOML.format(
             folder=self.folder,
             mode=self.mode,
@@ -200,10 +212,9 @@ class Node:
         program = cache_folder() / "bin" / SNAPSHOTTER
         assert program.exists(), f"there is no {program}: run scripts/need-containerd"
         self._start("snapshotter", [str(program), "--config", str(self.folder / "snapshotter.toml")], "sn.sock")
-        # After a restart containerd fails every call for a second before it connects again.
-        wait_until(self._containerd_reaches_it, "containerd's connection to the snapshotter", START_SECONDS)
 
     def _containerd_reaches_it(self) -> bool:
+        """Whether a listing succeeds; it asks the snapshotter only in a namespace that has snapshots."""
         command = ["ctr", "--address", str(self.folder / "ctd.sock"), "--namespace", self.namespace]
         listing = [*command, "snapshots", "--snapshotter", "nydus", "list"]
         return subprocess.run(listing, capture_output=True, env=self._environment(), check=False).returncode == 0
@@ -215,9 +226,9 @@ class Node:
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=self.folder, env=self._environment()
             )
         self._processes[name] = process
-        path = self.folder / sock
-        becomes_true(lambda: process.poll() is not None or path.is_socket(), START_SECONDS)
-        assert process.poll() is None and path.is_socket(), f"{name} did not start\n{self.logs()}"
+        path = str(self.folder / sock)
+        becomes_true(lambda: process.poll() is not None or _accepts(path), START_SECONDS)
+        assert process.poll() is None and _accepts(path), f"{name} did not start\n{self.logs()}"
 
     def _environment(self) -> dict[str, str]:
         home = self.folder / "home"
