@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -24,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="1/1", metavar="K/N", help="run each N-th module's tests, from the K-th on")
+    parser.addoption("--failures", metavar="FILE", help="append a line of JSON for each failure: the test and its text")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,6 +47,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if report.failed:
         report.sections += discipline.logs.tails()
+        if failures := item.config.getoption("--failures"):
+            with open(failures, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"test": item.nodeid, "text": report.longreprtext}) + "\n")
     return report
 
 
