@@ -28,7 +28,7 @@ from tests.support.discipline import (
     mounts_under,
 )
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 STOP_SECONDS = 15.0
 _numbers = itertools.count()
 
