@@ -4,19 +4,23 @@ A fresh interpreter that loads what a child needs takes 0.15 s of a processor an
 a few milliseconds, and shares the memory. This process does little else: one thread, no library's background threads, no
 secret in its memory or environment, nothing open but its socket and what it holds.
 
-A request (`client.ForkServer`) is one packet: JSON {module, fds, load}, and the fds. `module` is run as with `python -m`, with
-the spec fd, the first of the fds, on its command line; `fds` are the numbers under which the child finds them all; the modules
-`load` are imported here first, once, so that later children share them too. The answer is {pid} or {errno, error}.
+When it has loaded what `argv` names it says {ready}. A request (`client.ForkServer`) is one packet: JSON, and fds.
 
-A request {hold: true} brings fds of the FUSE session, to be held for a supervisor to come: then it does not end with the
-present one, but with the mount. The answer is {held}, their numbers here. No child has them. {guard: {delay, command}} brings
-an fd with an environment: if the supervisor is killed and nobody has started another one `delay` seconds later, this
-process does (`guardian.py`).
+- {module, fds, load}: `module` is run as with `python -m`, with the spec fd, the first of the fds, on its command line; `fds`
+  are the numbers under which the child finds them all; the modules `load` are imported here first, once, so that later
+  children share them too. One fd more than numbers: the gate, a pipe. The child begins when a byte comes through it, and
+  not at all when it is closed: so nobody begins of whom the supervisor does not know. Answer: {pid} or {errno, error}.
+- {hold: numbers}: fds of the FUSE session, to be held under these numbers for a supervisor to come: then this process does not
+  end with the present one, but with the mount. They are safe in the packet, before it is read. No child has them. No answer.
+- {guard: {delay, command}}, and an fd with an environment: if the supervisor is killed and nobody has started another one
+  `delay` seconds later, this process does (`guardian.py`). No answer.
+- {copy}, and an fd: a copy of this process, a fork server with all that this one has, serves the line behind the fd.
+  Answer: {copy: pid}, or {copy: 0} where there is no room. It begins with the first packet, and not at all without one.
 
 A child is forked twice: its parent ends at once, so it becomes the supervisor's own child (a subreaper), which sees it end.
 
-What holds after SIGKILL: all children live on. The supervisor starts another fork server. Ends when the supervisor does, unless
-it holds what the next one needs, which ends it.
+What holds after SIGKILL: all children live on. The supervisor goes on with the copy, or starts another fork server. Ends when
+the supervisor does, unless it holds what the next one needs, which ends it.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from nydusd.forkserver.client import FDS_MAX, PACKET_MAX
@@ -62,16 +67,11 @@ def main(argv: list[str]) -> int:
     for first, end in ((3, line.fileno()), (line.fileno() + 1, _FDS_END)):  # what the supervisor was given for itself
         os.closerange(first, end)
     _load(argv[1:])
-    held: list[int] = []
-    guards: list[dict[str, Any]] = []
-    task = _serve(line, held, guards)
+    server = _Server(line)
+    server.answer({"ready": True})
+    task = server.serve()
     if task is None:
-        if guards:
-            from nydusd.forkserver.guardian import guard
-
-            guard(held[0], guards[-1])
-        elif held:
-            _outlive(held[0])
+        server.outlive()
         return 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [task.module, "--spec-fd", str(task.spec_fd)]
@@ -80,24 +80,42 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _serve(line: socket.socket, held: list[int], guards: list[dict[str, Any]]) -> Task | None:
-    while True:
-        try:
-            packet, fds, _, _ = socket.recv_fds(line, PACKET_MAX, FDS_MAX)
-        except ConnectionResetError:  # killed before it had read our last answer
-            return None
-        if not packet:
-            return None
-        request = json.loads(packet)
-        if "hold" in request:
-            for fd in fds:
-                os.set_inheritable(fd, False)
-            if "guard" in request:
-                guards.append(request["guard"] | {"environment": fds[0]})
-            held += fds
-            with contextlib.suppress(ConnectionError):  # noticed when the next request is waited for
-                line.send(json.dumps({"held": fds}).encode())
-            continue
+class _Server:
+    """Serves the requests that come by `line`."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self._line = line
+        self._held: list[int] = []
+        self._guard: dict[str, Any] | None = None
+        """What is to be done when the supervisor was killed, and the fd of the environment for it."""
+
+    def answer(self, answer: dict[str, Any]) -> None:
+        """A line that is closed is noticed when the next request is waited for."""
+        with contextlib.suppress(ConnectionError):
+            self._line.send(json.dumps(answer).encode())
+
+    def serve(self) -> Task | None:
+        """Until the line is closed: None. In a child at once: what that is to do."""
+        while True:
+            try:
+                packet, fds, _, _ = socket.recv_fds(self._line, PACKET_MAX, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+            except ConnectionResetError:  # killed before it had read our last answer
+                return None
+            if not packet:
+                return None
+            request = json.loads(packet)
+            if "hold" in request:
+                self._hold(fds, request["hold"])
+            elif "guard" in request:
+                if self._guard is not None:
+                    os.close(self._guard["environment"])
+                self._guard = request["guard"] | {"environment": fds[0]}
+            elif "copy" in request:
+                self._copy(fds[0])
+            elif (task := self._spawn(request, fds)) is not None:
+                return task
+
+    def _spawn(self, request: dict[str, Any], fds: list[int]) -> Task | None:
         try:
             _load(request["load"])
             pid = _fork()
@@ -107,30 +125,63 @@ def _serve(line: socket.socket, held: list[int], guards: list[dict[str, Any]]) -
             answer = {"errno": 0, "error": str(e)}
         else:
             if pid == 0:
-                line.close()
-                for fd in held:
+                self._line.close()
+                for fd in self._held:
                     os.close(fd)
+                if not os.read(fds[-1], 1):
+                    os._exit(0)
+                os.close(fds.pop())
                 return Task(request["module"], _place(fds, request["fds"]))
             answer = {"pid": pid}
         for fd in fds:
             os.close(fd)
+        self.answer(answer)
+        return None
+
+    def _hold(self, fds: list[int], numbers: list[int]) -> None:
+        if self._line.fileno() in numbers:
+            line = fcntl.fcntl(self._line.fileno(), fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1)
+            self._line.close()
+            self._line = socket.socket(fileno=line)
+        self._held = list(dict.fromkeys([*self._held, *numbers]))
+        _place(fds, numbers)
+
+    def _copy(self, line: int) -> None:
+        """One to take our place. It is the second to start a supervisor."""
         try:
-            line.send(json.dumps(answer).encode())
-        except ConnectionError:
-            return None
+            pid = _fork()
+        except OSError:
+            pid = 0
+        else:
+            if pid == 0:
+                self._line.close()
+                self._line = socket.socket(fileno=line)
+                if not self._line.recv(1):
+                    os._exit(0)
+                if self._guard is not None:
+                    self._guard["delay"] *= 2
+                return
+        os.close(line)
+        self.answer({"copy": pid})
+
+    def outlive(self) -> None:
+        """The supervisor is gone: hold what is held until the next one has it and ends us, or until the mount is over.
+
+        Not for ever: if there is no front end either, users of the mount are better off with an error than waiting.
+        """
+        if not self._held:
+            return
+        if self._guard is not None:
+            from nydusd.forkserver.guardian import guard
+
+            guard(self._held[0], self._guard)
+        else:
+            poll = select.poll()
+            poll.register(self._held[0], 0)
+            poll.poll(_HOLD_SECONDS * 1000)
 
 
-def _outlive(session: int) -> None:
-    """The supervisor is gone: hold what is held until the next one has it and ends us, or until the mount is over.
-
-    Not for ever: if there is no front end either, users of the mount are better off with an error than waiting.
-    """
-    poll = select.poll()
-    poll.register(session, 0)
-    poll.poll(_HOLD_SECONDS * 1000)
-
-
-def _load(modules: list[str]) -> None:
+def _load(modules: Sequence[str]) -> None:
     new = [name for name in modules if name not in sys.modules]
     for name in new:
         importlib.import_module(name)

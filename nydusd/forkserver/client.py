@@ -1,20 +1,23 @@
-"""The daemon's side of its fork server: start it, have it make children, start another when it is gone.
+"""The daemon's side of its fork server: start it, have it make children, have another when it is gone.
 
 Runs in the supervisor, and is begun by the command line before all that the supervisor needs is loaded: the fork server loads
-what children need meanwhile.
+what children need meanwhile. Later it makes a copy of itself, which costs little and takes its place at once when it is gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
 import logging
+import math
 import os
 import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +31,14 @@ FDS_MAX = 253
 _SET_CHILD_SUBREAPER = 36
 _PATIENCE = 5.0
 """Seconds that a fork server may take to answer: it takes a few milliseconds."""
+_PATIENCE_WITH_COPY = 1.0
+"""The same when another can be asked at once."""
 _FIRST_PATIENCE = 20.0
 """The same for its first answer, before which it loads all that children need: 0.3 s, unless the machine is busy."""
+_INTERVAL = 0.1
+"""Seconds between two that are started, so that one that cannot live costs little."""
+_INTERVAL_NO_ROOM = 2.0
+"""The same where there was no room for one."""
 _SECRET_NAME = re.compile(
     r"(?i)secret|token|auth|passw|credential|cookie|key|sign|proxy|^NYDUS_HEADER_|^DOCKER_CONFIG$"
 )
@@ -48,95 +57,157 @@ FOR_DAEMON = (
 """What the children of any daemon need: loaded while the supervisor loads its own."""
 
 
+class _Server:
+    """One process, and our end of the line to it. Raises OSError when it cannot be held."""
+
+    def __init__(self, line: socket.socket, pid: int, commit: str, ready: bool) -> None:
+        self.line = line
+        self.process = Process(pid)
+        self.commit = commit
+        self.ready = ready
+        self.since = time.monotonic()
+
+    def close(self) -> None:
+        """End it. Its children stay."""
+        self.line.close()
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(_PATIENCE)
+        self.process.close()
+
+
 class ForkServer:
-    """One process at a time, started anew when it is gone. Raises OSError when there is no room for it."""
+    """The daemon's fork server, and a copy of it that takes its place at once when it is gone: `tend` sees to both.
+
+    Raises OSError when there is no room for it.
+    """
 
     def __init__(self, made: tuple[socket.socket, int, int] | None = None) -> None:
         """`made`: our end of the line to a fork server that is there already, its pid, and an fd with our environment."""
-        self._process: Process | None = None
-        self._line: socket.socket | None = None
-        self.commit = GIT_COMMIT
-        """Which build it has loaded: what was on disk when it started, or what we have loaded if it is a copy of us."""
+        self._servers: list[_Server] = []
+        """The one that is asked, and its copy."""
+        self._copying: socket.socket | None = None
+        """Our end of the line to the copy that was asked for."""
+        self._held: list[int] = []
+        self._delay = 0.0
+        self._next = 0.0
+        """When the next one may be started at the soonest."""
         self._given = -1 if made is None else made[2]
         """What holds the environment that we were given, where /proc/self/environ does not."""
         if made is None:
             self._start()
         else:
-            self._line, self._process = made[0], Process(made[1])
-            self._line.settimeout(_PATIENCE)
+            self._servers = [_Server(made[0], made[1], GIT_COMMIT, ready=False)]
 
     @property
     def pid(self) -> int:
-        """Its process now; 0: none."""
-        return self._process.pid if self._process is not None else 0
+        """The process that is asked; 0: none."""
+        return self._servers[0].process.pid if self._servers else 0
+
+    @property
+    def pids(self) -> list[int]:
+        """All that there are now."""
+        return [server.process.pid for server in self._servers]
+
+    @property
+    def commit(self) -> str:
+        """Which build it has loaded: what was on disk when it started, or what we have loaded if it is a copy of us."""
+        return self._servers[0].commit if self._servers else GIT_COMMIT
+
+    @property
+    def ready(self) -> bool:
+        """Whether a child is made in milliseconds: else it is waited for."""
+        return bool(self._servers) and self._servers[0].ready
 
     def spawn(self, module: str, fds: Sequence[int], load: Sequence[str] = ()) -> Process:
         """Have a child run `module`, the first of `fds` being its spec's; it has these fds under the numbers that we have them.
 
-        `load`: modules that the fork server is to have loaded before. Raises OSError when that fails, twice.
+        `load`: modules that the fork server is to have loaded before. Raises OSError when none does it.
         """
         _take_in_orphans()
         request = json.dumps({"module": module, "fds": list(fds), "load": list(load)}).encode()
-        answer = self._ask(request, fds)
-        if answer is None:
-            self._renew()
-            answer = self._ask(request, fds)
-        if answer is None:
-            raise OSError(errno.ETIMEDOUT, "the fork server does not answer")
-        if "pid" not in answer:
-            raise OSError(answer["errno"], answer["error"])
-        return Process(answer["pid"])
+        for tries_left in (2, 1, 0):  # a fork server, its copy, and another
+            gate, key = os.pipe2(os.O_CLOEXEC)
+            try:
+                answer = self._ask(request, [*fds, gate])
+                if answer is not None:
+                    if "pid" not in answer:
+                        raise OSError(answer["errno"], answer["error"])
+                    process = Process(answer["pid"])
+                    os.write(key, b"g")
+                    return process
+            finally:
+                os.close(gate)
+                os.close(key)
+            if tries_left:
+                self._renew()
+        raise OSError(errno.ETIMEDOUT, "the fork server does not answer")
 
-    def hold(self, fds: Sequence[int]) -> list[int]:
-        """Have it hold copies of these fds for a supervisor to come; gives their numbers there. Raises OSError."""
-        held: list[int] = []
-        for start in range(0, len(fds), FDS_MAX):
-            part = fds[start : start + FDS_MAX]
-            answer = self._ask(json.dumps({"hold": True}).encode(), part)
-            if answer is None:
-                raise OSError(errno.ETIMEDOUT, "the fork server does not answer")
-            held += answer["held"]
-        return held
+    def hold(self, fds: Sequence[int]) -> None:
+        """Have it hold copies of these fds, under our numbers, for a supervisor to come; each one that takes its place, too."""
+        self._held = list(fds)
+        for server in self._servers:
+            self._have_held(server)
 
     def guard(self, delay: float) -> None:
-        """Have it start this command again if this process is killed, and nobody else does so for `delay` seconds.
+        """Have it start this command again if this process is killed, and nobody else does so for `delay` seconds."""
+        self._delay = delay
+        self._have_guarded()
 
-        The environment that we were given stays in a memfd until then: no process has it in its memory. Raises OSError.
-        """
-        environ = os.memfd_create("nydusd-environment", os.MFD_CLOEXEC)
-        try:
-            # As it was: secrets were taken out of `os.environ`.
-            with open("/proc/self/environ" if self._given < 0 else f"/proc/self/fd/{self._given}", "rb") as given:
-                os.write(environ, given.read())
-            command = [sys.executable, "-P", "-m", "nydusd", *sys.argv[1:]]
-            request = {"hold": True, "guard": {"delay": delay, "command": command}}
-            if self._ask(json.dumps(request).encode(), [environ]) is None:
-                raise OSError(errno.ETIMEDOUT, "the fork server does not answer")
-        finally:
-            os.close(environ)
+    def fds(self) -> list[int]:
+        """Those that become readable when `tend` has something to do."""
+        return [fd for server in self._servers for fd in (server.process.pidfd, server.line.fileno())]
 
-    def keep(self) -> None:
-        """To be called now and then: if it has ended, start another, so that one is there when it is needed."""
-        if self._process is not None and self._process.poll() is not None:
-            self._renew()
+    def due(self) -> float:
+        """When `tend` has something to do in any case (`time.monotonic()`)."""
+        return self._next if len(self._servers) < 2 and self._copying is None else math.inf
+
+    def tend(self) -> bool:
+        """Replace those that have ended, have a copy made; whether there are others now. Does not wait for anybody."""
+        before = self.pids
+        for server in [server for server in self._servers if server.process.poll() is not None]:
+            log.warning("the fork server (pid %d) is gone", server.process.pid)
+            self._drop(server)
+        for server in self._servers:
+            self._hear(server)
+        now = time.monotonic()
+        if self._servers and not self._servers[0].ready and now - self._servers[0].since > _FIRST_PATIENCE:
+            self._drop(self._servers[0])
+        if now >= self._next:
+            if not self._servers:
+                try:
+                    self._start()
+                except OSError as e:
+                    log.error("no fork server can be started: %s; trying again", e.strerror)
+            elif len(self._servers) == 1 and self._servers[0].ready and self._copying is None:
+                self._ask_for_copy()
+        return self.pids != before
 
     def close(self) -> None:
         """End it. Its children stay."""
-        if self._line is not None:
-            self._line.close()
-            self._line = None
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait(_PATIENCE)
-            self._process.close()
-            self._process = None
+        while self._servers:
+            self._drop(self._servers[0])
+
+    def _drop(self, server: _Server) -> None:
+        """Without it: its copy takes its place, if there is one."""
+        first = server is self._servers[0]
+        self._servers.remove(server)
+        server.close()
+        if first:
+            if self._copying is not None:
+                self._copying.close()
+                self._copying = None
+            self._have_guarded()
 
     def _renew(self) -> None:
-        log.warning("the fork server (pid %d) is gone or hangs; starting another", self.pid)
-        self.close()
-        self._start()
+        """Without the one that is asked: another is, or is started."""
+        if self._servers:
+            log.warning("the fork server (pid %d) is gone or hangs", self.pid)
+            self._drop(self._servers[0])
+        if not self._servers:
+            self._start()
 
     def _start(self) -> None:
+        self._next = time.monotonic() + _INTERVAL
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             os.set_inheritable(theirs.fileno(), True)
@@ -151,21 +222,93 @@ class ForkServer:
             except OSError:
                 ours.close()
                 raise
-        ours.settimeout(_FIRST_PATIENCE)
-        self.commit = commit_on_disk()
-        self._line, self._process = ours, Process(pid)
+        server = _Server(ours, pid, commit_on_disk(), ready=False)
+        self._servers.append(server)
+        self._have_held(server)
+        self._have_guarded()
+
+    def _have_held(self, server: _Server) -> None:
+        for start in range(0, len(self._held), FDS_MAX):
+            part = self._held[start : start + FDS_MAX]
+            _send(server, {"hold": part}, part)
+
+    def _have_guarded(self) -> None:
+        """By the one that is asked.
+
+        The environment that we were given stays in a memfd until it is needed: no process has it in its memory.
+        """
+        if not self._delay or not self._servers:
+            return
+        environ = os.memfd_create("nydusd-environment", os.MFD_CLOEXEC)
+        try:
+            # As it was: secrets were taken out of `os.environ`.
+            with open("/proc/self/environ" if self._given < 0 else f"/proc/self/fd/{self._given}", "rb") as given:
+                os.write(environ, given.read())
+            command = [sys.executable, "-P", "-m", "nydusd", *sys.argv[1:]]
+            _send(self._servers[0], {"guard": {"delay": self._delay, "command": command}}, [environ])
+        finally:
+            os.close(environ)
+
+    def _ask_for_copy(self) -> None:
+        _take_in_orphans()
+        self._next = time.monotonic() + _INTERVAL
+        self._copying, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            _send(self._servers[0], {"copy": True}, [theirs.fileno()])
 
     def _ask(self, request: bytes, fds: Sequence[int]) -> dict[str, Any] | None:
         """The answer; None if there is none."""
-        if self._line is None:
+        if not self._servers:
             return None
+        first = self._servers[0]
+        patience = _PATIENCE if len(self._servers) == 1 else _PATIENCE_WITH_COPY
         try:
-            socket.send_fds(self._line, [request], list(fds))
-            packet = self._line.recv(PACKET_MAX)
-            self._line.settimeout(_PATIENCE)
+            first.line.settimeout(patience)
+            socket.send_fds(first.line, [request], list(fds))
+            while True:
+                first.line.settimeout(patience if first.ready else _FIRST_PATIENCE)
+                packet = first.line.recv(PACKET_MAX)
+                if not packet:
+                    return None
+                answer: dict[str, Any] = json.loads(packet)
+                if not self._takes(first, answer):
+                    return answer
         except OSError:  # a time-out is one, too
             return None
-        return json.loads(packet) if packet else None
+
+    def _hear(self, server: _Server) -> None:
+        """Take what it has to say unasked."""
+        with contextlib.suppress(OSError):  # nothing, or it is gone
+            server.line.settimeout(0)
+            while packet := server.line.recv(PACKET_MAX):
+                self._takes(server, json.loads(packet))
+
+    def _takes(self, server: _Server, answer: dict[str, Any]) -> bool:
+        """Whether that was none of a request that is waited for."""
+        if "ready" in answer:
+            server.ready = True
+        elif "copy" in answer:
+            line, self._copying = self._copying, None
+            if line is not None:
+                try:
+                    copy = _Server(line, answer["copy"], server.commit, ready=True)
+                except OSError:  # no room for one, or it is gone already
+                    line.close()
+                    self._next = time.monotonic() + _INTERVAL_NO_ROOM
+                else:
+                    self._servers.append(copy)
+                    _send(copy, {}, ())
+                    self._have_held(copy)
+        else:
+            return False
+        return True
+
+
+def _send(server: _Server, request: dict[str, Any], fds: Sequence[int]) -> None:
+    """Without waiting for it, nor for an answer. That it is gone is noticed elsewhere."""
+    with contextlib.suppress(OSError):
+        server.line.settimeout(0)
+        socket.send_fds(server.line, [json.dumps(request).encode()], list(fds))
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import stat
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_KEEPER_SECONDS = 5.0
+"""How long a fork server that was started in a supervisor's last moment may take to have what it was given."""
+_LOOK_SECONDS = 0.01
 VERSION = 2
 """Of the record, and of all that front ends and supervisors say to each other."""
 _FUSE_DEVICE = os.makedev(10, 229)
@@ -98,13 +102,21 @@ class FrontEnd(NamedTuple):
 
 
 class Former(NamedTuple):
-    """What a killed supervisor has left. `term`: that of its successor."""
+    """What a killed supervisor has left. `term`: that of its successor; `keepers`: its fork servers, pid and start time."""
 
     term: int
     session: Session
     table: MountTable
     records: list[Recorded]
     frontends: list[FrontEnd]
+    keepers: list[tuple[int, int]]
+    record: _Record
+
+    def end_keepers(self, ours: Sequence[int]) -> None:
+        """What they hold is held by our processes, `ours`, too: end them, and what they made in their last moment."""
+        for keeper in self.keepers:
+            end(keeper)
+        _end_strangers(self.record, [*ours, *(frontend.process.pid for frontend in self.frontends)])
 
 
 class NotThereError(NydusError):
@@ -125,8 +137,8 @@ def parameters(options: FuseOptions, config: Config) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def record_of(session: Session, what: str, children: Sequence[Child], keeper: int, held: Sequence[int]) -> Json:
-    """What a successor must know. `what` are the parameters; the process `keeper` holds all fds, under the numbers `held`."""
+def record_of(session: Session, what: str, children: Sequence[Child], keepers: Sequence[int]) -> Json:
+    """What a successor must know. `what` are the parameters; the processes `keepers` hold all fds, under our numbers."""
     lanes = [[*lane, os.fstat(lane.journal).st_ino] for lane in session.lanes]
     holders = [
         {
@@ -141,10 +153,9 @@ def record_of(session: Session, what: str, children: Sequence[Child], keeper: in
         for child in children
         if child.role == "fuse" and child.pid
     ]
-    if held:
-        numbers = [[*held[4 * i : 4 * i + 4], lane[-1]] for i, lane in enumerate(lanes)]
+    for keeper in keepers:
         row = {"role": "keeper", "index": 0, "generation": 0, "pid": keeper, "start": start_time(keeper), "commit": ""}
-        holders.append(row | {"lanes": numbers})
+        holders.append(row | {"lanes": lanes})
     return {
         "version": VERSION,
         "parameters": what,
@@ -186,7 +197,8 @@ def _take_over(
         raise MountError(f"its state is of version {raw.get('version')!r}, this release knows {VERSION}")
     record = msgspec.convert(raw, _Record)
     holders: list[tuple[Orphan | FdStore, list[_Lane]]] = []
-    frontends = []
+    frontends: list[FrontEnd] = []
+    keepers: list[Orphan] = []
     for row in record.holders:
         with contextlib.suppress(OSError):
             process = Orphan(row.pid, row.start)
@@ -194,6 +206,8 @@ def _take_over(
             holders.append((process, row.lanes))
             if row.role == "fuse":
                 frontends.append(FrontEnd(row.index, row.generation, row.commit, process, row.lanes))
+            else:
+                keepers.append(process)
     known = [frontend.process.pid for frontend in frontends]
     on_failure.callback(_end_strangers, record, known)
     holders += [(process, record.lanes) for process in _strangers(record, [process.pid for process, _ in holders])]
@@ -207,8 +221,9 @@ def _take_over(
         )
     )
     lanes = []
+    until = time.monotonic() + _KEEPER_SECONDS
     for number in range(len(record.lanes)):
-        lanes.append(_lane(holders, number))
+        lanes.append(_lane(holders, number, keepers, until))
         for fd in lanes[-1]:
             on_failure.callback(os.close, fd)
     if record.parameters != parameters(options, config):
@@ -224,11 +239,14 @@ def _take_over(
     records = readable(table.records(), config)
     _check_image(records)
     session.lanes = lanes
-    _end_strangers(record, known)
+    # But not what would be the last to hold all this if we were killed before it is noted whom we have started.
+    _end_strangers(record, [*known, *(keeper.pid for keeper in keepers)])
     for holder, _ in holders:
         if isinstance(holder, Orphan) and holder.pid not in known:
             holder.close()
-    return Former(record.term + 1, session, table, records, [f for f in frontends if 0 <= f.number < len(lanes)])
+    frontends = [frontend for frontend in frontends if 0 <= frontend.number < len(lanes)]
+    ends = [(row.pid, row.start) for row in record.holders if row.role != "fuse"]
+    return Former(record.term + 1, session, table, records, frontends, ends, record)
 
 
 def _check_image(records: Sequence[Recorded]) -> None:
@@ -261,9 +279,9 @@ def _strangers(record: _Record, known: Sequence[int]) -> list[Orphan]:
 
 
 def _end_strangers(record: _Record, known: Sequence[int]) -> None:
-    """End the fork server, and front ends of which nobody knows how far they got: their journals are whole, others begin there.
+    """End processes of which nobody knows how far they got: the journals of front ends are whole, others begin there.
 
-    Again until there is none, for the fork server may just have made one.
+    Again until there is none, for a fork server may just have made one.
     """
     while strangers := _strangers(record, known):
         for stranger in strangers:
@@ -271,21 +289,26 @@ def _end_strangers(record: _Record, known: Sequence[int]) -> None:
             stranger.close()
 
 
-def _lane(holders: Sequence[tuple[Orphan | FdStore, list[_Lane]]], number: int) -> Lane:
-    """Copies of the fds of a lane, from the first who has them. Raises OSError."""
-    why = OSError(errno.ESRCH, f"nobody has the file descriptors of lane {number}")
-    for process, lanes in holders:
-        if number >= len(lanes):
-            continue
-        with contextlib.ExitStack() as taken:
-            try:
-                lane = _copy(process, lanes[number], taken)
-            except OSError as e:
-                why = e
-            else:
-                taken.pop_all()
-                return lane
-    raise why
+def _lane(
+    holders: Sequence[tuple[Orphan | FdStore, list[_Lane]]], number: int, keepers: Sequence[Orphan], until: float
+) -> Lane:
+    """Copies of the fds of a lane, from the first who has them; a keeper may get them until then. Raises OSError."""
+    while True:
+        why = OSError(errno.ESRCH, f"nobody has the file descriptors of lane {number}")
+        for process, lanes in holders:
+            if number >= len(lanes):
+                continue
+            with contextlib.ExitStack() as taken:
+                try:
+                    lane = _copy(process, lanes[number], taken)
+                except OSError as e:
+                    why = e
+                else:
+                    taken.pop_all()
+                    return lane
+        if time.monotonic() >= until or all(keeper.poll() is not None for keeper in keepers):
+            raise why
+        time.sleep(_LOOK_SECONDS)
 
 
 def _copy(process: Orphan | FdStore, lane: _Lane, taken: contextlib.ExitStack) -> Lane:

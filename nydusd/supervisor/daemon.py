@@ -151,6 +151,7 @@ class Supervisor:
             self._family.adopt(places["fuse"][frontend.number], frontend)
         places["fuse"] = [child for child in places["fuse"] if child.process is None]
         self._family.remember()
+        former.end_keepers(self.fork_server.pids)
         self._bind()
         self.mounts.restore(former.records)
         control_ops.recall(self)
@@ -192,7 +193,7 @@ class Supervisor:
         self._family.session, self._family.mounts = self._session, self.mounts
 
     def _take(self, record: Json) -> list[int] | None:
-        """The pids of front ends that a killed supervisor has left and that are ours now; None if nothing is taken over."""
+        """The pids of what a killed supervisor has left and we take over or end later; None if nothing is taken over."""
         if not record or not isinstance(self.options, FuseOptions):
             return None
         from nydusd.supervisor.adoption import take_over
@@ -203,7 +204,7 @@ class Supervisor:
         if former is None:
             return None
         runtime.term = former.term
-        return [frontend.process.pid for frontend in former.frontends]
+        return [*(frontend.process.pid for frontend in former.frontends), *(pid for pid, _ in former.keepers)]
 
     def _open_api(self) -> None:
         if self.options.apisock is not None:
@@ -258,7 +259,7 @@ class Supervisor:
             self._runtime.instance,
             self.factory,
             self.images.values,
-            lambda: [self.pid, self.fork_server.pid, *(child.pid for child in self.children)],
+            lambda: [self.pid, *self.fork_server.pids, *(child.pid for child in self.children)],
             (self.fetch, self.decompress),
             self.router.evictions,
         )
@@ -325,6 +326,7 @@ class Supervisor:
             self.ask_to_stop()
         self._reap()
         now = time.monotonic()
+        self._family.tend_fork_server(events, now)
         if not self._stopping:
             self._family.restart(now)
         self._family.look_after({"fetch": self.fetch, "decompress": self.decompress}, now)

@@ -10,8 +10,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Container, Sequence
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
@@ -71,13 +71,14 @@ class Family:
         self._started = time.monotonic()
         self._parameters = ""
         """What a successor compares, once it was needed."""
-        self._keeper = 0
-        """The fork server's process that holds the session's fds, under the numbers `_held`."""
-        self._held: list[int] = []
+        self._kept: Session | None = None
+        """Whose fds the fork server holds, too."""
+        self._fork_fds: set[int] = set()
         self._watch = Watch(config.nydusd.worker_patience)
         # What fetch workers share (tokens, redirects, which host is down): in memory, inherited by them alone.
         self._shared = os.memfd_create("nydusd-backend", os.MFD_CLOEXEC)
         self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
+        self._watch_fork_server()
 
     def add(self, child: Child) -> None:
         self.children.append(child)
@@ -124,7 +125,10 @@ class Family:
                 child.load = [MODULES[kind] for kind in sorted(self._backends())]
                 fds.append(self._shared)
                 spec["shared_fd"] = self._shared
-        child.start(self.fork_server, spec, fds)
+        try:
+            child.start(self.fork_server, spec, fds)
+        finally:
+            self._watch_fork_server()  # at once: it may be another, and numbers of its fds be the child's
         self.live.add(child.identity)
         self._poller.register(child.pidfd, zmq.POLLIN)
         self.remember()
@@ -139,22 +143,18 @@ class Family:
             if not self._parameters:
                 self._parameters = parameters(self._options, self._config)
             self._have_held(self.session)
-            more = record_of(self.session, self._parameters, self.children, self.fork_server.pid, self._held)
+            more = record_of(self.session, self._parameters, self.children, self.fork_server.pids)
         # Not those that hold what a successor takes over before it ends them.
-        pids = [self.fork_server.pid, *(child.pid for child in self.children if child.role not in ("erofs", "guard"))]
+        pids = [*self.fork_server.pids, *(child.pid for child in self.children if child.role not in ("erofs", "guard"))]
         self._runtime.record([pid for pid in pids if pid], more)
 
     def _have_held(self, session: Session) -> None:
-        """Have the fork server hold the session's fds, too: so nothing is lost when a front end dies with us."""
-        if self.fork_server.pid == self._keeper:
-            return
-        self._keeper, self._held = self.fork_server.pid, []
-        try:
-            self._held = self.fork_server.hold([fd for lane in session.lanes for fd in lane])
+        """Have the fork server hold the session's fds, too: so nothing is lost when all front ends die with us."""
+        if self._kept is not session:
+            self._kept = session
+            self.fork_server.hold([fd for lane in session.lanes for fd in lane])
             if self.guarded and self._config.nydusd.guardian:
                 self.fork_server.guard(self._config.nydusd.guardian)
-        except OSError as e:
-            log.warning("the fork server holds no file descriptors of the mount: %s", e)
 
     def log_spec(self) -> Json:
         from nydusd import logs
@@ -206,7 +206,9 @@ class Family:
         log.warning("%s ended with status %d; starting it again", child.name, status)
 
     def restart(self, now: float) -> None:
-        """Fill the places again whose time has come."""
+        """Fill the places again whose time has come; later while a fork server gets ready: nobody waits for that."""
+        if not self.fork_server.ready:
+            return
         for child in self.children:
             if child.restart_at is None or now < child.restart_at:
                 continue
@@ -216,13 +218,29 @@ class Family:
                 log.error("%s; trying again", e)
 
     def look_after(self, pools: dict[str, WorkerPool], now: float) -> None:
-        """When it is time: end workers that hang, have a fork server, let go of strays."""
+        """When it is time: end workers that hang, let go of strays."""
         if now >= self._watch.next_look():
             self._end_hung(pools, now)
-            self.fork_server.keep()
-            if self.session is not None and self.fork_server.pid != self._keeper:
-                self.remember()
-            reap_strays(self.children, [self.fork_server.pid])
+            reap_strays(self.children, self.fork_server.pids)
+
+    def tend_fork_server(self, ready: Container[Any], now: float) -> None:
+        """When it has ended or has something to say (`ready` are the fds that do), or when it is time: see to it at once.
+
+        It holds what must not be lost, so until there is another, one of those that do is missing.
+        """
+        if now < self.fork_server.due() and not any(fd in ready for fd in self._fork_fds):
+            return
+        if self.fork_server.tend():
+            self.remember()
+        self._watch_fork_server()
+
+    def _watch_fork_server(self) -> None:
+        fds = set(self.fork_server.fds())
+        for fd in self._fork_fds - fds:
+            self._poller.unregister(fd)
+        for fd in fds - self._fork_fds:
+            self._poller.register(fd, zmq.POLLIN)
+        self._fork_fds = fds
 
     def _end_hung(self, pools: dict[str, WorkerPool], now: float) -> None:
         """Kill workers that do nothing on their job, or never get ready; the job goes to another when they are reaped."""
@@ -236,7 +254,10 @@ class Family:
 
     def due(self) -> float:
         """When there is something to do next (`time.monotonic()`)."""
-        return min([self._watch.next_look(), *(c.restart_at for c in self.children if c.restart_at is not None)])
+        soonest = min(self._watch.next_look(), self.fork_server.due())
+        if not self.fork_server.ready:
+            return soonest
+        return min([soonest, *(c.restart_at for c in self.children if c.restart_at is not None)])
 
     def end(self) -> None:
         """End all processes."""

@@ -15,6 +15,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -32,6 +33,8 @@ from nydusd.supervisor.checked import read_checked, write_checked
 
 log = logging.getLogger(__name__)
 
+_PROCESSES = re.compile(rb'"processes": *(\[\[[0-9, \[\]]*\]\])')
+"""In a record that is damaged elsewhere."""
 _END_SECONDS = 5.0
 """How long a killed process may take to vanish."""
 
@@ -138,8 +141,9 @@ class Runtime:
                 return {}
             log.warning("%s", e)
         try:
-            return {"processes": json.loads(self._state.read_bytes())["processes"]}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            found = _PROCESSES.search(self._state.read_bytes())
+            return {} if found is None else {"processes": json.loads(found[1])}
+        except (OSError, ValueError):
             return {}
 
     def record(self, children: Iterable[int], more: Json | None = None) -> None:

@@ -92,6 +92,6 @@ def test_readers_see_right_bytes_while_processes_are_killed(
 
 def wait_for_pool(daemon: Daemon, role: str) -> int:
     """The number of processes of a role once all that the daemon starts are there."""
-    expected = {"fuse": 2, "fetch": 1, "decompress": 2, "fork server": 1}[role]
+    expected = {"fuse": 2, "fetch": 1, "decompress": 2, "fork server": 2}[role]
     wait_for_role(daemon, role, expected)
     return expected

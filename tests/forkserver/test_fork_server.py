@@ -121,26 +121,111 @@ def test_children_outlive_it_and_another_takes_its_place(
         second.close()
 
 
+def wait_for_copy(server: ForkServer) -> list[int]:
+    def is_there() -> bool:
+        server.tend()
+        return len(server.pids) == 2
+
+    wait_until(is_there, "a fork server and its copy", 60)
+    return server.pids
+
+
+def wait_until_gone(server: ForkServer, pid: int) -> None:
+    def is_gone() -> bool:
+        server.tend()
+        return pid not in server.pids
+
+    wait_until(is_gone, "the end of a fork server", 60)
+
+
 def test_one_that_ended_is_replaced_before_it_is_needed() -> None:
     def is_another() -> bool:
-        server.keep()
-        return server.pid != before
+        server.tend()
+        return server.pid not in (0, before)
 
     with fork_server() as server:
         before = server.pid
-        server.keep()
+        server.tend()
         assert server.pid == before
         os.kill(before, signal.SIGKILL)
-        wait_until(is_another, "another fork server")
+        wait_until(is_another, "another fork server", 60)
+
+
+def test_its_copy_takes_its_place_at_once_and_has_one_made_of_its_own() -> None:
+    with fork_server() as server:
+        first, second = wait_for_copy(server)
+        os.kill(first, signal.SIGKILL)
+        process, _ = spawn(server, status=3)
+        assert process.wait(10) == 3
+        process.close()
+        assert server.pid == second
+        assert wait_for_copy(server)[0] == second
+        third = server.pids[1]
+        os.kill(third, signal.SIGKILL)
+        wait_until_gone(server, third)
+        assert server.pid == second
+        for pid in wait_for_copy(server):  # both at once
+            os.kill(pid, signal.SIGKILL)
+        process, _ = spawn(server)
+        assert process.wait(10) == 0
+        process.close()
+        assert wait_for_copy(server)
+
+
+def test_what_it_is_to_hold_is_held_under_our_numbers_by_whoever_takes_its_place_and_by_no_child() -> None:
+    reader, writer = os.pipe()
+    try:
+        with fork_server() as server:
+            for _ in range(2):  # where its own line may have one of these numbers
+                server.hold([reader, writer])
+            for kill in ([], [0], [0, 1]):
+                pids = wait_for_copy(server)
+                for which in kill:
+                    os.kill(pids[which], signal.SIGKILL)
+                    wait_until_gone(server, pids[which])
+                process, told = spawn(server)
+                assert os.readlink(f"/proc/self/fd/{reader}") not in told["fds"].values()  # type: ignore[attr-defined]
+                assert process.wait(10) == 0
+                process.close()
+                for pid in wait_for_copy(server):
+                    for fd in (reader, writer):
+                        assert os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), os.fstat(fd))
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_child_that_nobody_knows_of_does_not_begin(tmp_path: Path) -> None:
+    """The supervisor was killed, or has given up, between the request and the answer."""
+    with fork_server() as server:
+        first = server._servers[0]
+        marker = tmp_path / "begun"
+        (tmp_path / "marking.py").write_text(f"open({str(marker)!r}, 'w').close()")
+        for begins in (False, True):
+            gate, key = os.pipe2(os.O_CLOEXEC)
+            spec_fd = write_spec({})
+            request = json.dumps({"module": "marking", "fds": [spec_fd], "load": []}).encode()
+            answer = server._ask(request, [spec_fd, gate])
+            assert answer is not None
+            process = Process(answer["pid"])
+            if begins:
+                os.write(key, b"g")
+            for fd in (gate, key, spec_fd):
+                os.close(fd)
+            assert process.wait(10) == 0
+            process.close()
+            assert marker.exists() == begins
+        assert server.pid == first.process.pid
 
 
 def test_it_ends_when_whoever_started_it_is_gone() -> None:
     with fork_server() as server:
-        process = Process(server.pid)
-        assert server._line is not None
-        server._line.close()
-        assert process.wait(10) == 0
-        process.close()
+        ends = [Process(pid) for pid in wait_for_copy(server)]
+        for one in server._servers:
+            one.line.close()
+        for process in ends:
+            assert process.wait(10) == 0
+            process.close()
 
 
 def test_credentials_of_our_environment_are_for_those_alone_that_need_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,18 @@ def stored(tmp_path: Path) -> Iterator[Stored]:
     made.close()
 
 
+def fork_servers(daemon: Daemon) -> list[int]:
+    """The fork server and its copy, once both are noted in the state."""
+    wait_until(lambda: len(noted_keepers(daemon)) == 2, "a fork server and its copy", 60)
+    return list(noted_keepers(daemon))
+
+
+def noted_keepers(daemon: Daemon) -> set[int]:
+    """Who holds the mount beside the front ends, as the state tells a successor."""
+    record = json.loads(state_file(daemon).read_bytes())
+    return {row["pid"] for row in record["holders"] if row["role"] == "keeper" and is_running(row["pid"])}
+
+
 def state_file(daemon: Daemon) -> Path:
     (path,) = (path for path in discipline.runtime.glob("*/state.json") if str(daemon.mountpoint) in path.read_text())
     return path
@@ -230,6 +242,23 @@ class TestKilledSupervisor:
             assert reader.wait(10) == 0
         assert wrong(daemon) == []
 
+    def test_and_all_front_ends_just_after_its_fork_server_cost_no_read(self, daemon: Daemon) -> None:
+        """Whoever takes the place of a fork server that was killed holds at once what that had held."""
+        for path, both in ((ONE_CHUNK, False), ("sizes/300K-text", True)):
+            before = fork_servers(daemon)
+            for pid in before if both else before[:1]:
+                os.kill(pid, signal.SIGKILL)
+            if both:
+                wait_until(lambda before=before: noted_keepers(daemon) - set(before) != set(), "another one", 60)  # type: ignore[misc]
+            frontends = daemon.pids("fuse")
+            daemon.kill_supervisor()
+            for pid in frontends:
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda pids=frontends: not any(map(is_running, pids)), "the end of the front ends")  # type: ignore[misc]
+            daemon.start()
+            assert read_direct(daemon.mountpoint / path) == TRUTH[path.encode()]
+        assert wrong(daemon) == []
+
     def test_and_all_others_leave_a_dead_mount_that_is_made_anew(self, daemon: Daemon, expect_log: ExpectLog) -> None:
         expect_log("detached a dead FUSE mount")
         others = daemon.pids("fork server") + daemon.pids("fuse")
@@ -285,6 +314,23 @@ class TestSuccessor:
             with blocked_reader(daemon.mountpoint / path) as reader:
                 start_again(daemon, frontends)
                 assert reader.wait(10) == 0
+        assert wrong(daemon) == []
+
+    def test_that_is_killed_at_any_step_without_any_front_end_leaves_all_to_the_next_one(self, daemon: Daemon) -> None:
+        """Then the fork servers alone hold the mount: the former one's until that of the next is noted."""
+        fork_servers(daemon)
+        for pid in daemon.pids("decompress"):
+            os.kill(pid, signal.SIGSTOP)
+        with blocked_reader(daemon.mountpoint / ONE_CHUNK) as reader:
+            frontends = daemon.pids("fuse")
+            daemon.kill_supervisor()
+            for pid in frontends:
+                os.kill(pid, signal.SIGKILL)
+            for step in STEPS[: STEPS.index("nydusd.supervisor.children:Child.start")]:
+                if step != "nydusd.supervisor.family:Family.adopt":
+                    start_and_die(daemon, step)
+            daemon.start()
+            assert reader.wait(60) == 0
         assert wrong(daemon) == []
 
     def test_that_cannot_start_leaves_the_mount_to_the_next_one(self, daemon: Daemon) -> None:
