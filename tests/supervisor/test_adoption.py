@@ -261,7 +261,7 @@ class TestKilledSupervisor:
 
     def test_and_all_others_leave_a_dead_mount_that_is_made_anew(self, daemon: Daemon, expect_log: ExpectLog) -> None:
         expect_log("detached a dead FUSE mount")
-        others = daemon.pids("fork server") + daemon.pids("fuse")
+        others = fork_servers(daemon) + daemon.pids("fuse")
         daemon.kill_supervisor()
         for pid in others:
             os.kill(pid, signal.SIGKILL)
