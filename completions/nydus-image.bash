@@ -4,7 +4,7 @@ _nydus-image() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
         case $word in
-            --backend-config|--backend-config-file|--backend-type|--batch-size|--blob|--blob-cache-dir|--blob-digests|--blob-dir|--blob-id|--blob-sizes|--blob-toc-digests|--blob-toc-sizes|--bootstrap|--cache|--chunk-dict|--chunk-size|--compressor|--config|--digester|--features|--fs-version|--localfs-dir|--log-file|--log-level|--original-blob-ids|--output|--output-json|--parent-bootstrap|--platform|--prefetch-policy|--processes|--request|--source-type|--target|--type|--whiteout-spec|-B|-C|-D|-J|-L|-O|-R|-T|-b|-l|-t|-v) ((i++)); continue ;;
+            --backend-config|--backend-config-file|--backend-type|--batch-size|--blob|--blob-cache-dir|--blob-digests|--blob-dir|--blob-id|--blob-sizes|--blob-toc-digests|--blob-toc-sizes|--bootstrap|--cache|--chunk-dict|--chunk-size|--compressor|--config|--digester|--features|--fs-version|--localfs-dir|--log-file|--log-level|--original-blob-ids|--output|--output-json|--parent-bootstrap|--platform|--prefetch-policy|--processes|--request|--source-type|--target|--threads|--type|--whiteout-spec|-B|-C|-D|-J|-L|-O|-R|-T|-b|-l|-t|-v) ((i++)); continue ;;
         esac
         case "$path/$word" in
             /create|/convert|/merge|/export|/check|/inspect|/stat|/unpack) path=$path/$word ;;
@@ -60,6 +60,7 @@ _nydus-image() {
         "/export -D"|"/export --localfs-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
         "/export -C"|"/export --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/export -O"|"/export --output") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/export --threads") COMPREPLY=(); return ;;
         "/check -l"|"/check --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
         "/check -L"|"/check --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/check -B"|"/check --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
@@ -94,7 +95,7 @@ _nydus-image() {
         '/create') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -t --type --source-type -B --bootstrap -D --blob-dir -b --blob --blob-cache-dir --blob-inline-meta --inline-bootstrap --blob-id --chunk-size --batch-size --compressor --digester -v --fs-version --features -E --encrypt --aligned-chunk --chunk-dict --parent-bootstrap --repeatable --whiteout-spec --prefetch-policy --processes -J --output-json' -- "$cur")) ;;
         '/convert') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file --oci-ref -v --fs-version --compressor --chunk-size --platform --cache --plain-http --insecure --processes' -- "$cur")) ;;
         '/merge') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir --parent-bootstrap --chunk-dict --prefetch-policy --blob-digests --original-blob-ids --blob-sizes --blob-toc-digests --blob-toc-sizes -J --output-json' -- "$cur")) ;;
-        '/export') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file --block -B --bootstrap -D --localfs-dir -C --config -O --output' -- "$cur")) ;;
+        '/export') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file --block -B --bootstrap -D --localfs-dir -C --config -O --output --verity --threads' -- "$cur")) ;;
         '/check') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -v --verbose -J --output-json' -- "$cur")) ;;
         '/inspect') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -R --request' -- "$cur")) ;;
         '/stat') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -T --target -J --output-json' -- "$cur")) ;;

@@ -7,18 +7,31 @@ Runs in the process of the command. The kernel's EROFS mounts such a file or dev
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from nydusd.formats.rafs_v6 import RafsV6
 from nydusd.formats.rafs_v6_super import SLOT_SIZE, SLOTS_OFFSET
+from nydusd.formats.superblock import SuperFlag
 from nydusd.image.errors import ImageError
 from nydusd.image.output import Output, folder_of
 from nydusd.image.reader import ImageReader
+from nydusd.image.verity import Verity, add_verity
 
 _MAPPED_AT = 68
 
 
-def export_block(reader: ImageReader, target: Path) -> int:
-    """Write the disk image; its size in bytes. Raises `ImageError` for an image that is none for the kernel."""
+class Exported(NamedTuple):
+    """Length of the disk image in bytes; its dm-verity data, if that was asked for."""
+
+    size: int
+    verity: Verity | None
+
+
+def export_block(reader: ImageReader, target: Path, *, verity: bool = False) -> Exported:
+    """Write the disk image, with `verity` also the digests of its blocks behind it.
+
+    Raises `ImageError` for an image that is none for the kernel.
+    """
     bootstrap, data = reader.bootstrap, reader.data
     if not isinstance(bootstrap, RafsV6):
         raise ImageError("RAFS v5 is no file system of the kernel: only v6 images can be exported")
@@ -40,5 +53,9 @@ def export_block(reader: ImageReader, target: Path) -> int:
                     out.put(begin + record.uoff, opened.plain(chunk))
             size = begin + -(-blob.uncompressed_size // block) * block
         out.extend(size)
+        found = None
+        if verity:
+            found = add_verity(out, size, 512 if bootstrap.flags & SuperFlag.TARFS else 4096)
+            size = found.size
         out.publish(target)
-    return size
+    return Exported(size, found)

@@ -13,7 +13,7 @@ import stat
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 from nydusd.image.errors import ImageError
 
@@ -34,7 +34,7 @@ class Output:
         self.shown = stream or folder
         try:
             if stream is not None and _is_stream(stream):
-                self._file = open(stream, "wb", buffering=_BUFFER)  # noqa: SIM115 (closed in __exit__)
+                self._file: BinaryIO = open(stream, "wb", buffering=_BUFFER)  # noqa: SIM115 (closed in __exit__)
                 return
             descriptor, name = tempfile.mkstemp(prefix=".nydus-image-", suffix=".part", dir=folder)
             self._part = Path(name)
@@ -80,6 +80,14 @@ class Output:
         except OSError as error:
             raise _failed(self.shown, "cannot be written", error) from error
         self.position = max(self.position, at + len(data))
+
+    def read(self, at: int, size: int) -> bytes:
+        """What was put at a place of the file."""
+        try:
+            self._file.seek(at)
+            return self._file.read(size)
+        except OSError as error:
+            raise _failed(self.shown, "cannot be read", error) from error
 
     def extend(self, size: int) -> None:
         """Make a file that is not hashed `size` bytes long."""
