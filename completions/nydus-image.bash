@@ -4,10 +4,10 @@ _nydus-image() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
         case $word in
-            --backend-config|--backend-config-file|--backend-type|--batch-size|--blob|--blob-cache-dir|--blob-digests|--blob-dir|--blob-id|--blob-sizes|--blob-toc-digests|--blob-toc-sizes|--bootstrap|--cache|--chunk-dict|--chunk-size|--compressor|--config|--digester|--features|--fs-version|--localfs-dir|--log-file|--log-level|--original-blob-ids|--output|--output-json|--parent-bootstrap|--platform|--prefetch-policy|--processes|--request|--source-type|--target|--threads|--type|--whiteout-spec|-B|-C|-D|-J|-L|-O|-R|-T|-b|-l|-t|-v) ((i++)); continue ;;
+            --backend-config|--backend-config-file|--backend-type|--batch-size|--blob|--blob-cache-dir|--blob-digests|--blob-dir|--blob-id|--blob-sizes|--blob-toc-digests|--blob-toc-sizes|--bootstrap|--cache|--chunk-dict|--chunk-size|--compact-blob-size|--compressor|--config|--digester|--features|--fs-version|--layers-to-compact|--localfs-dir|--log-file|--log-level|--max-compact-size|--min-used-ratio|--original-blob-ids|--output|--output-blob-dir|--output-bootstrap|--output-json|--parent-bootstrap|--platform|--prefetch-files|--prefetch-policy|--processes|--request|--source-type|--target|--threads|--type|--whiteout-spec|-B|-C|-D|-J|-L|-O|-R|-T|-b|-l|-p|-t|-v) ((i++)); continue ;;
         esac
         case "$path/$word" in
-            /create|/convert|/merge|/export|/check|/inspect|/stat|/unpack) path=$path/$word ;;
+            /create|/convert|/merge|/optimize|/compact|/export|/check|/inspect|/stat|/unpack) path=$path/$word ;;
         esac
     done
     case "$path $prev" in
@@ -54,6 +54,33 @@ _nydus-image() {
         "/merge --blob-toc-digests") COMPREPLY=(); return ;;
         "/merge --blob-toc-sizes") COMPREPLY=(); return ;;
         "/merge -J"|"/merge --output-json") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/optimize -l"|"/optimize --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/optimize -L"|"/optimize --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/optimize -B"|"/optimize --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/optimize -D"|"/optimize --blob-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/optimize -C"|"/optimize --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/optimize -b"|"/optimize --blob") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/optimize --backend-type") COMPREPLY=(); return ;;
+        "/optimize --backend-config") COMPREPLY=(); return ;;
+        "/optimize --backend-config-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/optimize -p"|"/optimize --prefetch-files") COMPREPLY=(); return ;;
+        "/optimize -O"|"/optimize --output-bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/optimize --output-blob-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/optimize -J"|"/optimize --output-json") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/compact -l"|"/compact --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/compact -L"|"/compact --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/compact -B"|"/compact --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/compact -D"|"/compact --blob-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/compact --backend-type") COMPREPLY=(); return ;;
+        "/compact --backend-config") COMPREPLY=(); return ;;
+        "/compact --backend-config-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/compact --min-used-ratio") COMPREPLY=(); return ;;
+        "/compact --compact-blob-size") COMPREPLY=(); return ;;
+        "/compact --max-compact-size") COMPREPLY=(); return ;;
+        "/compact --layers-to-compact") COMPREPLY=(); return ;;
+        "/compact --chunk-dict") COMPREPLY=(); return ;;
+        "/compact -O"|"/compact --output-bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/compact -J"|"/compact --output-json") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/export -l"|"/export --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
         "/export -L"|"/export --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/export -B"|"/export --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
@@ -91,10 +118,12 @@ _nydus-image() {
         "/unpack --output") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
     esac
     case "$path" in
-        '') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -V --version create convert merge export check inspect stat unpack' -- "$cur")) ;;
+        '') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -V --version create convert merge optimize compact export check inspect stat unpack' -- "$cur")) ;;
         '/create') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -t --type --source-type -B --bootstrap -D --blob-dir -b --blob --blob-cache-dir --blob-inline-meta --inline-bootstrap --blob-id --chunk-size --batch-size --compressor --digester -v --fs-version --features -E --encrypt --aligned-chunk --chunk-dict --parent-bootstrap --repeatable --whiteout-spec --prefetch-policy --processes -J --output-json' -- "$cur")) ;;
         '/convert') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file --oci-ref -v --fs-version --compressor --chunk-size --platform --cache --plain-http --insecure --processes' -- "$cur")) ;;
         '/merge') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir --parent-bootstrap --chunk-dict --prefetch-policy --blob-digests --original-blob-ids --blob-sizes --blob-toc-digests --blob-toc-sizes -J --output-json' -- "$cur")) ;;
+        '/optimize') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -b --blob --backend-type --backend-config --backend-config-file -p --prefetch-files -O --output-bootstrap --output-blob-dir -J --output-json' -- "$cur")) ;;
+        '/compact') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir --backend-type --backend-config --backend-config-file --min-used-ratio --compact-blob-size --max-compact-size --layers-to-compact --chunk-dict -O --output-bootstrap -J --output-json' -- "$cur")) ;;
         '/export') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file --block -B --bootstrap -D --localfs-dir -C --config -O --output --verity --threads' -- "$cur")) ;;
         '/check') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -v --verbose -J --output-json' -- "$cur")) ;;
         '/inspect') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -R --request' -- "$cur")) ;;

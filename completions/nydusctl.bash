@@ -40,7 +40,7 @@ _nydusctl() {
         '/cache') COMPREPLY=($(compgen -W '-h --help --to --map --png --blob gc' -- "$cur")) ;;
         '/workers') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
         '/top') COMPREPLY=($(compgen -W '-h --help -i --interval -n --turns' -- "$cur")) ;;
-        '/trace') COMPREPLY=($(compgen -W '-h --help --mountpoint --prefetch-list' -- "$cur")) ;;
+        '/trace') COMPREPLY=($(compgen -W '-h --help --mountpoint --prefetch-list --prefetch-ranges' -- "$cur")) ;;
         '/bugreport') COMPREPLY=($(compgen -W '-h --help -o --output' -- "$cur")) ;;
     esac
 }

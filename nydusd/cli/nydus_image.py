@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from nydusd import logs
-from nydusd.cli.image import check, convert, create, export, inspect, merge, stat, unpack
+from nydusd.cli.image import check, compact, convert, create, export, inspect, merge, optimize, stat, unpack
 from nydusd.errors import NydusError
 from nydusd.version import version_text
 
-VERBS = tuple(verb.VERB for verb in (create, convert, merge, export, check, inspect, stat, unpack))
+VERBS = tuple(verb.VERB for verb in (create, convert, merge, optimize, compact, export, check, inspect, stat, unpack))
 _LEVELS = ("trace", "debug", "info", "warn", "error")
 
 

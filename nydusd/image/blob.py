@@ -7,6 +7,7 @@ is known which of them are new. The bytes depend on the chunks and their order a
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from struct import Struct
@@ -37,7 +38,8 @@ _V2_COMPRESSED, _V2_BATCH, _V2_ENCRYPTED, _V2_CRC = 0x1, 0x4, 0x8, 0x10
 @dataclass(frozen=True)
 class BlobSettings:
     """How chunks are stored. `batch_size` 0 means no batches; `aligned` chunks begin at pages of the plain blob; `separate`:
-    the chunks are in another file, a layer, and with `zran` that is a gzip stream with contexts."""
+    the chunks are in another file, a layer, and with `zran` that is a gzip stream with contexts; `prefetch`: all that is in it
+    is to be read ahead."""
 
     version: int
     compressor: Compressor
@@ -49,6 +51,7 @@ class BlobSettings:
     toc: bool = False
     separate: bool = False
     zran: bool = False
+    prefetch: bool = False
     cipher_key: bytes = b""
     cipher_iv: bytes = b""
 
@@ -65,6 +68,8 @@ class BlobSettings:
             bits |= BlobFeature.SEPARATE | BlobFeature.CHUNK_INFO_V2
         if self.zran:
             bits |= BlobFeature.ZRAN
+        if self.prefetch:
+            bits |= BlobFeature.IS_SEPARATED_WITH_PREFETCH_FILES
         if self.inline:
             bits |= BlobFeature.INLINED_FS_META
         if self.toc:
@@ -319,3 +324,10 @@ class BlobWriter:
 def renumbered(info: BlobInfo, index: int) -> BlobInfo:
     """The same blob at another place of a blob table."""
     return replace(info, index=index)
+
+
+def fresh_key() -> tuple[bytes, bytes]:
+    """A random key and IV of AES-128-XTS, whose key halves must differ."""
+    while (key := secrets.token_bytes(32))[:16] == key[16:]:
+        pass
+    return key, secrets.token_bytes(16)

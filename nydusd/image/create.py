@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from nydusd.formats.blob_id import check_blob_id
 from nydusd.formats.model import BlobInfo, Digester, RawChunk
 from nydusd.formats.superblock import SuperFlag
 from nydusd.formats.write.rafs_v6 import compressor_flag, digester_flag
-from nydusd.image.blob import INLINED_ID, BlobSettings, BlobWriter
+from nydusd.image.blob import INLINED_ID, BlobSettings, BlobWriter, fresh_key
 from nydusd.image.bootstrap_v5 import BootstrapV5
 from nydusd.image.bootstrap_v6 import BootstrapV6
 from nydusd.image.chunking import Chunker, Piece, pieces_of, slot_size, tasks_of
@@ -101,7 +100,7 @@ class _Build:
         if options.chunk_dict is not None:
             dictionary = open_dictionary(options.chunk_dict, options.version, options.chunk_size)
             self._known.add_dictionary(dictionary, options.digester, options.blob_dir)
-        key, iv = _fresh_key() if options.encrypt else (b"", b"")
+        key, iv = fresh_key() if options.encrypt else (b"", b"")
         self._settings = BlobSettings(
             version=options.version,
             compressor=options.compressor if layer is None else layer.compressor,
@@ -286,10 +285,3 @@ class _Feed:
                 node.chunks.append(chunk)
                 return self._position
             self._position += 1
-
-
-def _fresh_key() -> tuple[bytes, bytes]:
-    """A random key and IV of AES-128-XTS, whose key halves must differ."""
-    while (key := secrets.token_bytes(32))[:16] == key[16:]:
-        pass
-    return key, secrets.token_bytes(16)

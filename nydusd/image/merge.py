@@ -10,28 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nydusd.formats.model import BlobFeature, BlobInfo, Bootstrap, Compressor
-from nydusd.formats.superblock import SuperFlag, flags_compressor, flags_digester
+from nydusd.formats.superblock import SuperFlag, flags_compressor
 from nydusd.image.blob import renumbered
-from nydusd.image.bootstrap_v5 import BootstrapV5
-from nydusd.image.bootstrap_v6 import BootstrapV6
 from nydusd.image.errors import ImageError, InconsistentLayersError
 from nydusd.image.load import standalone, tree_of
-from nydusd.image.node import Node, names
-from nydusd.image.output import write_file
+from nydusd.image.node import Node
 from nydusd.image.overlay import overlay
 from nydusd.image.prefetch import matched
 from nydusd.image.reader import load_metadata
+from nydusd.image.rewrite import renumber, with_chunks, write_bootstrap
 from nydusd.image.whiteout import Whiteouts
-
-_COPIED_FLAGS = (
-    SuperFlag.COMPRESSOR_NONE
-    | SuperFlag.COMPRESSOR_LZ4
-    | SuperFlag.COMPRESSOR_GZIP
-    | SuperFlag.COMPRESSOR_ZSTD
-    | SuperFlag.DIGESTER_BLAKE3
-    | SuperFlag.DIGESTER_SHA256
-    | SuperFlag.EXPLICIT_UID_GID
-)
 
 
 @dataclass
@@ -162,7 +150,7 @@ class _Merger:
                 self._blobs.append(info)
             places.append(place)
         tree = tree_of(layer, str(path))
-        _renumber(tree, places)
+        renumber(tree, places)
         self._last = layer
         # The marks of the lowest layer have nothing to act on, but they are no files either.
         lower = self._tree or Node(path=b"", mode=tree.mode)
@@ -172,37 +160,15 @@ class _Merger:
         assert self._tree is not None and self._last is not None
         options, layer, tree = self._options, self._last, self._tree
         used: dict[int, int] = {}
-        for name in names(tree):
-            for chunk in name.node.chunks:
+        for node in with_chunks(tree):
+            for chunk in node.chunks:
                 used.setdefault(chunk.blob_index, len(used))
         # Blobs whose files all were removed by upper layers are not needed to read the image.
-        _renumber(tree, [used.get(place, -1) for place in range(len(self._blobs))])
+        renumber(tree, [used.get(place, -1) for place in range(len(self._blobs))])
         blobs = [renumbered(self._blobs[place], index) for place, index in used.items()]
-        flags = layer.flags & _COPIED_FLAGS
-        nodes = matched(tree, options.prefetch_list)
-        size = layer.chunk_size
-        bootstrap: BootstrapV5 | BootstrapV6
-        if layer.version == 5:
-            digester = blobs[0].digester if blobs else flags_digester(layer.flags)
-            bootstrap = BootstrapV5(tree, blobs, flags=flags, chunk_size=size, digester=digester, prefetch=nodes)
-        else:
-            encrypted = any(blob.cipher for blob in blobs)
-            flags |= SuperFlag.AES_128_XTS if encrypted else SuperFlag.NOT_ENCRYPTED
-            tarfs = bool(layer.flags & SuperFlag.TARFS)
-            bootstrap = BootstrapV6(tree, blobs, flags=flags, chunk_size=size, prefetch=nodes, tarfs=tarfs)
-        write_file(options.target, bootstrap.pack())
+        write_bootstrap(options.target, tree, blobs, layer, matched(tree, options.prefetch_list))
         compressor = flags_compressor(layer.flags)
         return Merged(tuple(blob.blob_id for blob in blobs), layer.version, compressor)
-
-
-def _renumber(tree: Node, places: Sequence[int]) -> None:
-    """Give the chunks of a tree the blob indexes of another table."""
-    done: set[int] = set()
-    for name in names(tree):
-        node = name.node
-        if node.chunks and id(node) not in done:
-            done.add(id(node))
-            node.chunks = [chunk._replace(blob_index=places[chunk.blob_index]) for chunk in node.chunks]
 
 
 def _hex(text: str) -> bytes:

@@ -90,10 +90,16 @@ class BlobReader:
             found = self._kept[chunk]
         return found
 
-    def stored(self, chunk: int) -> bytes:
-        """A chunk as it is stored. Of no use for chunks of batches and contexts."""
+    def stored_and_plain(self, chunk: int) -> tuple[bytes, bytes]:
+        """A chunk as it is stored, and its bytes. Of no use for chunks of batches and contexts."""
         record = self.record(chunk)
-        return bytes(self._reader.read(record.coff, record.csize))
+        stored = bytes(self._reader.read(record.coff, record.csize))
+        ((_, plain),) = self._decoder.decode_range([record], chunk, record.coff, memoryview(stored), self.digest, b"")
+        return stored, bytes(plain)
+
+    def size(self) -> int:
+        """Length of the stored blob. Raises `BackendError`."""
+        return self._reader.blob_size()
 
     def _load(self, first: int) -> None:
         """Decode a chunk and those behind it that come with it: of its batch or context, or stored next to it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from nydusd.formats.model import BlobFeature
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
@@ -15,8 +16,9 @@ log = logging.getLogger(__name__)
 
 
 def plan_prefetch(image: Image, files: Sequence[bytes] | None, prefetch: PrefetchWorker, fetch: WorkerPool) -> None:
-    """Queue `files` (absolute paths; None: the image's own table), then, if configured, all there is.
+    """Queue `files` (absolute paths; None: what the image itself says), then, if configured, all there is.
 
+    An image says it by blobs that were made to be read ahead (`nydus-image optimize`), and by its table of files.
     A worker finds the files' chunks: that walks the image.
     """
     settings = image.config.rafs.prefetch if image.config.rafs is not None else None
@@ -38,6 +40,10 @@ def plan_prefetch(image: Image, files: Sequence[bytes] | None, prefetch: Prefetc
             for cache in image.caches:
                 prefetch.want(cache, 0, -1)
 
+    if paths is None:
+        for cache in image.caches:
+            if cache.spec.info.features & BlobFeature.IS_SEPARATED_WITH_PREFETCH_FILES:
+                prefetch.want(cache, 0, -1)
     payload: Json = {
         "bootstrap": image.metadata.bootstrap,
         "path_id": image.metadata.path_id,

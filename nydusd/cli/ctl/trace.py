@@ -1,8 +1,10 @@
-"""`nydusctl trace [--prefetch-list] [--mountpoint PATH]`: which files and chunks were read, in the order of their first reads.
+"""`nydusctl trace [--prefetch-list|--prefetch-ranges] [--mountpoint PATH]`: which files and chunks were read, in the order of
+their first reads.
 
 Noted since the mount: a file's first read and the first read of each of its chunks, as far as the daemon was asked and the page
 cache did not answer. With --prefetch-list only the files, one path a line: what `nydusd --prefetch-files` reads,
-and image builders take as their list of files to place first. The trace of an image ends at 65,536 records.
+and image builders take as their list of files to place first. With --prefetch-ranges the files and which bytes of them, as
+JSON, which `nydus-image optimize` takes, too. The trace of an image ends at 65,536 records.
 
 The daemon says where the trace and the image's metadata lie (GET /api/v1/nydusd/trace); they are read here.
 """
@@ -21,6 +23,7 @@ from nydusd.cli.ctl.text import list_at, one_line, printable, table, text_at
 from nydusd.cli.ctl.verb import Verb
 from nydusd.errors import NydusError
 from nydusd.formats import open_bootstrap
+from nydusd.formats.model import Bootstrap
 from nydusd.formats.walk import paths_of
 from nydusd.ipc.trace import MISSED, FirstRead, read_trace
 
@@ -29,7 +32,13 @@ HEAD = ("TIME", "BLOB", "CHUNKS", "MISS", "FILE")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mountpoint", metavar="PATH", help="the image at this place (needed if there are several)")
-    parser.add_argument("--prefetch-list", action="store_true", help="only the paths of the files, one a line")
+    lists = parser.add_mutually_exclusive_group()
+    lists.add_argument("--prefetch-list", action="store_true", help="only the paths of the files, one a line")
+    lists.add_argument(
+        "--prefetch-ranges",
+        action="store_true",
+        help="the files and what was read of each, as JSON for nydus-image optimize",
+    )
 
 
 def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
@@ -45,7 +54,12 @@ def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
         reads = []
     except OSError as error:
         raise NydusError(f"trace {text_at(image, 'trace')}: {error.strerror}") from error
-    names = _names(image, {read.ino for read in reads})
+    bootstrap = _bootstrap(image) if reads else None
+    names = paths_of(bootstrap, {read.ino for read in reads}) if bootstrap is not None else {}
+    if args.prefetch_ranges:
+        files = [] if bootstrap is None else list(_ranges(bootstrap, reads, names))
+        yield one_line({"version": "v1", "files": files})
+        return
     if args.prefetch_list:
         yield from _list(dict.fromkeys(read.ino for read in reads), names)
         return
@@ -71,17 +85,37 @@ def first_reads(records: Iterable[FirstRead]) -> list[FirstRead]:
     return found
 
 
-def _names(image: object, inodes: set[int]) -> dict[int, bytes]:
-    if not inodes or not isinstance(image, dict):
-        return {}
+def _bootstrap(image: object) -> Bootstrap:
+    assert isinstance(image, dict)
     path = text_at(image, "bootstrap")
     try:
         with open(path, "rb") as f:
             view = memoryview(mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ))
     except (OSError, ValueError) as error:
         raise NydusError(f"bootstrap {path}: {getattr(error, 'strerror', None) or error}") from error
-    bootstrap = open_bootstrap(view, path, image.get("path_id"), extracted=bool(image.get("extracted")))
-    return paths_of(bootstrap, inodes)
+    return open_bootstrap(view, path, image.get("path_id"), extracted=bool(image.get("extracted")))
+
+
+def _ranges(bootstrap: Bootstrap, reads: Iterable[FirstRead], names: dict[int, bytes]) -> Iterator[dict[str, object]]:
+    """Each file once, in the order of first reads, and the parts [offset, length] of it that the chunks that were read hold."""
+    chunks: dict[int, set[tuple[int, int]]] = {}
+    for read in reads:
+        known = chunks.setdefault(read.ino, set())
+        known |= {(read.blob, chunk) for chunk in range(read.chunk, read.chunk + read.chunks)}
+    for ino, wanted in chunks.items():
+        name = names.get(ino)
+        if name is None:
+            continue
+        found: list[list[int]] = []
+        offset = 0
+        for extent in bootstrap.extents(ino, 0, bootstrap.inode(ino).size):
+            if (extent.blob, extent.chunk) in wanted:
+                if found and sum(found[-1]) == offset:
+                    found[-1][1] += extent.length
+                else:
+                    found.append([offset, extent.length])
+            offset += extent.length
+        yield {"path": os.fsdecode(name), "ranges": found}
 
 
 def _list(inodes: Iterable[int], names: dict[int, bytes]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from nydusd.config import load_config_file
 from nydusd.errors import ConfigError
 from nydusd.image.reader import ImageReader
 from nydusd.storage.backend import SUPPORTED, make_backend
-from nydusd.storage.backend.base import BlobBackend
+from nydusd.storage.backend.base import BlobBackend, BlobReader
 
 
 def add_bootstrap(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +38,13 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """All ways to name blobs."""
     add_config(parser)
-    kinds = ", ".join(kind for kind in SUPPORTED if kind != "localfs")
     parser.add_argument("-b", "--blob", type=Path, metavar="PATH", help="the one blob of the image")
+    add_remote(parser)
+
+
+def add_remote(parser: argparse.ArgumentParser) -> None:
+    """A backend by its type and configuration."""
+    kinds = ", ".join(kind for kind in SUPPORTED if kind != "localfs")
     parser.add_argument("--backend-type", metavar="TYPE", help=f"type of a backend: {kinds}")
     parser.add_argument("--backend-config", metavar="JSON", help="its configuration")
     parser.add_argument("--backend-config-file", type=Path, metavar="PATH", help="file with its configuration")
@@ -62,6 +67,21 @@ def open_backend(args: argparse.Namespace) -> BlobBackend | None:
             raise ConfigError(f"{args.config}: it names no backend")
         return make_backend(backend.type, to_builtins(backend.chosen()))
     return make_backend(args.backend_type, _json_config(args))
+
+
+class FolderFirst(BlobBackend):
+    """Blobs of a folder; those that are not in it come from another backend, if there is one."""
+
+    def __init__(self, folder: Path, other: BlobBackend | None) -> None:
+        super().__init__()
+        self._folder = folder
+        self._local = make_backend("localfs", {"dir": str(folder)})
+        self._other = other
+
+    def _new_reader(self, blob_id: str) -> BlobReader:
+        here = self._other is None or (self._folder / blob_id).is_file()
+        backend = self._local if here or self._other is None else self._other
+        return backend.get_reader(blob_id)
 
 
 def _json_config(args: argparse.Namespace) -> dict[str, object]:
