@@ -65,10 +65,10 @@ def create(options: BuildOptions) -> Built:
         return build(options, scan(os.fsencode(options.source), owners=owners, whiteouts=spec))
     if options.kind.is_reference:
         with Layer(options.source, _spool_folder(options), tarfs=options.kind is Source.TAR_TARFS) as layer:
-            tree = read_tree(layer.fd, layer.size, str(options.source), owners=owners)
+            tree = read_tree(layer.fd, layer.size, str(options.source), owners=owners, stargz=options.kind.is_stargz)
             return _Build(options, tree, layer.fd, layer).run()
     with TarFile(options.source, _spool_folder(options)) as tar:
-        tree = read_tree(tar.fd, tar.size, str(options.source), owners=owners)
+        tree = read_tree(tar.fd, tar.size, str(options.source), owners=owners, stargz=options.kind.is_stargz)
         return build(options, tree, tar.fd)
 
 

@@ -32,6 +32,11 @@ class Source(Enum):
         return self is not Source.DIR_RAFS
 
     @property
+    def is_stargz(self) -> bool:
+        """Whether the layer has files about itself, which are not in the image."""
+        return self in (Source.ESTARGZ_RAFS, Source.ESTARGZ_REF)
+
+    @property
     def is_reference(self) -> bool:
         """Whether the data stays in the layer, and only metadata is made."""
         return self in (Source.TARGZ_REF, Source.ESTARGZ_REF, Source.TAR_TARFS)

@@ -223,7 +223,7 @@ def test_names_are_relative_to_the_root_and_symlinks_on_the_way_are_followed_ins
     assert found["usr/lib/in-lib"]["nlink"] == 2 and found["lib"]["target"] == "usr/lib"
 
 
-def test_marks_of_removed_files_and_devices_are_kept_and_stargz_files_are_not(tmp_path: Path) -> None:
+def test_marks_of_removed_files_and_devices_are_kept(tmp_path: Path) -> None:
     device: Entry = ({"name": "null", "type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 300}, b"")
     found = contents(
         tmp_path,
@@ -231,16 +231,26 @@ def test_marks_of_removed_files_and_devices_are_kept_and_stargz_files_are_not(tm
             file(".wh.gone", b""),
             file("d/.wh..wh..opq", b""),
             device,
-            file("stargz.index.json"),
-            file(".prefetch.landmark"),
-            file("d/.prefetch.landmark"),
             ({"name": "pipe", "type": tarfile.FIFOTYPE}, b""),
             ({"name": "old-folder/", "type": tarfile.AREGTYPE}, b""),
         ),
     )
-    wanted = {".", ".wh.gone", "d", "d/.wh..wh..opq", "d/.prefetch.landmark", "null", "pipe", "old-folder"}
+    wanted = {".", ".wh.gone", "d", "d/.wh..wh..opq", "null", "pipe", "old-folder"}
     assert found.keys() == wanted
     assert found["null"]["rdev"] == [1, 300] and str(found["old-folder"]["mode"]).startswith("0o40")
+
+
+def test_files_about_a_stargz_layer_are_left_out_of_such_layers_only(tmp_path: Path) -> None:
+    names = ("stargz.index.json", ".prefetch.landmark", ".no.prefetch.landmark")
+    layer = tar_of(*(file(name) for name in names), file("d/.prefetch.landmark"), file("other"))
+    assert contents(tmp_path, layer).keys() == {".", *names, "d", "d/.prefetch.landmark", "other"}
+    found = rows(create(tmp_path / "layer.tar", tmp_path / "stargz", "-t", "estargz-rafs"))
+    assert found.keys() == {".", "d", "d/.prefetch.landmark", "other"}
+    (tmp_path / "layer.tar").write_bytes(tar_of(folder(".prefetch.landmark")))
+    assert rows(create(tmp_path / "layer.tar", tmp_path / "folder", "-t", "estargz-rafs")).keys() == {
+        ".",
+        ".prefetch.landmark",
+    }
 
 
 def test_numbers_beyond_octal_and_times_before_1970_are_read(tmp_path: Path) -> None:

@@ -31,14 +31,18 @@ _MAX_PATH = 4095
 _MAX_LINKS = 40
 
 
-def read_tree(fd: int, size: int, where: str, *, owners: bool) -> Node:
-    """The tree of a tar. `owners` False leaves user and group 0. Raises `ImageError` with the member's name."""
-    return _Tree(where, owners).read(fd, size)
+def read_tree(fd: int, size: int, where: str, *, owners: bool, stargz: bool = False) -> Node:
+    """The tree of a tar. `owners` False leaves user and group 0; of a `stargz` layer the files about it are left out.
+
+    Raises `ImageError` with the member's name.
+    """
+    return _Tree(where, owners, _STARGZ if stargz else ()).read(fd, size)
 
 
 class _Tree:
-    def __init__(self, where: str, owners: bool) -> None:
+    def __init__(self, where: str, owners: bool, left_out: tuple[bytes, ...]) -> None:
         self._where = where
+        self._left_out = left_out
         self._owners = owners
         self._root = Node(path=b"", mode=S_IFDIR | 0o755)
 
@@ -69,7 +73,7 @@ class _Tree:
                 raise self._bad(member.name, "the root of the image must be a folder")
             self._fill(self._root, member)
             return
-        if len(parts) == 1 and parts[0] in _STARGZ:
+        if len(parts) == 1 and parts[0] in self._left_out and member.kind == REGULAR:
             return
         folder = self._folder(parts[:-1], member.name)
         name = parts[-1]
