@@ -1,13 +1,16 @@
 """`python -m bench.daemons [N]`: what each of N daemons on one node costs, one image each, as nydus-snapshotter starts them.
 
 For the 1st, 2nd, … daemon: seconds from its start to the end of the first `ls`, and by how many MB of PSS all processes of
-nydusd together have grown when its image has been read. With NYDUSD_NURSERY=off each of them loads all by itself.
+nydusd together have grown when its image has been read. Then what each of those after the 2nd costs when nothing has been
+read for a while and workers rest, and how long a read of what is not cached takes then, and the next one.
+With NYDUSD_NURSERY=off each of them loads all by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -19,9 +22,14 @@ from bench.image import Built, build, configuration
 from bench.processes import family, pss
 
 _FILES = 200
+_UNREAD = 20 << 20
+"""Bytes of a file of which only the beginning is read: so long that nothing else brings it into the cache."""
 _SET_CHILD_SUBREAPER = 36
 _SETTLE = 1.5
 """Seconds after which processes that begin are done with it."""
+_FIRST = 2
+"""Daemons that start by themselves."""
+_unread = itertools.count()
 
 
 def main(argv: list[str]) -> int:
@@ -33,16 +41,53 @@ def main(argv: list[str]) -> int:
         folder = Path(name)
         runtime = folder / "run"
         image = _image(folder)
-        before = 0.0
+        before = rested = 0.0
         print("daemon   to ls, s   PSS, MB   processes")
         for number in range(1, count + 1):
             seconds = _start(image, folder / str(number), runtime, stack)
             time.sleep(_SETTLE)
-            pids = family(os.getpid())[1:]
-            now = sum(map(pss, pids)) * 1024 / 1e6
-            print(f"{number:6}   {seconds:8.3f}   {now - before:7.1f}   {len(pids):9}", flush=True)
+            now = _memory()
+            print(f"{number:6}   {seconds:8.3f}   {now - before:7.1f}   {len(_pids()):9}", flush=True)
             before = now
+            if number == _FIRST:
+                rested = _rest()
+        if count > _FIRST:
+            each = (_rest() - rested) / (count - _FIRST)
+            print(f"each after the {_FIRST}nd, workers at rest: {each:.1f} MB")
+            for what in ("first", "next"):
+                print(f"{what} read of what is not cached: {_miss(folder / str(count) / 'mnt') * 1000:.1f} ms")
     return 0
+
+
+def _pids() -> list[int]:
+    return family(os.getpid())[1:]
+
+
+def _memory() -> float:
+    """PSS of all processes, MB."""
+    return sum(map(pss, _pids())) * 1024 / 1e6
+
+
+def _rest() -> float:
+    """The same when all workers rest."""
+    while any(_title(pid).startswith(("nydusd: fetch", "nydusd: decompress")) for pid in _pids()):
+        time.sleep(0.5)
+    return _memory()
+
+
+def _title(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def _miss(mountpoint: Path) -> float:
+    """Seconds of a read that nobody has read before."""
+    path = mountpoint / f"unread{next(_unread)}"
+    begin = time.perf_counter()
+    with open(path, "rb", buffering=0) as file:
+        file.read(4096)
+    return time.perf_counter() - begin
 
 
 def _image(folder: Path) -> Built:
@@ -50,6 +95,8 @@ def _image(folder: Path) -> Built:
     tree.mkdir()
     for number in range(_FILES):
         (tree / f"{number:03}").write_bytes(os.urandom(5000))
+    for number in range(2):
+        (tree / f"unread{number}").write_bytes(os.urandom(_UNREAD))
     out = folder / "image"
     out.mkdir()
     return build(tree, out)
@@ -62,7 +109,7 @@ def _start(image: Built, work: Path, runtime: Path, stack: contextlib.ExitStack)
     config = work / "config.json"
     config.write_text(configuration(image, work / "cache"))
     command = [str(Path(sys.executable).with_name("nydusd")), "fuse", "-B", str(image.bootstrap), "-C", str(config)]
-    command += ["-M", str(mountpoint), "-A", str(work / "api.sock"), "--log-level", "error"]
+    command += ["-M", str(mountpoint), "-A", str(work / "api.sock"), "--log-level", "info", "-L", str(work / "log")]
     begin = time.perf_counter()
     process = subprocess.Popen(command, env=os.environ | {"NYDUSD_RUNTIME_DIR": str(runtime)})
     stack.callback(process.wait)
@@ -73,7 +120,7 @@ def _start(image: Built, work: Path, runtime: Path, stack: contextlib.ExitStack)
         time.sleep(0.001)
     os.listdir(mountpoint)
     seconds = time.perf_counter() - begin
-    for path in mountpoint.iterdir():
+    for path in mountpoint.glob("[0-9]*"):
         path.read_bytes()
     return seconds
 

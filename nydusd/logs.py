@@ -73,7 +73,9 @@ def set_level(level: str) -> None:
     number = LEVELS.get(level.lower())
     if number is None:
         raise ConfigError(f"log level: must be one of {', '.join(LEVELS)}, but is {level[:32]!r}")
-    logging.getLogger().setLevel(number)
+    root = logging.getLogger()
+    if root.level != number:  # setting it goes through all loggers there are
+        root.setLevel(number)
 
 
 def level_name() -> str:

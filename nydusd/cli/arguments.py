@@ -8,6 +8,7 @@ before or after the subcommand, `--opt value`, `--opt=value`, `-Xvalue`, and `--
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
@@ -106,6 +107,7 @@ def _check(options: FuseOptions) -> None:
         raise ConfigError(f"--virtual-mountpoint: must be an absolute path, but is {options.virtual_mountpoint!r}")
 
 
+@functools.cache
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The parser, and those of the subcommands that `help` knows."""
     about = "Image service daemon: mounts container images before their data has arrived."

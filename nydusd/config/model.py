@@ -299,6 +299,8 @@ class Tuning(Table, frozen=True, kw_only=True):
     checkpoint_interval: Annotated[float, Meta(ge=0.1, le=86400)] = 5.0
     worker_patience: Annotated[float, Meta(ge=0.1, le=86400)] = 10.0
     """Seconds in which a worker that has a job must show a sign of life; longer than any timeout of the backend."""
+    worker_idle: Annotated[float, Meta(ge=0, le=86400)] = 15.0
+    """Seconds without a job after which a worker ends until it is needed; 0: never."""
     arena_size: Annotated[int, Meta(ge=MIB, le=1 << 36)] = 64 * MIB
     cache_quota: U64 = 0
     """Bytes of disk that the cache folder may take; 0: as much as there is."""

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
-import importlib
 import os
 import select
 import signal
@@ -25,35 +23,13 @@ import socket
 import sys
 import time
 
-from nydusd.forkserver.client import FOR_DAEMON
 from nydusd.nursery import place
 from nydusd.nursery.birth import FDS, Birth, be_born
 from nydusd.nursery.client import is_any_alive
 from nydusd.nursery.peers import is_like_us, peer_pid
+from nydusd.nursery.rehearsal import rehearse
 from nydusd.proctitle import set_title
 
-_LOADED = (
-    *FOR_DAEMON,
-    "nydusd.cli.limits",
-    "nydusd.cli.mountpoint",
-    "nydusd.cli.nydusd",
-    "nydusd.config.file",
-    "nydusd.control.__main__",
-    "nydusd.formats.walk",
-    "nydusd.storage.backend.localfs",
-    "nydusd.storage.backend.registry.backend",
-    "nydusd.supervisor.adoption",
-    "nydusd.supervisor.main",
-    "nydusd.supervisor.report",
-    "workers.checkpoint",
-    "workers.evict",
-    "workers.inspect",
-    "workers.resolve",
-    "blake3",
-    "lz4.block",
-    "zstandard",
-)
-"""What a daemon and its processes import before they have served their first reads: none of them does it again."""
 _LOOK = 10.0
 """Seconds between looks whether any daemon is left."""
 _DAWDLE = 5.0
@@ -216,11 +192,8 @@ def main(argv: list[str]) -> int:
     faulthandler.register(signal.SIGUSR1)  # in the daemon again, with its log; here it must only not kill
     identity = place.identity()
     set_title("nursery")
-    for name in _LOADED:
-        importlib.import_module(name)
+    rehearse()
     os.chdir("/")  # not before: $PYTHONPATH may be relative
-    gc.collect()
-    gc.freeze()
     birth = Nursery(lock, identity).serve()
     if birth is None:
         return 0

@@ -22,6 +22,7 @@ from nydusd.forkserver.__main__ import main as be_fork_server
 from nydusd.forkserver.client import FOR_DAEMON, ForkServer, environment
 from nydusd.ipc.spec import read_spec, write_spec
 from nydusd.nursery import place
+from nydusd.nursery.stand import NOTHING
 from nydusd.proctitle import set_title
 
 FDS = 6
@@ -47,7 +48,7 @@ def be_born(birth: Birth) -> int:
     """Be the daemon, or its fork server, until it ends. Raises OSError if something of the stub cannot be had."""
     os.setsid()
     os.fchdir(birth.folder)
-    _become_like(birth.stub)
+    become_like(birth.stub)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
@@ -125,7 +126,7 @@ def _may_begin(wire: socket.socket) -> bool:
     try:
         return wire.recv(16) == place.GO
     except TimeoutError:  # it is stopped, and may go on later
-        wire.send(place.NOTHING)
+        wire.send(NOTHING)
         return False
 
 
@@ -140,7 +141,7 @@ def _fasten(leash: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _become_like(stub: int) -> None:
+def become_like(stub: int) -> None:
     """Limits, mask, priority and control groups of the stub. Raises OSError if one cannot be had."""
     for name in dir(resource):
         if name.startswith("RLIMIT_"):

@@ -18,8 +18,6 @@ END = b"end"
 IN_USE = b"in use"
 READY = b"ready"
 GO = b"go"
-NOTHING = b"nothing"
-"""What a copy says that has begun nothing, for it got no GO in time."""
 _AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LANG", "LC_", "TZ", "OPENSSL_")
 """What the variables begin with that are looked at only when an interpreter or a library begins."""
 

@@ -1,11 +1,12 @@
 """The command `nydusd`, before anything else is loaded: have the nursery fork the daemon, or become the daemon.
 
-Where a nursery is (`nydusd.nursery.client` says when), this process stays what clients have started, watch and signal: it
-passes its signals on to the daemon and ends as the daemon does. Until it has sent GO it may give up at any time and go on by
-itself: the daemon begins nothing before. So a nursery that is dead, hangs or refuses costs a start some time, nothing more.
+Where a nursery is (`nydusd.nursery.client` says when), this process stays what clients have started, watch and signal: as a
+smaller program (`nydusd.nursery.stand`) it passes its signals on to the daemon and ends as the daemon does. Until it has sent
+GO it may give up at any time and go on by itself: the daemon begins nothing before. So a nursery that is dead, hangs or refuses
+costs a start some time, nothing more.
 
 What holds after SIGKILL: the daemon's supervisor gets SIGKILL from the kernel, for the leash, a pipe, is closed. It holds no
-secret but what it was started with. Imports little: it is there as long as the daemon, and in the way of its start.
+secret but what it was started with. Imports little: it is in the way of the daemon's start.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 _PATIENCE = 2.0
 """Seconds that the nursery may take for each step. It takes some 20 ms."""
-_STATUS_PATIENCE = 1.0
-"""Seconds within which the nursery says which signal has ended the daemon, if it lives."""
+_PLACES = ("PYTHONHOME", "PYTHONPLATLIBDIR")
+"""Where an interpreter finds its own library, if the environment says so: it is not asked by `stand`."""
 
 
 def main() -> int:
@@ -70,7 +71,7 @@ def _from_nursery() -> int | None:
             os.close(leash_end)
             return None
         pidfd = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
-        return _stand_for(wire, pidfd)
+        return _stand_for(wire, pidfd, leash_end)
 
 
 def _letter() -> int:
@@ -84,49 +85,31 @@ def _letter() -> int:
     return fd
 
 
-def _stand_for(wire: Socket, pidfd: int) -> int | None:
+def _stand_for(wire: Socket, pidfd: int, leash_end: int) -> int | None:
     """Let the daemon begin, and be it for whoever started us, until it has ended. None if it did not begin."""
     import contextlib
-    import select
     import signal
 
-    passed: list[int] = []
-    former = {}
+    from nydusd.nursery import stand
 
-    def pass_on(number: int, _frame: object) -> None:
-        passed.append(number)
-        with contextlib.suppress(ProcessLookupError):  # it has ended, and we are about to
-            signal.pidfd_send_signal(pidfd, number)
-
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-        number = getattr(signal, name)
-        # The daemon handles the first two even where they are ignored, such as in the background of a shell.
-        if name in ("SIGTERM", "SIGINT") or signal.getsignal(number) != signal.SIG_IGN:
-            former[number] = signal.signal(number, pass_on)
+    # Opened while we may still give up: an upgrade may take the file away.
+    program = os.open(stand.__file__, os.O_RDONLY | os.O_CLOEXEC)
+    signal.pthread_sigmask(signal.SIG_BLOCK, stand.SIGNALS)
     # From here on it is the daemon's turn whatever happens: a second one must not begin.
     with contextlib.suppress(OSError):  # it is dead: its pidfd tells
         wire.send(place.GO)
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    poll.poll()
-    wire.settimeout(_STATUS_PATIENCE)
-    try:
-        told = wire.recv(64)
-    except OSError:
-        told = b""
-    if told == place.NOTHING:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-        return None
-    kind, _, value = told.decode().partition(" ")
-    if kind == "exit":
-        return int(value)
-    # Killed. By what, the nursery knows; without it: what we have passed on, or what is sent from outside.
-    by = int(value) if kind == "signal" else passed[-1] if passed else signal.SIGKILL
-    if by != signal.SIGKILL:
-        signal.signal(by, signal.SIG_DFL)
-    os.kill(os.getpid(), by)
-    return 128 + by
+    kept = (program, wire.fileno(), pidfd, leash_end)
+    if not any(name in os.environ for name in _PLACES):
+        command = [sys.executable, "-I", "-S", f"/proc/self/fd/{program}", str(wire.fileno()), str(pidfd)]
+        for fd in kept:
+            os.set_inheritable(fd, True)
+        try:
+            os.execv(sys.executable, [*command, *sys.orig_argv])
+        except OSError:  # no memory for it, or the interpreter is being replaced: then as we are
+            for fd in kept:
+                os.set_inheritable(fd, False)
+    os.close(program)
+    return stand.stand(wire, pidfd)
 
 
 class _Closing:

@@ -48,6 +48,8 @@ class Child:
         """How often in a row it died early: what its back-off grows with."""
         self.hung = False
         """Killed by us because it hung."""
+        self.resting = False
+        """Ended by us because there was nothing to do (`rest.py`)."""
         self.crashed = False
         """The last process died by itself, and was not killed."""
         self._started = 0.0
@@ -76,7 +78,7 @@ class Child:
         """
         self.generation += 1
         self.restart_at = None
-        self.hung = False
+        self.hung = self.resting = False
         self._started = time.monotonic()
         spec |= {"identity": self.identity.decode(), "index": self.index}
         if self.role == "fetch":
@@ -104,7 +106,8 @@ class Child:
         self.process.close()
         self.process = self.adopted = None
         self.crashed = self.hung or status not in (0, -signal.SIGKILL, -signal.SIGTERM)
-        self._back_off()
+        if not self.resting:
+            self._back_off()
         return int(status)
 
     def _back_off(self) -> None:

@@ -40,6 +40,7 @@ from nydusd.supervisor.mounts import Mounts, first_request
 from nydusd.supervisor.notify import Notifier
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.quota import Quota
+from nydusd.supervisor.rest import Rest
 from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.slots import SlotTable
@@ -254,6 +255,12 @@ class Supervisor:
         self._traffic = Traffic(
             self._sockets, self.router, self.fetch, self.decompress, self._family.live, self._control
         )
+        self._rest = Rest(
+            self._family,
+            (self.fetch, self.decompress),
+            self.config.nydusd.worker_idle,
+            lambda: not self.prefetch.idle(),
+        )
         self.mounts.start(self.fetch, self.router, self.prefetch)
         self.quota = Quota(
             self._runtime.instance,
@@ -310,7 +317,7 @@ class Supervisor:
 
     def _timeout(self) -> float:
         now = time.monotonic()
-        until = [self._next_checkpoint, self._family.due()]
+        until = [self._next_checkpoint, self._family.due(), *self._rest.due()]
         alive = self._notifier.wait(now)
         if alive is not None:
             until.append(now + alive)
@@ -342,6 +349,8 @@ class Supervisor:
         # In this order: an idle decompress worker may have prefetch want a blob opened.
         self.decompress.pump()
         self.fetch.pump()
+        if not self._stopping:
+            self._rest.tick(now)
 
     def ask_to_stop(self, unmount: bool = True) -> None:
         """End the loop after this turn."""

@@ -195,7 +195,8 @@ class Family:
             self._poller.unregister(pidfd)
             self.live.discard(identity)
             ended(child, identity)
-            found.append((child, status))
+            if not child.resting:
+                found.append((child, status))
         return found
 
     def judge(self, child: Child, status: int) -> None:

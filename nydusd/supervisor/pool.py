@@ -57,6 +57,8 @@ class WorkerPool:
         self._connections: dict[bytes, Json] = {}
         self._refused: set[str] = set()
         self._numbers = count(1)
+        self.resting = 0
+        """Workers that have ended for want of jobs (`rest.py`); they are started again for the next ones."""
         self.jobs_done = 0
         self.jobs_failed = 0
         self.read_bytes: Counter[str] = Counter()
@@ -104,8 +106,12 @@ class WorkerPool:
 
     @property
     def size(self) -> int:
-        """Workers that are there now."""
-        return len(self._idle) + len(self._busy)
+        """Workers that are there now, or will be as soon as there is something to do."""
+        return len(self._idle) + len(self._busy) + self.resting
+
+    def starved(self) -> int:
+        """Jobs that wait while no worker is idle."""
+        return 0 if self._idle else self.queued()
 
     def facts(self, identity: bytes) -> Json:
         """What a worker does, for the operator: jobs done, the kind of the one under way, connections open by host.
@@ -190,6 +196,15 @@ class WorkerPool:
         self._knows[identity] = {}
         self._done[identity] = 0
         self._idle.append(identity)
+
+    def dismiss(self, identity: bytes) -> bool:
+        """Give a worker no job any more, for it is about to end. False if it has one."""
+        if identity not in self._idle:
+            return False
+        self._idle.remove(identity)
+        for known in (self._knows, self._done, self._connections):
+            known.pop(identity, None)
+        return True
 
     def worker_done(self, identity: bytes, answer: Answer) -> None:
         """A worker reports; a report of a job that it does not have is of a former life and ignored."""

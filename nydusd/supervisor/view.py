@@ -45,7 +45,7 @@ def _process(daemon: Supervisor, child: Child) -> Json:
     }
     pool = {"fetch": daemon.fetch, "decompress": daemon.decompress}.get(child.role)
     if child.process is None:
-        row["state"] = "restarting"
+        row["state"] = "resting" if child.resting else "restarting"
     elif pool is not None:
         row |= pool.facts(child.identity)
         row["state"] = "busy" if row["busy"] is not None else "idle" if row["ready"] else "starting"

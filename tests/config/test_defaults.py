@@ -101,6 +101,7 @@ TUNING = {
     "read_deadline": 60.0,
     "checkpoint_interval": 5.0,
     "worker_patience": 10.0,
+    "worker_idle": 15.0,
     "arena_size": 64 << 20,
     "cache_quota": 0,
     "cache_keep": 10,
