@@ -5,7 +5,7 @@ BIN := .venv/bin
 PREFIX ?= /usr/local
 CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests scripts/reference
 
-.PHONY: help setup demo test test-containerd lint fuzz torture bench bench-erofs bench-delays reference install clean
+.PHONY: help setup demo test test-containerd lint fuzz torture bench bench-erofs bench-delays reference install deb clean
 
 help:
 	@echo 'make demo    mount an image (a packed one, or of SOURCE=FOLDER or SOURCE=HOST/REPO:TAG), read it cold and warm'
@@ -15,6 +15,7 @@ help:
 	@echo 'make fuzz    at least 100,000 mutated inputs through every parser (FUZZ_INPUTS=N)'
 	@echo 'make torture  kill processes of a daemon at random under readers that compare every byte (TORTURE_MINUTES=N, TORTURE_WAY=fuse|fanotify|blobfs)'
 	@echo 'make install  into PREFIX (/usr/local), below DESTDIR if that is set'
+	@echo 'make deb     a Debian package of the same, in dist/'
 	@echo 'make reference  write the man pages and shell completions anew'
 	@echo 'make bench   figures against the kernel'"'"'s EROFS, and against a reference binary if $$NYDUSD_REF names one'
 	@echo 'make bench-erofs   the ways in which the kernel reads images beside the kernel alone, $$NYDUSD_REF as above'
@@ -72,6 +73,9 @@ bench-delays: setup
 
 install: setup
 	PYTHON='$(PYTHON)' PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' scripts/install
+
+deb: setup
+	@PYTHON='$(PYTHON)' scripts/deb
 
 reference: setup
 	@$(BIN)/python scripts/reference
