@@ -187,6 +187,16 @@ class ForkServer:
         while self._servers:
             self._drop(self._servers[0])
 
+    def let_go(self) -> None:
+        """It is not ours any more: it goes on to hold what it holds, for whoever takes over from us."""
+        for server in self._servers:
+            server.line.close()
+            server.process.close()
+        self._servers.clear()
+        if self._copying is not None:
+            self._copying.close()
+            self._copying = None
+
     def _drop(self, server: _Server) -> None:
         """Without it: its copy takes its place, if there is one."""
         first = server is self._servers[0]

@@ -30,6 +30,7 @@ from nydusd.frontends.fuse import journal
 from nydusd.frontends.fuse.session import Lane, Negotiated, Session, clone
 from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
+from nydusd.supervisor.handover import READABLE_BY, VERSION, why_unknown
 from nydusd.supervisor.mount_records import Recorded, readable
 from nydusd.supervisor.mount_table import MountTable
 from nydusd.supervisor.orphans import Orphan
@@ -40,14 +41,13 @@ if TYPE_CHECKING:
     from nydusd.config import Config
     from nydusd.supervisor.children import Child
     from nydusd.supervisor.fd_store import FdStore
+    from nydusd.supervisor.handover import Sent
 
 log = logging.getLogger(__name__)
 
 _KEEPER_SECONDS = 5.0
 """How long a fork server that was started in a supervisor's last moment may take to have what it was given."""
 _LOOK_SECONDS = 0.01
-VERSION = 2
-"""Of the record, and of all that front ends and supervisors say to each other."""
 _FUSE_DEVICE = os.makedev(10, 229)
 
 
@@ -158,6 +158,7 @@ def record_of(session: Session, what: str, children: Sequence[Child], keepers: S
         holders.append(row | {"lanes": lanes})
     return {
         "version": VERSION,
+        "readable_by": READABLE_BY,
         "parameters": what,
         "session": session.negotiated._asdict() | {"device": session.device},
         "lanes": lanes,
@@ -166,14 +167,23 @@ def record_of(session: Session, what: str, children: Sequence[Child], keepers: S
 
 
 def take_over(
-    raw: Json, options: FuseOptions, config: Config, folder: Path, prefix: str, store: FdStore
+    raw: Json,
+    options: FuseOptions,
+    config: Config,
+    folder: Path,
+    prefix: str,
+    store: FdStore,
+    sent: Sent | None = None,
 ) -> Former | None:
-    """What the supervisor that wrote this record has left, None if that cannot be taken over; the log says why."""
+    """What the supervisor that wrote this record has left, None if that cannot be taken over; the log says why.
+
+    `sent`: the session of a daemon of which no process may be left.
+    """
     if "session" not in raw:
         return None
     with contextlib.ExitStack() as on_failure:
         try:
-            former = _take_over(raw, options, config, folder, prefix, store, on_failure)
+            former = _take_over(raw, options, config, folder, prefix, store, sent, on_failure)
         except NotThereError as e:
             log.info("%s: %s", options.mountpoint, e)
             return None
@@ -191,10 +201,12 @@ def _take_over(
     folder: Path,
     prefix: str,
     store: FdStore,
+    sent: Sent | None,
     on_failure: contextlib.ExitStack,
 ) -> Former:
-    if raw.get("version") != VERSION:
-        raise MountError(f"its state is of version {raw.get('version')!r}, this release knows {VERSION}")
+    why = why_unknown(raw)
+    if why is not None:
+        raise MountError(why)
     record = msgspec.convert(raw, _Record)
     holders: list[tuple[Orphan | FdStore, list[_Lane]]] = []
     frontends: list[FrontEnd] = []
@@ -212,7 +224,8 @@ def _take_over(
     on_failure.callback(_end_strangers, record, known)
     holders += [(process, record.lanes) for process in _strangers(record, [process.pid for process, _ in holders])]
     stored = store.numbers(record.session.device, len(record.lanes))
-    if not holders and all(-1 in fds for fds in stored):
+    alone = not holders and all(-1 in fds for fds in stored)
+    if alone and sent is None:
         raise NotThereError("nobody is left of a nydusd that was killed")
     holders.append(
         (
@@ -222,7 +235,7 @@ def _take_over(
     )
     lanes = []
     until = time.monotonic() + _KEEPER_SECONDS
-    for number in range(len(record.lanes)):
+    for number in range(0 if alone else len(record.lanes)):
         lanes.append(_lane(holders, number, keepers, until))
         for fd in lanes[-1]:
             on_failure.callback(os.close, fd)
@@ -230,7 +243,7 @@ def _take_over(
         raise MountError("it was mounted with other parameters")
     negotiated = Negotiated(record.session.minor, record.session.flags, record.session.max_readahead)
     # Each fd that we forgot would keep a mount alive that nobody serves, and its users waiting.
-    fd = clone(lanes[0].fd, options.mountpoint)
+    fd = clone(lanes[0].fd if sent is None else sent.fd, options.mountpoint)
     on_failure.callback(os.close, fd)
     session = Session.adopt(options.mountpoint, fd, negotiated)
     if session.device != record.session.device or session.is_over():
@@ -239,6 +252,11 @@ def _take_over(
     records = readable(table.records(), config)
     _check_image(records)
     session.lanes = lanes
+    if alone:
+        # Requests that the dead had taken were failed by the kernel when the last of their fds was closed.
+        for _ in record.lanes:
+            for number in session.open_lanes(1)[0]:
+                on_failure.callback(os.close, number)
     # But not what would be the last to hold all this if we were killed before it is noted whom we have started.
     _end_strangers(record, [*known, *(keeper.pid for keeper in keepers)])
     for holder, _ in holders:

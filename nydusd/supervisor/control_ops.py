@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 from nydusd.errors import CacheError, ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.logs import clean
+from nydusd.supervisor import handover
 from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.version import GIT_COMMIT
 
@@ -37,7 +38,6 @@ _HIDDEN: Final = "***"
 _MAX_ERRORS, _MAX_BYTES = 500, 50 * 1024
 _PATIENCE = 1.0
 """Seconds that who keeps our session may take: nobody is served meanwhile."""
-_PACKET, _FDS_MOST = 64 << 10, 16
 _KINDS = {errno.ENOENT: "NotFound", errno.ECONNREFUSED: "ConnectionRefused", errno.EACCES: "PermissionDenied"}
 
 
@@ -96,20 +96,22 @@ def _start(daemon: Supervisor, _request: Json) -> None:
 
 
 def _takeover(daemon: Supervisor, _request: Json) -> None:
-    """Whoever started us after a crash wants us to take over. That is done: what he keeps for us we had from our front ends."""
+    """Whoever started us wants us to take over, and sends what he keeps for us.
+
+    It is needed if no process was left of the one that crashed. Else that is done: we had it from our front ends.
+    """
     if daemon.state != "INIT":
         raise StateError('UnexpectedEvent("Takeover")')
     if daemon.options.supervisor is None:
         raise NydusError('UpgradeManager("MissingSupervisorPath")')
     with _connected(daemon.options.supervisor) as wire:
         try:
-            data, fds, _, _ = socket.recv_fds(wire, _PACKET, _FDS_MOST)
-            for fd in fds:
-                os.close(fd)
-            while data:
-                data = wire.recv(_PACKET)
+            sent = handover.receive(wire)
         except OSError as e:
             raise NydusError(f"UpgradeManager({json.dumps(_error_text('Recv', e))})") from e
+        except NydusError as e:
+            raise NydusError(f"UpgradeManager({json.dumps(str(e))})") from e
+    daemon.take_sent(sent)
     daemon.state = "READY"
 
 
@@ -124,9 +126,15 @@ def _sendfd(daemon: Supervisor, _request: Json) -> None:
         if fd < 0:
             raise NotHereError
         try:
-            socket.send_fds(wire, [json.dumps({"nydusd": GIT_COMMIT, "serves": daemon.options.serves}).encode()], [fd])
+            socket.send_fds(wire, [json.dumps(_state_to_keep(daemon)).encode()], [fd])
         except OSError as e:
             raise NydusError(f"UpgradeManager({json.dumps(_error_text('Send', e))})") from e
+
+
+def _state_to_keep(daemon: Supervisor) -> Json:
+    """What is kept with the fd. All else a successor finds in the run-time folder."""
+    state: Json = {"version": handover.VERSION, "readable_by": handover.READABLE_BY}
+    return state | {"nydusd": GIT_COMMIT, "serves": daemon.options.serves}
 
 
 def _connected(path: str) -> socket.socket:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
@@ -26,7 +27,7 @@ from nydusd.errors import MountError
 from nydusd.forkserver.client import ForkServer
 from nydusd.frontends.fuse.kernel_cache import forget_attributes, forget_names
 from nydusd.frontends.fuse.protocol import ROOT_ID
-from nydusd.frontends.fuse.session import Session, clear_stale_mount
+from nydusd.frontends.fuse.session import Session, clear_stale_mount, is_held
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.prefetch import PrefetchWorker
@@ -34,6 +35,7 @@ from nydusd.supervisor import control_ops
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.family import Family
 from nydusd.supervisor.fd_store import FdStore
+from nydusd.supervisor.handover import EndedError, Waiting
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener, metrics_socket
 from nydusd.supervisor.mounts import Mounts, first_request
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from nydusd.config import Config
     from nydusd.supervisor.adoption import Former
     from nydusd.supervisor.blobs import BlobTable
+    from nydusd.supervisor.handover import Sent
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +104,12 @@ class Supervisor:
         """What was taken over, until it is served again."""
         self._listener: Listener | None = None
         self._metrics: socket.socket | None = None
+        self._sockets: Sockets | None = None
+        self._sent: Sent | None = None
+        self._wake = -1
+        self._waited_at: Path | None = None
+        self._waiting = self._leaving = False
+        """We are to take over and cannot yet; another one waits for us to leave."""
         self._stopping = False
         self._unmount = True
         self._next_checkpoint = time.monotonic() + config.nydusd.checkpoint_interval
@@ -112,7 +121,13 @@ class Supervisor:
         options = self.options
         assert isinstance(options, FuseOptions)
         count = self.config.front_end_count(options.fuse_threads)
-        self._begin(count)
+        try:
+            if options.upgrade and not self._runtime.is_free():
+                self._wait_for_predecessor()
+            self._begin(count)
+        except EndedError:
+            self._stopping = True
+            return
         first = first_request(options, self.config)
         image = None
         if self._former is None:
@@ -158,9 +173,45 @@ class Supervisor:
         control_ops.recall(self)
         former.table.begin_term(former.term)
         self._mounts_changed(None)
-        if self.options.supervisor is not None:
+        if self.options.supervisor is not None and self._waited_at is None:
             # We serve, but whoever started us after a crash waits for this, to tell us to take over and to start.
             self._first_state = "INIT"
+
+    def _wait_for_predecessor(self) -> None:
+        """Until the daemon that serves here, and goes on to do so, has been told to exit and we to take over."""
+        self._runtime.wait_in_line()
+        self._wait(self._runtime.waiting, lambda: self.state != "INIT" and self._runtime.is_free())
+        self._runtime.leave_line()
+
+    def _wait(self, folder: Path, done: Callable[[], bool]) -> None:
+        """Answer the API in INIT until it is `done`. Raises EndedError when told to end before."""
+        self._catch_signals()
+        self._waiting = True
+        self._family.noted = False
+        self._waited_at = folder
+        waiting = Waiting(folder, self._family, self._poller, self._wake)
+        self._sockets = waiting.sockets
+        self._family.front = f"ipc://{folder}/front"
+        self._open_api()
+        log.info("waiting to take over %s", self.options.serves)
+        while not done():
+            now = time.monotonic()
+            if waiting.turn(now, self._control).strip(bytes([signal.SIGCHLD])) or self._stopping:
+                raise EndedError(f"{self.options.serves}: told to end before it was taken over")
+            self._notifier.alive(now)
+        self._first_state = self.state
+        self._family.front = self._runtime.front
+        self._family.noted = True
+        self._waiting = False
+
+    def take_sent(self, sent: Sent) -> None:
+        """The session, from whoever keeps it: used if no process has it."""
+        if not self._waiting:
+            os.close(sent.fd)
+            return
+        if self._sent is not None:
+            os.close(self._sent.fd)
+        self._sent = sent
 
     def session_fd(self) -> int:
         """The FUSE session's, -1 if there is none."""
@@ -172,11 +223,7 @@ class Supervisor:
 
     def _begin(self, rows: int) -> None:
         """What comes first in any daemon; `rows` is the number of front ends."""
-        # First of all: a signal during the start ends the daemon after it, and nothing is left behind.
-        self._wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+        self._catch_signals()
         self._runtime.claim(self._take)
         runtime, former = self._runtime, self._former
         size = self.config.nydusd.arena_size
@@ -193,6 +240,15 @@ class Supervisor:
         self.images = self.mounts.images
         self._family.session, self._family.mounts = self._session, self.mounts
 
+    def _catch_signals(self) -> None:
+        """First of all: a signal during the start ends the daemon after it, and nothing is left behind."""
+        if self._wake >= 0:
+            return
+        self._wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+
     def _take(self, record: Json) -> list[int] | None:
         """The pids of what a killed supervisor has left and we take over or end later; None if nothing is taken over."""
         if not record or not isinstance(self.options, FuseOptions):
@@ -201,13 +257,29 @@ class Supervisor:
 
         runtime = self._runtime
         options = replace(self.options, mountpoint=self.fuse_mountpoint())
-        self._former = former = take_over(record, options, self.config, runtime.folder, runtime.prefix, self._store)
+
+        def look() -> Former | None:
+            where = runtime.folder, runtime.prefix
+            return take_over(record, options, self.config, *where, self._store, self._sent)
+
+        former = look()
+        if former is None and self._sent is None and self.options.supervisor is not None and "session" in record:
+            device = str(record["session"].get("device"))
+            if is_held(options.mountpoint, device):
+                self._wait(runtime.folder, lambda: self._sent is not None)
+                former = look()
+        self._former = former
+        if self._sent is not None:
+            os.close(self._sent.fd)
+            self._sent = None
         if former is None:
             return None
         runtime.term = former.term
         return [*(frontend.process.pid for frontend in former.frontends), *(pid for pid, _ in former.keepers)]
 
     def _open_api(self) -> None:
+        if any(child.role == "api" for child in self.children):
+            return
         if self.options.apisock is not None:
             self._listener = Listener(self.options.apisock)
         self._metrics = metrics_socket(self.config.nydusd.metrics_listen)
@@ -235,11 +307,15 @@ class Supervisor:
             self._family.add_fetch_workers()
 
     def _bind(self) -> None:
-        self._sockets = Sockets(self._runtime.front, self._runtime.work)
-        for source in (self._sockets.front, self._sockets.work, self._wake):
+        if self._sockets is None:
+            self._sockets = Sockets(self._runtime.front, self._runtime.work)
+        elif self._waited_at != self._runtime.folder:
+            self._sockets.bind(self._runtime.front, self._runtime.work)
+        sockets = self._sockets
+        for source in (sockets.front, sockets.work, self._wake):
             self._poller.register(source, zmq.POLLIN)
-        self.fetch = WorkerPool("fetch", self._sockets.send_job, lambda: None, self._has_others)
-        self.decompress = WorkerPool("decompress", self._sockets.send_job, self._prefetch_more)
+        self.fetch = WorkerPool("fetch", sockets.send_job, lambda: None, self._has_others)
+        self.decompress = WorkerPool("decompress", sockets.send_job, self._prefetch_more)
         rafs = self.config.rafs
         self.router = Router(
             self.factory,
@@ -248,13 +324,11 @@ class Supervisor:
             self.slots,
             self.stage,
             self.prefetch,
-            self._sockets.reply,
+            sockets.reply,
             amplify=rafs.batch_size if rafs is not None else 1 << 20,
             deadline=self.config.nydusd.read_deadline,
         )
-        self._traffic = Traffic(
-            self._sockets, self.router, self.fetch, self.decompress, self._family.live, self._control
-        )
+        self._traffic = Traffic(sockets, self.router, self.fetch, self.decompress, self._family.live, self._control)
         self._rest = Rest(
             self._family,
             (self.fetch, self.decompress),
@@ -352,6 +426,11 @@ class Supervisor:
         if not self._stopping:
             self._rest.tick(now)
 
+    def ask_to_exit(self) -> None:
+        """As the API has it: end without unmounting; if a successor waits for that, leave everything to it."""
+        self._leaving = self._runtime.has_successor()
+        self.ask_to_stop(unmount=False)
+
     def ask_to_stop(self, unmount: bool = True) -> None:
         """End the loop after this turn."""
         self._stopping = True
@@ -361,7 +440,7 @@ class Supervisor:
         """Unmount, store what is ready, end all children, leave nothing behind."""
         self._stopping = True
         self.state = "STOPPED"
-        if self._former is not None:
+        if self._former is not None or self._waiting or self._leaving:
             self._let_go()
             return
         self._notifier.send("STOPPING=1")
@@ -369,10 +448,11 @@ class Supervisor:
             steps.callback(self._runtime.remove)
             steps.callback(self._family.close)
             steps.callback(self.factory.close)
-            if hasattr(self, "_sockets"):
+            if self._sockets is not None:
+                steps.callback(self._sockets.close)
+            if hasattr(self, "router"):
                 steps.callback(self.stage.close)
                 steps.callback(self.slots.close)
-                steps.callback(self._sockets.close)
             if self._session is not None:
                 steps.callback(self._session.close)
             steps.callback(self._family.end)
@@ -386,10 +466,18 @@ class Supervisor:
                 steps.callback(self._metrics.close)
 
     def _let_go(self) -> None:
-        """We cannot serve what we took over: leave it as it is, to the next one. Front ends serve what is cached until then."""
-        self._family.leave()
+        """Leave everything as it is to the next one, whether it waits or we cannot serve what we took over.
+
+        Front ends serve what is cached until then.
+        """
+        self._family.leave(keep_fork_server=self._leaving)
         if self._listener is not None:
             self._listener.remove()
+        if self._sockets is not None:
+            self._sockets.close()
+        if self._waiting:
+            self._runtime.leave_line()
+        self._runtime.let_go()
 
     @staticmethod
     def _try_unmount(session: Session) -> None:

@@ -71,6 +71,10 @@ class Family:
         self._started = time.monotonic()
         self._parameters = ""
         """What a successor compares, once it was needed."""
+        self.front = runtime.front
+        """Where the API process finds us."""
+        self.noted = True
+        """Whether `state.json` is ours to write."""
         self._kept: Session | None = None
         """Whose fds the fork server holds, too."""
         self._fork_fds: set[int] = set()
@@ -115,7 +119,7 @@ class Family:
             spec |= more | {"crashed": child.crashed}
         elif child.role == "api":
             fds += [fd for fd in self.listeners if fd >= 0]
-            spec |= {"listen_fd": self.listeners[0], "metrics_fd": self.listeners[1], "front": self._runtime.front}
+            spec |= {"listen_fd": self.listeners[0], "metrics_fd": self.listeners[1], "front": self.front}
         elif (own := self.own_spec(child)) is not None:
             fds, more = own
             spec |= more
@@ -136,6 +140,8 @@ class Family:
 
     def remember(self) -> None:
         """Write down what a successor must know."""
+        if not self.noted:
+            return
         more = None
         if self.session is not None and isinstance(self._options, FuseOptions):
             from nydusd.supervisor.adoption import parameters, record_of
@@ -222,6 +228,7 @@ class Family:
         """When it is time: end workers that hang, let go of strays."""
         if now >= self._watch.next_look():
             self._end_hung(pools, now)
+            self._renew_front_end()
             reap_strays(self.children, self.fork_server.pids)
 
     def tend_fork_server(self, ready: Container[Any], now: float) -> None:
@@ -242,6 +249,20 @@ class Family:
         for fd in fds - self._fork_fds:
             self._poller.register(fd, zmq.POLLIN)
         self._fork_fds = fds
+
+    def _renew_front_end(self) -> None:
+        """Of those that were taken over and are of another build, have one succeeded by one of ours, which goes on where it is.
+
+        One at a time, and none while another is missing.
+        """
+        front_ends = [child for child in self.children if child.role == "fuse"]
+        if any(child.process is None for child in front_ends) or not self.fork_server.ready:
+            return
+        for child in front_ends:
+            if child.adopted is not None and child.commit != self.fork_server.commit:
+                log.info("%s (pid %d) is of build %s; starting another", child.name, child.pid, child.commit)
+                child.send(signal.SIGTERM)
+                return
 
     def _end_hung(self, pools: dict[str, WorkerPool], now: float) -> None:
         """Kill workers that do nothing on their job, or never get ready; the job goes to another when they are reaped."""
@@ -265,9 +286,17 @@ class Family:
         self.fork_server.close()
         end_all(self.children, _END_PATIENCE)
 
-    def leave(self) -> None:
-        """End all but the front ends, which hold what a successor needs."""
-        self.fork_server.close()
+    def leave(self, *, keep_fork_server: bool = False) -> None:
+        """End all but the front ends, which hold what a successor needs, and perhaps the fork server, which does, too."""
+        if keep_fork_server:
+            self.fork_server.let_go()
+            # The API process has an answer to give still: it ends by itself when this pipe is closed.
+            os.close(self._lifeline_end)
+            for child in self.children:
+                if child.role == "api" and child.process is not None:
+                    child.process.wait(_END_PATIENCE)
+        else:
+            self.fork_server.close()
         end_all([child for child in self.children if child.role != "fuse"], _END_PATIENCE)
 
     def close(self) -> None:

@@ -119,7 +119,7 @@ def _set_log_level(daemon: Supervisor, request: Json) -> None:
 
 
 def _exit(daemon: Supervisor, _request: Json) -> None:
-    daemon.ask_to_stop(unmount=False)
+    daemon.ask_to_exit()
 
 
 _OPS: dict[str, Callable[[Supervisor, Json], object]] = {

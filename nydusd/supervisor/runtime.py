@@ -56,6 +56,10 @@ class Runtime:
         self._state = self.folder / "state.json"
         self._lock_path = self.folder.with_suffix(".lock")
         self._lock = -1
+        self.waiting = self.folder.with_suffix(".next")
+        """Where the sockets are of a daemon that waits for another's end."""
+        self._line_path = self.folder.with_suffix(".next.lock")
+        self._line = -1
         self._mountpoint = mountpoint
 
     @property
@@ -80,8 +84,9 @@ class Runtime:
         """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            self._make_folder()
+            if self._lock < 0:
+                self._take_lock()
+            _make_folder(self.folder)
             record = self._read()
             processes = _processes(record)[1:]
             # Those that hold what is to be taken come last: nobody may do a job while we look what there is.
@@ -107,6 +112,61 @@ class Runtime:
             for path in self.folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
+    def wait_in_line(self) -> None:
+        """Make the folder `waiting`, for a daemon that waits for its predecessor's end. Raises MountError."""
+        try:
+            self.waiting.parent.mkdir(parents=True, exist_ok=True)
+            self._line = os.open(self._line_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(self._line, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _make_folder(self.waiting)
+        except BlockingIOError:
+            raise MountError(
+                f"{self._mountpoint}: another nydusd waits already to take over this mount point"
+            ) from None
+        except OSError as e:
+            raise MountError(f"run-time folder {e.filename or self.waiting}: {e.strerror}") from e
+
+    def is_free(self) -> bool:
+        """Whether no daemon has this mount point; it is ours then. Raises MountError."""
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        except MountError:
+            return False
+        except OSError as e:
+            raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
+        return True
+
+    def has_successor(self) -> bool:
+        """Whether a daemon waits for our end."""
+        try:
+            fd = os.open(self._line_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    def leave_line(self) -> None:
+        """Remove what was made for waiting, by us or by one that was killed."""
+        if self.has_successor() and self._line < 0:
+            return
+        shutil.rmtree(self.waiting, ignore_errors=True)
+        self._line_path.unlink(missing_ok=True)
+        if self._line >= 0:
+            os.close(self._line)
+            self._line = -1
+
+    def let_go(self) -> None:
+        """The mount point is another's; what is in the folder stays."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
     def _take_lock(self) -> None:
         """One daemon a mount point. The kernel ends the lock with its holder, whatever ends that; children don't get it."""
         while True:
@@ -124,13 +184,6 @@ class Runtime:
                     self._lock = fd
                     return
             os.close(fd)
-
-    def _make_folder(self) -> None:
-        self.folder.mkdir(mode=0o700, exist_ok=True)
-        st = self.folder.lstat()
-        if not stat.S_ISDIR(st.st_mode) or st.st_uid != os.geteuid():
-            raise MountError(f"run-time folder {self.folder}: must be a folder of user {os.geteuid()}")
-        self.folder.chmod(0o700)
 
     def _read(self) -> Json:
         """The record of the last daemon here; of one that was damaged or is of another release, its processes at most."""
@@ -165,10 +218,19 @@ class Runtime:
             return
         for name in names(f"nydusd.{self.instance}."):
             remove(name)
+        self.leave_line()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock_path.unlink(missing_ok=True)
         os.close(self._lock)
         self._lock = -1
+
+
+def _make_folder(folder: Path) -> None:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    st = folder.lstat()
+    if not stat.S_ISDIR(st.st_mode) or st.st_uid != os.geteuid():
+        raise MountError(f"run-time folder {folder}: must be a folder of user {os.geteuid()}")
+    folder.chmod(0o700)
 
 
 def _processes(record: Json) -> list[tuple[int, int]]:

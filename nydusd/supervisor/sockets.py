@@ -23,11 +23,19 @@ class Sockets:
             socket.setsockopt(zmq.SNDHWM, 0)
             socket.setsockopt(zmq.RCVHWM, 0)
             socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-            try:
-                socket.bind(endpoint)
-            except zmq.ZMQError as e:
-                self.close()
-                raise MountError(f"{endpoint}: {e.strerror}; a shorter NYDUSD_RUNTIME_DIR may help") from e
+            self._bind(socket, endpoint)
+
+    def bind(self, front: str, work: str) -> None:
+        """At other endpoints, too. Raises MountError."""
+        self._bind(self.front, front)
+        self._bind(self.work, work)
+
+    def _bind(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError as e:
+            self.close()
+            raise MountError(f"{endpoint}: {e.strerror}; a shorter NYDUSD_RUNTIME_DIR may help") from e
 
     def send_job(self, identity: bytes, message: Json) -> None:
         """Give a worker a job."""

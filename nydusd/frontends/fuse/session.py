@@ -207,6 +207,12 @@ def resolve_mountpoint(path: str) -> str:
     raise MountError(f"{path}: too many symbolic links")
 
 
+def is_held(mountpoint: str, device: str, *, patience: float = 0.5) -> bool:
+    """Whether the FUSE file system with this device is mounted here, nobody serves it, and somebody holds its session."""
+    top = _top_mount(resolve_mountpoint(mountpoint))
+    return top is not None and top.fs_type == "fuse" and top.device == device and _probe(mountpoint, patience) is None
+
+
 def clear_stale_mount(mountpoint: str, *, patience: float = 2.0) -> bool:
     """Detach FUSE mounts at `mountpoint` whose daemon is gone for good. True if there was one.
 

@@ -1,0 +1,320 @@
+"""Failover when no process is left, hot upgrade as nydus-snapshotter drives it, states of other versions. Real daemons."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from bench.image import build
+from tests.supervisor.lives import IMAGE, ONE_CHUNK, ROOT, config_for, crash, read_direct, wrong
+from tests.support import oracle
+from tests.support.daemon import Daemon, wait_for_role
+from tests.support.discipline import discipline, is_running, wait_until
+from tests.support.readers import pieces_read
+from tests.support.trees import random_tree
+
+ExpectLog = Callable[..., None]
+TRUTH = oracle.truth(IMAGE.name)
+
+
+READER = "import sys; f = open(sys.argv[1], 'rb'); input(); print(len(f.read()))"
+
+
+class Keeper:
+    """What nydus-snapshotter does for a daemon: it keeps one fd and a state, and gives them back as often as it is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "keeper")
+        self.args = ("--supervisor", self.path, "--id", "x")
+        self.state = b""
+        self.fds: list[int] = []
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(self.path)
+        self._socket.listen()
+        self._socket.settimeout(60)
+
+    def save(self, daemon: Daemon) -> None:
+        """Have a daemon send them."""
+        with self._asking(daemon, "sendfd", 204) as wire:
+            state, fds, _, _ = socket.recv_fds(wire, 4096, 4)
+            while piece := wire.recv(4096):
+                state += piece
+        self.forget()
+        self.state, self.fds = state, fds[:1]
+
+    def give(self, daemon: Daemon, status: int = 204) -> None:
+        """Have a daemon take over."""
+        with self._asking(daemon, "takeover", status) as wire:
+            socket.send_fds(wire, [self.state], self.fds)
+
+    @contextmanager
+    def _asking(self, daemon: Daemon, what: str, status: int) -> Iterator[socket.socket]:
+        answers: list[int] = []
+        asking = threading.Thread(
+            target=lambda: answers.append(daemon.request("PUT", f"/api/v1/daemon/fuse/{what}", seconds=60)[0])
+        )
+        asking.start()
+        wire, _ = self._socket.accept()
+        with wire:
+            yield wire
+        asking.join()
+        assert answers == [status]
+
+    def forget(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    def close(self) -> None:
+        self.forget()
+        self._socket.close()
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Iterator[Keeper]:
+    made = Keeper(tmp_path)
+    yield made
+    made.close()
+
+
+def begin(daemon: Daemon, *more: str, program: tuple[str, ...] = ("-m", "nydusd")) -> None:
+    """Start the daemon's command once more, and wait until it is in INIT."""
+    with open(daemon.log, "ab") as log:
+        command = [sys.executable, *program, *daemon.command[3:], *more]
+        daemon._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=daemon._environment
+        )
+    wait_until(lambda: state_of(daemon) == "INIT", "INIT", 60)
+
+
+def state_of(daemon: Daemon) -> str | None:
+    try:
+        status, body = daemon.request("GET", "/api/v1/daemon", seconds=10)
+    except OSError:
+        return None
+    return str(json.loads(body)["state"]) if status == 200 else None
+
+
+def put(daemon: Daemon, what: str) -> int:
+    return daemon.request("PUT", f"/api/v1/daemon/{what}", seconds=60)[0]
+
+
+def kill_all(daemon: Daemon) -> None:
+    others = [pid for pid in daemon.family() if is_running(pid)]
+    daemon.kill_supervisor()
+    for pid in others:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(map(is_running, others)), "the end of them all", 60)
+
+
+def device_of(daemon: Daemon) -> str:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return next(line.split()[2] for line in lines if line.split()[4] == str(daemon.mountpoint))
+
+
+class TestFailover:
+    def test_of_which_no_process_is_left_is_taken_over_by_what_was_sent(self, keeper: Keeper, tmp_path: Path) -> None:
+        """The same mount goes on: who has a file open reads on."""
+        config = config_for(IMAGE, tmp_path / "cache", amplify_io=0)
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=keeper.args) as daemon:
+            keeper.save(daemon)
+            before = device_of(daemon)
+            for path in (ONE_CHUNK, "sizes/300K-text"):
+                with subprocess.Popen(
+                    [sys.executable, "-c", READER, str(daemon.mountpoint / path)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                ) as reader:
+                    wait_until(lambda pid=reader.pid, path=path: has_open(pid, path), "an open file", 60)  # type: ignore[misc]
+                    kill_all(daemon)
+                    begin(daemon)
+                    assert daemon.request("GET", "/api/v1/metrics/backend")[0] == 503
+                    keeper.give(daemon)
+                    wait_until(lambda: state_of(daemon) == "READY", "READY", 60)
+                    assert put(daemon, "start") == 204
+                    assert state_of(daemon) == "RUNNING"
+                    out, _ = reader.communicate(b"\n", timeout=60)
+                    assert int(out) == len(TRUTH[path.encode()])
+            assert device_of(daemon) == before
+            assert wrong(daemon) == []
+
+    def test_what_was_sent_of_a_version_that_is_not_known_is_refused_and_taken_over_later(
+        self, keeper: Keeper, tmp_path: Path
+    ) -> None:
+        config = config_for(IMAGE, tmp_path / "cache")
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=keeper.args) as daemon:
+            keeper.save(daemon)
+            kill_all(daemon)
+            begin(daemon)
+            good = keeper.state
+            newer = json.loads(good) | {"version": 1000, "readable_by": 999}
+            for bad in (b"{}", b"[]", b"junk", json.dumps(newer).encode()):
+                keeper.state = bad
+                keeper.give(daemon, 500)
+                assert state_of(daemon) == "INIT"
+            keeper.state = json.dumps(json.loads(good) | {"version": 1000, "added": [1]}).encode()
+            keeper.give(daemon)
+            wait_until(lambda: put(daemon, "start") == 204, "its start", 60)
+            assert wrong(daemon) == []
+
+    def test_one_that_is_told_to_end_while_it_waits_leaves_all_to_the_next(
+        self, keeper: Keeper, tmp_path: Path
+    ) -> None:
+        config = config_for(IMAGE, tmp_path / "cache")
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=keeper.args) as daemon:
+            keeper.save(daemon)
+            kill_all(daemon)
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                begin(daemon)
+                assert daemon._process is not None
+                daemon._process.send_signal(number)
+                assert daemon._process.wait(60) == (0 if number == signal.SIGTERM else -number)
+            begin(daemon)
+            keeper.give(daemon)
+            wait_until(lambda: put(daemon, "start") == 204, "its start", 60)
+            assert wrong(daemon) == []
+
+
+def has_open(pid: int, name: str) -> bool:
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{fd}").endswith(name):
+                return True
+    return False
+
+
+class TestUpgrade:
+    def test_by_the_protocol_costs_readers_nothing(self, keeper: Keeper, tmp_path: Path) -> None:
+        """As the snapshotter does it: the next one takes over, the old one is told to exit, the next one to start."""
+        (tmp_path / "tree").mkdir()
+        tree = random_tree(tmp_path / "tree", 4, 1 << 20)
+        built = build(tree, tmp_path / "image", 1 << 16)
+        progress, stop = tmp_path / "progress", tmp_path / "stop"
+        with Daemon(built.bootstrap, built.blob.parent, args=keeper.args) as daemon:
+            keeper.save(daemon)
+            command = [sys.executable, "-m", "tests.support.readers", "verify", str(daemon.mountpoint), str(tree)]
+            with subprocess.Popen(
+                [*command, str(progress), str(stop), "2", "5"], stderr=subprocess.PIPE, text=True, cwd=ROOT
+            ) as readers:
+                try:
+                    for number in range(1, 4):
+                        seen = pieces_read(progress)
+                        wait_until(lambda seen=seen: pieces_read(progress) > seen, "readers", 60)  # type: ignore[misc]
+                        upgrade(daemon, keeper, number)
+                        assert state_of(daemon) == "RUNNING"
+                    seen = pieces_read(progress)
+                    wait_until(lambda: pieces_read(progress) > seen + 100, "readers", 60)
+                finally:
+                    stop.touch()
+                assert readers.stderr is not None
+                assert readers.wait() == 0, readers.stderr.read()
+            assert list(discipline.runtime.glob("*.next*")) == []
+
+    def test_one_that_is_killed_while_it_waits_costs_nothing_and_the_next_may_come(
+        self, keeper: Keeper, tmp_path: Path
+    ) -> None:
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, args=keeper.args) as daemon:
+            keeper.save(daemon)
+            old, sock = daemon._process, daemon.apisock
+            for taken in (False, True):
+                daemon.apisock = daemon.folder / "api1.sock"
+                begin(daemon, "--upgrade", "--apisock", str(daemon.apisock))
+                if taken:
+                    keeper.give(daemon)
+                assert daemon._process is not None
+                daemon._process.kill()
+                daemon._process.wait()
+                daemon.apisock.unlink()
+                daemon._process, daemon.apisock = old, sock
+                assert state_of(daemon) == "RUNNING"
+            upgrade(daemon, keeper, 2)
+            assert wrong(daemon) == []
+
+    def test_front_ends_of_another_build_are_succeeded_by_new_ones(self, keeper: Keeper, tmp_path: Path) -> None:
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, args=keeper.args) as daemon:
+            wait_for_role(daemon, "fuse", 2)
+            before = daemon.pids("fuse")
+            crash(daemon)
+            edit_state(daemon, lambda state: [row.update(commit="older") for row in state["holders"]])
+            begin(daemon)
+            wait_until(lambda: not set(before) & set(daemon.pids("fuse")), "the end of the old front ends", 60)
+            wait_for_role(daemon, "fuse", 2)
+            assert wrong(daemon) == []
+
+
+def upgrade(daemon: Daemon, keeper: Keeper, number: int) -> None:
+    """Have a daemon succeeded by another process of the same command, with another API socket."""
+    old, sock = daemon._process, daemon.apisock
+    assert old is not None
+    args = ("--upgrade", "--apisock", str(daemon.folder / f"api{number}.sock"))
+    daemon.apisock = daemon.folder / f"api{number}.sock"
+    begin(daemon, *args)
+    keeper.give(daemon)
+    assert state_of(daemon) == "READY"
+    new = daemon.apisock
+    daemon.apisock = sock
+    assert put(daemon, "exit") == 204
+    assert old.wait(60) == 0
+    assert not sock.exists()
+    daemon.apisock = new
+    assert put(daemon, "start") == 204
+    wait_until(lambda: state_of(daemon) == "RUNNING", "RUNNING", 60)
+    keeper.save(daemon)
+
+
+def edit_state(daemon: Daemon, change: Callable[[dict[str, object]], object]) -> None:
+    """Change the state that a killed daemon has left, as another release would have written it."""
+    from nydusd.supervisor.checked import read_checked, write_checked
+
+    (path,) = (path for path in discipline.runtime.glob("*/state.json") if str(daemon.mountpoint) in path.read_text())
+    state = read_checked(path)
+    change(state)
+    write_checked(path, state)
+
+
+NEWER = """
+import sys
+from nydusd.supervisor import handover
+handover.VERSION, handover.READABLE_BY = 1000, int(sys.argv[1])
+from nydusd.cli.nydusd import main
+sys.exit(main(sys.argv[2:]))
+"""
+"""A release of a later version of the state."""
+
+
+class TestVersions:
+    def test_an_older_and_a_newer_release_take_over_from_each_other(self, tmp_path: Path) -> None:
+        from nydusd.supervisor.handover import VERSION
+
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, cache=tmp_path / "cache") as daemon:
+            ours = daemon.command
+            newer = [sys.executable, "-c", NEWER, str(VERSION), *ours[3:]]
+            for command in (newer, ours):
+                frontends = crash(daemon)
+                edit_state(daemon, lambda state: state.update(added={"by": "another release"}))
+                daemon.command = command
+                daemon.start()
+                assert set(frontends) <= set(daemon.pids("fuse"))
+                assert read_direct(daemon.mountpoint / ONE_CHUNK) == TRUTH[ONE_CHUNK.encode()]
+            daemon.command = ours
+            assert wrong(daemon) == []
+
+    def test_one_that_says_that_we_cannot_read_it_is_mounted_anew(self, tmp_path: Path, expect_log: ExpectLog) -> None:
+        expect_log("its state is of version 1000, this release knows 2 to 2; mounting anew")
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, cache=tmp_path / "cache") as daemon:
+            frontends = crash(daemon)
+            edit_state(daemon, lambda state: state.update(version=1000, readable_by=999))
+            daemon.start()
+            assert not any(map(is_running, frontends))
+            assert wrong(daemon) == []
