@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from bench.image import build
+from nydusd.ipc.messages import Json
 from tests.supervisor.lives import IMAGE, ONE_CHUNK, ROOT, config_for, crash, read_direct, wrong
 from tests.support import oracle
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import discipline, is_running, wait_until
+from tests.support.keeper import Keeper, begin, put, state_of, upgrade
 from tests.support.readers import pieces_read
 from tests.support.trees import random_tree
 
@@ -30,83 +30,11 @@ TRUTH = oracle.truth(IMAGE.name)
 READER = "import sys; f = open(sys.argv[1], 'rb'); input(); print(len(f.read()))"
 
 
-class Keeper:
-    """What nydus-snapshotter does for a daemon: it keeps one fd and a state, and gives them back as often as it is asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = str(folder / "keeper")
-        self.args = ("--supervisor", self.path, "--id", "x")
-        self.state = b""
-        self.fds: list[int] = []
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(self.path)
-        self._socket.listen()
-        self._socket.settimeout(60)
-
-    def save(self, daemon: Daemon) -> None:
-        """Have a daemon send them."""
-        with self._asking(daemon, "sendfd", 204) as wire:
-            state, fds, _, _ = socket.recv_fds(wire, 4096, 4)
-            while piece := wire.recv(4096):
-                state += piece
-        self.forget()
-        self.state, self.fds = state, fds[:1]
-
-    def give(self, daemon: Daemon, status: int = 204) -> None:
-        """Have a daemon take over."""
-        with self._asking(daemon, "takeover", status) as wire:
-            socket.send_fds(wire, [self.state], self.fds)
-
-    @contextmanager
-    def _asking(self, daemon: Daemon, what: str, status: int) -> Iterator[socket.socket]:
-        answers: list[int] = []
-        asking = threading.Thread(
-            target=lambda: answers.append(daemon.request("PUT", f"/api/v1/daemon/fuse/{what}", seconds=60)[0])
-        )
-        asking.start()
-        wire, _ = self._socket.accept()
-        with wire:
-            yield wire
-        asking.join()
-        assert answers == [status]
-
-    def forget(self) -> None:
-        for fd in self.fds:
-            os.close(fd)
-        self.fds = []
-
-    def close(self) -> None:
-        self.forget()
-        self._socket.close()
-
-
 @pytest.fixture
 def keeper(tmp_path: Path) -> Iterator[Keeper]:
     made = Keeper(tmp_path)
     yield made
     made.close()
-
-
-def begin(daemon: Daemon, *more: str, program: tuple[str, ...] = ("-m", "nydusd")) -> None:
-    """Start the daemon's command once more, and wait until it is in INIT."""
-    with open(daemon.log, "ab") as log:
-        command = [sys.executable, *program, *daemon.command[3:], *more]
-        daemon._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=daemon._environment
-        )
-    wait_until(lambda: state_of(daemon) == "INIT", "INIT", 60)
-
-
-def state_of(daemon: Daemon) -> str | None:
-    try:
-        status, body = daemon.request("GET", "/api/v1/daemon", seconds=10)
-    except OSError:
-        return None
-    return str(json.loads(body)["state"]) if status == 200 else None
-
-
-def put(daemon: Daemon, what: str) -> int:
-    return daemon.request("PUT", f"/api/v1/daemon/{what}", seconds=60)[0]
 
 
 def kill_all(daemon: Daemon) -> None:
@@ -208,10 +136,10 @@ class TestUpgrade:
                 [*command, str(progress), str(stop), "2", "5"], stderr=subprocess.PIPE, text=True, cwd=ROOT
             ) as readers:
                 try:
-                    for number in range(1, 4):
+                    for _ in range(3):
                         seen = pieces_read(progress)
                         wait_until(lambda seen=seen: pieces_read(progress) > seen, "readers", 60)  # type: ignore[misc]
-                        upgrade(daemon, keeper, number)
+                        upgrade(daemon, keeper)
                         assert state_of(daemon) == "RUNNING"
                     seen = pieces_read(progress)
                     wait_until(lambda: pieces_read(progress) > seen + 100, "readers", 60)
@@ -238,7 +166,7 @@ class TestUpgrade:
                 daemon.apisock.unlink()
                 daemon._process, daemon.apisock = old, sock
                 assert state_of(daemon) == "RUNNING"
-            upgrade(daemon, keeper, 2)
+            upgrade(daemon, keeper)
             assert wrong(daemon) == []
 
     def test_front_ends_of_another_build_are_succeeded_by_new_ones(self, keeper: Keeper, tmp_path: Path) -> None:
@@ -246,34 +174,19 @@ class TestUpgrade:
             wait_for_role(daemon, "fuse", 2)
             before = daemon.pids("fuse")
             crash(daemon)
-            edit_state(daemon, lambda state: [row.update(commit="older") for row in state["holders"]])
+            edit_state(daemon, made_by_another_build)
             begin(daemon)
             wait_until(lambda: not set(before) & set(daemon.pids("fuse")), "the end of the old front ends", 60)
             wait_for_role(daemon, "fuse", 2)
             assert wrong(daemon) == []
 
 
-def upgrade(daemon: Daemon, keeper: Keeper, number: int) -> None:
-    """Have a daemon succeeded by another process of the same command, with another API socket."""
-    old, sock = daemon._process, daemon.apisock
-    assert old is not None
-    args = ("--upgrade", "--apisock", str(daemon.folder / f"api{number}.sock"))
-    daemon.apisock = daemon.folder / f"api{number}.sock"
-    begin(daemon, *args)
-    keeper.give(daemon)
-    assert state_of(daemon) == "READY"
-    new = daemon.apisock
-    daemon.apisock = sock
-    assert put(daemon, "exit") == 204
-    assert old.wait(60) == 0
-    assert not sock.exists()
-    daemon.apisock = new
-    assert put(daemon, "start") == 204
-    wait_until(lambda: state_of(daemon) == "RUNNING", "RUNNING", 60)
-    keeper.save(daemon)
+def made_by_another_build(state: Json) -> None:
+    for row in state["holders"]:
+        row["commit"] = "older"
 
 
-def edit_state(daemon: Daemon, change: Callable[[dict[str, object]], object]) -> None:
+def edit_state(daemon: Daemon, change: Callable[[Json], object]) -> None:
     """Change the state that a killed daemon has left, as another release would have written it."""
     from nydusd.supervisor.checked import read_checked, write_checked
 

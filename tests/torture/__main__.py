@@ -2,9 +2,10 @@
 
 TORTURE_MINUTES (10) says how long, TORTURE_SEED repeats the choices of a run, TORTURE_WAY (fuse) is how the image is read:
 fuse, fanotify or blobfs. A round is one daemon: with a cache folder that
-is empty at first, or with none (all data comes through shared memory). Any process may be killed, or stopped for a moment; the
-supervisor also with all front ends, and in the middle of taking over. After each round the daemon is told to end, and what it
-leaves behind is looked for. The exit status is 0 if no read failed or was wrong, and nothing was left.
+is empty at first, or with none (all data comes through shared memory); looked after as by nydus-snapshotter, or by the
+same command started again. What may happen to it is in `acts.py`. After each round the daemon is told to end, and what it
+leaves behind is looked for. At the end come counts: of acts by their kind, and of killed processes by theirs. The exit
+status is 0 if no read failed or was wrong, and nothing was left.
 """
 
 from __future__ import annotations
@@ -14,36 +15,31 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 from bench.image import Built, build
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import discipline
+from tests.support.keeper import Keeper
 from tests.support.readers import PIECE, longest_read, pieces_read
 from tests.support.trees import half_random_tree
+from tests.torture.acts import Counts, Round
 
 READERS = 16
 FILES, FILE_SIZE, CHUNK = 64, 1 << 20, 1 << 16
 ROUND_SECONDS = 30.0
 WAY = os.environ.get("TORTURE_WAY", "fuse")
 FRONT_ENDS = ("erofs", "guard") if WAY == "fanotify" else ("fuse",)
-KINDS = (
-    *(*FRONT_ENDS, "fetch", "decompress", "fork server", "api", "supervisor"),
-    *("supervisor and front ends", "supervisor, and its successor", "stopped"),
-)
 
 
-class Round:
-    """One daemon under its readers."""
+class Trial:
+    """A round, and the readers of its daemon."""
 
-    def __init__(self, built: Built, tree: Path, folder: Path, choose: random.Random) -> None:
+    def __init__(self, built: Built, tree: Path, folder: Path, choose: random.Random, counts: Counts) -> None:
         self.choose = choose
-        self.kinds: Counter[str] = Counter()
         self.folder = folder
         self.tree = tree
         self.problems: list[str] = []
@@ -54,27 +50,31 @@ class Round:
             device = config["device"]
             assert isinstance(device, dict)
             device["cache"]["type"] = ""
+        self.keeper = Keeper(folder) if WAY == "fuse" and choose.random() < 0.5 else None
         self.daemon = Daemon(
             built.bootstrap,
             built.blob.parent,
             cache=folder / "cache",
             config=config,
             verb="fuse" if WAY == "fuse" else "erofs",
-            args=() if WAY == "fuse" else ("--driver", WAY),
+            args=("--driver", WAY) if WAY != "fuse" else self.keeper.args if self.keeper is not None else (),
         )
+        self.round = Round(self.daemon, self.keeper, FRONT_ENDS, choose, counts)
         self.progress = folder / "progress"
 
     def run(self, until: float) -> None:
         seed = self.choose.randrange(1 << 32)
         stop = self.folder / "stop"
         command = [sys.executable, "-m", "tests.support.readers", "verify", str(self.daemon.mountpoint), str(self.tree)]
-        with self.daemon as daemon:
+        with self.daemon as daemon, contextlib.closing(self.keeper) if self.keeper else contextlib.nullcontext():
+            if self.keeper is not None:
+                self.keeper.save(daemon)
             arguments = [str(self.progress), str(stop), str(READERS), str(seed)]
             with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as readers:
                 try:
                     while time.monotonic() < until and readers.poll() is None:
-                        time.sleep(self.choose.random() ** 2)
-                        self.hurt(daemon)
+                        time.sleep(self.choose.random() ** 2 / 2)
+                        self.round.hurt()
                 finally:
                     stop.touch()
                     assert readers.stderr is not None
@@ -82,47 +82,13 @@ class Round:
             wait_for_role(daemon, "api", 1)
         self.problems += [line for line in discipline.logs.problems() if "workers died" not in line]
 
-    def hurt(self, daemon: Daemon) -> None:
-        """One thing that may happen to a daemon."""
-        kind = self.choose.choice(KINDS)
-        self.kinds[kind] += 1
-        if kind == "stopped":
-            pids = [pid for role in (*FRONT_ENDS, "fetch", "decompress") for pid in daemon.pids(role)]
-            if pids:
-                self.stop_for_a_moment(self.choose.choice(pids))
-        elif kind.startswith("supervisor"):
-            # With fanotify two of the three that hold its group: it is what is promised.
-            role = self.choose.choice(FRONT_ENDS)
-            victims = daemon.pids(role) if kind.endswith("front ends") else []
-            daemon.kill_supervisor()
-            for pid in victims:
-                send(pid, signal.SIGKILL)
-            if kind.endswith("successor"):
-                with subprocess.Popen(daemon.command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as next_one:
-                    time.sleep(self.choose.random() * 0.8)
-                    next_one.kill()
-            daemon.start()
-        else:
-            for pid in daemon.pids(kind)[:1]:
-                send(pid, signal.SIGKILL)
-
-    def stop_for_a_moment(self, pid: int) -> None:
-        send(pid, signal.SIGSTOP)
-        time.sleep(self.choose.random() * 0.3)
-        send(pid, signal.SIGCONT)
-
-
-def send(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
 
 def main() -> int:
     minutes = float(os.environ.get("TORTURE_MINUTES", "10"))
     seed = int(os.environ.get("TORTURE_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
     print(f"seed {seed} (TORTURE_SEED repeats its choices), {minutes:g} minutes", flush=True)
     discipline.start()
-    kinds: Counter[str] = Counter()
+    counts = Counts()
     problems: list[str] = []
     pieces, longest, rounds = 0, 0.0, 0
     try:
@@ -135,24 +101,29 @@ def main() -> int:
             folder = discipline.folder / f"round{rounds}"
             folder.mkdir()
             before = discipline.snapshot()
-            this = Round(built, tree, folder, random.Random(f"{seed}/{rounds}"))
+            acts, kills = counts.acts.total(), counts.kills.total()
+            this = Trial(built, tree, folder, random.Random(f"{seed}/{rounds}"), counts)
             this.run(min(end, time.monotonic() + ROUND_SECONDS))
             problems += this.problems + [f"left behind: {what}" for what in discipline.leftovers(before)]
-            kinds += this.kinds
             pieces += pieces_read(this.progress)
             longest = max(longest, longest_read(this.progress))
             rounds += 1
             print(
-                f"round {rounds}: {'cache' if this.cached else 'no cache'}, {this.kinds.total()} kills,"
+                f"round {rounds}: {'cache' if this.cached else 'no cache'}, {'kept' if this.keeper else 'restarted'},"
+                f" {counts.acts.total() - acts} acts, {counts.kills.total() - kills} kills,"
                 f" {pieces_read(this.progress):,} reads, longest {longest_read(this.progress):.2f} s",
                 flush=True,
             )
             shutil.rmtree(folder)
     finally:
         discipline.finish()
-    print(json.dumps(dict(sorted(kinds.items()))))
+    print("acts:", json.dumps(dict(sorted(counts.acts.items()))))
+    print("kills:", json.dumps(dict(sorted(counts.kills.items()))))
     gib = pieces * PIECE / 2**30
-    print(f"{kinds.total()} kills, {pieces:,} reads ({gib:.1f} GiB), longest {longest:.2f} s, {len(problems)} problems")
+    print(
+        f"{counts.acts.total()} acts, {counts.kills.total()} kills, {pieces:,} reads ({gib:.1f} GiB),"
+        f" longest {longest:.2f} s, {len(problems)} problems (of reads, in logs, left behind)"
+    )
     for problem in problems[:50]:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

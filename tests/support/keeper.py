@@ -1,0 +1,121 @@
+"""`Keeper`: what nydus-snapshotter does for a daemon whose recover policy is `failover`, and its hot upgrade, step by step."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.daemon import Daemon
+from tests.support.discipline import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Keeper:
+    """What nydus-snapshotter does for a daemon: it keeps one fd and a state, and gives them back as often as it is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "keeper")
+        self.args = ("--supervisor", self.path, "--id", "x")
+        self.state = b""
+        self.fds: list[int] = []
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(self.path)
+        self._socket.listen()
+        self._socket.settimeout(60)
+
+    def save(self, daemon: Daemon) -> None:
+        """Have a daemon send them."""
+        with self._asking(daemon, "sendfd", 204) as wire:
+            state, fds, _, _ = socket.recv_fds(wire, 4096, 4)
+            while piece := wire.recv(4096):
+                state += piece
+        self.forget()
+        self.state, self.fds = state, fds[:1]
+
+    def give(self, daemon: Daemon, status: int = 204) -> None:
+        """Have a daemon take over."""
+        with self._asking(daemon, "takeover", status) as wire:
+            socket.send_fds(wire, [self.state], self.fds)
+
+    @contextmanager
+    def _asking(self, daemon: Daemon, what: str, status: int) -> Iterator[socket.socket]:
+        answers: list[int] = []
+        asking = threading.Thread(
+            target=lambda: answers.append(daemon.request("PUT", f"/api/v1/daemon/fuse/{what}", seconds=60)[0])
+        )
+        asking.start()
+        wire, _ = self._socket.accept()
+        with wire:
+            yield wire
+        asking.join()
+        assert answers == [status]
+
+    def forget(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    def close(self) -> None:
+        self.forget()
+        self._socket.close()
+
+
+def begin(daemon: Daemon, *more: str) -> None:
+    """Start the daemon's command once more, and wait until it is in INIT."""
+    with open(daemon.log, "ab") as log:
+        daemon._process = subprocess.Popen(
+            [*daemon.command, *more],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+            env=daemon._environment,
+        )
+    wait_until(lambda: state_of(daemon) == "INIT", "INIT", 60)
+
+
+def state_of(daemon: Daemon) -> str | None:
+    try:
+        status, body = daemon.request("GET", "/api/v1/daemon", seconds=10)
+    except OSError:
+        return None
+    return str(json.loads(body)["state"]) if status == 200 else None
+
+
+def put(daemon: Daemon, what: str) -> int:
+    return daemon.request("PUT", f"/api/v1/daemon/{what}", seconds=60)[0]
+
+
+def succeed(daemon: Daemon, keeper: Keeper) -> None:
+    """Have a daemon whose supervisor was killed succeeded by the same command."""
+    begin(daemon)
+    keeper.give(daemon)
+    wait_until(lambda: put(daemon, "start") == 204, "its start", 60)
+    wait_until(lambda: state_of(daemon) == "RUNNING", "RUNNING", 60)
+
+
+def upgrade(daemon: Daemon, keeper: Keeper) -> None:
+    """Have a daemon succeeded by another process of the same command, with another API socket, while it serves."""
+    old, sock = daemon._process, daemon.apisock
+    assert old is not None
+    place = daemon.command.index("-A") + 1
+    new = sock.with_name(f"api{int(sock.stem.removeprefix('api') or 0) + 1}.sock")
+    daemon.command[place], daemon.apisock = str(new), new
+    begin(daemon, "--upgrade")
+    keeper.give(daemon)
+    assert state_of(daemon) == "READY"
+    daemon.apisock = sock
+    assert put(daemon, "exit") == 204
+    assert old.wait(60) == 0
+    assert not sock.exists()
+    daemon.apisock = new
+    assert put(daemon, "start") == 204
+    wait_until(lambda: state_of(daemon) == "RUNNING", "RUNNING", 60)
+    keeper.save(daemon)

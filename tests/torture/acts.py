@@ -1,0 +1,165 @@
+"""What may happen to a daemon under torture. `ACTS` names each kind of act: another is a function more in there.
+
+An act is given the round (`Round`): its daemon, its random choices, and its counts. It returns when it is done; what it has
+killed may still be on its way back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from tests.support.daemon import Daemon
+from tests.support.discipline import becomes_true, is_running
+from tests.support.keeper import Keeper, succeed, upgrade
+
+
+class Round:
+    """One daemon. `keeper` keeps its session, as nydus-snapshotter does; without one the same command is started again."""
+
+    def __init__(
+        self, daemon: Daemon, keeper: Keeper | None, front_ends: Sequence[str], choose: random.Random, counts: Counts
+    ) -> None:
+        self.daemon = daemon
+        self.keeper = keeper
+        self.front_ends = front_ends
+        self.choose = choose
+        self.counts = counts
+
+    def hurt(self) -> None:
+        """One act of those that fit."""
+        kind = self.choose.choice([kind for kind, (_, fits) in ACTS.items() if fits(self)])
+        ACTS[kind][0](self)
+        self.counts.acts[kind] += 1
+
+    def kill(self, role: str, pids: Iterable[int]) -> None:
+        for pid in pids:
+            if send(pid, signal.SIGKILL):
+                self.counts.kills[role] += 1
+
+    def kill_supervisor(self) -> None:
+        self.daemon.kill_supervisor()
+        self.counts.kills["supervisor"] += 1
+
+    def succeed(self) -> None:
+        """The next supervisor, as whoever looks after the daemon starts it."""
+        if self.keeper is None:
+            self.daemon.start()
+        else:
+            succeed(self.daemon, self.keeper)
+
+
+class Counts:
+    """Of a whole run."""
+
+    def __init__(self) -> None:
+        self.acts: Counter[str] = Counter()
+        self.kills: Counter[str] = Counter()
+
+
+def send(pid: int, number: signal.Signals) -> bool:
+    """Whether there was such a process."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+        return True
+    return False
+
+
+def one(role: str) -> Callable[[Round], None]:
+    """One process of a role is killed."""
+
+    def act(this: Round) -> None:
+        pids = this.daemon.pids(role)
+        if pids:
+            this.kill(role, [this.choose.choice(pids)])
+
+    return act
+
+
+def one_front_end(this: Round) -> None:
+    one(this.choose.choice(this.front_ends))(this)
+
+
+def fork_servers(this: Round) -> None:
+    """The fork server and its copy at the same time."""
+    this.kill("fork server", this.daemon.pids("fork server"))
+
+
+def stopped(this: Round) -> None:
+    pids = [pid for role in (*this.front_ends, "fetch", "decompress") for pid in this.daemon.pids(role)]
+    if pids:
+        pid = this.choose.choice(pids)
+        send(pid, signal.SIGSTOP)
+        time.sleep(this.choose.random() * 0.3)
+        send(pid, signal.SIGCONT)
+
+
+def supervisor(this: Round) -> None:
+    this.kill_supervisor()
+    this.succeed()
+
+
+def supervisor_and_front_ends(this: Round) -> None:
+    # With fanotify two of the three that hold its group: it is what is promised.
+    role = this.choose.choice(this.front_ends)
+    victims = this.daemon.pids(role)
+    this.kill_supervisor()
+    this.kill(role, victims)
+    this.succeed()
+
+
+def bunch(this: Round) -> None:
+    """The fork server, then supervisor, front ends and workers: whoever holds the mount is replaced just before."""
+    daemon = this.daemon
+    this.kill("fork server", daemon.pids("fork server")[:1])
+    role = this.choose.choice(this.front_ends)
+    victims = [(role, daemon.pids(role)), ("decompress", daemon.pids("decompress")), ("fetch", daemon.pids("fetch"))]
+    this.kill_supervisor()
+    for role, pids in victims:
+        this.kill(role, pids)
+    this.succeed()
+
+
+def supervisor_and_its_successor(this: Round) -> None:
+    """The next one is killed while it takes over."""
+    this.kill_supervisor()
+    with subprocess.Popen(this.daemon.command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as next_one:
+        time.sleep(this.choose.random() * 0.4)
+        next_one.kill()
+    this.counts.kills["supervisor"] += 1
+    this.succeed()
+
+
+def upgraded(this: Round) -> None:
+    """Another process of the same command takes over while this one serves."""
+    assert this.keeper is not None
+    before = this.daemon._process
+    upgrade(this.daemon, this.keeper)
+    assert before is None or becomes_true(lambda: not is_running(before.pid), 10)
+
+
+def always(_this: Round) -> bool:
+    return True
+
+
+ACTS: dict[str, tuple[Callable[[Round], None], Callable[[Round], bool]]] = {
+    "front end": (one_front_end, always),
+    "fetch": (one("fetch"), always),
+    "decompress": (one("decompress"), always),
+    "fork server": (one("fork server"), always),
+    "fork server and its copy": (fork_servers, always),
+    "api": (one("api"), always),
+    "stopped for a moment": (stopped, always),
+    "supervisor": (supervisor, always),
+    "supervisor and front ends": (supervisor_and_front_ends, always),
+    "all but a fork server": (bunch, lambda this: len(this.front_ends) == 1),
+    "supervisor and its successor": (supervisor_and_its_successor, always),
+    "upgraded": (upgraded, lambda this: this.keeper is not None),
+}
+"""By its name each kind of act, and in which rounds it may be."""
