@@ -19,7 +19,7 @@ from nydusd.control.server import ApiServer
 from nydusd.ipc.spec import read_spec
 
 
-def main() -> int:
+def run() -> int:
     """Serve until the supervisor is gone."""
     # A Ctrl-C goes to the whole process group; the supervisor decides, and needs us to report the end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -40,4 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

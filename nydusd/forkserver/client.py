@@ -46,10 +46,10 @@ _SECRET_VALUE = re.compile(r"://[^/\s]*@")
 """What may hold credentials, by its name or as an URL: only a process that talks to backends gets it."""
 
 FOR_DAEMON = (
-    "nydusd.frontends.fuse.main",
+    "nydusd.frontends.fuse.__main__",
     "nydusd.formats.rafs_v6",
     "nydusd.ipc.client",
-    "workers.loop",
+    "workers.__main__",
     "workers.fill",
     "workers.prepare",
     "workers.fetch",

@@ -4,4 +4,11 @@ import sys
 
 from nydusd.frontends.fuse.main import main
 
-sys.exit(main(sys.argv[1:]))
+
+def run() -> int:
+    """Be what the command line says; gives the exit status."""
+    return main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run())
