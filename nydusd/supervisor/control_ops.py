@@ -92,7 +92,7 @@ class ErrorRing(logging.Handler):
 def _start(daemon: Supervisor, _request: Json) -> None:
     if daemon.state != "READY":
         raise StateError('UnexpectedEvent("Start")')
-    daemon.state = "RUNNING"
+    daemon.begin_running()
 
 
 def _takeover(daemon: Supervisor, _request: Json) -> None:

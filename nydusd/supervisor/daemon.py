@@ -187,6 +187,7 @@ class Supervisor:
         """Answer the API in INIT until it is `done`. Raises EndedError when told to end before."""
         self._catch_signals()
         self._waiting = True
+        self._first_state = "READY"
         self._family.noted = False
         self._waited_at = folder
         waiting = Waiting(folder, self._family, self._poller, self._wake)
@@ -199,10 +200,16 @@ class Supervisor:
             if waiting.turn(now, self._control).strip(bytes([signal.SIGCHLD])) or self._stopping:
                 raise EndedError(f"{self.options.serves}: told to end before it was taken over")
             self._notifier.alive(now)
-        self._first_state = self.state
         self._family.front = self._runtime.front
         self._family.noted = True
         self._waiting = False
+
+    def begin_running(self) -> None:
+        """Whoever has us take over wants us to serve. We do so in any case; while we wait we say it only when it is true."""
+        if self._waiting:
+            self._first_state = "RUNNING"
+        else:
+            self.state = "RUNNING"
 
     def take_sent(self, sent: Sent) -> None:
         """The session, from whoever keeps it: used if no process has it."""

@@ -131,6 +131,18 @@ def http_get(sock: str, path: str) -> object:
         connection.close()
 
 
+def http_put(sock: str, path: str, body: object) -> None:
+    """PUT a JSON; AssertionError for a status that is none of success."""
+    connection = _UnixConnection(sock)
+    try:
+        connection.request("PUT", path, json.dumps(body))
+        response = connection.getresponse()
+        answer = response.read()
+        assert response.status in (200, 204), f"PUT {path} of {sock}: {response.status} {answer!r}"
+    finally:
+        connection.close()
+
+
 def _accepts(path: str) -> bool:
     """Whether somebody accepts connections to this unix socket; a file alone is there before its owner listens."""
     with socket.socket(socket.AF_UNIX) as probe:

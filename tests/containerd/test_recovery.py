@@ -10,7 +10,7 @@ import pytest
 
 from tests.containerd.conftest import Shop
 from tests.containerd.images import SMALL
-from tests.containerd.node import Node, http_get
+from tests.containerd.node import Node, http_get, http_put
 from tests.support.discipline import descendants, is_running, wait_until
 
 
@@ -35,7 +35,7 @@ def test_a_killed_daemon_is_started_again_and_containers_run(shop: Shop, mode: s
 def _states(node: Node) -> list[object]:
     """What the daemons say of themselves."""
     answers = []
-    for path in (node.folder / "sn" / "socket").glob("*/api.sock"):
+    for path in (node.folder / "sn" / "socket").glob("*/api*.sock"):
         with contextlib.suppress(OSError):
             answers.append(http_get(str(path), "/api/v1/daemon"))
     return [answer["state"] for answer in answers if isinstance(answer, dict)]
@@ -66,3 +66,45 @@ def test_a_killed_daemon_is_succeeded_under_a_running_container(shop: Shop, mode
         node.watch_daemon_logs()
         node.nerdctl("rm", "-f", container)
         node.nerdctl("rmi", reference)
+
+
+@pytest.mark.parametrize("mode", ["dedicated", "shared"])
+def test_a_daemon_is_upgraded_under_a_running_container(shop: Shop, mode: str) -> None:
+    """The snapshotter's own hot upgrade, as an operator has it begin over its system socket; then a crash of the new one."""
+    reference = shop.references[SMALL]
+    node = Node(mode, recover_policy="failover")
+    present, newer = node.folder / "nydusd", node.folder / "nydusd.newer"
+    for link in (present, newer):  # it is renamed to the present one
+        link.symlink_to(node.nydusd)
+    node.nydusd = str(present)
+    with node:
+        container = node.start_container(reference)
+        (before,) = api_pids(node)
+        http_put(str(node.folder / "system.sock"), "/api/v1/daemons/upgrade", {"nydusd_path": str(newer)})
+        wait_until(lambda: _states(node) == ["RUNNING"], "its start", 60.0)
+        (after,) = api_pids(node)
+        assert before != after
+        assert not newer.exists()
+        assert node.exec_python(container, "import json, decimal, email; print(42)") == "42\n"
+        os.kill(after, signal.SIGKILL)
+        wait_until(
+            lambda: api_pids(node) not in ([], [after]) and _states(node) == ["RUNNING"], "the next daemon", 60.0
+        )
+        assert node.exec_python(container, "import sqlite3; print(43)") == "43\n"
+        node.watch_daemon_logs()
+        node.nerdctl("rm", "-f", container)
+        node.nerdctl("rmi", reference)
+        # It has lost track of a daemon that it has upgraded, and leaves it at the end.
+        node.stop_snapshotter()
+        (last,) = api_pids(node)
+        os.kill(last, signal.SIGTERM)
+        wait_until(lambda: not is_running(last), "the end of the daemon", 60.0)
+
+
+def api_pids(node: Node) -> list[int]:
+    """The supervisors of the daemons that answer on an API socket."""
+    answers = []
+    for path in (node.folder / "sn" / "socket").glob("*/api*.sock"):
+        with contextlib.suppress(OSError, AssertionError):
+            answers.append(http_get(str(path), "/api/v1/nydusd/workers"))
+    return [int(answer["supervisor"]) for answer in answers if isinstance(answer, dict)]
