@@ -411,7 +411,9 @@ class Supervisor:
         events = dict(self._poller.poll(int(timeout * 1000) + 1 if timeout else 0))
         self._traffic.take(events)
         if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
-            self.ask_to_stop()
+            # What systemd starts again takes over, perhaps as newer code; nobody who reads notices.
+            self._leaving = self._session is not None and self._notifier.restarts()
+            self.ask_to_stop(unmount=not self._leaving)
         self._reap()
         now = time.monotonic()
         self._family.tend_fork_server(events, now)

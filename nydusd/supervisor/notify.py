@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import array
 import contextlib
+import logging
 import os
 import socket
+import subprocess
 from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
 
 _PATIENCE = 1.0
 """Seconds that systemd may take to take file descriptors: many messages at once may be more than wait there."""
+_ANSWER_PATIENCE = 5.0
+"""Seconds that systemd may take to answer."""
 
 
 class Notifier:
@@ -25,12 +31,26 @@ class Notifier:
         ours = bool(self._address) and watched.isdecimal() and pid in ("", str(os.getpid()))
         self.interval: float | None = int(watched) / 2_000_000 if ours and int(watched) > 0 else None
         """Seconds between signs of life; None if nobody watches."""
+        self._unit = os.environ.pop("NYDUSD_UNIT", "")
+        """The name of our unit, which that says."""
         self._due = 0.0
 
     @property
     def active(self) -> bool:
         """Whether somebody is told."""
         return bool(self._address)
+
+    def restarts(self) -> bool:
+        """Whether systemd has us stop only to start us again (`systemctl restart`); it tells nobody, and has to be asked."""
+        if not self._address or not self._unit:
+            return False
+        command = ["systemctl", "list-jobs", "--no-legend", "--plain", self._unit]
+        try:
+            jobs = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_PATIENCE, check=True).stdout
+        except (OSError, subprocess.SubprocessError) as e:
+            log.warning("systemd does not say whether this is a restart, so it is taken for a stop: %s", e)
+            return False
+        return any(line.split()[1:3] == [self._unit, "restart"] for line in jobs.splitlines())
 
     def send(self, *lines: str, fds: Sequence[int] = ()) -> None:
         """Send assignments, such as `READY=1` and `STATUS=text`, with fds that go with them."""

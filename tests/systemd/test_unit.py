@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,3 +104,63 @@ def test_is_succeeded_under_load_and_no_reader_notices(node: Machine, tree: Path
     assert "mounting anew" not in node.log.read_text(), node.log.read_text()
     node.systemctl("stop", UNIT)
     assert node.run("pgrep", "-f", "nydusd").stdout == ""
+
+
+ASK = """
+import http.client, socket, sys
+api = http.client.HTTPConnection("localhost")
+api.sock = socket.socket(socket.AF_UNIX)
+api.sock.connect(sys.argv[1])
+api.request("GET", "/api/v1/nydusd/workers")
+print(api.getresponse().read().decode())
+"""
+BUILD = re.compile(r'^GIT_COMMIT: Final = ".*"$', re.MULTILINE)
+
+
+def test_restart_brings_newer_code_under_load_and_keeps_the_mount(node: Machine, tree: Path, tmp_path: Path) -> None:
+    """Every process is of the newer build in the end: the service is upgraded, and nobody who reads notices."""
+    code = tmp_path / "code"
+    for package in ("nydusd", "workers"):
+        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    command = tmp_path / "prefix" / "bin" / "nydusd"
+    command.unlink()
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={code} exec {sys.executable} -P -m nydusd "$@"\n')
+    command.chmod(0o755)
+
+    def builds() -> set[str]:
+        done = node.run(sys.executable, "-c", ASK, "/run/nydusd/one.sock")
+        processes = json.loads(done.stdout)["processes"] if done.returncode == 0 else []
+        return {row["commit"] if row["state"] != "restarting" else "" for row in processes}
+
+    def device() -> str:
+        lines = node.run("cat", "/proc/self/mountinfo").stdout.splitlines()
+        return next(line.split()[2] for line in lines if line.split()[4] == str(tmp_path / "mnt"))
+
+    node.systemctl("start", UNIT)
+    before = device()
+    progress, stop = tmp_path / "progress", tmp_path / "stop"
+    inside = ["nsenter", "--target", str(node._init()), "--mount", "--pid"]
+    verify = [sys.executable, "-m", "tests.support.readers", "verify", str(tmp_path / "mnt"), str(tree)]
+    with subprocess.Popen(
+        [*inside, *verify, str(progress), str(stop), str(READERS), "7"], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as readers:
+        try:
+            wait_until(lambda: pieces_read(progress) > 0 or readers.poll() is not None, "readers", 60)
+            version = code / "nydusd" / "version.py"
+            version.write_text(BUILD.sub('GIT_COMMIT: Final = "newer"', version.read_text()))
+            node.systemctl("restart", UNIT)
+            assert device() == before
+            wait_until(lambda: builds() == {"newer"} or readers.poll() is not None, "processes of the newer build", 90)
+            seen = pieces_read(progress)
+            wait_until(lambda: pieces_read(progress) > seen + READERS or readers.poll() is not None, "readers", 60)
+        finally:
+            stop.touch()
+        assert readers.stderr is not None
+        assert readers.wait() == 0, readers.stderr.read() + node.log.read_text()
+    assert device() == before
+    assert "mounting anew" not in node.log.read_text(), node.log.read_text()
+    node.systemctl("stop", UNIT)
+    assert node.show(UNIT, "Result") == "success"
+    assert node.run("mountpoint", "-q", str(tmp_path / "mnt")).returncode != 0
+    assert node.run("pgrep", "-f", "nydusd").stdout == ""
+    assert node.run("ls", "/run/nydusd", "/dev/shm").stdout.split() == ["/dev/shm:", "/run/nydusd:"]
