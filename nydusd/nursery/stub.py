@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
+from nydusd import priority
 from nydusd.nursery import place
 
 TYPE_CHECKING = False  # known to type checkers by its name: `typing` takes 10 ms
@@ -35,6 +36,7 @@ def main() -> int:
             status = None
         if status is not None:
             return status
+    priority.hurry()
     from nydusd.cli.nydusd import main as become_the_daemon
 
     return become_the_daemon(sys.argv[1:])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from nydusd import priority
 from nydusd.cli.options import FuseOptions
 from nydusd.errors import MountError
 from nydusd.forkserver.client import ForkServer
@@ -299,6 +300,7 @@ class Supervisor:
         self._family.add_fetch_workers()
         self._store.keep(self._session)
         self._notifier.send("READY=1", f"STATUS={what}")
+        priority.calm([*self.fork_server.pids, *(child.pid for child in self.children if child.pid)])
         log.info("%s", what)
 
     def _mounts_changed(self, place: str | None) -> None:

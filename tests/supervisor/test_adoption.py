@@ -333,6 +333,16 @@ class TestSuccessor:
             assert reader.wait(60) == 0
         assert wrong(daemon) == []
 
+    def test_runs_at_the_usual_priority_when_it_serves(self, daemon: Daemon) -> None:
+        """With all that it has started: it takes over at a higher one."""
+        for _ in range(2):
+            start_again(daemon, crash(daemon))
+            usual = os.getpriority(os.PRIO_PROCESS, 0)
+            wait_for_role(daemon, "decompress", 2)
+            for pid in [daemon.pid, *daemon.family()]:
+                for thread in os.listdir(f"/proc/{pid}/task"):
+                    assert os.getpriority(os.PRIO_PROCESS, int(thread)) == usual, pid
+
     def test_that_cannot_start_leaves_the_mount_to_the_next_one(self, daemon: Daemon) -> None:
         assert read_direct(daemon.mountpoint / ONE_CHUNK) == TRUTH[ONE_CHUNK.encode()]
         frontends = crash(daemon)
