@@ -25,12 +25,13 @@ from nydusd.storage.cache.decode import ChunkDecoder, verify_chunk
 from nydusd.storage.cache.stored import fetch_range
 from nydusd.storage.state.segment import READY
 from workers.blobs import OpenBlob, OpenBlobs
+from workers.cookie import lent, write_pages
 
 log = logging.getLogger(__name__)
 
 _CORRUPT_MOST = 32
 """Chunks of a job that may fail one by one, each after two reads. A blob with more is broken: the job ends there."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ENOBUFS)
 
 
 @dataclass(slots=True)
@@ -82,15 +83,8 @@ class _CacheFile:
         if self._result.unstored:
             self._result.unstored.append(chunk)
             return
-        at = record.uoff
         try:
-            # Writing behind the end of a file that somebody cut off would turn the part between into zeros that pass
-            # for the chunks there. So it stays short, and whoever reads in it sees that.
-            if os.fstat(self._fd).st_size < self._size:
-                raise StaleCacheError("the cache file was cut off")
-            while data:
-                done = os.pwrite(self._fd, data, at)
-                data, at = data[done:], at + done
+            self._write(data, record.uoff)
         except OSError as e:
             if e.errno not in _NO_ROOM:
                 raise
@@ -98,6 +92,27 @@ class _CacheFile:
             self._result.why_unstored = e.strerror or str(e)
             return
         self._state[chunk] = READY
+
+    def _write(self, data: memoryview, at: int) -> None:
+        # Writing behind the end of a file that somebody cut off would turn the part between into zeros that pass
+        # for the chunks there. So it stays short, and whoever reads in it sees that.
+        if os.fstat(self._fd).st_size < self._size:
+            raise StaleCacheError("the cache file was cut off")
+        while data:
+            done = os.pwrite(self._fd, data, at)
+            data, at = data[done:], at + done
+
+
+class _Cookie(_CacheFile):
+    """Stores chunks in a file of the kernel's cache."""
+
+    def __init__(self, fd: int, blob: OpenBlob, result: _Result) -> None:
+        self._fd = fd
+        self._state = blob.segment.state
+        self._result = result
+
+    def _write(self, data: memoryview, at: int) -> None:
+        write_pages(self._fd, data, at)
 
 
 class _Slot:
@@ -170,13 +185,18 @@ def fill(blobs: OpenBlobs, job: Json) -> Json:
     """
     blob = blobs.get(job)
     result = _Result()
-    target: _CacheFile | _Slot
     if job["slot"] is not None:
-        target = _Slot(blobs.arena(job["slot"]["arena"]), job, result)
-    else:
-        target = _CacheFile(blob, result)
-        for chunk in job["verify"]:
-            _adopt(blob, chunk)
+        return _fill(blobs, blob, job, _Slot(blobs.arena(job["slot"]["arena"]), job, result), result)
+    if blob.spec.cookie is not None:
+        with lent(blob.spec.cookie) as fd:
+            return _fill(blobs, blob, job, _Cookie(fd, blob, result), result)
+    target = _CacheFile(blob, result)
+    for chunk in job["verify"]:
+        _adopt(blob, chunk)
+    return _fill(blobs, blob, job, target, result)
+
+
+def _fill(blobs: OpenBlobs, blob: OpenBlob, job: Json, target: _CacheFile | _Slot, result: _Result) -> Json:
     if job["source"] is not None:
         _fetch(blob, job["chunks"], _Fetched(blobs.arena(job["source"]["arena"]), job["source"]), target, result)
     elif not blob.spec.remote:

@@ -27,6 +27,7 @@ def _handlers(role: str) -> dict[str, Handler]:
     """The jobs of a role. Imported here so that a process loads only what its role needs."""
     if role == "fetch":
         from workers.checkpoint import checkpoint
+        from workers.cookie import copy_bootstrap, cull
         from workers.evict import evict, survey
         from workers.fetch import fetch
         from workers.inspect import find_folder, inspect_image
@@ -42,6 +43,8 @@ def _handlers(role: str) -> dict[str, Handler]:
             "find_folder": find_folder,
             "survey": survey,
             "evict": evict,
+            "copy_bootstrap": copy_bootstrap,
+            "cull": cull,
         }
     from workers.fill import fill
 

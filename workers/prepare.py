@@ -37,7 +37,9 @@ def prepare(blobs: OpenBlobs, job: Json) -> Json:
     blob = blobs.get(job)
     spec = blob.spec
     table = _chunk_table(blob)
-    if spec.data_path is None:
+    if spec.cookie is not None:
+        count = _cookie(spec, spec.cookie, table)
+    elif spec.data_path is None:
         count = _publish(spec, table, Identity(0, 0, table.uncompressed_size), bytearray(table.count))
     else:
         count = _cache_file(spec, spec.data_path, table)
@@ -150,6 +152,23 @@ def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable) -> int:
     finally:
         if earlier is not None:
             earlier.close()
+
+
+def _cookie(spec: BlobSpec, cookie: tuple[int, int], table: ChunkTable) -> int:
+    """See what the kernel's file of the blob has, and publish that. Nothing else is believed: the kernel may empty it."""
+    from workers.cookie import lent, survey
+
+    where = f"blob {spec.info.blob_id}"
+    if table.uncompressed_size > -(-spec.info.uncompressed_size // 4096) * 4096:
+        raise FormatError(
+            where, "uncompressed_size", f"{spec.info.uncompressed_size}, chunks end at {table.uncompressed_size}"
+        )
+    try:
+        with lent(cookie) as fd:
+            state = survey(fd, table, where)
+    except OSError as e:
+        raise CacheError(f"{where}: the kernel's cache file: {e.strerror}", e.errno) from e
+    return _publish(spec, table, Identity(0, 0, table.uncompressed_size), state)
 
 
 def _open_data(path: Path, size: int, earlier: Segment | None) -> tuple[int, bool]:

@@ -106,9 +106,10 @@ def _configuration(options: Options) -> tuple[Config, list[BlobEntry]]:
     assert isinstance(options, SingletonOptions)
     if options.fscache is not None and not os.path.isdir(options.fscache):
         raise ConfigError(f"--fscache {options.fscache}: must be an existing folder")
-    if options.fscache is not None:
-        why = "in this build" if os.path.exists(_CACHEFILES) else f"on this kernel: it has no {_CACHEFILES}"
-        raise UnsupportedError(f"--fscache {options.fscache}: fscache is not available {why}; use `nydusd fuse`")
+    if options.fscache is not None and not os.path.exists(_CACHEFILES):
+        raise UnsupportedError(
+            f"--fscache {options.fscache}: fscache is not available on this kernel: it has no {_CACHEFILES}; use `nydusd fuse`"
+        )
     if options.config is None:
         return config.Config(), []
     from nydusd.config.blob_entry import parse_singleton_config

@@ -25,6 +25,8 @@ class BlobEntry:
     domain_id: str
     config: Config
     metadata: str
+    text: str = ""
+    """What it was read from, as JSON."""
 
 
 def parse_blob_entry(raw: Mapping[str, object], where: str) -> BlobEntry:
@@ -50,7 +52,7 @@ def parse_blob_entry(raw: Mapping[str, object], where: str) -> BlobEntry:
     cache = config.cache
     if cache is None or cache.type not in ("fscache", "filecache", "blobcache"):
         raise ConfigError(f"{where}: the type of its cache must be 'fscache' or 'filecache'")
-    return BlobEntry(name, domain, config, metadata)
+    return BlobEntry(name, domain, config, metadata, json.dumps(raw))
 
 
 def parse_singleton_config(text: bytes, where: str) -> list[BlobEntry]:
@@ -81,6 +83,7 @@ def _v2(given: Mapping[str, object]) -> dict[str, object]:
 def _v1(given: Mapping[str, object]) -> dict[str, object]:
     """The tables of a v1 text. Its cache may be `fscache`, which v1 texts write with the same keys as `blobcache`."""
     kind = given.get("cache_type")
+    prefetch = given.get("prefetch_config")
     return {
         "device": {
             "id": given.get("id", ""),
@@ -88,4 +91,5 @@ def _v1(given: Mapping[str, object]) -> dict[str, object]:
             "cache": {"type": kind, "config": given.get("cache_config")},
         },
         "mode": "direct",
+        **({} if prefetch is None else {"fs_prefetch": prefetch}),
     }

@@ -1,5 +1,5 @@
 """The images that a singleton daemon was told of (`PUT /api/v2/blobs`), each with the blobs it needs. Kept in memory by the
-supervisor; lost with it, as clients expect: they tell a new daemon again.
+supervisor; without fscache lost with it, as clients expect: they tell a new daemon again.
 """
 
 from __future__ import annotations
@@ -33,9 +33,18 @@ class BlobError(NydusError):
 
 
 class BlobTable:
-    """Images by domain and id; a domain's data blobs are counted by the images that need them."""
+    """Images by domain and id; a domain's data blobs are counted by the images that need them.
+
+    `bound` is told of an image before it is added, and may raise NydusError; `dropped` after it was removed. `repeated` says
+    whether an image that is there may be told of once more.
+    """
 
     def __init__(self) -> None:
+        self.bound: Callable[[BlobEntry, ImageFacts], None] = lambda entry, facts: None
+        self.dropped: Callable[[BlobEntry], None] = lambda entry: None
+        self.repeated: Callable[[BlobEntry], bool] = lambda entry: False
+        self.cull: Callable[[str, Callable[[NydusError | None], None]], None] = lambda name, done: done(None)
+        """Removes what the kernel's cache has of this name, and tells how that ended."""
         self._images: dict[tuple[str, str], tuple[BlobEntry, ImageFacts]] = {}
         self._blobs: Counter[tuple[str, str]] = Counter()
 
@@ -51,6 +60,7 @@ class BlobTable:
             raise BlobError(
                 f"{entry.metadata}: only images of RAFS v6 can be served to the kernel, this is v{facts.version}"
             )
+        self.bound(entry, facts)
         self._images[entry.domain_id, entry.id] = (entry, facts)
         for blob in facts.blobs:
             self._blobs[entry.domain_id, blob.blob_id] += 1
@@ -59,10 +69,11 @@ class BlobTable:
         """Remove an image, and one use of each of its blobs. Raises BlobError when there is none."""
         if (domain, name) not in self._images:
             raise BlobError(NOT_FOUND)
-        _, facts = self._images.pop((domain, name))
+        entry, facts = self._images.pop((domain, name))
         for blob in facts.blobs:
             self._blobs[domain, blob.blob_id] -= 1
         self._blobs = +self._blobs
+        self.dropped(entry)
 
     def drop_domain(self, domain: str) -> None:
         """Remove all images of a domain."""
@@ -101,18 +112,30 @@ def _list(daemon: Supervisor, request: Json) -> Json:
     return {"blobs": rows}
 
 
-def _delete(daemon: Supervisor, request: Json) -> None:
+def _delete(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -> None:
     domain, name = request.get("domain_id"), request.get("blob_id")
+
+    def culled(error: NydusError | None) -> None:
+        if error is None:
+            reply({"ok": None})
+        else:
+            reply({"error": {"status": error.rest_status, "message": f"Other({json.dumps(str(error))})"}})
+
     if domain is None:
-        return  # "cull the kernel's cache file": there is none where there is no fscache
+        if daemon.blobs is None:
+            reply({"ok": None})  # there is no such cache
+        else:
+            daemon.blobs.cull(str(name), culled)
+        return
     table = _table(daemon)
     if name:
         table.drop(str(domain), str(name))
     else:
         table.drop_domain(str(domain))
+    reply({"ok": None})
 
 
-def bind(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -> None:
+def _bind(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -> None:
     """Have a worker look at the image, then add it."""
     from nydusd.config import secret_values
     from nydusd.logs import register_secret
@@ -125,6 +148,9 @@ def bind(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -> 
     for secret in secret_values(entry.config):
         register_secret(secret)
     check_folder(entry)
+    if table.repeated(entry):
+        reply({"ok": None})
+        return
     table.check_new(entry)
 
     def inspected(_job: Job, answer: Answer) -> None:
@@ -148,4 +174,9 @@ def check_folder(entry: BlobEntry) -> None:
         raise BlobError(f"the work_dir of its cache must be a folder, but is {folder!r}")
 
 
-OPS: dict[str, Callable[[Supervisor, Json], object]] = {"list_blobs": _list, "delete_blob": _delete}
+OPS: dict[str, Callable[[Supervisor, Json], object]] = {"list_blobs": _list}
+LATER: dict[str, Callable[[Supervisor, Json, Callable[[Json], object]], None]] = {
+    "bind_blob": _bind,
+    "delete_blob": _delete,
+}
+"""Those that wait for a worker."""

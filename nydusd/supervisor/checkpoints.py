@@ -35,7 +35,7 @@ class Checkpoints:
 
     def store(self, cache: BlobCache) -> bool:
         """Have the map of a blob stored if it has gained chunks; whether that is under way."""
-        if cache.state != "ready" or not cache.caches:
+        if cache.state != "ready" or cache.spec.data_path is None:
             return False
         if not cache.checkpointing and cache.chunk_map.ready_count() != cache.stored:
             cache.checkpointing = True

@@ -106,7 +106,7 @@ def _takeover(daemon: Supervisor, _request: Json) -> None:
         raise NydusError('UpgradeManager("MissingSupervisorPath")')
     with _connected(daemon.options.supervisor) as wire:
         try:
-            sent = handover.receive(wire)
+            sent = handover.receive(wire, daemon.session_device())
         except OSError as e:
             raise NydusError(f"UpgradeManager({json.dumps(_error_text('Recv', e))})") from e
         except NydusError as e:
@@ -126,7 +126,9 @@ def _sendfd(daemon: Supervisor, _request: Json) -> None:
         if fd < 0:
             raise NotHereError
         try:
-            socket.send_fds(wire, [json.dumps(_state_to_keep(daemon)).encode()], [fd])
+            state = json.dumps(_state_to_keep(daemon)).encode()
+            sent = socket.send_fds(wire, [state], [fd])
+            wire.sendall(state[sent:])
         except OSError as e:
             raise NydusError(f"UpgradeManager({json.dumps(_error_text('Send', e))})") from e
 
@@ -134,7 +136,7 @@ def _sendfd(daemon: Supervisor, _request: Json) -> None:
 def _state_to_keep(daemon: Supervisor) -> Json:
     """What is kept with the fd. All else a successor finds in the run-time folder."""
     state: Json = {"version": handover.VERSION, "readable_by": handover.READABLE_BY}
-    return state | {"nydusd": GIT_COMMIT, "serves": daemon.options.serves}
+    return state | {"nydusd": GIT_COMMIT, "serves": daemon.options.serves} | daemon.session_state()
 
 
 def _connected(path: str) -> socket.socket:

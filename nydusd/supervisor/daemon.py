@@ -29,14 +29,14 @@ from nydusd.forkserver.client import ForkServer
 from nydusd.frontends.fuse.kernel_cache import forget_attributes, forget_names
 from nydusd.frontends.fuse.protocol import ROOT_ID
 from nydusd.frontends.fuse.session import Session, clear_stale_mount, is_held
-from nydusd.ipc.messages import Json
+from nydusd.ipc.messages import Json, SlotRef
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.supervisor import control_ops
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.family import Family
 from nydusd.supervisor.fd_store import FdStore
-from nydusd.supervisor.handover import EndedError, Waiting
+from nydusd.supervisor.handover import FUSE_DEVICE, EndedError, Waiting
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener, metrics_socket
 from nydusd.supervisor.mounts import Mounts, first_request
@@ -90,6 +90,8 @@ class Supervisor:
         self._runtime = Runtime(options.serves)
         self.run_dir = str(self._runtime.folder)
         self._poller = zmq.Poller()
+        self._sources: dict[int, Callable[[], None]] = {}
+        """What else is polled for input, and who takes it."""
         self._family = Family(options, config, fork_server, self._runtime, self._poller)
         self.children = self._family.children
         self._notifier = Notifier()
@@ -225,6 +227,14 @@ class Supervisor:
         """The FUSE session's, -1 if there is none."""
         return -1 if self._session is None else self._session.fd
 
+    def session_state(self) -> Json:
+        """What else is kept with the session, by whoever keeps it for us."""
+        return {}
+
+    def session_device(self) -> int:
+        """The number of the device that the session is of."""
+        return FUSE_DEVICE
+
     def fuse_mountpoint(self) -> str:
         """Where the FUSE session is mounted."""
         return self.options.serves
@@ -333,7 +343,7 @@ class Supervisor:
             self.slots,
             self.stage,
             self.prefetch,
-            sockets.reply,
+            self._reply,
             amplify=rafs.batch_size if rafs is not None else 1 << 20,
             deadline=self.config.nydusd.read_deadline,
         )
@@ -353,6 +363,11 @@ class Supervisor:
             (self.fetch, self.decompress),
             self.router.evictions,
         )
+
+    def _reply(self, client: bytes, number: int, errno: int, slot: SlotRef | None) -> None:
+        """Answer who has asked the router for chunks."""
+        assert self._sockets is not None
+        self._sockets.reply(client, number, errno, slot)
 
     def _has_others(self, server: str) -> bool:
         """Whether blobs of other servers than this one are in use."""
@@ -412,6 +427,9 @@ class Supervisor:
     def _turn(self, timeout: float) -> None:
         events = dict(self._poller.poll(int(timeout * 1000) + 1 if timeout else 0))
         self._traffic.take(events)
+        for source, take in self._sources.items():
+            if source in events:
+                take()
         if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
             # What systemd starts again takes over, perhaps as newer code; nobody who reads notices.
             self._leaving = self._session is not None and self._notifier.restarts()

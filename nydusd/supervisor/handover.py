@@ -32,7 +32,7 @@ VERSION, READABLE_BY, OLDEST = 2, 2, 2
 release that can read it, and the oldest that we read. A release that only adds to it counts VERSION up, not READABLE_BY."""
 _LOOK_MS = 20
 _PACKET, _FDS_MOST, _STATE_MOST = 64 << 10, 16, 16 << 20
-_FUSE_DEVICE = os.makedev(10, 229)
+FUSE_DEVICE = os.makedev(10, 229)
 _OPS = ("daemon", "takeover", "start", "exit", "sendfd", "events", "set_log_level")
 """What is answered by a daemon that serves nothing."""
 
@@ -58,16 +58,16 @@ def why_unknown(state: Json) -> str | None:
     return f"its state is of version {version!r}, this release knows {OLDEST} to {VERSION}"
 
 
-def receive(wire: socket.socket) -> Sent:
-    """The session's fd and its state. The caller owns the fd. Raises OSError, or NydusError for what is neither."""
+def receive(wire: socket.socket, device: int) -> Sent:
+    """The session's fd, of the device that has this number, and its state. The caller owns the fd. Raises OSError, or NydusError for what is neither."""
     data, fds, _, _ = socket.recv_fds(wire, _PACKET, _FDS_MOST, socket.MSG_CMSG_CLOEXEC)
     try:
         text = data
         while data and len(text) < _STATE_MOST:
             data = wire.recv(_PACKET)
             text += data
-        if not fds or os.fstat(fds[0]).st_rdev != _FUSE_DEVICE or not stat.S_ISCHR(os.fstat(fds[0]).st_mode):
-            raise NydusError("no file descriptor of a FUSE session was sent")
+        if not fds or os.fstat(fds[0]).st_rdev != device or not stat.S_ISCHR(os.fstat(fds[0]).st_mode):
+            raise NydusError(f"no file descriptor of a {'FUSE session' if device == FUSE_DEVICE else 'cache'} was sent")
         try:
             state = json.loads(text)
             why = why_unknown(state)

@@ -30,8 +30,10 @@ class Image:
         facts: ImageFacts,
         factory: BlobFactory,
         former: Sequence[Former] = (),
+        domain: str | None = None,
     ) -> None:
-        """`former`: how front ends that another supervisor has left call the blobs."""
+        """`former`: how front ends that another supervisor has left call the blobs. `domain`: of fscache, if it serves this."""
+        self._domain = domain
         self.place = place
         self.source = source
         self.config = config
@@ -48,7 +50,7 @@ class Image:
         self.released = False
         self.given = False
         """Whether its configuration is the command line's."""
-        cache_config = _cache_config(config)
+        cache_config = _cache_config(config, domain)
         names: Sequence[Former | None] = former or [None] * len(facts.blobs)
         self.caches = [
             factory.new_blob_cache(cache_config, info, facts.bootstrap, facts.path_id, facts.extracted, name)
@@ -100,7 +102,7 @@ class Image:
 
     def use(self, config: Config) -> None:
         """Fetch from now on with the settings of a backend that `config` has. Raises ConfigError."""
-        table = _cache_config(config).backend_config
+        table = _cache_config(config, self._domain).backend_config
         self.config = config
         for cache in self.caches:
             if cache.spec.backend_config != table:
@@ -122,7 +124,7 @@ def metadata_folders(config: Config, run_dir: str) -> list[str]:
     return [run_dir] if work_dir is None else [work_dir, run_dir]
 
 
-def _cache_config(config: Config) -> CacheConfig:
+def _cache_config(config: Config, domain: str | None = None) -> CacheConfig:
     from msgspec import to_builtins
 
     if config.backend is None:
@@ -131,11 +133,12 @@ def _cache_config(config: Config) -> CacheConfig:
     work_dir = cache.work_dir if cache is not None else None
     table: dict[str, Any] = to_builtins(config.backend.chosen())
     validate = (cache is not None and cache.validate) or (config.rafs is not None and config.rafs.validate)
-    if cache is not None and cache.type == "fscache":
+    if cache is not None and cache.type == "fscache" and domain is None:
         raise ConfigError("cache.type: fscache serves the kernel's cachefiles only; for FUSE use blobcache")
     return CacheConfig(
         backend=config.backend.type,
         backend_config=table,
         work_dir=None if work_dir is None else os.path.abspath(work_dir),
         always_verify=validate,
+        domain=domain,
     )

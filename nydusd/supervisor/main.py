@@ -19,6 +19,10 @@ log = logging.getLogger(__name__)
 
 def run(options: Options, config: Config, entries: list[BlobEntry], fork_server: ForkServer) -> int:
     """Run a daemon until it is told to stop. Raises NydusError when it cannot start; nothing is left behind then."""
+    if isinstance(options, SingletonOptions) and options.fscache is not None:
+        from nydusd.supervisor.fscache import FscacheDaemon
+
+        return _run(FscacheDaemon(options, entries, fork_server))
     if isinstance(options, SingletonOptions):
         from nydusd.supervisor.singleton import Singleton
 

@@ -172,6 +172,25 @@ class Mounts:
         self._changed(image.place if self.table.under(request.names) else None)
         return image
 
+    def bind(self, image: Image) -> None:
+        """Know an image that the kernel mounts by itself. Raises NydusError, and then it is not known."""
+        try:
+            self._make_counters(image)
+        except NydusError:
+            self._release(image)
+            raise
+        self.images[image.place] = image
+        self._changed(None)
+
+    def unbind(self, place: str) -> None:
+        """The kernel is not given this image any more; blobs of it that are open stay until they are closed."""
+        self._release(self.images.pop(place))
+
+    def let_go(self, cache: BlobCache) -> None:
+        """Somebody beside the images uses a blob no more."""
+        cache.users -= 1
+        self._leave(cache)
+
     # --- remount ----------------------------------------------------------------------------------------------
 
     def remount(self, request: Request, done: Done) -> None:
@@ -249,9 +268,12 @@ class Mounts:
             for row in range(self.rows):
                 remove(f"{image.files}.{row}")
         for cache in image.caches:
-            if cache.users <= 0 and cache not in self._leaving:
-                self._prefetch_no_more(cache)
-                self._leaving.append(cache)
+            self._leave(cache)
+
+    def _leave(self, cache: BlobCache) -> None:
+        if cache.users <= 0 and cache not in self._leaving:
+            self._prefetch_no_more(cache)
+            self._leaving.append(cache)
 
     def _prefetch_no_more(self, cache: BlobCache) -> None:
         if hasattr(self, "_prefetch"):

@@ -97,6 +97,10 @@ class WorkerPool:
             job.cancelled = True
             job.done(job, {})
 
+    def has(self, cache: BlobCache) -> bool:
+        """Whether a worker does something with this blob, wanted or not."""
+        return any(job.cache is cache for job in self._busy.values())
+
     def refuse(self, kind: str) -> list[bytes]:
         """No job of this kind is begun any more, and nobody is told: the daemon ends. Gives the workers that have one."""
         self._refused.add(kind)

@@ -23,7 +23,7 @@ class NotFoundError(NydusError):
 def answer(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -> None:
     """Reply to a control request, now or later: {"ok": …} or {"error": {"status", "message"}}."""
     op = str(request.get("op"))
-    later = blobs.bind if op == "bind_blob" else mount_ops.OPS.get(op)
+    later = blobs.LATER.get(op) or mount_ops.OPS.get(op)
     handler = (
         _OPS.get(op) or control_ops.OPS.get(op) or metrics_ops.OPS.get(op) or blobs.OPS.get(op) or view.OPS.get(op)
     )

@@ -15,6 +15,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from nydusd.errors import CacheError, NydusError
 from nydusd.ipc.messages import AHEAD, LOST, SlotRef
@@ -22,6 +23,7 @@ from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority, Request
+from nydusd.storage.cache.spec import NO_COOKIE
 from nydusd.supervisor.checkpoints import Checkpoints
 from nydusd.supervisor.evictions import Evictions
 from nydusd.supervisor.launch import Launch
@@ -183,6 +185,8 @@ class Router:
     def _opened(self, job: Job, answer: Answer) -> None:
         cache = job.cache
         assert cache is not None
+        if job.cancelled:
+            return
         name = cache.spec.info.blob_id
         error = answer.get("error")
         if error is None:
@@ -217,6 +221,15 @@ class Router:
         of an image that it removes before it ends the daemon, and nobody would delete new ones.
         """
         log.warning("blob %s: %s; opening it again", cache.spec.info.blob_id, why)
+        self._void(cache)
+
+    def forget(self, cache: BlobCache) -> None:
+        """The file of a blob is taken away, in order: what waits for it fails, and it must be opened anew."""
+        cache.spec = replace(cache.spec, cookie=NO_COOKIE)
+        self._void(cache)
+        cache.lost = False
+
+    def _void(self, cache: BlobCache) -> None:
         requests = {request: None for waiters in cache.waiters.values() for request in waiters}
         cache.reopen()
         # In this order: the end of a decompress job may make room for a request, which has the blob prepared again.

@@ -1,6 +1,6 @@
 """`nydusd singleton`: one daemon for many images, without a FUSE mount. It keeps the table of images that the API fills.
 
-Runs in the supervisor. Serving them to the kernel through fscache is not there yet; the command line refuses it.
+Runs in the supervisor. With `--fscache` it is `supervisor/fscache.py`.
 What holds after SIGKILL: nothing of the table; clients tell the next daemon again.
 """
 

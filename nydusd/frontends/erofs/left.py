@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nydusd.errors import MountError
+from nydusd.ipc.borrow import copy_of
 from nydusd.storage.state.lock import start_time
 
 from .session import Fds
@@ -24,7 +25,6 @@ from .session import Fds
 log = logging.getLogger(__name__)
 
 _END_SECONDS = 5.0
-_PIDFD_GETFD = 438
 
 
 class Left(NamedTuple):
@@ -86,7 +86,7 @@ def take(path: Path) -> Left | None:
         copies: list[int] = []
         try:
             for number in numbers:
-                copies.append(_copy(holder, number))
+                copies.append(copy_of(holder, number))
         except OSError as e:
             why = str(e.strerror)
             for fd in copies:
@@ -142,15 +142,3 @@ def _living(pid: int, start: int) -> int:
         return pidfd
     os.close(pidfd)
     return -1
-
-
-def _copy(guard: int, number: int) -> int:
-    """pidfd_getfd(2); the copy is not inheritable."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd: int = libc.syscall(_PIDFD_GETFD, guard, number, 0)
-    if fd < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return fd

@@ -7,7 +7,7 @@ from itertools import count
 
 from nydusd.formats.model import BlobInfo
 from nydusd.storage.cache.blob_cache import BlobCache
-from nydusd.storage.cache.manager import BlobCacheMgr, CacheConfig, DummyCacheMgr, FileCacheMgr, Former
+from nydusd.storage.cache.manager import BlobCacheMgr, CacheConfig, DummyCacheMgr, FileCacheMgr, Former, FsCacheMgr
 
 
 class BlobFactory:
@@ -36,8 +36,7 @@ class BlobFactory:
         key = config.key()
         manager = self._managers.get(key)
         if manager is None:
-            kind = FileCacheMgr if config.work_dir is not None else DummyCacheMgr
-            manager = kind(config, self._instance, self._run_dir, lambda: next(self._handles))
+            manager = _kind(config)(config, self._instance, self._run_dir, lambda: next(self._handles))
             self._managers[key] = manager
         # What a former daemon opened under this configuration may be an image's whose credentials are others now.
         names = (manager.segment_of(info), None if former is None else former.segment)
@@ -75,3 +74,9 @@ class BlobFactory:
         for cache in self._by_handle.values():
             cache.users = 0
         self.gc()
+
+
+def _kind(config: CacheConfig) -> type[BlobCacheMgr]:
+    if config.domain is not None:
+        return FsCacheMgr
+    return FileCacheMgr if config.work_dir is not None else DummyCacheMgr

@@ -135,6 +135,11 @@ class BlobCache:
         self.jobs.clear()
         self.waiters.clear()
 
+    def give(self, cookie: tuple[int, int]) -> None:
+        """The kernel's file of the blob is open, see `BlobSpec.cookie`: the next `prepare` looks what is in it."""
+        self.spec = replace(self.spec, cookie=cookie)
+        self.no_room_until = self.retry_at = 0.0
+
     def configure(self, backend_config: dict[str, Any]) -> None:
         """Have the backend asked with other settings from the next job on; what has failed with the old ones may go well."""
         self.spec = replace(self.spec, backend_config=backend_config)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from nydusd.formats.model import BlobInfo
 from nydusd.storage.cache.blob_cache import BlobCache
-from nydusd.storage.cache.spec import BlobSpec
+from nydusd.storage.cache.spec import NO_COOKIE, BlobSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +18,19 @@ class CacheConfig:
     """What makes two images share a manager: the same backend with the same settings, and the same cache folder.
 
     `backend_config` is the backend's table. `work_dir` is None for the dummy cache. `always_verify`: trust nothing
-    that is found on disk before its digest was checked (digest_validate).
+    that is found on disk before its digest was checked (digest_validate). `domain`: chunks go to the kernel's cache (fscache),
+    which has one file a blob in each domain, whoever's images these are: so the domain alone is what they share.
     """
 
     backend: str
     backend_config: dict[str, Any]
     work_dir: str | None
     always_verify: bool
+    domain: str | None = None
 
     def key(self) -> str:
+        if self.domain is not None:
+            return repr(("fscache", self.domain))
         return repr((self.backend, sorted(self.backend_config.items()), self.work_dir, self.always_verify))
 
 
@@ -46,6 +50,9 @@ class BlobCacheMgr(ABC):
         self._run_dir = run_dir
         self._next_handle = next_handle
         self.blobs: dict[str, BlobCache] = {}
+
+    cookie: tuple[int, int] | None = None
+    """`BlobSpec.cookie` of a new blob."""
 
     @property
     @abstractmethod
@@ -73,6 +80,7 @@ class BlobCacheMgr(ABC):
                     backend=self._config.backend,
                     backend_config=self._config.backend_config,
                     always_verify=self._config.always_verify,
+                    cookie=self.cookie,
                 )
             )
             self.blobs[info.blob_id] = cache
@@ -99,6 +107,12 @@ class FileCacheMgr(BlobCacheMgr):
     @property
     def work_dir(self) -> str | None:
         return self._config.work_dir
+
+
+class FsCacheMgr(FileCacheMgr):
+    """Chunks are stored in files of the kernel's cache, which it gives us open. `work_dir` has only `<blob id>.blob.meta`."""
+
+    cookie = NO_COOKIE
 
 
 class DummyCacheMgr(BlobCacheMgr):

@@ -11,6 +11,7 @@ from nydusd.formats.model import BlobInfo, Cipher, Compressor, Digester
 _ENUMS = {"compressor": Compressor, "digester": Digester, "cipher": Cipher, "ci_compressor": Compressor}
 LOCAL = ("localfs", "localdisk")
 """Backends that decompress workers read by themselves."""
+NO_COOKIE = (0, 0)
 _BYTES = ("toc_digest", "meta_digest", "cipher_key", "cipher_iv")
 
 
@@ -20,6 +21,8 @@ class BlobSpec:
 
     `work_dir` is None for the dummy cache; `meta_dir` holds `<id>.blob.meta` then. `bootstrap` is the metadata file whose
     chunk table holds the digests; `path_id` the blob id in its name, `extracted` whether it was taken out of that blob.
+    `cookie`: the data file is one of the kernel's cache (fscache), which the process of this pid has open under this number;
+    `NO_COOKIE` while the kernel does not want it.
     """
 
     handle: int
@@ -34,14 +37,15 @@ class BlobSpec:
     backend: str
     backend_config: dict[str, Any]
     always_verify: bool
+    cookie: tuple[int, int] | None = None
 
     def _path(self, suffix: str) -> Path:
         return Path(self.work_dir if self.work_dir is not None else self.meta_dir) / (self.info.blob_id + suffix)
 
     @property
     def data_path(self) -> Path | None:
-        """The cache file: the virtual uncompressed blob."""
-        return None if self.work_dir is None else self._path(".blob.data")
+        """The cache file: the virtual uncompressed blob. None if there is none, or it is the kernel's."""
+        return None if self.work_dir is None or self.cookie is not None else self._path(".blob.data")
 
     @property
     def map_path(self) -> Path:
@@ -76,6 +80,7 @@ class BlobSpec:
     def from_json(cls, raw: dict[str, Any]) -> BlobSpec:
         known = {f.name: raw[f.name] for f in fields(cls)}
         known["info"] = info_from_json(raw["info"])
+        known["cookie"] = None if raw["cookie"] is None else (int(raw["cookie"][0]), int(raw["cookie"][1]))
         return cls(**known)
 
 

@@ -1,0 +1,98 @@
+"""`python -m nydusd.frontends.fscache.guard --spec-fd N`: holds /dev/cachefiles, so that the cache outlives the supervisor.
+
+It does nothing while there is a supervisor. The next one takes the device from here. If none comes for `patience` seconds,
+readers must not wait for ever: then it answers, with the sizes that are noted and without data, so what is cached is read on
+and the rest fails with EIO. It ends when no image is mounted any more.
+
+The spec: `device` (fd), `folder` (beside it is noted what there is, see `left.py`), `supervisor` (its pid), `patience`
+(seconds).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+
+from nydusd.errors import FormatError
+from nydusd.ipc.spec import read_spec
+from nydusd.proctitle import set_title
+
+from . import messages
+from .device import CacheDevice, completed
+from .left import Files
+
+_LOOK = 1.0
+"""Seconds between looks around."""
+
+
+class Guard:
+    """What is open in the place of a supervisor that is gone."""
+
+    def __init__(self, device: CacheDevice, files: Files) -> None:
+        self._device = device
+        self._files = files
+        self._open: dict[int, int] = {}
+
+    def serve(self, seconds: float) -> None:
+        """Answer what the kernel says for so long."""
+        until = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._device.fd, select.POLLIN)
+        while (left := until - time.monotonic()) > 0:
+            if any(ready & select.POLLIN for _, ready in poll.poll(left * 1000)):
+                while raw := self._device.read():
+                    self._answer(raw)
+
+    def _answer(self, raw: bytes) -> None:
+        try:
+            message = messages.parse(raw)
+        except FormatError:
+            if (refused := messages.refused(raw)) is not None:
+                self._device.opened(refused[0], -5)
+                os.close(refused[1])
+            return
+        if isinstance(message, messages.Open):
+            held = self._files.read()
+            size = -2 if held is None else held.sizes.get(f"{message.domain}/{message.key}", -2)
+            if self._device.opened(message.number, size) and size >= 0:
+                self._open[message.object_id] = message.fd
+            else:
+                os.close(message.fd)
+        elif isinstance(message, messages.Read):
+            if message.object_id in self._open:
+                completed(self._open[message.object_id], message.number)
+        elif message.object_id in self._open:
+            os.close(self._open.pop(message.object_id))
+
+
+def main(argv: list[str]) -> int:
+    """Hold on until the images are unmounted. Raises FormatError when the spec cannot be used."""
+    spec = read_spec(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_title("guard")
+    with contextlib.suppress(OSError):
+        os.setsid()  # what ends the daemon's process group is not meant for readers
+    supervisor, files = int(spec["supervisor"]), Files.beside(str(spec["folder"]))
+    device = CacheDevice(int(spec["device"]))
+    while os.getppid() == supervisor:
+        time.sleep(_LOOK)
+    gone, guard = time.monotonic(), None
+    while (held := files.read()) is not None and held.holder[0] == os.getpid() and held.is_used():
+        if guard is None and time.monotonic() - gone < float(spec["patience"]):
+            time.sleep(_LOOK)
+            continue
+        if guard is None:
+            guard = Guard(device, files)
+            device.restore()
+        guard.serve(_LOOK)
+    if held is not None and held.holder[0] == os.getpid():
+        files.remove()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

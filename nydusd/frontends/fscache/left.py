@@ -1,0 +1,95 @@
+"""What a daemon that serves fscache leaves when it ends or is killed while images are mounted, for its guard and the next one.
+
+Two files beside the run-time folder, replaced at once, readable for their owner only: `NAME.fscache.json` says who holds the
+device and which files there are, `NAME.fscache.images.json` how the images are fetched (it may hold secrets; the guard does
+not read it). Written by the supervisor at each change, so a SIGKILL of it loses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from nydusd.errors import CacheError
+from nydusd.ipc.borrow import borrow
+from nydusd.ipc.messages import Json
+from nydusd.storage.state.lock import start_time
+
+_SYSFS = "/sys/fs/erofs"
+
+
+class Held(msgspec.Struct):
+    """`holder`: pid and start time of the guard; `device`: its descriptor; `sizes`: bytes of each file, by "DOMAIN/KEY".
+
+    `mounts`: what the kernel calls the images' file systems.
+    """
+
+    holder: tuple[int, int]
+    device: int
+    sizes: dict[str, int]
+    mounts: list[str]
+
+    def is_used(self) -> bool:
+        """Whether one of the images is mounted, in whichever mount namespace."""
+        return any(os.path.isdir(f"{_SYSFS}/{name}") for name in self.mounts)
+
+
+class Files(NamedTuple):
+    """The paths."""
+
+    held: Path
+    images: Path
+
+    @classmethod
+    def beside(cls, folder: str) -> Files:
+        path = Path(folder)
+        return cls(path.with_suffix(".fscache.json"), path.with_suffix(".fscache.images.json"))
+
+    def write(self, held: Held, images: Sequence[Mapping[str, object]]) -> None:
+        """Raises CacheError."""
+        _write(self.images, {"images": list(images)})
+        _write(self.held, msgspec.to_builtins(held))
+
+    def read(self) -> Held | None:
+        """None if there is nothing that can be used."""
+        try:
+            return msgspec.json.decode(self.held.read_bytes(), type=Held)
+        except (OSError, msgspec.MsgspecError):
+            return None
+
+    def take(self) -> tuple[int, tuple[int, int], list[Json]] | None:
+        """A copy of the device, who holds it still, and the images. None if nobody holds it. Raises CacheError."""
+        held = self.read()
+        if held is None or not held.holder[1] or start_time(held.holder[0]) != held.holder[1]:
+            return None
+        try:
+            return borrow(held.holder[0], held.device), held.holder, self._images()
+        except OSError as e:
+            raise CacheError(f"{self.held}: pid {held.holder[0]} does not give its device: {e.strerror}") from e
+
+    def _images(self) -> list[Json]:
+        """Those that are noted; what cannot be read costs the images, not the device."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return list(json.loads(self.images.read_bytes())["images"])
+        return []
+
+    def remove(self) -> None:
+        for path in self:
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with open(fd, "w") as file:
+            json.dump(content, file)
+        os.replace(temporary, path)
+    except OSError as e:
+        raise CacheError(f"{path}: {e.strerror}", e.errno) from e
