@@ -5,12 +5,13 @@ BIN := .venv/bin
 PREFIX ?= /usr/local
 CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests scripts/reference
 
-.PHONY: help setup demo test test-containerd lint fuzz torture bench bench-erofs bench-delays reference install deb clean
+.PHONY: help setup demo test test-containerd test-fscache lint fuzz torture bench bench-erofs bench-delays reference install deb clean
 
 help:
 	@echo 'make demo    mount an image (a packed one, or of SOURCE=FOLDER or SOURCE=HOST/REPO:TAG), read it cold and warm'
 	@echo 'make test    checks (ruff, mypy --strict) and all tests'
 	@echo 'make test-containerd  of these, what containerd and nydus-snapshotter do with the daemon'
+	@echo 'make test-fscache  fscache, in a guest kernel under QEMU (the first run on a machine builds the kernel: ten minutes)'
 	@echo 'make lint    the checks alone'
 	@echo 'make fuzz    at least 100,000 mutated inputs through every parser (FUZZ_INPUTS=N)'
 	@echo 'make torture  kill processes of a daemon at random under readers that compare every byte (TORTURE_MINUTES=N, TORTURE_WAY=fuse|fanotify|blobfs)'
@@ -39,6 +40,7 @@ test: lint
 	scripts/need-registry
 	scripts/need-containerd
 	scripts/need-erofs
+	scripts/need-nbd
 	scripts/need-shells
 	scripts/need-systemd
 	$(BIN)/python scripts/run-tests
@@ -48,6 +50,9 @@ test-containerd: setup
 	scripts/need-registry
 	scripts/need-containerd
 	$(BIN)/pytest tests/containerd
+
+test-fscache: setup
+	$(BIN)/python -m tests.fscache.guest "$$(scripts/need-fscache)"
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz

@@ -4,10 +4,10 @@ _nydusd() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
         case $word in
-            --apisock|--bootstrap|--config|--dedup-db|--driver|--failover-policy|--fscache|--fscache-tag|--fscache-threads|--fuse-threads|--id|--localfs-dir|--log-file|--log-level|--log-rotation-size|--mountpoint|--prefetch-files|--rlimit-nofile|--shared-dir|--supervisor|--thread-num|--virtual-mountpoint|-A|-B|-C|-D|-F|-L|-M|-l|-m|-s) ((i++)); continue ;;
+            --apisock|--bootstrap|--config|--dedup-db|--driver|--failover-policy|--fscache|--fscache-tag|--fscache-threads|--fuse-threads|--id|--localfs-dir|--log-file|--log-level|--log-rotation-size|--mountpoint|--prefetch-files|--rlimit-nofile|--shared-dir|--socket|--supervisor|--thread-num|--virtual-mountpoint|-A|-B|-C|-D|-F|-L|-M|-S|-l|-m|-s) ((i++)); continue ;;
         esac
         case "$path/$word" in
-            /fuse|/erofs|/blobfs|/singleton|/virtiofs|/nbd|/uffd|/help) path=$path/$word ;;
+            /fuse|/erofs|/blobfs|/nbd|/singleton|/virtiofs|/uffd|/help) path=$path/$word ;;
         esac
     done
     case "$path $prev" in
@@ -72,6 +72,18 @@ _nydusd() {
         "/blobfs -D"|"/blobfs --localfs-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
         "/blobfs --prefetch-files") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/blobfs --fuse-threads"|"/blobfs --thread-num") COMPREPLY=(); return ;;
+        "/nbd -A"|"/nbd --apisock") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/nbd -C"|"/nbd --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/nbd --id") COMPREPLY=(); return ;;
+        "/nbd --supervisor") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/nbd -l"|"/nbd --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/nbd -L"|"/nbd --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/nbd --log-rotation-size") COMPREPLY=(); return ;;
+        "/nbd --rlimit-nofile") COMPREPLY=(); return ;;
+        "/nbd -S"|"/nbd --socket") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/nbd -B"|"/nbd --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/nbd -D"|"/nbd --localfs-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/nbd --prefetch-files") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/singleton -A"|"/singleton --apisock") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/singleton -C"|"/singleton --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/singleton --id") COMPREPLY=(); return ;;
@@ -91,14 +103,6 @@ _nydusd() {
         "/virtiofs -L"|"/virtiofs --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/virtiofs --log-rotation-size") COMPREPLY=(); return ;;
         "/virtiofs --rlimit-nofile") COMPREPLY=(); return ;;
-        "/nbd -A"|"/nbd --apisock") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
-        "/nbd -C"|"/nbd --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
-        "/nbd --id") COMPREPLY=(); return ;;
-        "/nbd --supervisor") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
-        "/nbd -l"|"/nbd --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
-        "/nbd -L"|"/nbd --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
-        "/nbd --log-rotation-size") COMPREPLY=(); return ;;
-        "/nbd --rlimit-nofile") COMPREPLY=(); return ;;
         "/uffd -A"|"/uffd --apisock") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/uffd -C"|"/uffd --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/uffd --id") COMPREPLY=(); return ;;
@@ -109,13 +113,13 @@ _nydusd() {
         "/uffd --rlimit-nofile") COMPREPLY=(); return ;;
     esac
     case "$path" in
-        '') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -M --mountpoint --failover-policy --fuse-threads --thread-num --writable -B --bootstrap -D --localfs-dir -s --shared-dir --prefetch-files -m --virtual-mountpoint --dedup-db fuse erofs blobfs singleton virtiofs nbd uffd help' -- "$cur")) ;;
+        '') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -M --mountpoint --failover-policy --fuse-threads --thread-num --writable -B --bootstrap -D --localfs-dir -s --shared-dir --prefetch-files -m --virtual-mountpoint --dedup-db fuse erofs blobfs nbd singleton virtiofs uffd help' -- "$cur")) ;;
         '/fuse') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -M --mountpoint --failover-policy --fuse-threads --thread-num --writable -B --bootstrap -D --localfs-dir -s --shared-dir --prefetch-files -m --virtual-mountpoint --dedup-db' -- "$cur")) ;;
         '/erofs') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -M --mountpoint -B --bootstrap -D --localfs-dir --prefetch-files --fuse-threads --thread-num --driver' -- "$cur")) ;;
         '/blobfs') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -M --mountpoint -B --bootstrap -D --localfs-dir --prefetch-files --fuse-threads --thread-num' -- "$cur")) ;;
+        '/nbd') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -S --socket -B --bootstrap -D --localfs-dir --prefetch-files' -- "$cur")) ;;
         '/singleton') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version -F --fscache --fscache-tag --fscache-threads' -- "$cur")) ;;
         '/virtiofs') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version' -- "$cur")) ;;
-        '/nbd') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version' -- "$cur")) ;;
         '/uffd') COMPREPLY=($(compgen -W '-A --apisock -C --config --id --supervisor -l --log-level -L --log-file --log-rotation-size --rlimit-nofile --upgrade -h --help -V --version' -- "$cur")) ;;
         '/help') COMPREPLY=($(compgen -W '' -- "$cur")) ;;
     esac

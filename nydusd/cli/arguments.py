@@ -12,13 +12,13 @@ import functools
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
-from nydusd.cli.options import BlobfsOptions, ErofsOptions, FuseOptions, Options, SingletonOptions
+from nydusd.cli.options import BlobfsOptions, ErofsOptions, FuseOptions, NbdOptions, Options, SingletonOptions
 from nydusd.errors import ConfigError, UnsupportedError
 
 LOG_LEVELS: Final = ("trace", "debug", "info", "warn", "error")
 FAILOVER_POLICIES: Final = ("none", "resend", "flush")
 DRIVERS: Final = ("auto", "fanotify", "blobfs", "fuse")
-NOT_YET: Final = ("virtiofs", "nbd", "uffd")
+NOT_YET: Final = ("virtiofs", "uffd")
 """Subcommands of the reference daemon that this version knows by name only."""
 _EARLY: Final = "early_"
 """Prefix of the destinations of fuse options given without a subcommand, to tell where they stood."""
@@ -73,6 +73,12 @@ def parse_arguments(argv: Sequence[str]) -> FuseOptions | SingletonOptions:
             raise ConfigError("--fscache-tag needs --fscache")
         return singleton
     given.update((name.removeprefix(_EARLY), value) for name, value in early.items())
+    if command == "nbd":
+        if "socket" not in given:
+            raise ConfigError("--socket is missing")
+        nbd = NbdOptions(**given)
+        _check(nbd)
+        return nbd
     if "mountpoint" not in given:
         raise ConfigError("--mountpoint is missing")
     kinds: dict[str | None, type[FuseOptions]] = {"erofs": ErofsOptions, "blobfs": BlobfsOptions}
@@ -93,7 +99,7 @@ def _check_instance(options: Options) -> None:
 
 def _check(options: FuseOptions) -> None:
     _check_instance(options)
-    if isinstance(options, ErofsOptions | BlobfsOptions) and options.bootstrap is None:
+    if isinstance(options, ErofsOptions | BlobfsOptions | NbdOptions) and options.bootstrap is None:
         raise ConfigError("--bootstrap is missing")
     if options.bootstrap is not None and options.shared_dir is not None:
         raise ConfigError("--bootstrap cannot be used with --shared-dir")
@@ -132,13 +138,16 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     blobfs = add("blobfs", "serve the blobs of an image over FUSE, uncompressed, one file a blob")
     _add_globals(blobfs)
     _add_image_options(blobfs.add_argument_group("options of blobfs"))
+    nbd = add("nbd", "export one image as a block device on a unix socket, by the NBD protocol")
+    _add_globals(nbd)
+    _add_nbd_options(nbd)
     singleton = add("singleton", "serve many images without a mount of its own")
     _add_globals(singleton)
     _add_singleton_options(singleton)
     for name in NOT_YET:
         _add_globals(add(name, "not supported yet"))
     add("help", "print this").add_argument("topic", nargs="?")
-    return parser, {"fuse": fuse, "erofs": erofs, "blobfs": blobfs, "singleton": singleton}
+    return parser, {"fuse": fuse, "erofs": erofs, "blobfs": blobfs, "nbd": nbd, "singleton": singleton}
 
 
 def _add_globals(parser: argparse.ArgumentParser) -> None:
@@ -209,10 +218,21 @@ def _add_erofs_options(parser: argparse.ArgumentParser) -> None:
 def _add_image_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("-M", "--mountpoint", metavar="DIR", help="existing folder to mount on")
+    _add_source_options(group)
+    add("--fuse-threads", "--thread-num", type=_Number(1, 1024), metavar="N", help="front-end processes over FUSE (4)")
+
+
+def _add_nbd_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("options of nbd")
+    group.add_argument("-S", "--socket", metavar="PATH", help="unix socket to export the image at")
+    _add_source_options(group)
+
+
+def _add_source_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("-B", "--bootstrap", metavar="PATH", help="metadata of the image to mount")
     add("-D", "--localfs-dir", metavar="DIR", help="folder of blobs and cache, instead of -C")
     add("--prefetch-files", metavar="PATH", help="list of files to read ahead, one a line")
-    add("--fuse-threads", "--thread-num", type=_Number(1, 1024), metavar="N", help="front-end processes over FUSE (4)")
 
 
 def _add_singleton_options(parser: argparse.ArgumentParser) -> None:

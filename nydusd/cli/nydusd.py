@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nydusd.cli.arguments import HelpAsked, VersionAsked, parse_arguments
-from nydusd.cli.options import FuseOptions, Options, SingletonOptions
+from nydusd.cli.options import FuseOptions, NbdOptions, Options, SingletonOptions
 from nydusd.errors import ConfigError, NydusError, UnsupportedError
 from nydusd.version import build_info, version_text
 
@@ -94,6 +94,8 @@ def _complete(options: FuseOptions) -> FuseOptions:
         raise UnsupportedError("--writable is not supported yet: images are mounted read-only")
     if options.dedup_db is not None:
         raise UnsupportedError("--dedup-db is not supported yet: leave it out, chunks are then fetched for each blob")
+    if isinstance(options, NbdOptions):
+        return replace(options, socket=os.path.abspath(options.socket))
     return replace(options, mountpoint=resolve_mountpoint(options.mountpoint))
 
 

@@ -78,3 +78,15 @@ class ErofsOptions(FuseOptions):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlobfsOptions(FuseOptions):
     """Options of `nydusd blobfs`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NbdOptions(FuseOptions):
+    """Options of `nydusd nbd`: `socket` is the absolute path of the socket, `mountpoint` is not used."""
+
+    mountpoint: str = ""
+    socket: str
+
+    @property
+    def serves(self) -> str:
+        return f"nbd {self.socket}"

@@ -84,6 +84,11 @@ class Family:
         self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
         self._watch_fork_server()
 
+    @property
+    def lifeline(self) -> int:
+        """A pipe that is closed when we are gone."""
+        return self._lifeline
+
     def add(self, child: Child) -> None:
         self.children.append(child)
         self.launch(child)

@@ -1,4 +1,4 @@
-"""The API's listening sockets: bound by the supervisor, served by the API process, which may be replaced behind them."""
+"""Listening sockets: bound by the supervisor, served by another process, which may be replaced behind them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 class Listener:
     """A unix stream socket with mode 0600 at `path`; a socket that is there already is replaced, anything else stays.
 
-    Raises NydusError when it cannot be bound.
+    Raises NydusError, which names the `option`, when it cannot be bound.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, option: str = "--apisock") -> None:
         self._path = Path(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mask = os.umask(0o177)
@@ -32,7 +32,7 @@ class Listener:
             self._inode = self._path.stat().st_ino
         except (OSError, ValueError) as e:
             self._socket.close()
-            raise NydusError(f"--apisock {path}: {getattr(e, 'strerror', None) or e}") from e
+            raise NydusError(f"{option} {path}: {getattr(e, 'strerror', None) or e}") from e
         finally:
             os.umask(mask)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from nydusd.cli.options import BlobfsOptions, ErofsOptions, FuseOptions, Options, SingletonOptions
+from nydusd.cli.options import BlobfsOptions, ErofsOptions, FuseOptions, NbdOptions, Options, SingletonOptions
 from nydusd.nursery import client as nursery
 from nydusd.supervisor.daemon import Supervisor
 
@@ -31,6 +31,10 @@ def run(options: Options, config: Config, entries: list[BlobEntry], fork_server:
         from nydusd.supervisor.selection import daemon_for
 
         return _run(daemon_for(options, config, fork_server))
+    if isinstance(options, NbdOptions):
+        from nydusd.supervisor.nbd import NbdDaemon
+
+        return _run(NbdDaemon(options, config, fork_server))
     if isinstance(options, BlobfsOptions):
         from nydusd.supervisor.blobfs import BlobfsDaemon
 

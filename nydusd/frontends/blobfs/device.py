@@ -50,6 +50,14 @@ class RangeDevice(BlobDevice):
                 done += super().read_into([extent], buf[done:], pieces)
         return done
 
+    def runs(self, vec: BlobIoVec) -> list[ChunkRun]:
+        """All chunks of `vec`, whether they are there or not."""
+        return [
+            ChunkRun(piece.blob, piece.chunk, 1)
+            for piece in vec
+            if piece.chunk_len not in (_PADDING, _UNKNOWN) or not self._is_open(piece.blob)
+        ] or [ChunkRun(piece.blob, piece.chunk, 1) for piece in vec[:1]]
+
     def _known(self, vec: BlobIoVec) -> list[Extent]:
         """The pieces of `vec`, all of whose blobs are open."""
         pieces = []

@@ -1,0 +1,191 @@
+"""Reads of the export: put together from metadata, zeros and blobs; what is missing is asked for and waited for.
+
+Runs in the front end. All of it dies with the process: clients are disconnected then, and ask again when they are back.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+
+from nydusd.errors import EvictedError, NydusError, StaleCacheError
+from nydusd.formats.model import Extent
+from nydusd.frontends.blobfs.device import RangeDevice
+from nydusd.frontends.fuse.complaints import Complaints
+from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
+from nydusd.ipc.messages import AHEAD, LOST, SlotRef
+from nydusd.storage.api.io import ChunkRun
+
+from .connection import Connection
+from .layout import METADATA, NOTHING, Layout
+from .protocol import Request
+
+log = logging.getLogger(__name__)
+
+_ROUNDS = 20
+"""How often a read may have to ask: chunks may be taken away again before it gets them."""
+_LOST_ROUND = 4
+
+
+class _Waiting:
+    """A read: what it needs of blobs, and what it has asked for."""
+
+    __slots__ = ("asked", "connection", "deadline", "pending", "rounds", "slots", "vec")
+
+    def __init__(self, connection: Connection, asked: Request, vec: list[Extent], deadline: float) -> None:
+        self.connection = connection
+        self.asked = asked
+        self.vec = vec
+        self.deadline = deadline
+        self.rounds = 0
+        self.pending: dict[int, tuple[ChunkRun, int]] = {}
+        self.slots: list[SlotRef] = []
+
+
+class Reads:
+    """`connect` makes the line to the supervisor, at the first miss. A read waits `patience` seconds at most."""
+
+    def __init__(self, layout: Layout, device: RangeDevice, connect: Callable[[], Client], patience: float) -> None:
+        self._layout = layout
+        self._device = device
+        self._connect = connect
+        self._patience = patience
+        self.client: Client | None = None
+        self._waiting: dict[int, _Waiting] = {}
+        self._owners: dict[int, _Waiting] = {}
+        self._complaints = Complaints("nbd")
+        self._tick = 0.0
+
+    def begin(self, connection: Connection, asked: Request) -> None:
+        """Answer a read now, or when what it needs is there."""
+        connection.reserve(asked.length)
+        vec: list[Extent] = []
+        for piece in self._layout.pieces(asked.offset, asked.length):
+            if piece.blob >= 0:
+                vec += self._device.extents(piece.blob, piece.start, piece.length)
+        waiting = _Waiting(connection, asked, vec, time.monotonic() + self._patience)
+        self._proceed(waiting)
+
+    def _proceed(self, waiting: _Waiting) -> None:
+        """Ask for what a read lacks, or answer it."""
+        pieces = self._pieces(waiting)
+        again = waiting.rounds > 0
+        try:
+            lacking = [
+                run
+                for run in self._device.missing(waiting.vec, again)
+                if any((run.blob, chunk) not in pieces for chunk in range(run.first, run.first + run.count))
+            ]
+            if not lacking:
+                self._finish(waiting, 0, self._put_together(waiting, pieces))
+            else:
+                self._ask(waiting, lacking)
+        except StaleCacheError:
+            self._ask(waiting, self._device.runs(waiting.vec), lost=True)
+        except EvictedError:
+            self._ask(waiting, self._device.runs(waiting.vec))
+        except NydusError as e:
+            self._fail(waiting, e.errno, str(e))
+        if self._device.hints and self.client is not None:
+            for run in self._device.hints:
+                self.client.request(run, AHEAD)
+        self._device.hints.clear()
+
+    def _put_together(self, waiting: _Waiting, pieces: dict[tuple[int, int], memoryview]) -> memoryview:
+        """Raises StaleCacheError, EvictedError, CacheError."""
+        out = memoryview(bytearray(waiting.asked.length))
+        at = 0
+        for blob, start, length in self._layout.pieces(waiting.asked.offset, waiting.asked.length):
+            if blob == METADATA:
+                out[at : at + length] = self._layout.metadata[start : start + length]
+            elif blob != NOTHING:
+                vec = self._device.extents(blob, start, length)
+                self._device.read_into(vec, out[at : at + length], pieces or None)
+            at += length
+        return out
+
+    def _pieces(self, waiting: _Waiting) -> dict[tuple[int, int], memoryview]:
+        """What came in shared memory."""
+        if not waiting.slots or self.client is None:
+            return {}
+        blobs = {self._device.handle(blob): blob for blob in {extent.blob for extent in waiting.vec}}
+        found = {}
+        for slot in waiting.slots:
+            for chunk, view in self.client.pieces(slot).items():
+                found[blobs[slot.handle], chunk] = view
+        return found
+
+    def _ask(self, waiting: _Waiting, runs: list[ChunkRun], lost: bool = False) -> None:
+        waiting.rounds += 1
+        if waiting.rounds > _ROUNDS:
+            self._fail(waiting, errno.EIO, "chunks were reported as fetched, again and again, and are not there")
+            return
+        if self.client is None:
+            self.client = self._connect()
+        if not self._waiting:
+            self._tick = time.monotonic() + ASK_AGAIN
+        self._waiting[id(waiting)] = waiting
+        flags = LOST if lost or waiting.rounds == _LOST_ROUND else 0
+        for blob, first, count in runs:
+            run = ChunkRun(self._device.handle(blob), first, count)
+            number = self.client.request(run, flags)
+            waiting.pending[number] = (run, flags)
+            self._owners[number] = waiting
+
+    def service(self) -> float | None:
+        """Take in replies and what became due; gives the seconds until it must be called again, None for never."""
+        if self.client is None:
+            return None
+        for reply in self.client.replies():
+            waiting = self._owners.pop(reply.request, None)
+            if waiting is None:
+                if reply.slot is not None:
+                    self.client.release(reply.slot)
+                continue
+            del waiting.pending[reply.request]
+            if reply.slot is not None:
+                waiting.slots.append(reply.slot)
+            if reply.errno:
+                self._fail(waiting, reply.errno, os.strerror(reply.errno))
+            elif not waiting.pending:
+                del self._waiting[id(waiting)]
+                self._proceed(waiting)
+        if not self._waiting:
+            return None
+        now = time.monotonic()
+        if now >= self._tick:
+            self._tick = now + ASK_AGAIN
+            for waiting in list(self._waiting.values()):
+                if waiting.connection.closed:
+                    self._drop(waiting)
+                elif now >= waiting.deadline:
+                    self._fail(waiting, errno.ETIMEDOUT, "nobody has fetched it in time")
+                else:
+                    for number, (run, flags) in waiting.pending.items():
+                        self.client.request(run, flags, number)
+        return max(0.0, self._tick - now)
+
+    def _fail(self, waiting: _Waiting, code: int, why: str) -> None:
+        self._device.count_errors(waiting.vec)
+        self._complaints.log("a read of %d bytes at %d failed: %s", waiting.asked.length, waiting.asked.offset, why)
+        self._finish(waiting, code, None)
+
+    def _finish(self, waiting: _Waiting, code: int, data: memoryview | None) -> None:
+        self._drop(waiting)
+        if not waiting.connection.closed:
+            waiting.connection.answer(waiting.asked, code, data)
+
+    def _drop(self, waiting: _Waiting) -> None:
+        """Nothing is to be done for a read any more."""
+        self._waiting.pop(id(waiting), None)
+        if self.client is not None:
+            for number in waiting.pending:
+                self._owners.pop(number, None)
+                self.client.cancel(number)
+            for slot in waiting.slots:
+                self.client.release(slot)
+        waiting.pending.clear()
+        waiting.slots.clear()
