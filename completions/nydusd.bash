@@ -58,7 +58,7 @@ _nydusd() {
         "/erofs -D"|"/erofs --localfs-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
         "/erofs --prefetch-files") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/erofs --fuse-threads"|"/erofs --thread-num") COMPREPLY=(); return ;;
-        "/erofs --driver") COMPREPLY=($(compgen -W 'auto fanotify blobfs fuse' -- "$cur")); return ;;
+        "/erofs --driver") COMPREPLY=($(compgen -W 'auto tarfs fanotify blobfs fuse' -- "$cur")); return ;;
         "/blobfs -A"|"/blobfs --apisock") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/blobfs -C"|"/blobfs --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/blobfs --id") COMPREPLY=(); return ;;

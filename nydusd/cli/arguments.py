@@ -17,7 +17,7 @@ from nydusd.errors import ConfigError, UnsupportedError
 
 LOG_LEVELS: Final = ("trace", "debug", "info", "warn", "error")
 FAILOVER_POLICIES: Final = ("none", "resend", "flush")
-DRIVERS: Final = ("auto", "fanotify", "blobfs", "fuse")
+DRIVERS: Final = ("auto", "tarfs", "fanotify", "blobfs", "fuse")
 NOT_YET: Final = ("virtiofs", "uffd")
 """Subcommands of the reference daemon that this version knows by name only."""
 _EARLY: Final = "early_"

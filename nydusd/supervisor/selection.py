@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _FILES_SINCE = (6, 12)
 """The first kernel whose EROFS mounts files without a block device."""
+_BLOCK_BITS, _TAR_BITS = 1024 + 12, 9
+"""Where a v6 superblock says how large its blocks are, and what it says in tarfs images alone."""
 
 
 def daemon_for(options: ErofsOptions, config: Config, fork_server: ForkServer) -> Supervisor:
@@ -33,10 +35,15 @@ def daemon_for(options: ErofsOptions, config: Config, fork_server: ForkServer) -
     from nydusd.supervisor.blobfs import ErofsOnBlobfs
     from nydusd.supervisor.daemon import Supervisor
     from nydusd.supervisor.erofs import ErofsDaemon
+    from nydusd.supervisor.tarfs import TarfsDaemon
 
-    taken, why = choose(options.driver, options.bootstrap or "", config.cache.work_dir if config.cache else None)
+    work_dir = config.cache.work_dir if config.cache else None
+    local = config.backend is not None and config.backend.type == "localfs"
+    taken, why = choose(options.driver, options.bootstrap or "", work_dir, local=local)
     daemon: Supervisor
-    if taken == "fanotify":
+    if taken == "tarfs":
+        daemon = TarfsDaemon(options, config, fork_server, why)
+    elif taken == "fanotify":
         daemon = ErofsDaemon(options, config, fork_server, why)
     elif taken == "blobfs":
         daemon = ErofsOnBlobfs(options, config, fork_server, why)
@@ -47,10 +54,19 @@ def daemon_for(options: ErofsOptions, config: Config, fork_server: ForkServer) -
     return daemon
 
 
-def choose(asked: str, bootstrap: str, work_dir: str | None) -> tuple[str, str]:
-    """The way to take, and why. Raises UnsupportedError when the one that was asked for is not there."""
+def choose(asked: str, bootstrap: str, work_dir: str | None, *, local: bool = False) -> tuple[str, str]:
+    """The way to take, and why. `local`: the blobs are files of this machine.
+
+    Raises UnsupportedError when the one that was asked for is not there.
+    """
     if asked == "fuse":
         return asked, "it was asked for"
+    if asked in ("auto", "tarfs"):
+        no_tars = _why_no_tars(bootstrap, local)
+        if no_tars is None:
+            return "tarfs", "all data is in tars on this machine"
+        if asked == "tarfs":
+            raise UnsupportedError(f"--driver tarfs: {no_tars}; use another, or `auto`")
     no_erofs = _why_no_erofs(bootstrap, work_dir)
     reasons = {"fanotify": no_erofs or _why_no_fanotify(str(work_dir)), "blobfs": no_erofs}
     if asked != "auto":
@@ -63,6 +79,19 @@ def choose(asked: str, bootstrap: str, work_dir: str | None) -> tuple[str, str]:
             return way, "; ".join(passed) or "this kernel and the cache folder have all it needs"
         passed.append(f"not {way}: {reason}")
     return "fuse", "; ".join(passed if reasons["fanotify"] != no_erofs else [f"not EROFS: {no_erofs}"])
+
+
+def _why_no_tars(bootstrap: str, local: bool) -> str | None:
+    """What is missing to mount the image over the tars themselves; None if nothing is."""
+    if reason := _why_no_erofs_here():
+        return reason
+    if not local:
+        return "its tars are not in a local folder"
+    with contextlib.suppress(OSError), open(bootstrap, "rb") as f:
+        head = memoryview(f.read(4096))
+        if detect(head) is BootstrapKind.V6 and head[_BLOCK_BITS] == _TAR_BITS:
+            return None
+    return f"{bootstrap} is no tarfs image"
 
 
 def _why_no_erofs(bootstrap: str, work_dir: str | None) -> str | None:
