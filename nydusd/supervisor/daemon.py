@@ -136,6 +136,7 @@ class Supervisor:
         if self._former is None:
             mountpoint = self.fuse_mountpoint()
             clear_stale_mount(mountpoint)
+            self._refuse_erofs(mountpoint)
             image = None if first is None else self.mounts.mount_first(first)
             self._session = self._family.session = Session.mount(mountpoint, read_ahead_kib=1024)
             self._bind()
@@ -163,6 +164,17 @@ class Supervisor:
             self.mounts.serve(image, first.files)
         shown = ", ".join(image.source for image in self.images.values()) or "an empty folder"
         self._ready(f"{shown} is mounted at {options.mountpoint}")
+
+    def _refuse_erofs(self, mountpoint: str) -> None:
+        """Raises MountError where a killed `nydusd erofs` has left its mount: one above it would hide, not end it."""
+        left = Path(self.run_dir)
+        if any(left.with_suffix(suffix).exists() for suffix in (".erofs.json", ".tarfs.json", ".blobs")):
+            from nydusd.frontends.erofs.session import top_is_erofs
+
+            if top_is_erofs(mountpoint):
+                raise MountError(
+                    f"{mountpoint}: a `nydusd erofs` that was killed has left its mount here: start that again, or unmount it"
+                )
 
     def _go_on(self, former: Former, places: dict[str, list[Child]]) -> None:
         """Take the places of a killed supervisor: its front ends, its mounts, and its name on the sockets."""

@@ -5,7 +5,8 @@ guard, which holds what must not be closed while anybody reads (`frontends/erofs
 cache files, still empty but of their full size, are what is mounted.
 
 What holds after SIGKILL: readers of what is cached go on, others wait. The next daemon on this mount point takes the mount
-over as it is. A stop unmounts first; if somebody uses the file system still, front end and guard stay until nobody does.
+over as it is; under systemd also if nothing of ours was left alive, for systemd's fd store holds what the guard holds.
+A stop unmounts first; if somebody uses the file system still, front end and guard stay until nobody does.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class ErofsDaemon(OpensFirst):
         self._erofs: ErofsSession | None = None
         self._front_end = Child("erofs", 0, "nydusd.frontends.erofs")
         self._left = Path(self.run_dir).with_suffix(".erofs.json")
+        self._stored = f"nydusd-erofs-{self._runtime.instance}-"
+        """What the names of our fds in systemd's store begin with."""
         self._family.own_spec, self._family.started = self._own_spec, self._started
 
     def start(self) -> None:
@@ -96,6 +99,8 @@ class ErofsDaemon(OpensFirst):
         self._image = image
         self._files = [str(cache.spec.data_path) for cache in image.caches]
         found = left.take(self._left)
+        if found is None:
+            found = left.stored(self._left, self._store.given(self._stored))
         adopted = found is not None and self._adopt(mountpoint, image, found)
         if not adopted:
             found = None
@@ -103,13 +108,16 @@ class ErofsDaemon(OpensFirst):
             complete = [cache.chunk_map.is_all_ready() for cache in image.caches]
             facts = image.metadata
             self._erofs = ErofsSession.prepare(mountpoint, facts.bootstrap, facts.identity, self._files, complete)
+        assert self._erofs is not None
+        fds = self._erofs.fds
+        self._store.hold(self._stored, dict(zip(left.names(len(fds.trees)), fds.all(), strict=True)))
         if found is not None:
             # Its ZeroMQ identity must be no former one's: what that asked for may be under way still.
             self._front_end.generation = found.generation
         self._family.add(Child("guard", 0, "nydusd.frontends.erofs.guard", ("nydusd.frontends.erofs.main",)))
         if found is not None:
             left.end(found.holders)
-        elif self._erofs is not None:
+        else:
             self._erofs.mount()
         self._family.add(self._front_end)
 
@@ -199,6 +207,7 @@ class ErofsDaemon(OpensFirst):
         if session is not None:
             session.fds.close()
         if gone:
+            self._store.drop()
             self._left.unlink(missing_ok=True)
 
     @staticmethod

@@ -101,6 +101,26 @@ def take(path: Path) -> Left | None:
     return None
 
 
+def stored(path: Path, fds: dict[str, int]) -> Left | None:
+    """The same of a daemon of which nothing lives, from what somebody else has kept for us (`names` of all that there is).
+
+    None, and all of it closed, when it is not whole, or nothing was noted.
+    """
+    try:
+        raw = json.loads(path.read_text())
+        trees = [fds[name] for name in names(len(raw["fds"][3]))[3:]]
+        return Left([], Fds(fds["group"], fds["journal"], fds["record"], trees), int(raw["generation"]) + 1)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        for fd in fds.values():
+            os.close(fd)
+        return None
+
+
+def names(trees: int) -> list[str]:
+    """How the fds of a mount of so many blobs are called, in the order of `Fds.all`."""
+    return ["group", "journal", "record", *(f"tree{number}" for number in range(trees))]
+
+
 def let_be(holders: Sequence[int]) -> None:
     """Leave the holders as they are."""
     for holder in holders:

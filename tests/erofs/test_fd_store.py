@@ -1,0 +1,78 @@
+"""EROFS with fanotify under systemd: even when everything of ours is killed at once, readers wait and see no hole."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.erofs.test_kills import NAMES, Held
+from tests.supervisor.test_adoption import Stored
+from tests.support.daemon import Daemon
+from tests.support.discipline import cmdline, descendants, detach_mount, is_running, wait_until
+from tests.support.faulty_server import faulty
+from tests.support.mounted import Hub, Tree
+from tests.support.oracle import image
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    return Tree(NAMES, tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Iterator[Stored]:
+    made = Stored(tmp_path)
+    yield made
+    made.close()
+
+
+def test_readers_wait_while_nobody_of_ours_lives_and_the_next_daemon_answers_them(tree: Tree, stored: Stored) -> None:
+    with faulty() as server:
+        held = Held(tree, Hub(tree, server))
+        daemon = held.daemon
+        daemon._environment |= stored.environment
+        command = daemon.command
+        with held.mounted:
+            stored.until_ready()
+            assert {name.rsplit("-", 1)[1] for name in stored.fds} == {"group", "journal", "record", "tree0"}
+            reader = held.waiting_reader(NAMES[0])
+            kill_all(daemon)
+            late = held.read(NAMES[1])
+            assert reader.poll() is None and late.poll() is None
+            held.gate.set()
+            daemon.command = stored.giving(command)
+            daemon.start()
+            stored.until_ready()
+            held.right(reader, NAMES[0])
+            held.right(late, NAMES[1])
+            assert "is taken over" in daemon.log_tail()
+            daemon.command = command
+
+
+def kill_all(daemon: Daemon) -> None:
+    """SIGKILL of every process at one moment: all are stopped first."""
+    pids = [daemon.pid, *daemon.family()]
+    pids += [pid for pid in descendants(os.getpid()) if cmdline(pid).startswith("nydusd: ") and pid not in pids]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            os.kill(pid, number)
+    daemon.kill_supervisor()
+    wait_until(lambda: not any(is_running(pid) for pid in pids), "their end", 60)
+
+
+def test_fuse_does_not_mount_above_what_a_killed_erofs_daemon_has_left(expect_log: Callable[..., None]) -> None:
+    what = image("v6-zstd-blake3")
+    with Daemon(what.bootstrap, what.blobs, verb="erofs", args=("--driver", "fanotify")) as daemon:
+        erofs, fuse = daemon.command, [*daemon.command[:-2]]
+        fuse[fuse.index("erofs")] = "fuse"
+        daemon.kill_supervisor()
+        daemon.command = fuse
+        with pytest.raises(AssertionError, match="has left its mount here"):
+            daemon.start()
+        detach_mount(str(daemon.mountpoint))
+        daemon.command = erofs
+        daemon.start()
