@@ -5,8 +5,9 @@ at once, READ becomes a request to the router like any other, and is answered wh
 into the kernel's file. They borrow its descriptor for each job, so it is closed only when no job of it is under way.
 
 What holds after SIGKILL of the supervisor: the guard has the device, so what is cached is read on and other readers wait. The
-next daemon on this folder takes the device from the guard and has the kernel say again what was not answered. A stop with
-images mounted leaves the guard, too. If all are gone, reads of what is not in the page cache fail until the next mount.
+next daemon on this folder takes the device from the guard, or from systemd's fd store, and has the kernel say again what was
+not answered. A stop with images mounted leaves the guard, too. If nobody has it, reads of what is not in the page cache fail
+until the next mount.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ class FscacheDaemon(Singleton):
         self._tag, self._writers = options.fscache_tag, options.fscache_threads
         self.front_end = ("EROFS over fscache", "`nydusd singleton --fscache` serves the kernel's cache")
         self._files = Files.beside(self.run_dir)
+        self._stored = f"nydusd-fscache-{self._runtime.instance}-"
+        """What the name of the device in systemd's store begins with."""
         self._device: CacheDevice | None = None
         self._bound: dict[str, Bound] = {}
         """By place."""
@@ -140,7 +143,7 @@ class FscacheDaemon(Singleton):
         self._begin(rows=1)
         self._table.bound, self._table.dropped = self._add, self._drop
         self._table.repeated, self._table.cull = self._repeated, self._cull
-        found = self._files.take()
+        found = self._files.take(self._store.given(self._stored).get("device"))
         if found is not None:
             self._device = CacheDevice(found[0])
             log.warning("%s: the cache of a daemon that has ended is taken over", self._folder)
@@ -154,7 +157,7 @@ class FscacheDaemon(Singleton):
                 self._table.bind(entry, inspect(entry.metadata, [self.run_dir]))
         if self._device is not None:
             self._serve(self._device)
-        if found is not None:
+        if found is not None and found[1] is not None:
             end(found[1])
         for role, count in (("fetch", self.config.fetch_worker_count), ("decompress", self._writers)):
             for index in range(count):
@@ -174,6 +177,7 @@ class FscacheDaemon(Singleton):
     def _serve(self, device: CacheDevice) -> None:
         """From now on this device is ours: a guard for it, and what was not answered once more."""
         self._family.add(self._guard)
+        self._store.hold(self._stored, {"device": device.fd})
         self._poller.register(device.fd, zmq.POLLIN)
         self._sources[device.fd] = self._take_messages
         if self._bound and not device.restore():
@@ -525,6 +529,7 @@ class FscacheDaemon(Singleton):
         if self._device is not None:
             self._device.close()
             if not used:
+                self._store.drop()
                 self._files.remove()
 
 

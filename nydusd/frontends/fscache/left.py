@@ -63,11 +63,16 @@ class Files(NamedTuple):
         except (OSError, msgspec.MsgspecError):
             return None
 
-    def take(self) -> tuple[int, tuple[int, int], list[Json]] | None:
-        """A copy of the device, who holds it still, and the images. None if nobody holds it. Raises CacheError."""
+    def take(self, stored: int | None) -> tuple[int, tuple[int, int] | None, list[Json]] | None:
+        """The device, which guard holds it still, and the images. None if nobody holds it. Raises CacheError.
+
+        `stored`: the device as systemd has kept it, for when no guard lives; it is ours.
+        """
         held = self.read()
         if held is None or not held.holder[1] or start_time(held.holder[0]) != held.holder[1]:
-            return None
+            return None if stored is None else (stored, None, self._images())
+        if stored is not None:
+            os.close(stored)
         try:
             return borrow(held.holder[0], held.device), held.holder, self._images()
         except OSError as e:

@@ -62,11 +62,17 @@ class Daemon:
         self.log = WORK / "log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, store: Store | None = None) -> None:
         command = [sys.executable, "-m", "nydusd", "singleton", "--fscache", str(CACHE), "-A", str(API)]
         with self.log.open("ab") as log:
             command += ["--fscache-threads", "2", "--fscache-tag", "checks"]
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            environment = dict(os.environ)
+            if store is not None:
+                command = store.giving(command)
+                environment["NOTIFY_SOCKET"] = store.path
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, close_fds=False
+            )
         wait("RUNNING", self._is_running)
 
     def _is_running(self) -> bool:
@@ -85,6 +91,40 @@ class Daemon:
         assert self.process is not None
         self.process.send_signal(number)
         return self.process.wait(PATIENCE)
+
+
+class Store:
+    """The receiving end of systemd's fd store, for one descriptor."""
+
+    def __init__(self) -> None:
+        self.path = str(WORK / "notify")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        self._socket.settimeout(PATIENCE)
+        self._fd, self._name = -1, ""
+
+    def take(self) -> None:
+        """Wait for the device."""
+        while self._fd < 0:
+            data, fds, _, _ = socket.recv_fds(self._socket, 4096, 4)
+            if fds:
+                self._fd = fds[0]
+                self._name = data.decode().split("FDNAME=")[1].split("\n")[0]
+
+    def giving(self, command: list[str]) -> list[str]:
+        """A command that gives it to another."""
+        if self._fd < 0:
+            return command
+        program = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.closerange(4, 64); "
+        program += "os.environ |= {'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1', 'LISTEN_FDNAMES': sys.argv[2]}; "
+        program += "os.execv(sys.argv[3], sys.argv[3:])"
+        os.set_inheritable(self._fd, True)
+        return [sys.executable, "-c", program, str(self._fd), self._name, *command]
+
+    def close(self) -> None:
+        """Give it up: whoever is killed from now on leaves nothing."""
+        os.close(self._fd)
+        self._socket.close()
 
 
 def processes() -> Iterator[tuple[int, str]]:
@@ -155,6 +195,18 @@ class Reader(threading.Thread):
         assert not self.is_alive(), "a reader hangs"
         if self._error is not None:
             raise self._error
+
+
+def kill_all() -> None:
+    """SIGKILL of the daemon and of all that it has started, which are stopped first."""
+    assert daemon.process is not None
+    pids = [daemon.process.pid, *daemon.pids("")]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    daemon.process.wait(PATIENCE)
+    wait("their end", lambda: not daemon.pids(""))
 
 
 FIRST, SECOND, THIRD = image("v6-zstd-blake3"), image("v6-smallchunk"), image("v6-batch")
@@ -273,16 +325,26 @@ def a_stop_leaves_mounted_images_readable_and_the_next_daemon_serves_them() -> N
     same(THIRD, mount("alone", None))
 
 
+def with_the_device_in_an_fd_store_everything_of_ours_may_be_killed_at_once() -> None:
+    assert daemon.end(signal.SIGTERM) == 0
+    store = Store()
+    daemon.start(store)
+    bind("kept", image("v6-toc"))
+    place = mount("kept")
+    store.take()
+    reader = Reader(image("v6-toc"), place)
+    kill_all()
+    daemon.start(store)
+    reader.finish()
+    same(SECOND, WORK / "second")
+    unmount(place)
+    store.close()
+
+
 def nobody_reads_zeros_when_all_processes_are_killed_at_once() -> None:
     bind("last", image("v6-none-sha256"))
     place = mount("last")
-    for pid, name in list(processes()):
-        if "nydusd" in name and "checks" not in name.split("--fscache")[0]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    assert daemon.process is not None
-    daemon.process.wait(PATIENCE)
-    wait("their end", lambda: not daemon.pids(""))
+    kill_all()
     rows = manifest.load(image("v6-none-sha256").manifest)
     failed = 0
     for row in rows.values():
@@ -320,6 +382,7 @@ CHECKS = (
     a_dropped_image_is_served_while_it_is_mounted_and_culled_when_it_is_not,
     a_full_cache_fails_reads_and_serves_them_when_there_is_room,
     a_stop_leaves_mounted_images_readable_and_the_next_daemon_serves_them,
+    with_the_device_in_an_fd_store_everything_of_ours_may_be_killed_at_once,
     nobody_reads_zeros_when_all_processes_are_killed_at_once,
     a_stop_without_mounts_leaves_nothing,
 )
