@@ -59,7 +59,10 @@ def why_unknown(state: Json) -> str | None:
 
 
 def receive(wire: socket.socket, device: int) -> Sent:
-    """The session's fd, of the device that has this number, and its state. The caller owns the fd. Raises OSError, or NydusError for what is neither."""
+    """The session's fd, of the device that has this number, and its state. The caller owns the fd.
+
+    Raises OSError, or NydusError for what is neither.
+    """
     data, fds, _, _ = socket.recv_fds(wire, _PACKET, _FDS_MOST, socket.MSG_CMSG_CLOEXEC)
     try:
         text = data
