@@ -1,8 +1,7 @@
 """`nydusd singleton --fscache DIR`: images that the kernel mounts by itself, and whose files in its cache we fill.
 
-Runs in the supervisor, which is the front end here: what the kernel says on /dev/cachefiles are misses only. OPEN is answered
-at once, READ becomes a request to the router like any other, and is answered when the workers have written what is missing
-into the kernel's file. They borrow its descriptor for each job, so it is closed only when no job of it is under way.
+Runs in the supervisor, which is the front end here: what the kernel says on /dev/cachefiles are misses only, see
+`kernel_files.py`.
 
 What holds after SIGKILL of the supervisor: the guard has the device, so what is cached is read on and other readers wait. The
 next daemon on this folder takes the device from the guard, or from systemd's fd store, and has the kernel say again what was
@@ -12,31 +11,27 @@ until the next mount.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import zmq
 
 from nydusd.config.blob_entry import BlobEntry, parse_blob_entry
-from nydusd.errors import CacheError, FormatError, NydusError, StaleCacheError
-from nydusd.frontends.fscache import messages
-from nydusd.frontends.fscache.device import PATH, BusyError, CacheDevice, completed, lacks
+from nydusd.errors import CacheError, NydusError
+from nydusd.frontends.fscache.device import PATH, BusyError, CacheDevice
 from nydusd.frontends.fscache.left import Files, Held
-from nydusd.frontends.fuse.complaints import Complaints
-from nydusd.ipc.messages import LOST, Json, SlotRef
+from nydusd.ipc.messages import Json, SlotRef
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.lock import start_time
-from nydusd.storage.state.range_map import RangeMap
 from nydusd.supervisor.blobs import BlobError, check_folder
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.images import Image
+from nydusd.supervisor.kernel_files import KERNEL, KernelFiles, Wanted
 from nydusd.supervisor.runtime import end
 from nydusd.supervisor.singleton import Singleton
 
@@ -49,37 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KERNEL = b"kernel"
-"""The name of the kernel among those who ask the router."""
-_MESSAGES = 64
-"""Messages taken from the device before others get their turn."""
-_COPY = 1 << 20
-"""Bytes of a metadata file that are copied at once."""
 _RETRY = 0.1
-"""Seconds between tries to open a blob that readers wait for."""
-_NOT_FOUND, _EIO = -2, -5
-
-
-@dataclass(eq=False, slots=True)
-class Object:
-    """A file of the kernel's cache, open: of a blob, or of the metadata file `source`. `jobs`: copies under way."""
-
-    fd: int
-    size: int
-    cache: BlobCache | None
-    source: str
-    jobs: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class Reader:
-    """The kernel waits for a range of a blob."""
-
-    read: messages.Read
-    object: Object
-    cache: BlobCache
-    until: float
-    again: bool = False
+"""Seconds between looks at what waits for something that makes no event."""
 
 
 @dataclass(eq=False, slots=True)
@@ -127,12 +93,7 @@ class FscacheDaemon(Singleton):
         """By place."""
         self._recalled: set[str] = set()
         """Texts of images that a predecessor was told of, which may be told once more."""
-        self._objects: dict[int, Object] = {}
-        self._closing: list[Object] = []
-        self._readers: dict[int, Reader] = {}
-        self._unopened: dict[int, Reader] = {}
-        self._opened_at = 0.0
-        self._complaints = Complaints("fscache")
+        self._kernel: KernelFiles
         self._guard = Child("guard", 0, "nydusd.frontends.fscache.guard")
         self._family.own_spec, self._family.started = self._own_spec, self._started
 
@@ -309,211 +270,58 @@ class FscacheDaemon(Singleton):
         if child is self._guard:
             self._note()
 
-    # --- messages ---------------------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------------------
+
+    def _bind(self) -> None:
+        super()._bind()
+        self._kernel = KernelFiles(
+            self.router,
+            self.mounts,
+            self.prefetch,
+            self.fetch,
+            self.decompress,
+            self._find,
+            self._prune,
+            self.config.nydusd.read_deadline,
+        )
 
     def _take_messages(self) -> None:
         assert self._device is not None
-        for _ in range(_MESSAGES):
-            try:
-                raw = self._device.read()
-            except OSError as e:
-                self._complaints.log("the kernel's next message cannot be read: %s", e.strerror)
-                return
-            if not raw:
-                return
-            try:
-                message = messages.parse(raw)
-            except FormatError as e:
-                self._complaints.log("%s", e)
-                if (refused := messages.refused(raw)) is not None:
-                    self._device.opened(refused[0], _EIO)
-                    os.close(refused[1])
-                continue
-            if isinstance(message, messages.Open):
-                self._open(self._device, message)
-            elif isinstance(message, messages.Close):
-                self._close(message.object_id)
-            else:
-                self._read(message)
+        self._kernel.take_messages(self._device)
 
-    def _open(self, device: CacheDevice, message: messages.Open) -> None:
-        """The kernel wants a file: say how long it is."""
-        fd = message.fd
-        fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-        made = self._find(message.domain, message.key, fd)
-        if made is None:
-            self._complaints.log("the kernel asks for %s in %s, which is not bound", message.key, message.domain)
-            device.opened(message.number, _NOT_FOUND)
-            os.close(fd)
-            return
-        if not device.opened(message.number, made.size):
-            os.close(fd)
-            return
-        self._objects[message.object_id] = made
-        cache = made.cache
-        if cache is not None:
-            cache.users += 1
-            self._restart(cache, fd)
-
-    def _find(self, domain: str, key: str, fd: int) -> Object | None:
+    def _find(self, domain: str, key: str) -> Wanted | None:
+        """What the kernel means by a name."""
         for bound in self._bound.values():
             if bound.domain != domain:
                 continue
             if bound.entry.id == key:
-                return Object(fd, bound.facts.size, None, bound.facts.bootstrap)
+                return Wanted(bound.facts.size, None, bound.facts.bootstrap)
             for cache in bound.image.caches:
                 if cache.spec.info.blob_id == key:
-                    return Object(fd, cache.spec.info.uncompressed_size, cache, "")
+                    return Wanted(cache.spec.info.uncompressed_size, cache, "", self._prefetches(cache))
         return None
 
-    def _restart(self, cache: BlobCache, fd: int) -> None:
-        """A blob's file is this one now: see what it has, and fetch ahead if that is wanted."""
-        self.router.forget(cache)
-        cache.give((self.pid, fd))
-        self.router.open_blob(cache)
-        if any(cache in bound.image.caches and _prefetches(bound.entry) for bound in self._bound.values()):
-            self.prefetch.cancel(cache)
-            self.prefetch.want(cache, 0, -1)
+    def _prefetches(self, cache: BlobCache) -> bool:
+        return any(cache in bound.image.caches and _prefetches(bound.entry) for bound in self._bound.values())
 
-    def _close(self, object_id: int) -> None:
-        """The kernel needs a file no more. Its descriptor is closed when no worker has borrowed it."""
-        closed = self._objects.pop(object_id, None)
-        if closed is None:
-            return
-        for number, reader in list(self._readers.items()):
-            if reader.object is closed:
-                self._end(number)
-        self._closing.append(closed)
-        cache = closed.cache
-        if cache is not None and cache.spec.cookie == (self.pid, closed.fd):
-            self.prefetch.cancel(cache)
-            self.router.forget(cache)
+    def _prune(self) -> None:
+        """Forget images that were dropped and are not mounted any more."""
         for place, bound in list(self._bound.items()):
             if bound.dropped and not bound.is_mounted:
                 self._forget(place)
 
-    def _end(self, number: int) -> None:
-        """Nobody waits for this any more."""
-        self._unopened.pop(number, None)
-        if self._readers.pop(number, None) is not None:
-            self.router.cancel(KERNEL, number)
-
-    def _read(self, read: messages.Read) -> None:
-        wanted = self._objects.get(read.object_id)
-        if wanted is None:
-            self._complaints.log("the kernel reads a file that was never opened (%d)", read.object_id)
-        elif wanted.cache is None:
-            self._copy(wanted, read)
+    def _reply(self, client: bytes, number: int, errno: int, slot: SlotRef | None) -> None:
+        if client == KERNEL:
+            self._kernel.reply(number, errno, slot)
         else:
-            until = time.monotonic() + self.config.nydusd.read_deadline
-            reader = Reader(read, wanted, wanted.cache, until)
-            self._readers[read.number] = self._unopened[read.number] = reader
-            self._try_opened()
-
-    def _copy(self, wanted: Object, read: messages.Read) -> None:
-        """A part of a metadata file is read: a worker copies it."""
-
-        def copied(_job: Job, answer: Answer) -> None:
-            wanted.jobs -= 1
-            if "error" in answer:
-                self._complaints.log("a read failed: %s", answer["error"])
-            completed(wanted.fd, read.number)
-
-        start = read.offset // _COPY * _COPY
-        length = -(-(read.offset + read.length) // _COPY) * _COPY - start
-        payload = {"path": wanted.source, "size": wanted.size, "offset": start, "length": length}
-        wanted.jobs += 1
-        job = Job("copy_bootstrap", None, Priority.USER, payload | {"cookie": [self.pid, wanted.fd]}, copied)
-        self.fetch.submit(job)
-
-    # --- readers ----------------------------------------------------------------------------------------------
+            super()._reply(client, number, errno, slot)
 
     def _turn(self, timeout: float) -> None:
         super()._turn(timeout)
-        if self._unopened:
-            self._try_opened()
-        if self._closing:
-            self._close_idle()
+        self._kernel.turn()
 
     def _timeout(self) -> float:
-        return min(super()._timeout(), _RETRY) if self._unopened or self._closing else super()._timeout()
-
-    def _close_idle(self) -> None:
-        for closed in list(self._closing):
-            cache = closed.cache
-            if closed.jobs or (cache is not None and (self.fetch.has(cache) or self.decompress.has(cache))):
-                continue
-            self._closing.remove(closed)
-            os.close(closed.fd)
-            if cache is not None:
-                self.mounts.let_go(cache)
-
-    def _try_opened(self) -> None:
-        """Ask for what readers wait for whose blobs are open now; have the others opened."""
-        for number, reader in list(self._unopened.items()):
-            cache = reader.cache
-            if cache.state == "ready":
-                del self._unopened[number]
-                self._ask(reader)
-            elif cache.state == "failed" and (not cache.unreachable or time.monotonic() >= reader.until):
-                self._finish(reader, f"blob {cache.spec.info.blob_id} cannot be opened: {cache.reason}")
-            else:
-                self.router.open_blob(cache)
-
-    def _ask(self, reader: Reader, flags: int = 0) -> None:
-        read, cache = reader.read, reader.cache
-        assert cache.segment is not None
-        try:
-            if not flags and not self._lacks(reader):
-                self._finish(reader)
-                return
-            limit = -(-cache.segment.identity.size // 4096) * 4096
-            length = min(read.length, limit - read.offset)
-            first, count = RangeMap(cache.segment).chunks_of(read.offset, length)
-        except CacheError as e:
-            self._finish(reader, str(e))
-            return
-        self.router.request(KERNEL, read.number, cache.handle, first, max(count, 1), flags)
-
-    def _reply(self, client: bytes, number: int, errno: int, slot: SlotRef | None) -> None:
-        if client != KERNEL:
-            super()._reply(client, number, errno, slot)
-            return
-        if slot is not None:
-            self.router.release(slot.lease)
-        reader = self._readers.get(number)
-        if reader is None:
-            return
-        try:
-            if errno:
-                self._finish(reader, os.strerror(errno))
-            elif slot is not None:
-                self._finish(reader, "the kernel's cache has no room for it")
-            elif not self._lacks(reader):
-                self._finish(reader)
-            elif reader.again:
-                self._finish(reader, "what was written into the kernel's cache is not there")
-            else:
-                reader.again = True
-                self._ask(reader, LOST)
-        except CacheError as e:
-            self._finish(reader, str(e))
-
-    def _lacks(self, reader: Reader) -> bool:
-        """Whether something of a range is not in the kernel's file."""
-        end = min(reader.read.offset + reader.read.length, -(-reader.object.size // 4096) * 4096)
-        try:
-            return lacks(reader.object.fd, reader.read.offset, end)
-        except OSError as e:
-            raise StaleCacheError(f"the kernel's cache file: {e.strerror}", e.errno) from e
-
-    def _finish(self, reader: Reader, why: str = "") -> None:
-        """Answer the kernel. Where something is missing it looks itself, and fails the read with EIO."""
-        self._unopened.pop(reader.read.number, None)
-        self._readers.pop(reader.read.number, None)
-        if why:
-            self._complaints.log("a read failed: blob %s: %s", reader.cache.spec.info.blob_id, why)
-        completed(reader.object.fd, reader.read.number)
+        return min(super()._timeout(), _RETRY) if self._kernel.waits else super()._timeout()
 
     # --- stop -------------------------------------------------------------------------------------------------
 
@@ -524,8 +332,8 @@ class FscacheDaemon(Singleton):
             log.warning("images are mounted still; the guard keeps the cache for the next daemon")
             self.children[:] = [child for child in self.children if child is not self._guard]
         super().stop()
-        for each in (*self._objects.values(), *self._closing):
-            os.close(each.fd)
+        if hasattr(self, "_kernel"):
+            self._kernel.close()
         if self._device is not None:
             self._device.close()
             if not used:
