@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import gzip
 import hashlib
 import json
@@ -15,7 +17,8 @@ from nydusd.image.oci.model import OCI_INDEX, OCI_MANIFEST, digest_of, packed
 from tests.image.build import image, refused, rows
 from tests.image.test_create_tar import file, tar_of
 from tests.image.test_merge import LAYERS
-from tests.support.registry import docker_registry
+from tests.support.certificates import Authority
+from tests.support.registry import AUTH, PASSWORD, TokenServer, docker_registry
 
 WANTED = {
     *(".", "etc", "etc/passwd", "opt", "opt/new", "bin", "bin/tool", "bin/hard", "replaced", "same", "other"),
@@ -122,8 +125,11 @@ def test_reference_leaves_the_layers_alone(tmp_path: Path) -> None:
     manifest, config = unpacked(target, "", tmp_path)
     entries = manifest["layers"]
     assert isinstance(entries, list)
-    assert [entry["digest"] for entry in entries[:4]] == [digest_of(layer) for layer in layers()]
-    assert all(entry["annotations"]["containerd.io/snapshot/nydus-ref"] for entry in entries[4:-1])
+    # None of the layers is in the manifest, or whoever pulls it would unpack them; but they are there.
+    referred = [entry["annotations"]["containerd.io/snapshot/nydus-ref"] for entry in entries[:-1]]
+    assert referred == list(dict.fromkeys(digest_of(layer) for layer in layers()))
+    assert all(entry["annotations"]["containerd.io/snapshot/nydus-blob"] for entry in entries[:-1])
+    assert [blob_path(target, digest).read_bytes() for digest in referred] == list(dict.fromkeys(layers()))
     names = sorted(path.name for path in (tmp_path / "image").iterdir())
     assert names[-1] == "image.boot" and all(name.endswith(".blob.meta") for name in names[:-1])
     rootfs = config["rootfs"]
@@ -144,6 +150,33 @@ def test_registry_gives_and_takes_images(tmp_path: Path) -> None:
         assert "manifest: status 404" in text
         text = refused("convert", f"{host}/some/repo:nydus", tmp_path / "x", *options)
         assert "layer sha256:" in text  # a nydus blob is no tar
+
+
+@pytest.mark.parametrize("auth", ["htpasswd", "token"])
+def test_registry_that_wants_a_login_gets_docker_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], auth: str
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    (tmp_path / "keys").mkdir()
+    source, authority = source_layout(tmp_path, layers()), Authority(tmp_path / "keys")
+    tokens = TokenServer(authority)
+    given: dict[str, object] = {"authority": authority, "tokens": tokens} if auth == "token" else {}
+    with contextlib.closing(tokens), docker_registry(tmp_path / "registry", auth=auth, **given) as registry:
+        target = f"{registry.host}/some/repo:nydus"
+        options = ("--platform", "linux/amd64", "--plain-http")
+        said = [refused("convert", source, target, *options)]
+        assert "it wants credentials" in said[0] or "it gives no token (status 401)" in said[0]
+        for password, right in ((b"user:wrong", False), (base64.b64decode(AUTH), True)):
+            login = {"auths": {registry.host: {"auth": base64.b64encode(password).decode()}}}
+            (tmp_path / "config.json").write_text(json.dumps(login))
+            if right:
+                said.append(image("convert", source, target, *options))
+            else:
+                said.append(refused("convert", source, target, *options))
+                assert "status 401" in said[-1]
+        assert image("convert", source, tmp_path / "here", "--platform", "linux/amd64") == said[-1]
+        printed = "".join((*said, *capsys.readouterr()))
+        assert AUTH not in printed and PASSWORD not in printed and "wrong" not in printed
 
 
 def test_broken_images_are_refused_by_name(tmp_path: Path) -> None:

@@ -109,8 +109,9 @@ class _Conversion:
         merge(MergeOptions(sources=[layer.bootstrap for layer in converted], target=bootstrap))
         _, parsed = load_metadata(bootstrap)
         used = {blob.meta_blob_id for blob in parsed.blobs}
-        entries: list[Json] = [dict(layer) for layer in layers] if self._options.reference else []
-        diff_ids = self._diff_ids(config, len(layers)) if self._options.reference else []
+        # By reference, too, the old layers are not in the manifest: who pulls it would download and unpack them.
+        entries: list[Json] = []
+        diff_ids: list[str] = []
         if self._options.reference:
             self._copy_layers(layers)
         for layer, made in zip(layers, converted, strict=True):
@@ -197,7 +198,7 @@ class _Conversion:
             shutil.rmtree(part, ignore_errors=True)
 
     def _copy_layers(self, layers: Sequence[Json]) -> None:
-        """By reference: the layers themselves must be where the image is."""
+        """By reference: the layers themselves must be where the image is; daemons fetch them by their digests."""
         for layer in layers:
             digest = str(layer["digest"])
             if not self._target.has(digest):
@@ -205,13 +206,6 @@ class _Conversion:
                 if not path.exists():
                     self._source.fetch(layer, str(path))
                 self._target.put(str(path), digest, path.stat().st_size)
-
-    def _diff_ids(self, config: Json, count: int) -> list[str]:
-        rootfs = config.get("rootfs")
-        found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-        if not isinstance(found, list) or len(found) != count:
-            raise ImageError(f"config: rootfs.diff_ids must have {count} entries, one a layer")
-        return [str(one) for one in found]
 
     def _blob_entry(self, blob: Path, source: str) -> Json:
         digest = _file_digest(blob)
