@@ -1,8 +1,8 @@
 """Priority of a daemon that takes over: until it serves, readers wait for it, and for what it starts.
 
 Loading what a supervisor and a fork server need takes 0.3 s of a processor; on a busy machine that would be seconds. So a start
-at which something is mounted already runs at a higher priority (nice -10), and so does what it starts, until it serves: then the
-supervisor sets all of them to the usual one. Without the right to that (CAP_SYS_NICE) it takes as long as it takes.
+at which something is mounted already runs at a higher priority (nice -10), and so does what it starts, until it serves: then
+the supervisor sets all of them to the usual one. Without the right to that (CAP_SYS_NICE) it takes as long as it takes.
 
 What holds after SIGKILL in between: front ends may keep the higher priority until the next supervisor serves.
 Imports nothing that costs time: it comes first in the command.

@@ -76,7 +76,7 @@ class ErofsOnBlobfs(BlobfsDaemon):
         (image,) = self.images.values()
         check(image)
         self._wait_for_blobs(image)
-        if self._stopping:
+        if self.stopping:
             return
         if self._kept and top_is_erofs(place):
             self._mounted = True

@@ -92,7 +92,10 @@ class ErrorRing(logging.Handler):
 def _start(daemon: Supervisor, _request: Json) -> None:
     if daemon.state != "READY":
         raise StateError('UnexpectedEvent("Start")')
-    daemon.begin_running()
+    if daemon.handover.waiting:
+        daemon.handover.told_to_start = True  # we serve in any case, but say it only when it is true
+    else:
+        daemon.state = "RUNNING"
 
 
 def _takeover(daemon: Supervisor, _request: Json) -> None:

@@ -36,7 +36,7 @@ from nydusd.supervisor import control_ops
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.family import Family
 from nydusd.supervisor.fd_store import FdStore
-from nydusd.supervisor.handover import FUSE_DEVICE, EndedError, Waiting
+from nydusd.supervisor.handover import FUSE_DEVICE, EndedError, Handover
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener, metrics_socket
 from nydusd.supervisor.mounts import Mounts, first_request
@@ -47,7 +47,6 @@ from nydusd.supervisor.rest import Rest
 from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.slots import SlotTable
-from nydusd.supervisor.sockets import Sockets
 from nydusd.supervisor.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -107,13 +106,9 @@ class Supervisor:
         """What was taken over, until it is served again."""
         self._listener: Listener | None = None
         self._metrics: socket.socket | None = None
-        self._sockets: Sockets | None = None
-        self._sent: Sent | None = None
+        self.handover = Handover(options.serves, self._runtime, self._family, self._poller, self._notifier)
         self._wake = -1
-        self._waited_at: Path | None = None
-        self._waiting = self._leaving = False
-        """We are to take over and cannot yet; another one waits for us to leave."""
-        self._stopping = False
+        self.stopping = False
         self._unmount = True
         self._next_checkpoint = time.monotonic() + config.nydusd.checkpoint_interval
 
@@ -126,10 +121,10 @@ class Supervisor:
         count = self.config.front_end_count(options.fuse_threads)
         try:
             if options.upgrade and not self._runtime.is_free():
-                self._wait_for_predecessor()
+                self.handover.wait_for_predecessor(self)
             self._begin(count)
         except EndedError:
-            self._stopping = True
+            self.stopping = True
             return
         first = first_request(options, self.config)
         image = None
@@ -151,7 +146,7 @@ class Supervisor:
         if self._former is not None:
             self._go_on(self._former, places)
         # The API at once: clients wait for it. Then one of each: `ls` needs a front end, the first read a blob prepared.
-        self._open_api()
+        self.open_api()
         for turn in range(max(map(len, places.values()))):
             for children in places.values():
                 for child in children[turn : turn + 1]:
@@ -188,52 +183,13 @@ class Supervisor:
         control_ops.recall(self)
         former.table.begin_term(former.term)
         self._mounts_changed(None)
-        if self.options.supervisor is not None and self._waited_at is None:
+        if self.options.supervisor is not None and not self.handover.waited:
             # We serve, but whoever started us after a crash waits for this, to tell us to take over and to start.
             self._first_state = "INIT"
 
-    def _wait_for_predecessor(self) -> None:
-        """Until the daemon that serves here, and goes on to do so, has been told to exit and we to take over."""
-        self._runtime.wait_in_line()
-        self._wait(self._runtime.waiting, lambda: self.state != "INIT" and self._runtime.is_free())
-        self._runtime.leave_line()
-
-    def _wait(self, folder: Path, done: Callable[[], bool]) -> None:
-        """Answer the API in INIT until it is `done`. Raises EndedError when told to end before."""
-        self._catch_signals()
-        self._waiting = True
-        self._first_state = "READY"
-        self._family.noted = False
-        self._waited_at = folder
-        waiting = Waiting(folder, self._family, self._poller, self._wake)
-        self._sockets = waiting.sockets
-        self._family.front = f"ipc://{folder}/front"
-        self._open_api()
-        log.info("waiting to take over %s", self.options.serves)
-        while not done():
-            now = time.monotonic()
-            if waiting.turn(now, self._control).strip(bytes([signal.SIGCHLD])) or self._stopping:
-                raise EndedError(f"{self.options.serves}: told to end before it was taken over")
-            self._notifier.alive(now)
-        self._family.front = self._runtime.front
-        self._family.noted = True
-        self._waiting = False
-
-    def begin_running(self) -> None:
-        """Whoever has us take over wants us to serve. We do so in any case; while we wait we say it only when it is true."""
-        if self._waiting:
-            self._first_state = "RUNNING"
-        else:
-            self.state = "RUNNING"
-
     def take_sent(self, sent: Sent) -> None:
-        """The session, from whoever keeps it: used if no process has it."""
-        if not self._waiting:
-            os.close(sent.fd)
-            return
-        if self._sent is not None:
-            os.close(self._sent.fd)
-        self._sent = sent
+        """What whoever keeps our session has sent."""
+        self.handover.take(sent)
 
     def session_fd(self) -> int:
         """The FUSE session's, -1 if there is none."""
@@ -253,8 +209,10 @@ class Supervisor:
 
     def _begin(self, rows: int) -> None:
         """What comes first in any daemon; `rows` is the number of front ends."""
-        self._catch_signals()
+        self.catch_signals()
         self._runtime.claim(self._take)
+        if self.handover.waited:
+            self._first_state = "RUNNING" if self.handover.told_to_start else "READY"
         runtime, former = self._runtime, self._former
         size = self.config.nydusd.arena_size
         self.slots, self.stage = SlotTable(runtime.arena, size, runtime.first), SlotTable(runtime.stage, size)
@@ -270,14 +228,14 @@ class Supervisor:
         self.images = self.mounts.images
         self._family.session, self._family.mounts = self._session, self.mounts
 
-    def _catch_signals(self) -> None:
-        """First of all: a signal during the start ends the daemon after it, and nothing is left behind."""
-        if self._wake >= 0:
-            return
-        self._wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+    def catch_signals(self) -> int:
+        """First of all: a signal during the start ends the daemon after it, and nothing is left behind. Gives their pipe."""
+        if self._wake < 0:
+            self._wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: None)
+        return self._wake
 
     def _take(self, record: Json) -> list[int] | None:
         """The pids of what a killed supervisor has left and we take over or end later; None if nothing is taken over."""
@@ -290,24 +248,22 @@ class Supervisor:
 
         def look() -> Former | None:
             where = runtime.folder, runtime.prefix
-            return take_over(record, options, self.config, *where, self._store, self._sent)
+            return take_over(record, options, self.config, *where, self._store, self.handover.sent)
 
         former = look()
-        if former is None and self._sent is None and self.options.supervisor is not None and "session" in record:
+        if former is None and not self.handover.waited and self.options.supervisor is not None and "session" in record:
             device = str(record["session"].get("device"))
             if is_held(options.mountpoint, device):
-                self._wait(runtime.folder, lambda: self._sent is not None)
+                self.handover.wait_for_session(self)
                 former = look()
         self._former = former
-        if self._sent is not None:
-            os.close(self._sent.fd)
-            self._sent = None
+        self.handover.forget()
         if former is None:
             return None
         runtime.term = former.term
         return [*(frontend.process.pid for frontend in former.frontends), *(pid for pid, _ in former.keepers)]
 
-    def _open_api(self) -> None:
+    def open_api(self) -> None:
         if any(child.role == "api" for child in self.children):
             return
         if self.options.apisock is not None:
@@ -338,11 +294,7 @@ class Supervisor:
             self._family.add_fetch_workers()
 
     def _bind(self) -> None:
-        if self._sockets is None:
-            self._sockets = Sockets(self._runtime.front, self._runtime.work)
-        elif self._waited_at != self._runtime.folder:
-            self._sockets.bind(self._runtime.front, self._runtime.work)
-        sockets = self._sockets
+        sockets = self.handover.bind()
         for source in (sockets.front, sockets.work, self._wake):
             self._poller.register(source, zmq.POLLIN)
         self.fetch = WorkerPool("fetch", sockets.send_job, lambda: None, self._has_others)
@@ -359,7 +311,7 @@ class Supervisor:
             amplify=rafs.batch_size if rafs is not None else 1 << 20,
             deadline=self.config.nydusd.read_deadline,
         )
-        self._traffic = Traffic(sockets, self.router, self.fetch, self.decompress, self._family.live, self._control)
+        self._traffic = Traffic(sockets, self.router, self.fetch, self.decompress, self._family.live, self.control)
         self._rest = Rest(
             self._family,
             (self.fetch, self.decompress),
@@ -378,14 +330,14 @@ class Supervisor:
 
     def _reply(self, client: bytes, number: int, errno: int, slot: SlotRef | None) -> None:
         """Answer who has asked the router for chunks."""
-        assert self._sockets is not None
-        self._sockets.reply(client, number, errno, slot)
+        assert self.handover.sockets is not None
+        self.handover.sockets.reply(client, number, errno, slot)
 
     def _has_others(self, server: str) -> bool:
         """Whether blobs of other servers than this one are in use."""
         return any(cache.server not in ("", server) and cache.users > 0 for cache in self.factory.blobs())
 
-    def _control(self, request: Json, answer: Callable[[Json], object]) -> None:
+    def control(self, request: Json, answer: Callable[[Json], object]) -> None:
         """What the API process asks for."""
         # Here and not above: a start need not wait for what only operators ask.
         from nydusd.supervisor import report
@@ -401,7 +353,7 @@ class Supervisor:
     def _reap(self) -> None:
         """Look after children that have ended: their work goes to others, their place is filled again."""
         for child, status in self._family.reap(self._ended):
-            if self._stopping:
+            if self.stopping:
                 continue
             if self._is_over(child, status):
                 log.info("%s was unmounted from outside", self.options.serves)
@@ -422,7 +374,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until told to stop."""
-        while not self._stopping:
+        while not self.stopping:
             self._turn(self._timeout())
 
     def _timeout(self) -> float:
@@ -444,12 +396,12 @@ class Supervisor:
                 take()
         if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
             # What systemd starts again takes over, perhaps as newer code; nobody who reads notices.
-            self._leaving = self._session is not None and self._notifier.restarts()
-            self.ask_to_stop(unmount=not self._leaving)
+            self.handover.leaving = self._session is not None and self._notifier.restarts()
+            self.ask_to_stop(unmount=not self.handover.leaving)
         self._reap()
         now = time.monotonic()
         self._family.tend_fork_server(events, now)
-        if not self._stopping:
+        if not self.stopping:
             self._family.restart(now)
         self._family.look_after({"fetch": self.fetch, "decompress": self.decompress}, now)
         self._notifier.alive(now)
@@ -464,24 +416,24 @@ class Supervisor:
         # In this order: an idle decompress worker may have prefetch want a blob opened.
         self.decompress.pump()
         self.fetch.pump()
-        if not self._stopping:
+        if not self.stopping:
             self._rest.tick(now)
 
     def ask_to_exit(self) -> None:
         """As the API has it: end without unmounting; if a successor waits for that, leave everything to it."""
-        self._leaving = self._runtime.has_successor()
+        self.handover.leaving = self._runtime.has_successor()
         self.ask_to_stop(unmount=False)
 
     def ask_to_stop(self, unmount: bool = True) -> None:
         """End the loop after this turn."""
-        self._stopping = True
+        self.stopping = True
         self._unmount = self._unmount and unmount
 
     def stop(self) -> None:
         """Unmount, store what is ready, end all children, leave nothing behind."""
-        self._stopping = True
+        self.stopping = True
         self.state = "STOPPED"
-        if self._former is not None or self._waiting or self._leaving:
+        if self._former is not None or self.handover.waiting or self.handover.leaving:
             self._let_go()
             return
         self._notifier.send("STOPPING=1")
@@ -489,8 +441,8 @@ class Supervisor:
             steps.callback(self._runtime.remove)
             steps.callback(self._family.close)
             steps.callback(self.factory.close)
-            if self._sockets is not None:
-                steps.callback(self._sockets.close)
+            if self.handover.sockets is not None:
+                steps.callback(self.handover.sockets.close)
             if hasattr(self, "router"):
                 steps.callback(self.stage.close)
                 steps.callback(self.slots.close)
@@ -511,12 +463,12 @@ class Supervisor:
 
         Front ends serve what is cached until then.
         """
-        self._family.leave(keep_fork_server=self._leaving)
+        self._family.leave(keep_fork_server=self.handover.leaving)
         if self._listener is not None:
             self._listener.remove()
-        if self._sockets is not None:
-            self._sockets.close()
-        if self._waiting:
+        if self.handover.sockets is not None:
+            self.handover.sockets.close()
+        if self.handover.waiting:
             self._runtime.leave_line()
         self._runtime.let_go()
 

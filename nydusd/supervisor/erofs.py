@@ -43,7 +43,7 @@ class OpensFirst(Supervisor):
 
     def _wait_for_blobs(self, image: Image) -> None:
         """Until each has its cache file, at its full size. Raises MountError when one cannot be opened."""
-        while not self._stopping and any(cache.state != "ready" for cache in image.caches):
+        while not self.stopping and any(cache.state != "ready" for cache in image.caches):
             self._turn(self._timeout())
             for cache in image.caches:
                 if cache.state == "failed":
@@ -80,7 +80,7 @@ class ErofsDaemon(OpensFirst):
         for cache in image.caches:
             cache.pinned = True
         self._bind()
-        self._open_api()
+        self.open_api()
         for turn in range(max(self.config.fetch_worker_count, self.config.decompress_worker_count)):
             for role, count in (
                 ("fetch", self.config.fetch_worker_count),
@@ -90,7 +90,7 @@ class ErofsDaemon(OpensFirst):
                     self._family.add(Child(role, turn, "workers"))
         self.mounts.serve(image, first.files)
         self._wait_for_blobs(image)
-        if self._stopping:
+        if self.stopping:
             return
         self._mount(options.mountpoint, image)
         self._ready(f"{image.source} is mounted at {options.mountpoint}")

@@ -123,7 +123,7 @@ class FscacheDaemon(Singleton):
         for role, count in (("fetch", self.config.fetch_worker_count), ("decompress", self._writers)):
             for index in range(count):
                 self._family.add(Child(role, index, "workers"))
-        self._open_api()
+        self.open_api()
         self._ready(f"{len(self._bound)} images for the kernel's cache in {self._folder}")
 
     def _begin_cache(self) -> None:

@@ -10,9 +10,12 @@ What holds after SIGKILL in that time: nothing was changed; the predecessor serv
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
 import socket
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,7 +28,12 @@ from nydusd.ipc.messages import Json, decode, encode
 from nydusd.supervisor.sockets import Sockets, drain
 
 if TYPE_CHECKING:
+    from nydusd.supervisor.daemon import Supervisor
     from nydusd.supervisor.family import Family
+    from nydusd.supervisor.notify import Notifier
+    from nydusd.supervisor.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 VERSION, READABLE_BY, OLDEST = 2, 2, 2
 """Of the state, and of all that front ends and supervisors say to each other: the version that we write, that of the oldest
@@ -87,39 +95,104 @@ def receive(wire: socket.socket, device: int) -> Sent:
     return Sent(fds[0], state)
 
 
-class Waiting:
-    """The API of a daemon that serves nothing. Its sockets, in `folder`, are served by the daemon from then on, too.
+class Handover:
+    """How a daemon comes to serve in the place of another one, and leaves its own to the next."""
 
-    `control` answers what the API process asks; `wake` is the pipe of signals.
-    """
-
-    def __init__(self, folder: Path, family: Family, poller: zmq.Poller, wake: int) -> None:
-        self.sockets = Sockets(f"ipc://{folder}/front", f"ipc://{folder}/work")
+    def __init__(self, serves: str, runtime: Runtime, family: Family, poller: zmq.Poller, notifier: Notifier) -> None:
+        self._serves = serves
+        self._runtime = runtime
         self._family = family
         self._poller = poller
-        self._wake = wake
-        for source in (self.sockets.front, wake):
-            poller.register(source, zmq.POLLIN)
+        self._notifier = notifier
+        self._place: Path | None = None
+        self.sockets: Sockets | None = None
+        """Those by which the API process asked us meanwhile."""
+        self.waiting = False
+        """We are to take over and cannot yet."""
+        self.leaving = False
+        """The next one is there, or comes at once: all stays as it is."""
+        self.sent: Sent | None = None
+        self.told_to_start = False
 
-    def turn(self, now: float, control: Callable[[Json, Callable[[Json], object]], None]) -> bytes:
-        """Answer what was asked; gives what signals have written."""
+    @property
+    def waited(self) -> bool:
+        """Whether we had to wait."""
+        return self._place is not None
+
+    def wait_for_predecessor(self, daemon: Supervisor) -> None:
+        """Until the daemon that serves here, and goes on to do so, has been told to exit and we to take over."""
+        self._runtime.wait_in_line()
+        self._wait(daemon, self._runtime.waiting, lambda: daemon.state != "INIT" and self._runtime.is_free())
+        self._runtime.leave_line()
+
+    def wait_for_session(self, daemon: Supervisor) -> None:
+        """Until whoever keeps the session has sent it."""
+        self._wait(daemon, self._runtime.folder, lambda: self.sent is not None)
+
+    def _wait(self, daemon: Supervisor, folder: Path, done: Callable[[], bool]) -> None:
+        """Answer the API in INIT, by sockets in `folder`, until it is `done`. Raises EndedError when told to end before."""
+        self.waiting, self._place = True, folder
+        self._family.noted = False
+        wake = daemon.catch_signals()
+        self.sockets = Sockets(f"ipc://{folder}/front", f"ipc://{folder}/work")
+        for source in (self.sockets.front, wake):
+            self._poller.register(source, zmq.POLLIN)
+        self._family.front = f"ipc://{folder}/front"
+        daemon.open_api()
+        log.info("waiting to take over %s", self._serves)
+        while not done():
+            if self._turn(daemon, wake):
+                raise EndedError(f"{self._serves}: told to end before it was taken over")
+        self._family.front = self._runtime.front
+        self._family.noted = True
+        self.waiting = False
+
+    def _turn(self, daemon: Supervisor, wake: int) -> bool:
+        """Answer what was asked, look after children; whether we are told to end."""
+        assert self.sockets is not None
         events = dict(self._poller.poll(_LOOK_MS))
         if self.sockets.front in events:
             for frames in drain(self.sockets.front):
                 if len(frames) == 4 and frames[1] == messages.CONTROL:
-                    self._answer(frames, control)
+                    self._answer(daemon, self.sockets, frames)
+        now = time.monotonic()
         for child, status in self._family.reap(lambda _child, _identity: None):
             self._family.judge(child, status)
         self._family.tend_fork_server(events, now)
         self._family.restart(now)
-        return os.read(self._wake, 64) if self._wake in events else b""
+        self._notifier.alive(now)
+        return daemon.stopping or bool(wake in events and os.read(wake, 64).strip(bytes([signal.SIGCHLD])))
 
-    def _answer(self, frames: list[bytes], control: Callable[[Json, Callable[[Json], object]], None]) -> None:
+    @staticmethod
+    def _answer(daemon: Supervisor, sockets: Sockets, frames: list[bytes]) -> None:
         def reply(answer: Json) -> None:
-            self.sockets.front.send_multipart([*frames[:3], encode(answer)])
+            sockets.front.send_multipart([*frames[:3], encode(answer)])
 
         request = decode(frames[3])
         if request.get("op") in _OPS:
-            control(request, reply)
+            daemon.control(request, reply)
         else:
             reply({"error": {"status": 503, "message": "NotReady"}})
+
+    def take(self, sent: Sent) -> None:
+        """The session, from whoever keeps it: used if no process has it."""
+        self.forget()
+        if self.waiting:
+            self.sent = sent
+        else:
+            os.close(sent.fd)
+
+    def forget(self) -> None:
+        """What was sent was used, or is not needed."""
+        if self.sent is not None:
+            os.close(self.sent.fd)
+            self.sent = None
+
+    def bind(self) -> Sockets:
+        """The daemon's sockets: where the API process found us meanwhile we can be found by all others, too."""
+        runtime = self._runtime
+        if self.sockets is None:
+            self.sockets = Sockets(runtime.front, runtime.work)
+        elif self._place != runtime.folder:
+            self.sockets.bind(runtime.front, runtime.work)
+        return self.sockets

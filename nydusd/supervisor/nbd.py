@@ -56,7 +56,7 @@ class NbdDaemon(Supervisor):
         ):
             for index in range(count):
                 self._family.add(Child(role, index, "workers"))
-        self._open_api()
+        self.open_api()
         self.mounts.serve(image, first.files)
         self._ready(f"{image.source} is exported at {options.socket}")
 

@@ -40,5 +40,5 @@ class Singleton(Supervisor):
             self._table.bind(entry, inspect(entry.metadata, [self.run_dir]))
         self._bind()
         self._family.add(Child("fetch", 0, "workers"))
-        self._open_api()
+        self.open_api()
         self._ready(f"{len(self._entries)} images, no mount")

@@ -53,7 +53,7 @@ class TarfsDaemon(Supervisor):
         image = self.mounts.mount_first(first)
         self._bind()
         self._mount(options.mountpoint, image)
-        self._open_api()
+        self.open_api()
         self._ready(f"{image.source} is mounted at {options.mountpoint}")
 
     def _mount(self, mountpoint: str, image: Image) -> None:
