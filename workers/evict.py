@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from nydusd import points
 from nydusd.errors import CacheError, NydusError, StaleCacheError
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import map_file
@@ -26,8 +27,11 @@ from workers.blobs import OpenBlobs
 log = logging.getLogger(__name__)
 
 _DATA = ".blob.data"
-_PARTS = (".blob.data.chunk_map", ".blob.data.chunk_map.nydusd", _DATA, ".blob.meta")
-"""Files of a blob, in the order of their removal. The bootstrap taken out of one stays: a mount may have it mapped."""
+_PARTS = (
+    *(".blob.data.chunk_map", ".blob.data.chunk_map.nydusd", ".blob.data.chunk_map.nydusd.tmp", _DATA),
+    *(".blob.meta", ".blob.meta.tmp"),
+)
+"""Files of a blob, in the order of their removal; two are left by writers that were killed. The bootstrap taken out of one stays: a mount may have it mapped."""
 _MOST = 20_000
 """Chunks named by one survey."""
 _IDLE = 600
@@ -116,6 +120,7 @@ def _remove(folder: Path, blob_id: str, instance: str, pids: Collection[int]) ->
             return False
         for part in _PARTS:
             (folder / f"{blob_id}{part}").unlink(missing_ok=True)
+            points.reach("evict: one file removed")
         log.info("cache files of blob %s were removed: no mount uses them", blob_id)
         return True
     except OSError as e:
@@ -173,7 +178,9 @@ def evict(blobs: OpenBlobs, job: Json) -> Json:
         user = used_by_others(str(path), job["instance"], job["pids"])
         if user:
             return {"kept": user}
+        points.reach("evict: data file locked")
         stored = map_file.clear(blob.spec.map_path, job["chunks"], segment.count, segment.identity)
+        points.reach("evict: map cleared")
         punch(fd, [_room_of(segment, chunk) for chunk in job["chunks"]])
     except OSError as e:
         raise CacheError(f"cache file {path}: {e.strerror}", e.errno) from e

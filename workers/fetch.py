@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+from nydusd import points
 from nydusd.errors import BackendError
 from nydusd.ipc.messages import Json
 from nydusd.storage.backend.base import ReadHow
@@ -28,6 +29,7 @@ def fetch(blobs: OpenBlobs, job: Json) -> Json:
             reader = blobs.get(job).reader()
             waited = reader.waited
             reader.read_into(view, job["coff"], how)
+            points.reach("fetch: received")
         except BackendError as e:
             return failure(e) | {"reads": 1, "read_errors": 1, "read_bytes": 0}
     # How fast the bytes came is another matter than how far away the server is.

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from nydusd import points
 from nydusd.errors import BackendError, CorruptChunkError, InternalError, NydusError, StaleCacheError
 from nydusd.formats.model import ChunkFlag, ChunkRecord
 from nydusd.ipc.arena import Arena
@@ -84,6 +85,7 @@ class _CacheFile:
             self._result.unstored.append(chunk)
             return
         try:
+            points.reach("fill: before the write")
             self._write(data, record.uoff)
         except OSError as e:
             if e.errno not in _NO_ROOM:
@@ -91,7 +93,9 @@ class _CacheFile:
             self._result.unstored.append(chunk)
             self._result.why_unstored = e.strerror or str(e)
             return
+        points.reach("fill: written")
         self._state[chunk] = READY
+        points.reach("fill: marked")
 
     def _write(self, data: memoryview, at: int) -> None:
         # Writing behind the end of a file that somebody cut off would turn the part between into zeros that pass
@@ -133,6 +137,7 @@ class _Slot:
             self._result.unstored.append(chunk)
             return
         self._arena.view(self._at, len(data))[:] = data
+        points.reach("fill: placed in a slot")
         self._result.placed.append((chunk, self._at, len(data)))
         self._at += len(data)
 
@@ -214,6 +219,7 @@ def _adopt(blob: OpenBlob, chunk: int) -> None:
         log.warning("blob %s chunk %d: cache file: %s; fetched again", blob.spec.info.blob_id, chunk, e.strerror)
         return
     if verify_chunk(blob.spec.info, record, segment.digest(chunk), data):
+        points.reach("fill: verified")
         segment.state[chunk] = READY
     else:
         log.warning(
@@ -291,6 +297,7 @@ def _fill_run(blob: OpenBlob, first: int, last: int, source: _Backend | _Fetched
     records = [segment.record(chunk) for chunk in range(first, last + 1)]
     coff, length = fetch_range(records, segment.contexts, 0, last - first)
     data = source.read(coff, length)
+    points.reach("fill: read")
 
     def digest(chunk: int) -> bytes | None:
         return segment.digest(chunk) if segment.record(chunk).flags & ChunkFlag.DIGEST else None

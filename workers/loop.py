@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
-from nydusd import logs, proctitle
+from nydusd import logs, points, proctitle
 from nydusd.errors import NydusError
 from nydusd.ipc.messages import DONE, HELLO, JOB, Json, decode, encode
 from nydusd.ipc.spec import read_spec, supervisor_gone
@@ -77,12 +77,15 @@ def main(argv: Sequence[str]) -> int:
             kind, body = socket.recv_multipart()
             if kind == JOB:
                 job = decode(body)
+                points.reach("worker: job taken")
                 answer = _run(handlers, blobs, job, log.exception)
                 if connections := blobs.connections():
                     answer["connections"] = connections
                 if routes := blobs.take_routes():
                     answer["routes"] = routes
+                points.reach("worker: job done")
                 socket.send_multipart([DONE, encode(answer | {"id": job["id"]})])
+                points.reach("worker: job reported")
         elif supervisor_gone(lifeline):
             return 0
 

@@ -7,6 +7,7 @@ point it leaves nothing that a reader could see: files are renamed into place, t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from nydusd import points
 from nydusd.errors import CacheError, FormatError
 from nydusd.formats import open_bootstrap
 from nydusd.formats.blob_meta import check_ci_sizes
@@ -29,6 +31,7 @@ from workers.blobs import OpenBlob, OpenBlobs, map_bootstrap
 
 log = logging.getLogger(__name__)
 
+_TRIES = 5
 _CHECKABLE = int(ChunkFlag.DIGEST | ChunkFlag.CRC)
 
 
@@ -89,6 +92,7 @@ def _chunk_table(blob: OpenBlob) -> ChunkTable:
             log.warning("blob metadata: %s; fetching it again", str(e))
     # The supervisor has it done again when the backend is there again: no need to wait for that here.
     header, ci = load_ci(info, partial(blob.reader(meta=True).read, how=ReadHow(waits=False)))
+    points.reach("prepare: metadata fetched")
     table = build_from_ci(info, ci, header, _raw_chunks(spec))
     stored = _store_meta(blob, meta_file_bytes(header, ci))
     if not stored and table.dict_size:
@@ -112,23 +116,45 @@ def _store_meta(blob: OpenBlob, content: bytes) -> bool:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either absent or complete, also after a power cut."""
+    """Write a file so that it is either absent or complete, also after a power cut. Raises OSError.
+
+    The temporary file has always the same name, so what a killed writer has left is taken by the next one; its lock has
+    writers take turns, of other daemons too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    temporary = path.with_name(f"{path.name}.tmp")
+    written = False
+    for _ in range(_TRIES):
+        with open(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "r+b") as f:
+            map_file.lock(f.fileno())
+            if written := _is_still(temporary, f.fileno()):
+                try:
+                    f.truncate(0)
+                    f.write(content)
+                    f.flush()
+                    os.fsync(f.fileno())
+                    points.reach("prepare: metadata written")
+                    os.replace(temporary, path)
+                    points.reach("prepare: metadata named")
+                except OSError:
+                    temporary.unlink(missing_ok=True)
+                    raise
+                break
+    if not written:
+        raise OSError(errno.EBUSY, "others keep replacing it")
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _is_still(path: Path, fd: int) -> bool:
+    """Whether the open file is the one of this name: whoever had its lock before us may have renamed it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable) -> int:
@@ -139,11 +165,15 @@ def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable) -> int:
         fd, whole = _open_data(path, table.uncompressed_size, earlier)
         try:
             map_file.lock(fd)
+            points.reach("prepare: data file locked")
             identity, state = _judge(spec, fd, whole, table, earlier)
+            points.reach("prepare: map judged")
             ready = _publish(spec, table, identity, state)
             # A front end may go on with an old file, but not with an old view of this one: chunks are taken out by the new.
             if earlier is not None and (earlier.identity.dev, earlier.identity.ino) == (identity.dev, identity.ino):
+                points.reach("prepare: published")
                 earlier.retire()
+                points.reach("prepare: former retired")
             return ready
         finally:
             os.close(fd)
@@ -190,6 +220,7 @@ def _open_data(path: Path, size: int, earlier: Segment | None) -> tuple[int, boo
             fresh = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             os.close(fd)
             fd = fresh
+        points.reach("prepare: data file made")
         os.ftruncate(fd, size)
     except BaseException:
         os.close(fd)

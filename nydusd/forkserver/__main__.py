@@ -41,6 +41,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from nydusd import points
 from nydusd.forkserver.client import FDS_MAX, PACKET_MAX
 
 _PID = struct.Struct("=i")
@@ -120,6 +121,7 @@ class _Server:
 
     def _spawn(self, request: dict[str, Any], fds: list[int]) -> Task | None:
         try:
+            points.reach("fork server: asked")
             _load(request["load"])
             pid = _fork()
         except OSError as e:
@@ -128,6 +130,7 @@ class _Server:
             answer = {"errno": 0, "error": str(e)}
         else:
             if pid == 0:
+                points.reach("fork server: child made")
                 self._line.close()
                 for fd in self._held:
                     os.close(fd)
@@ -135,6 +138,7 @@ class _Server:
                     os._exit(0)
                 os.close(fds.pop())
                 return Task(request["module"], _place(fds, request["fds"]))
+            points.reach("fork server: before the answer")
             answer = {"pid": pid}
         for fd in fds:
             os.close(fd)
@@ -148,6 +152,7 @@ class _Server:
             self._line = socket.socket(fileno=line)
         self._held = list(dict.fromkeys([*self._held, *numbers]))
         _place(fds, numbers)
+        points.reach("fork server: holds")
 
     def _copy(self, line: int) -> None:
         """One to take our place. It is the second to start a supervisor."""
@@ -157,12 +162,14 @@ class _Server:
             pid = 0
         else:
             if pid == 0:
+                points.reach("fork server: copy made")
                 self._line.close()
                 self._line = socket.socket(fileno=line)
                 if not self._line.recv(1):
                     os._exit(0)
                 if self._guard is not None:
                     self._guard["delay"] *= 2
+                points.reach("fork server: takes its predecessor's place")
                 return
         os.close(line)
         self.answer({"copy": pid})

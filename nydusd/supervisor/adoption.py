@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from nydusd import points
 from nydusd.errors import MountError, NydusError
 from nydusd.frontends.fuse import journal
 from nydusd.frontends.fuse.session import Lane, Negotiated, Session, clone
@@ -237,6 +238,7 @@ def _take_over(
     until = time.monotonic() + _KEEPER_SECONDS
     for number in range(0 if alone else len(record.lanes)):
         lanes.append(_lane(holders, number, keepers, until))
+        points.reach("takeover: one lane copied")
         for fd in lanes[-1]:
             on_failure.callback(os.close, fd)
     if record.parameters != parameters(options, config):
@@ -245,6 +247,7 @@ def _take_over(
     # Each fd that we forgot would keep a mount alive that nobody serves, and its users waiting.
     fd = clone(lanes[0].fd if sent is None else sent.fd, options.mountpoint)
     on_failure.callback(os.close, fd)
+    points.reach("takeover: session cloned")
     session = Session.adopt(options.mountpoint, fd, negotiated)
     if session.device != record.session.device or session.is_over():
         raise MountError("another file system is mounted here now")
@@ -257,8 +260,10 @@ def _take_over(
         for _ in record.lanes:
             for number in session.open_lanes(1)[0]:
                 on_failure.callback(os.close, number)
+    points.reach("takeover: all is ours")
     # But not what would be the last to hold all this if we were killed before it is noted whom we have started.
     _end_strangers(record, [*known, *(keeper.pid for keeper in keepers)])
+    points.reach("takeover: strangers ended")
     for holder, _ in holders:
         if isinstance(holder, Orphan) and holder.pid not in known:
             holder.close()

@@ -11,6 +11,7 @@ import os
 import zlib
 from pathlib import Path
 
+from nydusd import points
 from nydusd.errors import CacheError
 from nydusd.ipc.messages import Json
 
@@ -23,7 +24,9 @@ def write_checked(path: Path, content: Json) -> None:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with open(fd, "w") as file:
             file.write(f'{{"check":{zlib.crc32(text.encode())},{text[1:]}')
+        points.reach("record: written")
         os.replace(temporary, path)
+        points.reach("record: named")
     except OSError as e:
         raise CacheError(f"{path}: {e.strerror}", e.errno) from e
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from nydusd import priority
+from nydusd import points, priority
 from nydusd.cli.options import FuseOptions
 from nydusd.errors import MountError
 from nydusd.forkserver.client import ForkServer
@@ -134,9 +134,12 @@ class Supervisor:
             self._refuse_erofs(mountpoint)
             image = None if first is None else self.mounts.mount_first(first)
             self._session = self._family.session = Session.mount(mountpoint, read_ahead_kib=1024)
+            points.reach("start: mounted")
             self._bind()
             self._session.open_lanes(count)
+            points.reach("start: lanes opened")
             self._family.remember()
+            points.reach("start: noted")
         assert self._session is not None
         places = {
             "fuse": [Child("fuse", i, self.fuse_module) for i in range(len(self._session.lanes))],
@@ -175,14 +178,21 @@ class Supervisor:
         """Take the places of a killed supervisor: its front ends, its mounts, and its name on the sockets."""
         for frontend in former.frontends:
             self._family.adopt(places["fuse"][frontend.number], frontend)
+            points.reach("takeover: one front end adopted")
         places["fuse"] = [child for child in places["fuse"] if child.process is None]
         self._family.remember()
+        points.reach("takeover: noted")
         former.end_keepers(self.fork_server.pids)
+        points.reach("takeover: keepers ended")
         self._bind()
+        points.reach("takeover: bound")
         self.mounts.restore(former.records)
+        points.reach("takeover: mounts known")
         control_ops.recall(self)
         former.table.begin_term(former.term)
+        points.reach("takeover: term begun")
         self._mounts_changed(None)
+        points.reach("takeover: front ends woken")
         if self.options.supervisor is not None and not self.handover.waited:
             # We serve, but whoever started us after a crash waits for this, to tell us to take over and to start.
             self._first_state = "INIT"
@@ -274,6 +284,7 @@ class Supervisor:
             self._family.add(Child("api", 0, "nydusd.control"))
 
     def _ready(self, what: str) -> None:
+        points.reach("start: before READY")
         self.state = self._first_state
         self._family.add_fetch_workers()
         self._store.keep(self._session)
@@ -474,12 +485,14 @@ class Supervisor:
 
     @staticmethod
     def _try_unmount(session: Session) -> None:
+        points.reach("stop: before the unmount")
         try:
             session.unmount()
         except MountError as e:
             log.error("%s", e)
 
     def _last_checkpoint(self) -> None:
+        points.reach("stop: unmounted")
         deadline = time.monotonic() + _STOP_PATIENCE
         fetchers = [child for child in self.children if child.role == "fetch"]
         # A server that does not answer must not keep the worker that is to store what is here.
@@ -491,3 +504,4 @@ class Supervisor:
             if fetchers and not any(child.pid for child in fetchers):
                 self._family.launch(fetchers[0])
             self._turn(0.05)
+        points.reach("stop: maps stored")

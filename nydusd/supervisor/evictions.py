@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
+from nydusd import points
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority, Request
 from nydusd.storage.state.segment import EMPTY, READY
@@ -41,7 +42,9 @@ class Evictions:
             return 0
         cache.checkpointing = True
         cache.chunk_map.claim_ready(chosen)
+        points.reach("evict: claimed")
         cache.segment.epoch[0] += 1
+        points.reach("evict: epoch raised")
 
         def ended(job: Job, answer: Answer) -> None:
             self._ended(job, answer)
@@ -58,6 +61,7 @@ class Evictions:
         cache.checkpointing = False
         if job.cancelled:
             return
+        points.reach("evict: reported")
         name = cache.spec.info.blob_id
         # Where nothing was done because others use the file, its bytes are good still; unless a worker died over the job,
         # which may have punched holes before the others came.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
+from nydusd import points
 from nydusd.cli.options import FuseOptions
 from nydusd.config.model import REMOTE_FETCH_WORKERS
 from nydusd.errors import NydusError
@@ -134,13 +135,16 @@ class Family:
                 child.load = [MODULES[kind] for kind in sorted(self._backends())]
                 fds.append(self._shared)
                 spec["shared_fd"] = self._shared
+        points.reach("start: before a child")
         try:
             child.start(self.fork_server, spec, fds)
         finally:
             self._watch_fork_server()  # at once: it may be another, and numbers of its fds be the child's
+        points.reach("start: child not noted")
         self.live.add(child.identity)
         self._poller.register(child.pidfd, zmq.POLLIN)
         self.remember()
+        points.reach("start: child noted")
         self.started(child)
 
     def remember(self) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
+from nydusd import points
 from nydusd.errors import CacheError, MountError
 from nydusd.ipc.messages import Json
 from nydusd.ipc.shared_number import make_number, map_number
@@ -130,6 +131,7 @@ class MountTable:
         for path in self._folder.iterdir():
             if path.stem not in named:
                 path.unlink(missing_ok=True)
+        points.reach("mounts: unnamed files removed")
         self._shared[1] = term
         self.publish()
 
@@ -256,7 +258,9 @@ class MountTable:
         ]
         counts = [self._next, self._next_number, self._first]
         write_checked(self._folder / "table.json", {"places": rows, "next": counts})
+        points.reach("mounts: table written")
         self._shared[0] += 1
+        points.reach("mounts: table published")
 
     def _describe(self, index: int, revision: int, spec: Json, record: Json | None) -> None:
         target = self._folder / f"{index}.{revision}.json"
@@ -265,6 +269,7 @@ class MountTable:
         temporary = target.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps(spec, separators=(",", ":")))
+            points.reach("mounts: description written")
             os.replace(temporary, target)
         except OSError as e:
             raise CacheError(f"{target}: {e.strerror}", e.errno) from e
@@ -272,6 +277,7 @@ class MountTable:
     def _remove(self, stem: str) -> None:
         for suffix in ("json", "record"):
             (self._folder / f"{stem}.{suffix}").unlink(missing_ok=True)
+            points.reach("mounts: description removed")
 
 
 def _path(place: _Place) -> str:

@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nydusd import points
 from nydusd.errors import NydusError
 from nydusd.ipc.inflight import make_board
 from nydusd.ipc.messages import Json
@@ -25,9 +26,10 @@ from nydusd.ipc.shared_block import map_block
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.cache.manager import SEGMENT_DIGITS
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
-from nydusd.storage.state.segment import remove
+from nydusd.storage.state.segment import names, remove
 from nydusd.supervisor.images import Image, metadata_folders
 from nydusd.supervisor.mount_records import Recorded, record_of
 from nydusd.supervisor.mount_table import MountTable, PlaceError, parse_place
@@ -114,6 +116,25 @@ class Mounts:
             if image.given:
                 image.use(image.config)
             log.info("%s is still mounted at %s", image.source, image.place)
+        self._remove_strays()
+
+    def _remove_strays(self) -> None:
+        """Remove what belongs to no mount: of one that was being made, or had just ended, when the supervisor was killed."""
+        images = self.images.values()
+        counters = {image.counters for image in images} | {image.files for image in images}
+        segments = {cache.spec.segment for cache in self._factory.blobs()}
+        for name in names(self._prefix[1:]):
+            kind, _, rest = name.removeprefix(self._prefix).partition(".")
+            if kind in ("count", "files"):
+                stray = f"{self._prefix}{kind}.{rest.partition('.')[0]}" not in counters
+            else:
+                stray = len(kind) == SEGMENT_DIGITS and self._prefix + kind not in segments
+            if stray:
+                remove(name)
+        traces = {image.trace for image in images}
+        for path in self._folder.glob("trace.*"):
+            if str(path) not in traces:
+                path.unlink(missing_ok=True)
 
     def serve(self, image: Image, files: Sequence[bytes] | None) -> None:
         """Have the blobs of an image opened, and fetch ahead what is to be fetched ahead."""
@@ -164,11 +185,13 @@ class Mounts:
         image = Image(request.place, request.source, request.config, facts, self._factory)
         try:
             self._make_counters(image)
+            points.reach("mounts: counters made")
             image.index = self.table.add(request.names, image.spec(), record_of(image, request))
         except NydusError:
             self._release(image)
             raise
         self.images[image.place] = image
+        points.reach("mounts: image added")
         self._changed(image.place if self.table.under(request.names) else None)
         return image
 
@@ -231,8 +254,10 @@ class Mounts:
         place, names = parse_place(place)
         image = self._mounted(place)
         self.table.remove(names)
+        points.reach("mounts: image removed")
         del self.images[place]
         self._release(image)
+        points.reach("mounts: image released")
         self._changed(self._stale(place, names))
         log.info("%s is unmounted from %s", image.source, place)
 
@@ -287,7 +312,9 @@ class Mounts:
         idle = [cache for cache in self._leaving if self._router.may_close(cache)]
         if idle:
             self._leaving = [cache for cache in self._leaving if cache not in idle]
+            points.reach("mounts: before blobs are dropped")
             self._factory.gc(idle)
+            points.reach("mounts: blobs dropped")
 
     # --- jobs -------------------------------------------------------------------------------------------------
 

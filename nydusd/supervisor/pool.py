@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from itertools import count
 
+from nydusd import points
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority
@@ -168,7 +169,9 @@ class WorkerPool:
                 if known.get(cache.handle) is not cache.spec:
                     known[cache.handle] = cache.spec
                     message["spec"] = cache.spec.to_json(secrets=self.role == "fetch")
+            points.reach("supervisor: before a job is sent")
             self._send(identity, message)
+            points.reach("supervisor: job sent")
 
     def _next(self) -> Job | None:
         if not self.queued():

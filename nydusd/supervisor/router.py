@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from nydusd import points
 from nydusd.errors import CacheError, NydusError
 from nydusd.ipc.messages import AHEAD, LOST, SlotRef
 from nydusd.storage.api.factory import BlobFactory
@@ -305,6 +306,7 @@ class Router:
     def _filled(self, job: Job, answer: Answer) -> None:
         cache = job.cache
         assert cache is not None
+        points.reach("supervisor: job came back")
         if job.kind != "fetch":
             self._count(job, answer)
         if job.slot is not None:
@@ -413,6 +415,9 @@ class Router:
                 return
             if absent:
                 slot = self._slots.lease(request.client, cache.handle, absent)
+                points.reach("supervisor: slot leased")
         del self._requests[request.key]
         self._detach(request)
+        points.reach("supervisor: before a reply")
         self._reply(request.client, request.number, code, slot)
+        points.reach("supervisor: replied")

@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Iterable
 from hashlib import sha256
 from pathlib import Path
 
+from nydusd import points
 from nydusd.errors import CacheError, MountError
 from nydusd.ipc.messages import Json
 from nydusd.nursery import place
@@ -86,15 +87,21 @@ class Runtime:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             if self._lock < 0:
                 self._take_lock()
+                points.reach("start: lock taken")
             _make_folder(self.folder)
+            points.reach("start: folder made")
             record = self._read()
             processes = _processes(record)[1:]
             # Those that hold what is to be taken come last: nobody may do a job while we look what there is.
             spared = {row["pid"] for row in record.get("holders", ())}
             _end_all(process for process in processes if process[0] not in spared)
+            points.reach("start: workers of the former ended")
             kept = take(record)
+            points.reach("start: taken what is left")
             _end_all(process for process in processes if process[0] not in (kept or ()))
+            points.reach("start: processes of the former ended")
             self._clear(keep=kept is not None)
+            points.reach("start: cleared")
         except OSError as e:
             raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
         if kept is None:
@@ -218,8 +225,10 @@ class Runtime:
             return
         for name in names(f"nydusd.{self.instance}."):
             remove(name)
+            points.reach("stop: one name removed")
         self.leave_line()
         shutil.rmtree(self.folder, ignore_errors=True)
+        points.reach("stop: folder removed")
         self._lock_path.unlink(missing_ok=True)
         os.close(self._lock)
         self._lock = -1

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+from nydusd import points
 from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import SlotRef
 
@@ -44,6 +45,7 @@ class SlotTable:
         """Raises CacheError when shared memory is full."""
         if self._arena is None:
             self._arena = Arena.create(self._name, self._size)
+            points.reach("supervisor: arena made")
         return self._arena
 
     @property

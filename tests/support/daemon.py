@@ -118,6 +118,17 @@ class Daemon:
 
     def start(self) -> None:
         """Start the process and wait until reads can be served; AssertionError with the log's end if that fails."""
+        self.launch()
+        if becomes_true(lambda: self.has_ended() or self.serves(), START_SECONDS) and not self.has_ended():
+            return
+        ended = self.has_ended()
+        assert self._process is not None
+        status = f"exit status {self._process.wait()}" if ended else f"not RUNNING after {START_SECONDS:g} s"
+        self._end_by_force()
+        raise AssertionError(f"the daemon did not start: {status}\n{self.log_tail()}")
+
+    def launch(self) -> None:
+        """Start the process, and do not wait for anything."""
         with open(self.log, "ab") as log:
             discipline.logs.watch(self.log)
             self._process = subprocess.Popen(
@@ -128,18 +139,14 @@ class Daemon:
                 env=self._environment,
                 cwd=Path(__file__).resolve().parents[2],
             )
-        if becomes_true(lambda: self._process_ended() or self._serves(), START_SECONDS) and not self._process_ended():
-            return
-        ended = self._process_ended()
-        status = f"exit status {self._process.wait()}" if ended else f"not RUNNING after {START_SECONDS:g} s"
-        self._end_by_force()
-        raise AssertionError(f"the daemon did not start: {status}\n{self.log_tail()}")
 
-    def _process_ended(self) -> bool:
+    def has_ended(self) -> bool:
+        """Whether the process that was started is no more."""
         assert self._process is not None
         return self._process.poll() is not None
 
-    def _serves(self) -> bool:
+    def serves(self) -> bool:
+        """Whether the mount is there and the API says RUNNING."""
         if str(self.mountpoint) not in mounts_under(self.folder) or not self.apisock.exists():
             return False
         try:
@@ -232,7 +239,7 @@ class Daemon:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Ask the daemon to end with a signal; AssertionError unless it ends with 0 in time and leaves no mount."""
         family = [self.pid, *self.family()]
-        if not self._process_ended():
+        if not self.has_ended():
             os.kill(self.pid, number)
         self.wait_for_end()
         left = [f"{pid} ({cmdline(pid)})" for pid in family if is_running(pid)]

@@ -19,6 +19,7 @@ import select
 import time
 from collections.abc import Callable, Sequence
 
+from nydusd import points
 from nydusd.errors import CacheError, MountError, NydusError
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
@@ -144,10 +145,13 @@ class FrontEnd:
                 self._answer(event.fd, 0)
                 os.close(event.fd)
             else:
+                points.reach("fanotify: event looked at")
                 place = self._journal.keep(event, index)
+                points.reach("fanotify: event kept")
                 self._wait(
                     _Waiting(event.fd, place, event.offset, event.length, [blob], self._deadline()), [(blob, run)]
                 )
+                points.reach("fanotify: event asked for")
             hint = blob.hint(event.offset)
             if hint is not None and not self._alone:
                 self._line().request(hint, AHEAD)
@@ -156,6 +160,7 @@ class FrontEnd:
     def _recover(self) -> None:
         """Answer, or have wait again, what a predecessor had taken and not answered."""
         for place, event, index, hopeless in self._journal.left:
+            points.reach("fanotify: successor takes up an event")
             blobs = self._all if index == UNKNOWN else self._all[index : index + 1]
             waiting = _Waiting(event.fd, place, event.offset, event.length, blobs, self._deadline())
             if hopeless or not event.length or not blobs:
@@ -275,13 +280,16 @@ class FrontEnd:
         if code:
             self._refuse(waiting.number, code, why, waiting.blobs)
         else:
+            points.reach("fanotify: before an answer")
             self._answer(waiting.number, 0)
+        points.reach("fanotify: answered")
         self._waiting.pop(waiting.number, None)
         for number in waiting.pending:
             self._owners.pop(number, None)
             self._line().cancel(number)
         waiting.pending.clear()
         self._journal.drop(waiting.place)
+        points.reach("fanotify: dropped")
         # Only now may the kernel use the number again.
         if waiting.number not in self._own_numbers:
             with contextlib.suppress(OSError):
@@ -317,6 +325,7 @@ class FrontEnd:
                     fanotify.unwatch(self._group, blob.tree)
                 except MountError as e:
                     self._complaints.log("blob %s: %s", blob.blob_id, e)
+                points.reach("fanotify: mark removed")
                 blob.watched = False
                 log.info("blob %s: all of it is in the cache; the kernel reads it by itself", blob.blob_id)
         if not self._told and not any(blob.watched for blob in self._all):

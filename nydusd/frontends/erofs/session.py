@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from nydusd import points
 from nydusd.errors import MountError, NydusError
 from nydusd.frontends.fuse.session import MS_NOATIME, MS_NODEV, MS_NOSUID, MS_RDONLY, resolve_mountpoint
 
@@ -71,6 +72,7 @@ class ErofsSession:
                     fanotify.watch(fds.group, fds.trees[-1])
             known = Record(resolve_mountpoint(mountpoint), identity, bootstrap, tuple(facts), record.instances())
             record.write(fds.record, known)
+            points.reach("erofs: prepared")
         except OSError as e:
             fds.close()
             raise MountError(f"{mountpoint}: cannot prepare the mount: {e.filename or ''} {e.strerror}") from e
@@ -98,11 +100,13 @@ class ErofsSession:
         devices = [fanotify.path_of(tree) for tree in self.fds.trees]
         try:
             mount_erofs(self.record.mountpoint, self.record.bootstrap, devices)
+            points.reach("erofs: mounted")
         except MountError:
             self.record = replace(self.record, names=())  # or what others mount meanwhile would pass for ours
             record.write(self.fds.record, self.record)
             raise
         self._note()
+        points.reach("erofs: noted")
         self.record.set_read_ahead(incomplete=True)
 
     def _note(self) -> None:
@@ -119,6 +123,7 @@ class ErofsSession:
         """
         if self.mounted:
             unmount_erofs(self.record.mountpoint)
+            points.reach("erofs: unmounted")
         if not self.record.is_alive():
             return True
         self.record = replace(self.record, ended=True)

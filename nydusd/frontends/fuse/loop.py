@@ -21,6 +21,7 @@ import os
 import select
 from collections.abc import Callable, Sequence
 
+from nydusd import points
 from nydusd.ipc.inflight import InflightRow
 
 from . import protocol as p
@@ -209,6 +210,7 @@ class FrontEnd:
         if not journal.intact:
             self._ask_again()
         for place, request, interrupted in journal.left():
+            points.reach("fuse: successor takes up a read")
             _, _, unique, node, pid = p.REQUEST.unpack_from(request)
             if self._may_serve(unique, p.READ, node):
                 try:
@@ -222,6 +224,7 @@ class FrontEnd:
         length, opcode, unique, node, _ = p.REQUEST.unpack_from(self._request)
         if length and unique not in self._parking.reads and self._may_serve(unique, opcode, node):
             self.dispatch(min(length, REQUEST_SIZE))
+        points.reach("fuse: successor has taken up all")
         journal.served_again()
 
     def _may_serve(self, unique: int, opcode: int, node: int) -> bool:

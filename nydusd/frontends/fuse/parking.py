@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from nydusd import points
 from nydusd.formats.model import Extent
 from nydusd.ipc.messages import AHEAD, LOST, SlotRef
 from nydusd.storage.api.io import ChunkRun
@@ -127,6 +128,7 @@ class Parking:
         self.forget(read.unique)
         if read.place < 0:
             read.place = self._journal.keep()
+            points.reach("fuse: miss kept")
         now = time.monotonic()
         read.deadline = now + self._patience
         if not self.reads:
@@ -136,6 +138,7 @@ class Parking:
             read.slot = self._board.begin(read.unique, read.ino, READ)
         read.evictions = read.device.evictions(read.vec)
         self._ask(read, missing, 0)
+        points.reach("fuse: miss asked for")
 
     def hint(self, hints: list[ChunkRun]) -> None:
         """Tell the supervisor where sequential readers are; empties the list."""
@@ -232,9 +235,12 @@ class Parking:
 
     def let_go(self, read: Parked) -> None:
         """A read is answered: take it off the journal, give the leases of its slots back."""
+        points.reach("fuse: miss answered")
         self._journal.drop(read.place)
+        points.reach("fuse: miss dropped")
         for slot in read.slots:
             self.client.release(slot)
+            points.reach("fuse: slot given back")
         read.slots.clear()
 
     def _ask(self, read: Parked, runs: list[ChunkRun], flags: int) -> None:
@@ -250,6 +256,7 @@ class Parking:
             if reply.slot is not None:
                 self.client.release(reply.slot)
             return
+        points.reach("fuse: reply came")
         del read.pending[reply.request]
         if reply.slot is not None:
             read.slots.append(reply.slot)

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 
+from nydusd import points
 from nydusd.errors import EvictedError, StaleCacheError
 from nydusd.ipc.inflight import InflightRow
 
@@ -142,6 +143,7 @@ class Reads:
                 raise
             self._complaints.log("%s: fetching it again", e, subject=read.mount.name)
             return True
+        points.reach("fuse: before a miss is answered")
         self._answers.data_of(read.unique, self._answers.part(length), length)
         if read.mount.stats is not None:
             self._tally.count_read(read.mount.stats, read.ino, length, read.started)

@@ -12,6 +12,9 @@ from nydusd.formats.model import BlobInfo
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.spec import NO_COOKIE, BlobSpec
 
+SEGMENT_DIGITS = 16
+"""Of the hash that names a blob's segment."""
+
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
@@ -90,7 +93,7 @@ class BlobCacheMgr(ABC):
     def segment_of(self, info: BlobInfo) -> str:
         """The name of a blob's segment, the same in each daemon of this instance and configuration."""
         place = f"{self._config.key()}\0{info.blob_id}".encode()
-        return f"/nydusd.{self._instance}.{sha256(place).hexdigest()[:16]}"
+        return f"/nydusd.{self._instance}.{sha256(place).hexdigest()[:SEGMENT_DIGITS]}"
 
     def gc(self, ended: Collection[BlobCache] | None = None) -> list[BlobCache]:
         """Drop blobs that no image uses (only those in `ended`, if given); gives them, closed. Cache files stay."""

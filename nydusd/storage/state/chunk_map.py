@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nydusd import points
 from nydusd.storage.state.segment import EMPTY, FAILED, PENDING, READY, VERIFY, Segment
 
 _COUNTED = {"empty": EMPTY, "pending": PENDING, "ready": READY, "failed": FAILED, "verify": VERIFY}
@@ -41,6 +42,7 @@ class ChunkMap:
             owned = [i for i in chunks if self._state[i] not in (PENDING, READY)]
             for chunk in owned:
                 self._state[chunk] = PENDING
+                points.reach("claim: one chunk")
         return owned
 
     def claim_ready(self, chunks: Sequence[int]) -> None:

@@ -26,6 +26,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from nydusd import points
 from nydusd.errors import CacheError, FormatError
 from nydusd.storage.state.segment import Segment
 
@@ -40,6 +41,7 @@ def punch(fd: int, ranges: Sequence[tuple[int, int]]) -> None:
         if length and libc.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(length)):
             code = ctypes.get_errno()
             raise CacheError(f"no hole can be punched at {offset}: {os.strerror(code)}", code)
+        points.reach("evict: one hole punched")
 
 
 def used_by_others(path: str, instance: str, own: Collection[int]) -> str:

@@ -23,6 +23,7 @@ from types import TracebackType
 
 import posix_ipc
 
+from nydusd import points
 from nydusd.errors import CacheError
 
 PATIENCE = 0.05
@@ -76,7 +77,9 @@ class BlobLock:
                 elif self._is_dead(owner, now - since) and self._take_over(owner):
                     return self
             else:
+                points.reach("lock: taken")
                 _RECORD.pack_into(self._record, 0, *self._me)
+                points.reach("lock: held")
                 return self
 
     @staticmethod
@@ -94,6 +97,7 @@ class BlobLock:
             if _RECORD.unpack(self._record) != owner or self._sem.value:
                 return False
             _RECORD.pack_into(self._record, 0, *self._me)
+            points.reach("lock: taken over")
             return True
 
     def __exit__(
@@ -101,6 +105,7 @@ class BlobLock:
     ) -> None:
         if _RECORD.unpack(self._record) == self._me:
             _RECORD.pack_into(self._record, 0, 0, 0)
+            points.reach("lock: record cleared")
             # Not 0 only if we were taken for dead and our successor is done: a second release would let two in for ever.
             if not self._sem.value:
                 self._sem.release()

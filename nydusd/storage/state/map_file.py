@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from nydusd import points
 from nydusd.errors import CacheError
 from nydusd.storage.state.segment import EMPTY, READY, VERIFY, Identity
 
@@ -56,6 +57,11 @@ def record_path(path: Path) -> Path:
     return path.with_name(path.name + ".nydusd")
 
 
+def _temporary(path: Path) -> Path:
+    """Where the next record of a map is written; a writer that was killed leaves it for the next one."""
+    return path.with_name(path.name + ".nydusd.tmp")
+
+
 def set_aside(path: Path, why: str) -> None:
     """Rename a map that must not be believed to `*.bad`."""
     bad = path.with_name(path.name + ".bad")
@@ -74,6 +80,7 @@ def forget_deleted(path: Path) -> None:
     try:
         if not path.exists():
             record_path(path).unlink(missing_ok=True)
+            _temporary(path).unlink(missing_ok=True)
     except OSError as e:
         log.warning("%s cannot be removed: %s", record_path(path), e.strerror)
 
@@ -143,6 +150,7 @@ def checkpoint(path: Path, data_fd: int, ready: list[int], count: int, identity:
         os.fdatasync(data_fd)
     except OSError as e:
         raise UnsyncedError(f"data file of {path}: {e.strerror}", e.errno) from e
+    points.reach("map: data synced")
     own = _pack(ready, count)
     try:
         fd, raw = _open_locked(path, count)
@@ -176,8 +184,10 @@ def clear(path: Path, chunks: Iterable[int], count: int, identity: Identity) -> 
                 every = _HEADER.unpack_from(raw)[3] == _ALL_READY
                 bits = _pack(range(count), count) if every else raw[HEADER_SIZE:]
                 _pwrite(fd, bytes(a & ~b & 0xFF for a, b in zip(bits, gone, strict=True)), HEADER_SIZE)
+                points.reach("map: bits cleared")
                 # The reference believes the marker and does not look at the bits.
                 _pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, _MAGIC2, 0), 0)
+                points.reach("map: marker cleared")
                 os.fdatasync(fd)
             _store_record(path, identity, own)
         finally:
@@ -290,25 +300,32 @@ def lock(fd: int) -> None:
 def _store_bits(fd: int, raw: bytes, own: bytes, *, complete: bool) -> None:
     """Add our bits to a map whose bytes are `raw` (sound, or none). The header of a new one is there before its bits."""
     os.posix_fallocate(fd, 0, HEADER_SIZE + len(own))
+    points.reach("map: allocated")
     marker = _HEADER.unpack_from(raw)[3] if raw else 0
     if not any(raw):
         _pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, _MAGIC2, 0), 0)
+        points.reach("map: header written")
     _pwrite(fd, bytes(a | b for a, b in zip(own, raw[HEADER_SIZE:] or bytes(len(own)), strict=True)), HEADER_SIZE)
+    points.reach("map: bits written")
     os.fdatasync(fd)
+    points.reach("map: bits synced")
     if complete and marker != _ALL_READY:
         _pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, _MAGIC2, _ALL_READY), 0)
+        points.reach("map: marker written")
         os.fdatasync(fd)
 
 
 def _store_record(path: Path, identity: Identity, own: bytes) -> None:
     target = record_path(path)
-    temporary = target.with_name(target.name + ".tmp")  # one writer at a time: the map is locked
+    temporary = _temporary(path)  # one writer at a time: the map is locked
     try:
         with open(temporary, "wb") as f:
             f.write(json.dumps(_record(identity, own)).encode() + b"\n" + own)
             f.flush()
             os.fdatasync(f.fileno())
+        points.reach("map: record written")
         os.replace(temporary, target)
+        points.reach("map: record named")
     except OSError:
         temporary.unlink(missing_ok=True)
         raise

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import posix_ipc
 
+from nydusd import points
 from nydusd.errors import CacheError, FormatError, InternalError
 from nydusd.formats.model import ChunkRecord
 from nydusd.storage.state.lock import BlobLock
@@ -173,6 +174,7 @@ class Segment:
             raise CacheError(f"shared memory {name}: {e}") from e
         try:
             os.posix_fallocate(shm.fd, 0, total)
+            points.reach("segment: allocated")
             mapping = mmap.mmap(shm.fd, total)
             inode = os.fstat(shm.fd).st_ino
         except OSError as e:
@@ -206,8 +208,11 @@ class Segment:
         )
         for at, part in ((state_at, state), (records_at, records), (digests_at, digests), (contexts_at, contexts)):
             mapping[at : at + len(part)] = part
+        points.reach("segment: written")
         _unlink_lock(name)
+        points.reach("segment: lock of the former removed")
         os.rename(_SHM / temporary[1:], _SHM / name[1:])
+        points.reach("segment: named")
         return cls(name, mapping, inode)
 
     @classmethod
