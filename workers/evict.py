@@ -31,7 +31,9 @@ _PARTS = (
     *(".blob.data.chunk_map", ".blob.data.chunk_map.nydusd", ".blob.data.chunk_map.nydusd.tmp", _DATA),
     *(".blob.meta", ".blob.meta.tmp"),
 )
-"""Files of a blob, in the order of their removal; two are left by writers that were killed. The bootstrap taken out of one stays: a mount may have it mapped."""
+"""Files of a blob, in the order of their removal; two of them are left by writers that were killed.
+
+The bootstrap taken out of one stays: a mount may have it mapped."""
 _MOST = 20_000
 """Chunks named by one survey."""
 _IDLE = 600

@@ -18,7 +18,6 @@ import pytest
 
 from nydusd.formats import open_bootstrap
 from nydusd.storage.cache.spec import BlobSpec
-from nydusd.storage.state import map_file
 from nydusd.storage.state.map_file import HEADER_SIZE
 from nydusd.storage.state.segment import READY, RECORD, VERIFY, Segment
 from tests.killing.scenes import read
@@ -191,7 +190,7 @@ def test_recording_shows_a_bit_that_came_before_its_bytes(
                 if os.fstat(fd).st_ino != data:
                     whole(fd)
 
-            monkeypatch.setattr(map_file.os, "fdatasync", careless)
+            monkeypatch.setattr(os, "fdatasync", careless)
             blob.do(checkpoint)
         recording = disk.recording()
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="nydusd-k-") as name:
