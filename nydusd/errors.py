@@ -125,6 +125,12 @@ class StaleCacheError(CacheError):
     temporary: ClassVar[bool] = True
 
 
+class UnreadableError(CacheError):
+    """The disk does not give what is in the cache file. The same bytes can be had from the backend."""
+
+    temporary: ClassVar[bool] = True
+
+
 class EvictedError(CacheError):
     """Chunks were taken out of the cache file, to make room, while they were read. Asking again fetches them anew."""
 

@@ -5,6 +5,7 @@ A spec comes with the first job of a blob, and again when the supervisor has ope
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections import Counter
@@ -19,6 +20,8 @@ from nydusd.storage.backend.base import BlobBackend, BlobReader
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.segment import Segment
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ENOBUFS)
+"""Why a disk takes nothing: then reads go on without it."""
 _LIMIT = 256
 """Blobs kept open at most; one unused for longer is closed, and opened again when needed."""
 

@@ -10,7 +10,6 @@ bytes are never stored.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import time
@@ -25,14 +24,13 @@ from nydusd.ipc.messages import Json
 from nydusd.storage.cache.decode import ChunkDecoder, verify_chunk
 from nydusd.storage.cache.stored import fetch_range
 from nydusd.storage.state.segment import READY
-from workers.blobs import OpenBlob, OpenBlobs
+from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs
 from workers.cookie import lent, write_pages
 
 log = logging.getLogger(__name__)
 
 _CORRUPT_MOST = 32
 """Chunks of a job that may fail one by one, each after two reads. A blob with more is broken: the job ends there."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ENOBUFS)
 
 
 @dataclass(slots=True)
@@ -88,7 +86,7 @@ class _CacheFile:
             points.reach("fill: before the write")
             self._write(data, record.uoff)
         except OSError as e:
-            if e.errno not in _NO_ROOM:
+            if e.errno not in NO_ROOM:
                 raise
             self._result.unstored.append(chunk)
             self._result.why_unstored = e.strerror or str(e)

@@ -27,7 +27,7 @@ from nydusd.storage.cache.load import load_ci, meta_file_bytes, parse_meta_file
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state import map_file
 from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY, Identity, Segment, boot_id
-from workers.blobs import OpenBlob, OpenBlobs, map_bootstrap
+from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs, map_bootstrap
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _CHECKABLE = int(ChunkFlag.DIGEST | ChunkFlag.CRC)
 
 
 def prepare(blobs: OpenBlobs, job: Json) -> Json:
-    """Build and publish the segment. Answer: chunk count, bytes of cache file, chunks ready."""
+    """Build and publish the segment. Answer: chunk count, bytes of cache file, chunks ready; why there is no file, if so."""
     blob = blobs.get(job)
     spec = blob.spec
     table = _chunk_table(blob)
@@ -45,7 +45,14 @@ def prepare(blobs: OpenBlobs, job: Json) -> Json:
     elif spec.data_path is None:
         count = _publish(spec, table, Identity(0, 0, table.uncompressed_size), bytearray(table.count))
     else:
-        count = _cache_file(spec, spec.data_path, table)
+        try:
+            count = _cache_file(spec, spec.data_path, table)
+        except CacheError as e:
+            if e.cause_errno not in NO_ROOM:
+                raise
+            # Without a file: whoever is to store something there finds it stale, so the blob is opened again.
+            count = _publish(spec, table, Identity(0, 0, table.uncompressed_size), bytearray(table.count))
+            return {"count": table.count, "size": table.uncompressed_size, "ready": count, "uncached": str(e)}
     return {"count": table.count, "size": table.uncompressed_size, "ready": count}
 
 

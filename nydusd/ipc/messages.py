@@ -31,6 +31,9 @@ NUMBER = struct.Struct("<Q")
 LOST = 1
 """Request flag: the cache file did not hold what the chunk map promises. Forget these chunks and fetch them again."""
 
+UNREADABLE = 4
+"""Request flag: the disk does not give what the cache file has of these chunks. Get them past that file."""
+
 AHEAD = 2
 """Request flag: a reader goes on sequentially and will want what is behind these chunks. Nothing is answered."""
 

@@ -12,6 +12,7 @@ from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.supervisor.pool import WorkerPool
+from nydusd.supervisor.uncached import note_room
 
 log = logging.getLogger(__name__)
 
@@ -53,5 +54,7 @@ class Checkpoints:
         elif answer.get("type") == "StaleCacheError":
             self._reopen(cache, answer["error"])
         else:
+            if answer.get("type") == "UnsyncedError":
+                note_room(cache, answer["error"])
             cache.stored = cache.chunk_map.ready_count()
             log.warning("%s; it is tried again when more chunks are ready", answer["error"])

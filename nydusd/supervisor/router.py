@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from nydusd import points
 from nydusd.errors import CacheError, NydusError
-from nydusd.ipc.messages import AHEAD, LOST, SlotRef
+from nydusd.ipc.messages import AHEAD, LOST, UNREADABLE, SlotRef
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
@@ -32,11 +32,10 @@ from nydusd.supervisor.outages import Outages
 from nydusd.supervisor.pool import ATTEMPTS, WorkerPool
 from nydusd.supervisor.room import Room
 from nydusd.supervisor.slots import SlotTable
+from nydusd.supervisor.uncached import note_room, note_unreadable
 
 log = logging.getLogger(__name__)
 
-_NO_ROOM_RETRY = 30.0
-"""Seconds after which a full cache folder is tried again."""
 _ROUNDS = 20
 """How often a request may start over before it fails: a cache folder that is replaced all the time ends here."""
 _AGAIN = -1
@@ -94,6 +93,8 @@ class Router:
             return
         if flags & LOST and cache.caches and cache.state == "ready":
             self._reopen(cache, "the cache file does not hold what its map promises")
+        if flags & UNREADABLE and cache.caches and cache.state == "ready":
+            note_unreadable(cache, first, count)
         request = Request(client, number, cache, first, count)
         self.outages.begin(request)
         self._requests[request.key] = request
@@ -194,6 +195,7 @@ class Router:
             try:
                 cache.opened()
                 self.outages.over(cache)
+                note_room(cache, answer.get("uncached", ""))
                 log.info("blob %s: %d of %d chunks are in the cache", name, answer["ready"], answer["count"])
             except (NydusError, OSError) as e:
                 error = str(e)
@@ -350,7 +352,7 @@ class Router:
             if not spare:
                 failed = {chunk: answer["errno"] for chunk in job.chunks if not cache.chunk_map.is_ready(chunk)}
         elif job.slot is None and "why_unstored" in answer:
-            self._note_room(cache, answer["why_unstored"])
+            note_room(cache, answer["why_unstored"])
         ended: dict[Request, int] = {}
         for chunk in job.chunks:
             code = failed.get(chunk, 0)
@@ -392,17 +394,6 @@ class Router:
             for chunk in wanted:
                 cache.failed(chunk, answer["errno"], outage=True)
             self._finish(request, answer["errno"])
-
-    def _note_room(self, cache: BlobCache, why_none: str) -> None:
-        """Remember whether the cache folder had room for a job's chunks; `why_none` is empty if it had."""
-        name, folder = cache.spec.info.blob_id, cache.spec.work_dir
-        if why_none:
-            if not cache.no_room_until:
-                log.warning("cache folder %s: %s; reads of blob %s go on uncached", folder, why_none, name)
-            cache.no_room_until = time.monotonic() + _NO_ROOM_RETRY
-        elif cache.no_room_until and not cache.uses_slots:
-            cache.no_room_until = 0.0
-            log.info("cache folder %s: there is room for blob %s again", folder, name)
 
     def _finish(self, request: Request, code: int) -> None:
         """Answer a request: all its chunks are there, or one of them cannot be had."""

@@ -159,7 +159,7 @@ def _mounts(daemon: Supervisor, _request: Json) -> Json:
     images = []
     for image in daemon.images.values():
         ready = chunks = 0
-        failed = []
+        failed, uncached = [], []
         for cache in image.caches:
             chunks += cache.spec.info.chunk_count if cache.segment is None else cache.segment.count
             ready += 0 if cache.segment is None else cache.chunk_map.ready_count()
@@ -167,13 +167,16 @@ def _mounts(daemon: Supervisor, _request: Json) -> Json:
                 failed.append(f"blob {cache.spec.info.blob_id} cannot be opened: {cache.reason}")
             elif cache.outage:
                 failed.append(f"readers wait for the backend: {cache.outage}")
+            if cache.no_room_until:
+                uncached.append(f"reads go on uncached: cache folder {cache.spec.work_dir}: {cache.no_room_why}")
         images.append(
             {
                 "mountpoint": image.place,
                 "chunks": chunks,
                 "ready": ready,
                 "failed": failed,
-                "why": _why(daemon, image, failed, ready < chunks),
+                "uncached": uncached,
+                "why": _why(daemon, image, failed + uncached, ready < chunks),
                 "front_end": daemon.front_end[0],
                 "why_front_end": daemon.front_end[1],
             }

@@ -32,7 +32,7 @@ class Plan:
         self._path = path
         path.touch()
         inject = Path(__file__).parent / "inject"
-        self.environment = {"NYDUSD_TEST_PLAN": str(path), "PYTHONPATH": str(inject)}
+        self.environment = {"NYDUSD_TEST_PLAN": str(path), "PYTHONPATH": f"{inject}:{ROOT}"}
 
     def begin(self, name: str = "", number: int = 0) -> None:
         """Kill whoever reaches this point for the `number`-th time from now on; count what is passed."""

@@ -113,6 +113,7 @@ class Scene:
         found = self.plan.end()
         if problems:
             raise problems[0]
+        self.settle()
         self.after()
         self.check_cache()
         return found
@@ -122,6 +123,15 @@ class Scene:
         process = self.daemon._process
         if process is not None and process.poll() == -signal.SIGKILL:
             self.daemon.launch()
+
+    def settle(self) -> None:
+        """What was started last may have been killed in the last moment."""
+
+        def serves() -> bool:
+            self.keep()
+            return self.daemon.serves()
+
+        wait_until(serves, "the daemon to serve", SECONDS)
 
     def before(self) -> None:
         """What comes before anybody may be killed."""
@@ -312,6 +322,9 @@ class Life(Scene):
             self.daemon.launch()
 
     stopping = False
+
+    def settle(self) -> None:
+        """It has ended."""
 
     def serve(self) -> None:
         wait_until(self.daemon.serves, "the daemon to serve", SECONDS)

@@ -146,13 +146,16 @@ class Parking:
             self.client.request(run, AHEAD)
         hints.clear()
 
-    def ask_lost(self, read: Parked) -> bool:
-        """Have the chunks of a read fetched anew, because the cache file lacks what the map promises; once per read."""
+    def ask_lost(self, read: Parked, why: int = LOST) -> bool:
+        """Have the chunks of a read fetched anew, because the cache file lacks what the map promises; once per read.
+
+        `why` is LOST, or UNREADABLE: the file has them, and its disk does not give them.
+        """
         if read.asked_lost:
             return False
         read.asked_lost = True
         self.reads[read.unique] = read
-        self._ask(read, runs_of(read.vec), LOST)
+        self._ask(read, runs_of(read.vec), why)
         return True
 
     def ask_again(self, read: Parked) -> None:

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 
 from nydusd import points
-from nydusd.errors import EvictedError, StaleCacheError
+from nydusd.errors import EvictedError, StaleCacheError, UnreadableError
 from nydusd.ipc.inflight import InflightRow
+from nydusd.ipc.messages import LOST, UNREADABLE
 
 from . import protocol as p
 from .answers import Answers
@@ -81,6 +82,7 @@ class Reads:
         missing = device.missing(vec)
         if mount.trace is not None:
             mount.trace.note(ino, vec, bool(missing))
+        lost = 0
         if not missing:
             try:
                 got = device.read_into(vec, self._answers.data)
@@ -94,14 +96,15 @@ class Reads:
                 return
             except EvictedError:
                 missing = runs_of(vec)
-            except StaleCacheError as e:
+            except (StaleCacheError, UnreadableError) as e:
                 self._complaints.log("%s: fetching it again", e, subject=mount.name)
+                lost = LOST if isinstance(e, StaleCacheError) else UNREADABLE
         if unique & p.UNIQUE_RESEND:
             self.parking.forget(unique ^ p.UNIQUE_RESEND)
         read = Parked(unique, vec, pid, bool(flags & os.O_DIRECT), mount, place, ino, started)
         self.parking.park(read, missing)
-        if not missing:
-            self.parking.ask_lost(read)
+        if lost:
+            self.parking.ask_lost(read, lost)
 
     def _finish(self, read: Parked, code: int) -> None:
         """The wait of a parked read is over: answer it, or let it wait for chunks that the cache file lost."""
@@ -138,8 +141,8 @@ class Reads:
         except EvictedError:
             self.parking.ask_again(read)
             return True
-        except StaleCacheError as e:
-            if not self.parking.ask_lost(read):
+        except (StaleCacheError, UnreadableError) as e:
+            if not self.parking.ask_lost(read, LOST if isinstance(e, StaleCacheError) else UNREADABLE):
                 raise
             self._complaints.log("%s: fetching it again", e, subject=read.mount.name)
             return True

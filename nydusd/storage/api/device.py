@@ -19,7 +19,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
-from nydusd.errors import CacheError, CorruptChunkError, EvictedError, StaleCacheError
+from nydusd.errors import CorruptChunkError, EvictedError, StaleCacheError, UnreadableError
 from nydusd.formats.model import Extent
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
 from nydusd.storage.api.known_chunk import KnownChunk
@@ -242,7 +242,7 @@ class BlobDevice:
         `missing` has said, since the last look at anything else, that all of it is there. Raises EvictedError when some of
         it was taken away meanwhile: `buf` may hold zeros then, and `missing` must be asked again. Raises StaleCacheError when
         the cache file gives less than it must (somebody truncated it): the blob's segment and file are opened anew at the
-        next look. Raises CacheError when its disk fails.
+        next look. Raises UnreadableError when its disk fails.
         """
         done = 0
         index, end = 0, len(vec)
@@ -267,7 +267,7 @@ class BlobDevice:
             try:
                 got = os.preadv(view.fd, [buf[done : done + stop - start]], start)
             except OSError as e:
-                raise CacheError(f"blob {view.blob_id}: cache file at {start}: {e.strerror}", e.errno) from e
+                raise UnreadableError(f"blob {view.blob_id}: cache file at {start}: {e.strerror}", e.errno) from e
             if got != stop - start:
                 view.close()
                 raise StaleCacheError(f"blob {view.blob_id}: cache file gave {got} of {stop - start} bytes at {start}")

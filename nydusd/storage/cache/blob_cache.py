@@ -60,7 +60,8 @@ class BlobCache:
         self.checkpointing = False  # or chunks are being taken out: never both
         self.pinned = False  # the kernel reads the cache file by itself: nothing may be taken out
         self.prefetch_at = self.prefetch_delay = 0.0  # not before, because the backend could not be reached
-        self.no_room_until = 0.0  # 0: the cache folder had room the last time
+        self.no_room_until = 0.0  # 0: the cache folder could be used the last time
+        self.no_room_why = ""
         self.ahead = ReadAhead()
         self._failures: dict[int, tuple[int, float, float]] = {}
         self.retry_at = 0.0  # when a failed blob may be opened again

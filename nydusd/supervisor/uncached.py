@@ -1,0 +1,36 @@
+"""When a cache folder's disk takes or gives nothing: reads of its blobs go on uncached, and it is tried again later.
+
+Part of the supervisor: notes in its tables, no I/O. Data comes through shared memory meanwhile (`BlobCache.uses_slots`). What
+holds after SIGKILL: the next supervisor finds out by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from nydusd.storage.cache.blob_cache import BlobCache
+
+log = logging.getLogger(__name__)
+
+_RETRY = 30.0
+"""Seconds after which a cache folder that is full, or whose disk fails, is tried again."""
+
+
+def note_room(cache: BlobCache, why_none: str) -> None:
+    """Remember whether the cache folder could be used for what was just done there; `why_none` is empty if so."""
+    name, folder = cache.spec.info.blob_id, cache.spec.work_dir
+    if why_none:
+        if not cache.no_room_until:
+            log.warning("cache folder %s: %s; reads of blob %s go on uncached", folder, why_none, name)
+        cache.no_room_until, cache.no_room_why = time.monotonic() + _RETRY, why_none
+    elif cache.no_room_until and not cache.uses_slots:
+        cache.no_room_until, cache.no_room_why = 0.0, ""
+        log.info("cache folder %s: there is room for blob %s again", folder, name)
+
+
+def note_unreadable(cache: BlobCache, first: int, count: int) -> None:
+    """The disk did not give these chunks, which are said to be in the cache file: they are not there any more."""
+    for chunk in range(first, min(first + count, cache.chunk_map.count)):
+        cache.chunk_map.forget(chunk)
+    note_room(cache, "chunks cannot be read from the cache file")

@@ -1,0 +1,80 @@
+"""The disk of the cache folder fails, on a real block device: reads go on uncached, right, and the daemon says so."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.killing.scenes import read
+from tests.support.daemon import Daemon
+from tests.support.discipline import wait_until
+from tests.support.disk import GOOD, NO_READS, NO_WRITES, Disk
+from tests.support.mounted import Tree
+
+NAMES = [f"{number:02}" for number in range(6)]
+Expect = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    return Tree(NAMES, tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="nydusd-k-") as folder, Disk(Path(folder)) as made:
+        yield made
+
+
+def daemon_on(tree: Tree, disk: Disk) -> Daemon:
+    cache = disk.path / "cache"
+    backend = {"type": "localfs", "config": {"dir": str(tree.bootstrap.parent / "blobs")}}
+    device = {"backend": backend, "cache": {"type": "blobcache", "config": {"work_dir": str(cache)}}}
+    tuning = {"front_ends": 1, "decompress_workers": 1, "checkpoint_interval": 0.2}
+    config = {"device": device, "mode": "direct", "amplify_io": 0, "nydusd": tuning}
+    return Daemon(tree.bootstrap, cache, cache=cache, config=config)
+
+
+def right(daemon: Daemon, tree: Tree) -> None:
+    for name in NAMES:
+        assert read(daemon.mountpoint / name) == tree.contents[name], name
+
+
+def says_uncached(daemon: Daemon) -> bool:
+    (row,) = daemon.get("/api/v1/nydusd/mounts")["images"]  # type: ignore[index]
+    return bool(row["uncached"]) and "reads go on uncached" in daemon.ctl("info")
+
+
+def test_disk_that_gives_nothing_back_costs_no_read(tree: Tree, disk: Disk, expect_log: Expect) -> None:
+    expect_log("cache file at .*: Input/output error: fetching it again")
+    with daemon_on(tree, disk) as daemon:
+        right(daemon, tree)
+        disk.forget_cached(daemon.cache / f"{tree.blob_id}.blob.data")
+        assert not says_uncached(daemon)
+        disk.does(NO_READS)
+        right(daemon, tree)
+        assert says_uncached(daemon)
+        disk.does(GOOD)
+        right(daemon, tree)
+
+
+def test_disk_that_takes_nothing_costs_no_read(tree: Tree, disk: Disk) -> None:
+    with daemon_on(tree, disk) as daemon:
+        assert read(daemon.mountpoint / NAMES[0]) == tree.contents[NAMES[0]]
+        disk.does(NO_WRITES)
+        right(daemon, tree)
+        wait_until(lambda: says_uncached(daemon), "the daemon to find out", 60)
+        right(daemon, tree)
+
+
+def test_disk_that_is_read_only_from_the_start_costs_no_read(tree: Tree, disk: Disk) -> None:
+    (disk.path / "cache").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk.path)], check=True)
+    with daemon_on(tree, disk) as daemon:
+        right(daemon, tree)
+        assert says_uncached(daemon)
+        assert list(daemon.cache.iterdir()) == []
