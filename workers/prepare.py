@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from nydusd import points
-from nydusd.errors import CacheError, FormatError
+from nydusd.errors import BackendError, CacheError, FormatError
 from nydusd.formats import open_bootstrap
 from nydusd.formats.blob_meta import check_ci_sizes
 from nydusd.formats.model import ChunkFlag, RawChunk
@@ -39,14 +39,14 @@ def prepare(blobs: OpenBlobs, job: Json) -> Json:
     """Build and publish the segment. Answer: chunk count, bytes of cache file, chunks ready; why there is no file, if so."""
     blob = blobs.get(job)
     spec = blob.spec
-    table = _chunk_table(blob)
+    table, layout = _chunk_table(blob)
     if spec.cookie is not None:
         count = _cookie(spec, spec.cookie, table)
     elif spec.data_path is None:
         count = _publish(spec, table, Identity(0, 0, table.uncompressed_size), bytearray(table.count))
     else:
         try:
-            count = _cache_file(spec, spec.data_path, table)
+            count = _cache_file(spec, spec.data_path, table, layout)
         except CacheError as e:
             if e.cause_errno not in NO_ROOM:
                 raise
@@ -79,32 +79,52 @@ def _raw_chunks(spec: BlobSpec) -> Iterator[RawChunk]:
     return (chunk for chunk in image.raw_chunks() if chunk.blob_index == spec.info.index)
 
 
-def _chunk_table(blob: OpenBlob) -> ChunkTable:
-    """From the bootstrap and, if the blob has it, its chunk information: `<id>.blob.meta` if sound, else the backend's."""
+def _chunk_table(blob: OpenBlob) -> tuple[ChunkTable, bytes]:
+    """From the bootstrap and, if the blob has it, its chunk information: `<id>.blob.meta` if sound, else the backend's.
+
+    And its layout, a hash.
+    """
     spec, info = blob.spec, blob.spec.info
     if info.is_tarfs:
-        return build_tarfs(info)
+        return _with_layout(build_tarfs(info))
     if not info.has_ci:
-        return build_from_raw(info, _raw_chunks(spec))
+        return _with_layout(build_from_raw(info, _raw_chunks(spec)))
     check_ci_sizes(info, f"blob {info.blob_id}")
+    doubtful: tuple[ChunkTable, bytes] | None = None
     for path in blob.meta_paths():
         try:
             with open(path, "rb") as f:
                 content = f.read(info.ci_uncompressed_size + 3 * 4096)
             header, ci = parse_meta_file(content, info, str(path))
-            return build_from_ci(info, ci, header, _raw_chunks(spec))
+            known = _with_layout(build_from_ci(info, ci, header, _raw_chunks(spec)))
         except FileNotFoundError:
             continue
         except (OSError, FormatError) as e:
             log.warning("blob metadata: %s; fetching it again", str(e))
+            continue
+        if map_file.recorded_layout(spec.map_path) in ("", known[1].hex()):
+            return known
+        # Sound in itself, and another one than that which was used: a bit may have been flipped.
+        log.warning("blob metadata %s: it is not what the chunk map was stored for; fetching it again", path)
+        doubtful = doubtful or known
     # The supervisor has it done again when the backend is there again: no need to wait for that here.
-    header, ci = load_ci(info, partial(blob.reader(meta=True).read, how=ReadHow(waits=False)))
+    try:
+        header, ci = load_ci(info, partial(blob.reader(meta=True).read, how=ReadHow(waits=False)))
+    except BackendError:
+        if doubtful is None:
+            raise
+        return doubtful
     points.reach("prepare: metadata fetched")
     table = build_from_ci(info, ci, header, _raw_chunks(spec))
     stored = _store_meta(blob, meta_file_bytes(header, ci))
     if not stored and table.dict_size:
         raise CacheError(f"blob metadata of {info.blob_id} could not be stored, and its dictionaries are needed")
-    return table
+    return _with_layout(table)
+
+
+def _with_layout(table: ChunkTable) -> tuple[ChunkTable, bytes]:
+    """The table, and what tells it from others."""
+    return table, hashlib.sha256(b"".join((table.records, table.digests, table.contexts))).digest()
 
 
 def _store_meta(blob: OpenBlob, content: bytes) -> bool:
@@ -164,7 +184,7 @@ def _is_still(path: Path, fd: int) -> bool:
         return False
 
 
-def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable) -> int:
+def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable, layout: bytes) -> int:
     """Open or make the cache file, tell what is in it, and publish that, while nobody takes anything out of it."""
     earlier = _earlier_segment(spec)
     try:
@@ -173,7 +193,7 @@ def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable) -> int:
         try:
             map_file.lock(fd)
             points.reach("prepare: data file locked")
-            identity, state = _judge(spec, fd, whole, table, earlier)
+            identity, state = _judge(spec, fd, whole, table, layout, earlier)
             points.reach("prepare: map judged")
             ready = _publish(spec, table, identity, state)
             # A front end may go on with an old file, but not with an old view of this one: chunks are taken out by the new.
@@ -236,10 +256,9 @@ def _open_data(path: Path, size: int, earlier: Segment | None) -> tuple[int, boo
 
 
 def _judge(
-    spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, earlier: Segment | None
+    spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, layout: bytes, earlier: Segment | None
 ) -> tuple[Identity, bytearray]:
     """The cache file's identity, and the state of each chunk: what the stored map and an earlier segment may be believed."""
-    layout = hashlib.sha256(b"".join((table.records, table.digests, table.contexts))).digest()
     identity = Identity.of(fd, table.uncompressed_size, layout)
     state = map_file.load(spec.map_path, table.count, identity)
     if not whole:

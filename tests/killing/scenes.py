@@ -233,8 +233,11 @@ class Shared(Scene):
         assert becomes_true(lambda: not left(), SECONDS), f"left in shared memory: {left()}"
         folder = discipline.runtime / prefix.split(".")[1]
         wait_until(lambda: os.listdir(folder / "mounts") == ["table.json"], "the end of the records", SECONDS)
-        stray = [str(path) for path in folder.rglob("*") if path.name.endswith(".tmp") or path.name.startswith("trace")]
-        assert not stray, stray
+
+        def stray() -> list[str]:
+            return [str(p) for p in folder.rglob("*") if p.name.endswith(".tmp") or p.name.startswith("trace")]
+
+        assert becomes_true(lambda: not stray(), SECONDS), stray()
 
 
 class InMemory(Shared):

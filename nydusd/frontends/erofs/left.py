@@ -12,9 +12,10 @@ import logging
 import os
 import select
 import signal
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nydusd.errors import MountError
 from nydusd.ipc.borrow import copy_of
@@ -51,10 +52,14 @@ def write(path: Path, holders: Sequence[int], fds: Fds, generation: int) -> None
     }
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(content))
+        temporary.write_text(json.dumps(content | {"check": _check(content)}))
         os.replace(temporary, path)
     except OSError as e:
         raise MountError(f"{path}: {e.strerror}") from e
+
+
+def _check(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def forget(path: Path, holder: int) -> None:
@@ -71,13 +76,15 @@ def take(path: Path) -> Left | None:
     """
     try:
         raw = json.loads(path.read_text())
+        if raw.pop("check", None) not in (_check(raw), None):  # None: of a release that wrote none
+            raise ValueError("its checksum is wrong: it was damaged")
         processes = [(int(pid), int(start)) for pid, start in raw["holders"]]
         group, journal, record, trees = raw["fds"]
         numbers = [int(group), int(journal), int(record), *map(int, trees)]
         generation = int(raw["generation"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         log.warning("%s cannot be read: %s", path, e)
         return None
     holders = [holder for pid, start in processes if (holder := _living(pid, start)) >= 0]

@@ -229,6 +229,16 @@ def _fault(raw: bytes, count: int) -> str | None:
     return None
 
 
+def recorded_layout(path: Path) -> str:
+    """The layout of chunks for which our last checkpoint of this map was made (a hash, in hex); "" if that is not known."""
+    try:
+        head, _, bits = _read(record_path(path), _RECORD_LIMIT + (1 << 22)).partition(b"\n")
+        record = json.loads(head)
+        return str(record["layout"]) if record["crc"] == zlib.crc32(bits) else ""
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return ""
+
+
 def _own_bits(path: Path, identity: Identity, count: int) -> bytes:
     """The bits that our last checkpoint wrote for this very data file; none set if there is no such record."""
     nothing = bytes((count + 7) // 8)

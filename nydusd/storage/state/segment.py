@@ -19,6 +19,7 @@ import fcntl
 import mmap
 import os
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ HEADER_SIZE = 4096
 COUNTERS_OFFSET = 1024
 COUNTER_ROWS = 64
 COUNTER_FIELDS = 6
+CHECK_OFFSET = 256
 LOCK_OFFSET = 512
 EPOCH_OFFSET = 640
 CLOCK_OFFSET = 648
@@ -49,6 +51,8 @@ DIGEST_SIZE = 32
 CONTEXT_SIZE = 40
 
 _HEADER = struct.Struct("<8sIIQQQQQ16sQQQQQQQQQ32sQ")
+_CHECK = struct.Struct("<II")
+"""1, and the checksum of the header in front of it; zeros in a segment of a release that had none."""
 _GETVERSION = 0x80087601  # FS_IOC_GETVERSION
 _SHM = Path("/dev/shm")  # where glibc keeps POSIX shared memory: the only way to rename an object
 
@@ -123,6 +127,8 @@ class Segment:
         ) = _HEADER.unpack_from(view)
         if magic != MAGIC or version != 2 or total != len(view):
             raise FormatError(name, "header", f"magic {magic!r}, version {version}, size {total} of {len(view)}")
+        if _CHECK.unpack_from(view, CHECK_OFFSET) not in ((0, 0), (1, zlib.crc32(view[: _HEADER.size]))):
+            raise FormatError(name, "header", "its checksum is wrong: it was damaged")
         self.identity = Identity(dev, ino, size, birth, layout if any(layout) else b"")
         self._view = view
         self.state = view[state : state + self.count]
@@ -206,6 +212,7 @@ class Segment:
             identity.layout,
             touched_at,
         )
+        _CHECK.pack_into(mapping, CHECK_OFFSET, 1, zlib.crc32(mapping[: _HEADER.size]))
         for at, part in ((state_at, state), (records_at, records), (digests_at, digests), (contexts_at, contexts)):
             mapping[at : at + len(part)] = part
         points.reach("segment: written")
