@@ -175,6 +175,14 @@ class OpenBlobs:
                 found[host] = found.get(host, 0) + number
         return found
 
+    def let_go(self) -> None:
+        """Close what is kept open to be at hand; it is opened again when it is needed."""
+        for blob in self._blobs.values():
+            blob.close()
+        for arena in self._arenas.values():
+            arena.close()
+        self._arenas.clear()
+
     def close(self) -> None:
         """Give everything back; nothing of it may be used afterwards."""
         for blob in self._blobs.values():

@@ -6,6 +6,7 @@ marked: its job is done again by another. When the supervisor is gone, a worker 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -79,6 +80,10 @@ def main(argv: Sequence[str]) -> int:
                 job = decode(body)
                 points.reach("worker: job taken")
                 answer = _run(handlers, blobs, job, log.exception)
+                if ("error" in answer or answer.get("failed")) and _no_fd_left():
+                    log.warning("no file descriptor is left: letting go of what was kept open, and doing the job again")
+                    blobs.let_go()
+                    answer = _run(handlers, blobs, job, log.exception)
                 if connections := blobs.connections():
                     answer["connections"] = connections
                 if routes := blobs.take_routes():
@@ -88,6 +93,15 @@ def main(argv: Sequence[str]) -> int:
                 points.reach("worker: job reported")
         elif supervisor_gone(lifeline):
             return 0
+
+
+def _no_fd_left() -> bool:
+    """Whether this process, or the machine, can open nothing more (EMFILE, ENFILE). Libraries do not always say so."""
+    try:
+        os.close(os.dup(0))
+    except OSError as e:
+        return e.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 def _run(handlers: dict[str, Handler], blobs: OpenBlobs, job: Json, complain: Callable[[str], None]) -> Json:
