@@ -92,6 +92,9 @@ class ErofsDaemon(OpensFirst):
         self._wait_for_blobs(image)
         if self.stopping:
             return
+        for cache in image.caches:
+            if not os.path.exists(str(cache.spec.data_path)):
+                raise MountError(f"EROFS reads cache files: cache folder {cache.spec.work_dir}: {cache.no_room_why}")
         self._mount(options.mountpoint, image)
         self._ready(f"{image.source} is mounted at {options.mountpoint}")
 
