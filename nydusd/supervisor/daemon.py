@@ -407,7 +407,7 @@ class Supervisor:
                 take()
         if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
             # What systemd starts again takes over, perhaps as newer code; nobody who reads notices.
-            self.handover.leaving = self._session is not None and self._notifier.restarts()
+            self.handover.leaving = self._can_leave() and self._notifier.restarts()
             self.ask_to_stop(unmount=not self.handover.leaving)
         self._reap()
         now = time.monotonic()
@@ -429,6 +429,10 @@ class Supervisor:
         self.fetch.pump()
         if not self.stopping:
             self._rest.tick(now)
+
+    def _can_leave(self) -> bool:
+        """Whether there is a mount that goes on without us."""
+        return self._session is not None
 
     def ask_to_exit(self) -> None:
         """As the API has it: end without unmounting; if a successor waits for that, leave everything to it."""

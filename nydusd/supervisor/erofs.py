@@ -197,14 +197,18 @@ class ErofsDaemon(OpensFirst):
 
     # --- stop -------------------------------------------------------------------------------------------------
 
+    def _can_leave(self) -> bool:
+        return self._erofs is not None
+
     def stop(self) -> None:
-        """Unmount before anything is closed; what somebody uses still is left to front end and guard."""
+        """Unmount before anything is closed; what somebody uses still, or all in a restart, is left to front end and guard."""
         session = self._erofs
         gone = True
         if session is not None:
             gone = self._unmount and self._is_gone(session)
             if not gone:
-                log.warning("%s is used still; front end and guard stay until it is not", self.options.serves)
+                if not self.handover.leaving:
+                    log.warning("%s is used still; front end and guard stay until it is not", self.options.serves)
                 self.children[:] = [child for child in self.children if child.role not in ("erofs", "guard")]
         super().stop()
         if session is not None:

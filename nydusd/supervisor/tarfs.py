@@ -79,8 +79,11 @@ class TarfsDaemon(Supervisor):
         """Nothing is taken over but the mount, of which is noted elsewhere."""
         return None
 
+    def _can_leave(self) -> bool:
+        return self._mounted
+
     def stop(self) -> None:
-        """Unmount; lazily if somebody uses it, which needs none of us."""
+        """Unmount, but not in a restart; lazily if somebody uses it, which needs none of us."""
         if self._mounted and self._unmount:
             try:
                 unmount_erofs(self.options.serves)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.erofs.test_kills import NAMES, Held
 from tests.supervisor.test_adoption import Stored
+from tests.support import manifest
 from tests.support.daemon import Daemon
 from tests.support.discipline import cmdline, descendants, detach_mount, is_running, wait_until
 from tests.support.faulty_server import faulty
@@ -62,6 +63,29 @@ def kill_all(daemon: Daemon) -> None:
             os.kill(pid, number)
     daemon.kill_supervisor()
     wait_until(lambda: not any(is_running(pid) for pid in pids), "their end", 60)
+
+
+@pytest.mark.parametrize(("name", "driver"), [("v6-zstd-blake3", "fanotify"), ("v6-tarfs", "tarfs")])
+def test_a_restart_by_systemd_keeps_the_mount(name: str, driver: str, tmp_path: Path, stored: Stored) -> None:
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text("#!/bin/sh\necho 1 ours.service restart running\n")
+    systemctl.chmod(0o755)
+    what = image(name)
+    environment = stored.environment | {"NYDUSD_UNIT": "ours.service", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    daemon = Daemon(what.bootstrap, what.blobs, verb="erofs", args=("--driver", driver), environment=environment)
+    with daemon:
+        rows = manifest.load(what.manifest).values()
+        path = next(manifest.unescape(str(row["path"])) for row in rows if row.get("size") and "sha256" in row)
+        device = os.stat(daemon.mountpoint).st_dev
+        with open(daemon.mountpoint / path.decode(), "rb") as held:
+            os.kill(daemon.pid, signal.SIGTERM)
+            assert daemon._process is not None and daemon._process.wait(60) == 0
+            assert os.stat(daemon.mountpoint).st_dev == device
+            del daemon._environment["NYDUSD_UNIT"]
+            daemon.start()
+            assert os.stat(daemon.mountpoint).st_dev == device
+            assert held.read()
+        assert "is taken over" in daemon.log_tail()
 
 
 def test_fuse_does_not_mount_above_what_a_killed_erofs_daemon_has_left(expect_log: Callable[..., None]) -> None:
