@@ -38,7 +38,7 @@ _nydusctl() {
         '/mount') COMPREPLY=($(compgen -W '-h --help -s --source -c --config -m --mountpoint -t --type' -- "$cur")) ;;
         '/umount') COMPREPLY=($(compgen -W '-h --help -m --mountpoint' -- "$cur")) ;;
         '/cache') COMPREPLY=($(compgen -W '-h --help --to --map --png --blob gc' -- "$cur")) ;;
-        '/workers') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
+        '/workers') COMPREPLY=($(compgen -W '-h --help upgrade scale' -- "$cur")) ;;
         '/top') COMPREPLY=($(compgen -W '-h --help -i --interval -n --turns' -- "$cur")) ;;
         '/trace') COMPREPLY=($(compgen -W '-h --help --mountpoint --prefetch-list --prefetch-ranges' -- "$cur")) ;;
         '/bugreport') COMPREPLY=($(compgen -W '-h --help -o --output' -- "$cur")) ;;

@@ -129,7 +129,11 @@ class OpenBlobs:
         self._backends: dict[str, BlobBackend] = {}
 
     def learn(self, job: Json) -> None:
-        """Take over the spec that a job brings, if it brings one."""
+        """Let go of blobs that no image uses any more, as a job tells; take over the spec that it brings, if it brings one."""
+        for handle in job.get("forget", ()):
+            if (gone := self._blobs.pop(handle, None)) is not None:
+                gone.close()
+                self._drop_backend(_settings(gone.spec))
         raw = job.get("spec")
         if raw is None:
             return
@@ -141,7 +145,7 @@ class OpenBlobs:
             self._drop_backend(_settings(old.spec))
 
     def _drop_backend(self, key: str) -> None:
-        """Close the backend of settings that no blob has any more: other credentials were given, and will be again."""
+        """Close the backend of settings that no blob has any more."""
         if key in self._backends and all(_settings(blob.spec) != key for blob in self._blobs.values()):
             self._backends.pop(key).close()
 

@@ -16,7 +16,7 @@ import zmq
 
 from nydusd import logs, points, proctitle
 from nydusd.errors import NydusError
-from nydusd.ipc.messages import DONE, HELLO, JOB, Json, decode, encode
+from nydusd.ipc.messages import DONE, HELLO, JOB, PROTOCOL, Json, decode, encode
 from nydusd.ipc.spec import read_spec, supervisor_gone
 from workers.blobs import OpenBlobs
 from workers.failure import failure
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     socket.setsockopt(zmq.IDENTITY, str(spec["identity"]).encode())
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(str(spec["work"]))
-    socket.send_multipart([HELLO, encode({"role": role, "pid": os.getpid()})])
+    socket.send_multipart([HELLO, encode({"role": role, "pid": os.getpid(), "protocol": PROTOCOL})])
     poller = zmq.Poller()
     poller.register(socket, zmq.POLLIN)
     poller.register(lifeline, zmq.POLLIN)

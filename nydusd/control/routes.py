@@ -157,6 +157,13 @@ def _gc_order(body: bytes) -> Json:
     return {"target": target}
 
 
+def _scale(body: bytes) -> Json:
+    data = _json(body)
+    if not isinstance(data, dict):
+        raise Refused(400, 'ParseBody(Error("the body must be an object: numbers of workers by role"))')
+    return {"wanted": data}
+
+
 def _with_version(info: Json) -> Json:
     return {"version": build_info(), **info}
 
@@ -192,6 +199,8 @@ def _mounting(op: str) -> Route:
     return Route(op, "Mount", needs=("mountpoint",), body=_mount_command, status=204, patience=60.0)
 
 
+UPGRADE_PATIENCE: Final = 120.0
+"""Seconds until an upgrade of the workers counts as not answered."""
 _BLOB = ("domain_id", "blob_id")
 _SET_LOG_LEVEL = Route("set_log_level", "Configure", body=_log_level, status=204)
 
@@ -253,7 +262,11 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
         "PUT": Route("gc", "BlobcacheMetrics", body=_gc_order),
     },
     "/api/v1/nydusd/trace": {"GET": Route("trace", "Pattern", takes=("mountpoint",))},
-    "/api/v1/nydusd/workers": {"GET": Route("workers", "GlobalMetrics", shape=with_memory)},
+    "/api/v1/nydusd/workers": {
+        "GET": Route("workers", "GlobalMetrics", shape=with_memory),
+        "PUT": Route("scale_workers", "Configure", body=_scale),
+    },
+    "/api/v1/nydusd/workers/upgrade": {"PUT": Route("upgrade_workers", "Upgrade", patience=UPGRADE_PATIENCE)},
 }
 
 

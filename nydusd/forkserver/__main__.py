@@ -38,6 +38,7 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -67,8 +68,13 @@ def main(argv: list[str]) -> int:
     line.set_inheritable(False)
     for first, end in ((3, line.fileno()), (line.fileno() + 1, _FDS_END)):  # what the supervisor was given for itself
         os.closerange(first, end)
-    _load(argv[1:])
     server = _Server(line)
+    try:
+        _load(argv[1:])
+    except Exception as e:
+        traceback.print_exc()
+        server.answer({"errno": 0, "error": f"{type(e).__name__}: {e}"})  # whoever asks first is told why
+        return 1
     server.answer({"ready": True})
     task = server.serve()
     if task is None:
@@ -219,8 +225,10 @@ def _fork() -> int:
         if pid == 0:
             os.close(writer)
             return 0
-        os.write(writer, _PID.pack(pid))
-        os._exit(0)
+        try:
+            os.write(writer, _PID.pack(pid))
+        finally:  # also when the fork server was killed meanwhile: this is no other one
+            os._exit(0)
     os.close(writer)
     os.waitpid(middle, 0)
     told = os.read(reader, _PID.size)

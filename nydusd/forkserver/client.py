@@ -182,6 +182,11 @@ class ForkServer:
                 self._ask_for_copy()
         return self.pids != before
 
+    def trade_places(self, other: ForkServer) -> None:
+        """Have the processes of this one be the other's, and the other's this one's."""
+        self._servers, other._servers = other._servers, self._servers
+        self._copying, other._copying = other._copying, self._copying
+
     def close(self) -> None:
         """End it. Its children stay."""
         while self._servers:

@@ -20,13 +20,17 @@ CANCEL = b"X"  # frame 2: u64 request number
 RELEASE = b"F"  # frame 2: u64 slot lease
 ANSWER = b"A"  # frame 2: struct ANSWER_BODY, frame 3: slot (JSON) if data travels in shared memory
 CONTROL = b"C"  # frame 2: u64 request number, frame 3: JSON
-HELLO = b"H"  # frame 2: JSON {"role", "pid"}
+HELLO = b"H"  # frame 2: JSON {"role", "pid", "protocol"}
 JOB = b"J"  # frame 2: JSON
 DONE = b"D"  # frame 2: JSON
 
 REQUEST_BODY = struct.Struct("<QQQIB")  # request number, blob handle, first chunk, count, flags
 ANSWER_BODY = struct.Struct("<Qi")  # request number, errno (0 = the chunks are ready)
 NUMBER = struct.Struct("<Q")
+
+PROTOCOL = 1
+"""Version of all that supervisor and workers say to each other, and of the workers' specs. A worker says its own with HELLO:
+one of another release is not put beside a supervisor that would not understand it."""
 
 LOST = 1
 """Request flag: the cache file did not hold what the chunk map promises. Forget these chunks and fetch them again."""

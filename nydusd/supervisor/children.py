@@ -28,6 +28,18 @@ _KILL_SECONDS = 30.0
 _DELAY_FIRST, _DELAY_MOST, _DOUBLINGS = 0.05, 5.0, 7
 
 
+class Turns:
+    """How many processes a place has had. Those who share it never have the same number at once."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def next(self, known: int) -> int:
+        """A number that is new; `known` is one that somebody else gave out."""
+        self._last = max(self._last, known) + 1
+        return self._last
+
+
 class Child:
     """One place in the daemon (`fuse 0`, `decompress 1`, …) and the process that fills it now."""
 
@@ -38,6 +50,7 @@ class Child:
         self.index = index
         self.module = module
         self.generation = 0
+        self.turns = Turns()
         self.commit = ""
         """Which build its process runs: that of its fork server."""
         self.process: Process | None = None
@@ -52,6 +65,8 @@ class Child:
         """Ended by us because there was nothing to do (`rest.py`)."""
         self.crashed = False
         """The last process died by itself, and was not killed."""
+        self.leave_by: float | None = None
+        """It ends after its job, at this time at the latest (`time.monotonic()`), and nobody fills its place again."""
         self._started = 0.0
 
     @property
@@ -62,6 +77,11 @@ class Child:
     def identity(self) -> bytes:
         """Its ZeroMQ identity: a successor has another one, so nothing meant for the dead reaches it."""
         return f"{self.role}-{self.index}-{self.generation}".encode()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its process is its last."""
+        return self.leave_by is not None
 
     @property
     def pid(self) -> int:
@@ -76,23 +96,30 @@ class Child:
 
         Raises NydusError when the system has no room for another process; `restart_at` then says when to try again.
         """
-        self.generation += 1
+        try:
+            spec_fd = self.write_spec(spec)
+            try:
+                self.begin(server.spawn(self.module, [spec_fd, *fds], self.load), server.commit)
+            finally:
+                os.close(spec_fd)
+        except OSError as e:
+            self._back_off()
+            raise NydusError(f"{self.name} cannot be started: {e.strerror or e}") from e
+
+    def write_spec(self, spec: Json) -> int:
+        """Make ready for the next process: an fd with its spec, which the caller closes. Raises OSError."""
+        self.generation = self.turns.next(self.generation)
         self.restart_at = None
         self.hung = self.resting = False
         self._started = time.monotonic()
         spec |= {"identity": self.identity.decode(), "index": self.index}
         if self.role == "fetch":
             spec["environment"] = environment(secrets=True)
-        try:
-            spec_fd = write_spec(spec)
-            try:
-                self.process = server.spawn(self.module, [spec_fd, *fds], self.load)
-            finally:
-                os.close(spec_fd)
-        except OSError as e:
-            self._back_off()
-            raise NydusError(f"{self.name} cannot be started: {e.strerror or e}") from e
-        self.commit = server.commit
+        return write_spec(spec)
+
+    def begin(self, process: Process, commit: str) -> None:
+        """A fork server of this build has made the process."""
+        self.process, self.commit = process, commit
 
     def adopt(self, frontend: FrontEnd) -> None:
         """Fill the place with a process that another supervisor has started."""

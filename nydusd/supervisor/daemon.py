@@ -47,6 +47,7 @@ from nydusd.supervisor.rest import Rest
 from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.slots import SlotTable
+from nydusd.supervisor.staff import Staff, wanted_of
 from nydusd.supervisor.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -143,8 +144,8 @@ class Supervisor:
         assert self._session is not None
         places = {
             "fuse": [Child("fuse", i, self.fuse_module) for i in range(len(self._session.lanes))],
-            "fetch": [Child("fetch", i, "workers") for i in range(self.config.fetch_worker_count)],
-            "decompress": [Child("decompress", i, "workers") for i in range(self.config.decompress_worker_count)],
+            "fetch": [Child("fetch", i, "workers") for i in range(self._family.count("fetch"))],
+            "decompress": [Child("decompress", i, "workers") for i in range(self._family.count("decompress"))],
         }
         if self._former is not None:
             self._go_on(self._former, places)
@@ -220,7 +221,7 @@ class Supervisor:
     def _begin(self, rows: int) -> None:
         """What comes first in any daemon; `rows` is the number of front ends."""
         self.catch_signals()
-        self._runtime.claim(self._take)
+        self._runtime.claim(self._take_all)
         if self.handover.waited:
             self._first_state = "RUNNING" if self.handover.told_to_start else "READY"
         runtime, former = self._runtime, self._former
@@ -246,6 +247,11 @@ class Supervisor:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: None)
         return self._wake
+
+    def _take_all(self, record: Json) -> list[int] | None:
+        """What `_take` gives; and what an operator has told the killed supervisor about its workers."""
+        self._family.wanted = wanted_of(record)
+        return self._take(record)
 
     def _take(self, record: Json) -> list[int] | None:
         """The pids of what a killed supervisor has left and we take over or end later; None if nothing is taken over."""
@@ -322,7 +328,11 @@ class Supervisor:
             amplify=rafs.batch_size if rafs is not None else 1 << 20,
             deadline=self.config.nydusd.read_deadline,
         )
-        self._traffic = Traffic(sockets, self.router, self.fetch, self.decompress, self._family.live, self.control)
+        pools = {"fetch": self.fetch, "decompress": self.decompress}
+        self.staff = Staff(self._family, pools, sockets.send_job, self.factory, self._runtime)
+        self._traffic = Traffic(
+            *(sockets, self.router, self.fetch, self.decompress, self._family.live), self.control, self.staff.guests
+        )
         self._rest = Rest(
             self._family,
             (self.fetch, self.decompress),
@@ -385,6 +395,9 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until told to stop."""
+        # Now, while what is on disk is what we run: it may be another version when an operator asks for the first time.
+        from nydusd.supervisor import report  # noqa: F401
+
         while not self.stopping:
             self._turn(self._timeout())
 
@@ -394,7 +407,8 @@ class Supervisor:
         alive = self._notifier.wait(now)
         if alive is not None:
             until.append(now + alive)
-        for wait in (self.prefetch.wait(now), self.quota.wait(now), self.router.outages.wait(now)):
+        waits = self.prefetch.wait(now), self.quota.wait(now), self.router.outages.wait(now), self.staff.wait(now)
+        for wait in waits:
             if wait is not None:
                 until.append(now + max(wait, 0.05))
         return max(0.0, min(until) - now)
@@ -414,6 +428,7 @@ class Supervisor:
         self._family.tend_fork_server(events, now)
         if not self.stopping:
             self._family.restart(now)
+            self.staff.step(now)
         self._family.look_after({"fetch": self.fetch, "decompress": self.decompress}, now)
         self._notifier.alive(now)
         if now >= self._next_checkpoint:
@@ -452,6 +467,8 @@ class Supervisor:
             self._let_go()
             return
         self._notifier.send("STOPPING=1")
+        if hasattr(self, "staff"):
+            self.staff.close()
         with ExitStack() as steps:  # backwards, and each one whatever becomes of those before it
             steps.callback(self._runtime.remove)
             steps.callback(self._family.close)

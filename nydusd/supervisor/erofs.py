@@ -81,11 +81,9 @@ class ErofsDaemon(OpensFirst):
             cache.pinned = True
         self._bind()
         self.open_api()
-        for turn in range(max(self.config.fetch_worker_count, self.config.decompress_worker_count)):
-            for role, count in (
-                ("fetch", self.config.fetch_worker_count),
-                ("decompress", self.config.decompress_worker_count),
-            ):
+        counts = {role: self._family.count(role) for role in ("fetch", "decompress")}
+        for turn in range(max(counts.values())):
+            for role, count in counts.items():
                 if turn < count:
                     self._family.add(Child(role, turn, "workers"))
         self.mounts.serve(image, first.files)

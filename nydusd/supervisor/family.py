@@ -22,7 +22,7 @@ from nydusd.errors import NydusError
 from nydusd.ipc.messages import Json
 from nydusd.storage.backend import MODULES
 from nydusd.storage.cache.spec import LOCAL
-from nydusd.supervisor.children import Child, end_all, reap_strays
+from nydusd.supervisor.children import Child, Turns, end_all, reap_strays
 from nydusd.supervisor.watch import Watch
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class Family:
         self.mounts: Mounts | None = None
         self.guarded = False
         """Whether the fork server may have to start us again: nobody else does."""
+        self.wanted: dict[str, int] = {}
+        """By role, how many workers an operator wants, where that is not what is configured."""
+        self.others: Callable[[], list[int]] = list
+        """Pids of processes that are ours and not (yet) among the children."""
         self.listeners: Sequence[int] = (-1, -1)
         """The sockets of the API process: the API's, and that of metrics over TCP; -1 for none."""
         self.own_spec: Callable[[Child], tuple[list[int], Json] | None] = lambda _child: None
@@ -79,6 +83,7 @@ class Family:
         self._kept: Session | None = None
         """Whose fds the fork server holds, too."""
         self._fork_fds: set[int] = set()
+        self._turns: dict[tuple[str, int], Turns] = {}
         self._watch = Watch(config.nydusd.worker_patience)
         # What fetch workers share (tokens, redirects, which host is down): in memory, inherited by them alone.
         self._shared = os.memfd_create("nydusd-backend", os.MFD_CLOEXEC)
@@ -91,16 +96,28 @@ class Family:
         return self._lifeline
 
     def add(self, child: Child) -> None:
+        self.prepare(child)
         self.children.append(child)
         self.launch(child)
 
+    def prepare(self, child: Child) -> None:
+        """Have a child share the numbers of its place with whoever was there before, and may be there still."""
+        child.turns = self._turns.setdefault((child.role, child.index), child.turns)
+
+    def count(self, role: str) -> int:
+        """How many workers of a role there are to be."""
+        if wanted := self.wanted.get(role):
+            return wanted
+        if role != "fetch":
+            return self._config.decompress_worker_count
+        remote = not self._config.nydusd.fetch_workers and self._backends() - set(LOCAL)
+        return REMOTE_FETCH_WORKERS if remote else self._config.fetch_worker_count
+
     def add_fetch_workers(self) -> None:
         """Have as many as if the daemon had been started with an image whose blobs come over a network, if it has one."""
-        have = sum(child.role == "fetch" for child in self.children)
-        if have >= REMOTE_FETCH_WORKERS or self._config.nydusd.fetch_workers or not self._backends() - set(LOCAL):
-            return
+        have = sum(child.role == "fetch" and not child.leaving for child in self.children)
         try:
-            for index in range(have, REMOTE_FETCH_WORKERS):
+            for index in range(have, self.count("fetch")):
                 self.add(Child("fetch", index, "workers"))
         except NydusError as e:
             log.error("%s; trying again", e)
@@ -112,12 +129,33 @@ class Family:
 
     def adopt(self, child: Child, frontend: FrontEnd) -> None:
         """Fill a place with a front end that outlived another supervisor."""
+        self.prepare(child)
         child.adopt(frontend)
         self.children.append(child)
         self.live.add(child.identity)
         self._poller.register(child.pidfd, zmq.POLLIN)
 
     def launch(self, child: Child) -> None:
+        """Start the process of a place. Raises NydusError when there is no room for another; it is tried again then."""
+        spec, fds = self.spec_of(child)
+        points.reach("start: before a child")
+        try:
+            child.start(self.fork_server, spec, fds)
+        finally:
+            self._watch_fork_server()  # at once: it may be another, and numbers of its fds be the child's
+        points.reach("start: child not noted")
+        self.begin(child)
+
+    def begin(self, child: Child) -> None:
+        """The process of a place is there."""
+        self.live.add(child.identity)
+        self._poller.register(child.pidfd, zmq.POLLIN)
+        self.remember()
+        points.reach("start: child noted")
+        self.started(child)
+
+    def spec_of(self, child: Child) -> tuple[Json, list[int]]:
+        """What a child is told, and the fds that it is given."""
         spec: Json = {"log": self.log_spec(), "lifeline_fd": self._lifeline}
         fds = [self._lifeline]
         if child.role == "fuse":
@@ -135,41 +173,46 @@ class Family:
                 child.load = [MODULES[kind] for kind in sorted(self._backends())]
                 fds.append(self._shared)
                 spec["shared_fd"] = self._shared
-        points.reach("start: before a child")
-        try:
-            child.start(self.fork_server, spec, fds)
-        finally:
-            self._watch_fork_server()  # at once: it may be another, and numbers of its fds be the child's
-        points.reach("start: child not noted")
-        self.live.add(child.identity)
-        self._poller.register(child.pidfd, zmq.POLLIN)
-        self.remember()
-        points.reach("start: child noted")
-        self.started(child)
+        return spec, fds
 
     def remember(self) -> None:
         """Write down what a successor must know."""
         if not self.noted:
             return
-        more = None
+        more: Json = {"workers": self.wanted}
         if self.session is not None and isinstance(self._options, FuseOptions):
             from nydusd.supervisor.adoption import parameters, record_of
 
             if not self._parameters:
                 self._parameters = parameters(self._options, self._config)
             self._have_held(self.session)
-            more = record_of(self.session, self._parameters, self.children, self.fork_server.pids)
+            more |= record_of(self.session, self._parameters, self.children, self.fork_server.pids)
         # Not those that hold what a successor takes over before it ends them.
         pids = [*self.fork_server.pids, *(child.pid for child in self.children if child.role not in ("erofs", "guard"))]
+        pids += self.others()
         self._runtime.record([pid for pid in pids if pid], more)
+
+    def succeed(self, fresh: ForkServer) -> None:
+        """Go on with another fork server, which holds the session's fds already; `fresh` is the former then.
+
+        Noted before the former one ends: whoever is killed in between, a successor finds one that has them.
+        """
+        self.fork_server.trade_places(fresh)
+        self._watch_fork_server()
+        self._have_guarded()
+        self.remember()
 
     def _have_held(self, session: Session) -> None:
         """Have the fork server hold the session's fds, too: so nothing is lost when all front ends die with us."""
         if self._kept is not session:
             self._kept = session
             self.fork_server.hold([fd for lane in session.lanes for fd in lane])
-            if self.guarded and self._config.nydusd.guardian:
-                self.fork_server.guard(self._config.nydusd.guardian)
+            self._have_guarded()
+
+    def _have_guarded(self) -> None:
+        """Have the fork server start us again when we are killed, if nobody else does."""
+        if self._kept is not None and self.guarded and self._config.nydusd.guardian:
+            self.fork_server.guard(self._config.nydusd.guardian)
 
     def log_spec(self) -> Json:
         from nydusd import logs
@@ -197,10 +240,18 @@ class Family:
         held = [lanes[(index + i) % len(lanes)] for i in range(min(_HOLDERS, len(lanes)))]
         return list(dict.fromkeys([fd for each in held for fd in each] + spec["interrupt_out"])), spec
 
+    def watch(self, fd: int) -> None:
+        """Have the supervisor's loop wake when there is something to read."""
+        self._poller.register(fd, zmq.POLLIN)
+
+    def forget(self, fd: int) -> None:
+        """End of `watch`."""
+        self._poller.unregister(fd)
+
     def reap(self, ended: Callable[[Child, bytes], None]) -> list[tuple[Child, int]]:
         """Look after children that have ended: `ended(child, identity)` gives their work to others. Gives their statuses."""
         found = []
-        for child in self.children:
+        for child in list(self.children):
             identity, pidfd = child.identity, child.pidfd
             if child.process is None:
                 continue
@@ -210,7 +261,10 @@ class Family:
             self._poller.unregister(pidfd)
             self.live.discard(identity)
             ended(child, identity)
-            if not child.resting:
+            if child.leaving:
+                self.children.remove(child)
+                self.remember()
+            elif not child.resting:
                 found.append((child, status))
         return found
 
@@ -226,7 +280,7 @@ class Family:
         if not self.fork_server.ready:
             return
         for child in self.children:
-            if child.restart_at is None or now < child.restart_at:
+            if child.restart_at is None or now < child.restart_at or child.leaving:
                 continue
             try:
                 self.launch(child)
@@ -238,7 +292,7 @@ class Family:
         if now >= self._watch.next_look():
             self._end_hung(pools, now)
             self._renew_front_end()
-            reap_strays(self.children, self.fork_server.pids)
+            reap_strays(self.children, [*self.fork_server.pids, *self.others()])
 
     def tend_fork_server(self, ready: Container[Any], now: float) -> None:
         """When it has ended or has something to say (`ready` are the fds that do), or when it is time: see to it at once.

@@ -313,7 +313,8 @@ class Mounts:
         if idle:
             self._leaving = [cache for cache in self._leaving if cache not in idle]
             points.reach("mounts: before blobs are dropped")
-            self._factory.gc(idle)
+            for cache in self._factory.gc(idle):
+                self._router.closed(cache)
             points.reach("mounts: blobs dropped")
 
     # --- jobs -------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ that kills workers does not kill them all. A worker that was killed from outside
 system that ends what eats its memory: that is believed after ten. Jobs of a higher priority go first; within one, in
 order of arrival. But no server gets the last worker while another one's blobs are mounted too, and one whose last job failed
 for want of an answer gets one worker at a time: a server that accepts and says nothing must not hold all workers.
+
+A worker that is to leave (an upgrade, a smaller pool) is retired: it does the job that it has and gets no other.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class WorkerPool:
         self._queues: dict[Priority, deque[Job]] = {priority: deque() for priority in Priority}
         self._idle: deque[bytes] = deque()
         self._busy: dict[bytes, Job] = {}
+        self._retired: set[bytes] = set()
         self._knows: dict[bytes, dict[int, BlobSpec]] = {}
+        self._to_forget: dict[bytes, list[int]] = {}
         self._done: dict[bytes, int] = {}
         self._connections: dict[bytes, Json] = {}
         self._refused: set[str] = set()
@@ -111,8 +115,8 @@ class WorkerPool:
 
     @property
     def size(self) -> int:
-        """Workers that are there now, or will be as soon as there is something to do."""
-        return len(self._idle) + len(self._busy) + self.resting
+        """Workers that are there now, or will be as soon as there is something to do, and stay."""
+        return len(self._idle) + len(self._busy.keys() - self._retired) + self.resting
 
     def starved(self) -> int:
         """Jobs that wait while no worker is idle."""
@@ -131,6 +135,22 @@ class WorkerPool:
             "connections": self._connections.get(identity, {}),
         }
 
+    def forget(self, cache: BlobCache) -> None:
+        """No image uses this blob any more: each worker that has it open is told so with its next job."""
+        for identity, known in self._knows.items():
+            if known.pop(cache.handle, None) is not None:
+                self._to_forget.setdefault(identity, []).append(cache.handle)
+
+    def retire(self, identity: bytes) -> None:
+        """A worker that is to leave: it gets no more jobs. `is_busy` says whether it has one still."""
+        self._retired.add(identity)
+        if identity in self._idle:
+            self._idle.remove(identity)
+
+    def is_busy(self, identity: bytes) -> bool:
+        """Whether a worker has a job."""
+        return identity in self._busy
+
     def job_of(self, identity: bytes) -> int | None:
         """The number of the job that a worker has; None if it has none; 0 if it has not announced itself yet."""
         job = self._busy.get(identity)
@@ -144,7 +164,7 @@ class WorkerPool:
         queues = {priority.name.lower(): len(queue) for priority, queue in self._queues.items()}
         return {
             "workers": self.size,
-            "busy": len(self._busy),
+            "busy": len(self._busy.keys() - self._retired),
             "queued": queues,
             "jobs_done": self.jobs_done,
             "jobs_failed": self.jobs_failed,
@@ -162,6 +182,8 @@ class WorkerPool:
             self._busy[identity] = job
             job.started = time.monotonic()
             message = job.payload | {"kind": job.kind, "id": job.number}
+            if identity in self._to_forget:
+                message["forget"] = self._to_forget.pop(identity)
             cache = job.cache
             if cache is not None:
                 message |= {"handle": cache.handle, "chunks": job.chunks}
@@ -188,7 +210,8 @@ class WorkerPool:
         server = _server(job)
         if not server or self.size == 1:
             return True
-        held = Counter(_server(other) for other in self._busy.values())
+        staying = (other for identity, other in self._busy.items() if identity not in self._retired)
+        held = Counter(map(_server, staying))
         if server not in self._silent:
             return held[server] < self.size - 1 or not self._others(server)
         if held[server] and job.kind == "fetch":
@@ -202,7 +225,8 @@ class WorkerPool:
             return
         self._knows[identity] = {}
         self._done[identity] = 0
-        self._idle.append(identity)
+        if identity not in self._retired:
+            self._idle.append(identity)
 
     def dismiss(self, identity: bytes) -> bool:
         """Give a worker no job any more, for it is about to end. False if it has one."""
@@ -219,7 +243,8 @@ class WorkerPool:
         if job is None or job.number != answer.get("id"):
             return
         del self._busy[identity]
-        self._idle.append(identity)
+        if identity not in self._retired:
+            self._idle.append(identity)
         self.jobs_done += 1
         self._done[identity] += 1
         self._connections[identity] = answer.pop("connections", {})
@@ -237,6 +262,8 @@ class WorkerPool:
         self._knows.pop(identity, None)
         self._done.pop(identity, None)
         self._connections.pop(identity, None)
+        self._retired.discard(identity)
+        self._to_forget.pop(identity, None)
         if identity in self._idle:
             self._idle.remove(identity)
         job = self._busy.pop(identity, None)

@@ -23,7 +23,7 @@ class NotFoundError(NydusError):
 def answer(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -> None:
     """Reply to a control request, now or later: {"ok": …} or {"error": {"status", "message"}}."""
     op = str(request.get("op"))
-    later = blobs.LATER.get(op) or mount_ops.OPS.get(op)
+    later = _LATER.get(op)
     handler = (
         _OPS.get(op) or control_ops.OPS.get(op) or metrics_ops.OPS.get(op) or blobs.OPS.get(op) or view.OPS.get(op)
     )
@@ -121,6 +121,17 @@ def _set_log_level(daemon: Supervisor, request: Json) -> None:
 def _exit(daemon: Supervisor, _request: Json) -> None:
     daemon.ask_to_exit()
 
+
+def _upgrade(daemon: Supervisor, _request: Json, reply: Callable[[Json], object]) -> None:
+    daemon.staff.upgrade(reply)
+
+
+_LATER: dict[str, Callable[[Supervisor, Json, Callable[[Json], object]], None]] = {
+    **blobs.LATER,
+    "upgrade_workers": _upgrade,
+    **mount_ops.OPS,
+}
+"""Operations that reply when they are done."""
 
 _OPS: dict[str, Callable[[Supervisor, Json], object]] = {
     "daemon": _daemon,

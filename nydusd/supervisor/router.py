@@ -251,6 +251,11 @@ class Router:
             return False
         return not self._checkpoints.store(cache)
 
+    def closed(self, cache: BlobCache) -> None:
+        """A blob that nobody uses was closed: no worker keeps it open for nothing."""
+        for pool in (self._fetch, self._decompress):
+            pool.forget(cache)
+
     # --- misses -----------------------------------------------------------------------------------------------
 
     def _admit(self, request: Request) -> None:

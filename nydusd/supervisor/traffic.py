@@ -16,7 +16,10 @@ log = logging.getLogger(__name__)
 
 
 class Traffic:
-    """`live` are the identities of processes that are there; `control(request, answer)` is for what the API process asks."""
+    """`live` are the identities of processes that are there; `control(request, answer)` is for what the API process asks.
+
+    `guests`: who hears what a worker says (kind, body) that is of no pool yet, by its identity.
+    """
 
     def __init__(
         self,
@@ -26,6 +29,7 @@ class Traffic:
         decompress: WorkerPool,
         live: Container[bytes],
         control: Callable[[Json, Callable[[Json], object]], None],
+        guests: Mapping[bytes, Callable[[bytes, Json], None]],
     ) -> None:
         self._sockets = sockets
         self._router = router
@@ -33,6 +37,7 @@ class Traffic:
         self._decompress = decompress
         self._live = live
         self._control = control
+        self._guests = guests
 
     def take(self, ready: Mapping[Any, int]) -> None:
         """Take in what has come at the sockets that are ready."""
@@ -58,6 +63,9 @@ class Traffic:
 
     def _from_work(self, frames: list[bytes]) -> None:
         identity, kind, body = frames
+        if identity in self._guests:
+            self._guests[identity](kind, decode(body))
+            return
         pool = self._fetch if identity.startswith(b"fetch-") else self._decompress
         if kind == messages.HELLO and identity in self._live:
             pool.worker_ready(identity)

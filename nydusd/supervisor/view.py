@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 def _workers(daemon: Supervisor, _request: Json) -> Json:
     own = {"role": "supervisor", "index": 0, "pid": daemon.pid, "generation": 1, "commit": GIT_COMMIT}
-    own |= {"state": "running", "busy": None, "jobs": None}
+    own |= {"state": "running", "busy": None, "jobs": None, "deaths": 0, "starts_in": None}
     return {
-        "processes": [own, *(_process(daemon, child) for child in daemon.children)],
+        "processes": [own, *(_process(daemon, child) for child in [*daemon.children, *daemon.staff.on_trial()])],
         "supervisor": daemon.pid,
         "uptime": time.monotonic() - daemon.started,
     }
@@ -42,13 +42,18 @@ def _process(daemon: Supervisor, child: Child) -> Json:
         "state": "running",
         "busy": None,
         "jobs": None,
+        "deaths": child.deaths,
+        "starts_in": None if child.restart_at is None else round(max(0.0, child.restart_at - time.monotonic()), 1),
     }
     pool = {"fetch": daemon.fetch, "decompress": daemon.decompress}.get(child.role)
     if child.process is None:
         row["state"] = "resting" if child.resting else "restarting"
+    elif child in daemon.staff.on_trial():
+        row["state"] = "on trial"
     elif pool is not None:
         row |= pool.facts(child.identity)
-        row["state"] = "busy" if row["busy"] is not None else "idle" if row["ready"] else "starting"
+        busy = row["busy"] is not None
+        row["state"] = "leaving" if child.leaving else "busy" if busy else "idle" if row["ready"] else "starting"
     return row
 
 
@@ -199,8 +204,13 @@ def _why(daemon: Supervisor, image: Image, failed: list[str], lazy: bool) -> str
     return "prefetch is done with what it was told, the rest is fetched when it is read"
 
 
+def _scale(daemon: Supervisor, request: Json) -> Json:
+    return daemon.staff.scale(request["wanted"])
+
+
 OPS: dict[str, Callable[[Supervisor, Json], Json | None]] = {
     "workers": _workers,
+    "scale_workers": _scale,
     "load": _load,
     "chunks": _chunks,
     "trace": _trace,

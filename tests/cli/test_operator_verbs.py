@@ -124,6 +124,47 @@ class TestWorkers:
         assert lines[1].endswith("stopped")
         assert lines[2].endswith("busy: fill")
 
+    def test_says_how_long_one_that_keeps_dying_waits(
+        self, api: ApiProcess, daemon: Daemon, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        dying = process("fetch", 0, 0, None) | {"state": "restarting", "deaths": 6, "starts_in": 1.25}
+        daemon.by_op["workers"] = {"processes": [dying], "uptime": 1}
+        assert ctl(api, capsys, "workers").splitlines()[1].endswith("restarting in 1.2 s, after 6 early deaths")
+
+    def test_upgrade_says_what_became_of_it(
+        self, api: ApiProcess, daemon: Daemon, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        daemon.by_op["upgrade_workers"] = {"workers": 3, "from": "a", "to": "b", "checked": "all", "seconds": 0.52}
+        assert ctl(api, capsys, "workers", "upgrade").splitlines() == [
+            "3 workers of build a were replaced in 0.5 s",
+            "they are of build b now; tried: all",
+        ]
+
+    def test_upgrade_that_came_to_nothing_is_an_error_with_its_cause_alone(
+        self, api: ApiProcess, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["-S", api.path, "workers", "upgrade"]) == 1
+        assert capsys.readouterr().err == "Error: gone\n"
+
+    def test_scale_sends_numbers_by_role(
+        self, api: ApiProcess, daemon: Daemon, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        daemon.by_op["scale_workers"] = {"decompress": {"before": 2, "wanted": 4}}
+        told = ctl(api, capsys, "workers", "scale", "decompress=4", "fetch=0")
+        assert told == "decompress: 2 workers, 4 wanted\n"
+        assert daemon.asked[-1] == {"op": "scale_workers", "wanted": {"decompress": 4, "fetch": 0}}
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["scale"], ["scale", "decompress"], ["scale", "=4"], ["scale", "fetch=-1"], ["upgrade", "fetch=1"]],
+    )
+    def test_what_is_no_size_is_refused_before_anything_is_asked(
+        self, arguments: list[str], api: ApiProcess, daemon: Daemon, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["-S", api.path, "workers", *arguments]) == 2
+        assert "decompress=4" in capsys.readouterr().err
+        assert daemon.asked == []
+
     def test_says_where_connections_are_open(
         self, api: ApiProcess, capsys: pytest.CaptureFixture[str], daemon: Daemon
     ) -> None:

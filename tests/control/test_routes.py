@@ -72,6 +72,11 @@ def refused(method: str, target: str, body: bytes = b"") -> tuple[int, str]:
         ("GET", "/api/v1/nydusd/load", b"", {"op": "load"}),
         ("GET", "/api/v1/nydusd/trace?mountpoint=/a", b"", {"op": "trace", "mountpoint": "/a"}),
         ("GET", "/api/v1/nydusd/workers", b"", {"op": "workers"}),
+        (
+            *("PUT", "/api/v1/nydusd/workers", b'{"decompress": 4}'),
+            {"op": "scale_workers", "wanted": {"decompress": 4}},
+        ),
+        ("PUT", "/api/v1/nydusd/workers/upgrade", b"", {"op": "upgrade_workers"}),
     ],
 )
 def test_request_becomes_an_operation(method: str, target: str, body: bytes, message: dict[str, object]) -> None:

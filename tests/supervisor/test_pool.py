@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
 from nydusd.ipc.messages import Json
+from nydusd.storage.api.factory import BlobFactory
+from nydusd.storage.cache.manager import CacheConfig
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.supervisor.pool import WorkerPool
+from tests.support.blobs import blob_info
 
 
 class Pool:
@@ -183,3 +187,70 @@ def test_refused_kind_is_neither_begun_nor_repeated_and_others_go_on() -> None:
             pool.worker_done(identity, {"id": number})
     assert sent == [(b"one", jobs[0].number), (b"two", jobs[1].number), (b"two", jobs[3].number)]
     assert len(ended) == 2
+
+
+def test_workers_are_told_to_forget_what_they_have_open_and_is_used_no_more() -> None:
+    sent: list[Json] = []
+    pool = WorkerPool("decompress", lambda _identity, message: sent.append(message), lambda: None)
+    factory = BlobFactory("forget", "/nonexistent")
+    config = CacheConfig("localfs", {}, "/cache", False)
+    first, second = (
+        factory.new_blob_cache(config, replace(blob_info(), blob_id=name), "/boot", "", False) for name in "ab"
+    )
+    pool.worker_ready(b"w")
+    for cache in (first, second, None, second):
+        pool.submit(Job("fill", cache, Priority.USER, {}, lambda _job, _answer: None))
+        pool.pump()
+        pool.worker_done(b"w", {"id": sent[-1]["id"]})
+        if cache is first:
+            pool.forget(first)
+            pool.forget(second)
+    assert [message.get("forget") for message in sent] == [None, [first.handle], None, None]
+    assert ["spec" in message for message in sent] == [True, True, False, False]
+
+
+class TestRetiredWorker:
+    def test_does_its_job_and_gets_no_other(self, pool: Pool) -> None:
+        pool.submit("a")
+        pool.submit("b")
+        pool.pool.worker_ready(b"old")
+        pool.pool.pump()
+        pool.pool.retire(b"old")
+        assert pool.pool.is_busy(b"old")
+        assert pool.pool.size == 0
+        pool.pool.worker_done(b"old", {"id": pool.pool._busy[b"old"].number})
+        pool.pool.pump()
+        assert [name for name, _ in pool.ended] == ["a"]
+        assert not pool.pool.is_busy(b"old")
+        pool.pool.worker_ready(b"new")
+        pool.pool.pump()
+        assert pool.sent == [(b"old", "a"), (b"new", "b")]
+
+    def test_that_is_idle_or_has_not_announced_itself_yet_gets_none(self, pool: Pool) -> None:
+        pool.pool.worker_ready(b"idle")
+        for name in (b"idle", b"starting"):
+            pool.pool.retire(name)
+        pool.pool.worker_ready(b"starting")
+        pool.submit("a")
+        pool.pool.pump()
+        assert pool.sent == []
+        assert pool.pool.size == 0
+
+    def test_that_dies_leaves_its_job_to_others_and_nothing_of_itself(self, pool: Pool) -> None:
+        pool.submit("a")
+        pool.pool.worker_ready(b"old")
+        pool.pool.pump()
+        pool.pool.retire(b"old")
+        pool.pool.worker_died(b"old", killed=True)
+        pool.pool.worker_ready(b"new")
+        pool.pool.pump()
+        assert pool.sent == [(b"old", "a"), (b"new", "a")]
+        assert not pool.pool._retired
+
+    def test_is_no_reason_to_let_the_jobs_of_a_silent_server_wait(self, pool: Pool) -> None:
+        load = pool.pool.load()
+        pool.submit("a")
+        pool.pool.worker_ready(b"old")
+        pool.pool.pump()
+        pool.pool.retire(b"old")
+        assert pool.pool.load()["busy"] == load["busy"] == 0

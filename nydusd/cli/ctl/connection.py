@@ -61,9 +61,9 @@ class Api:
             raise RequestFailed(f"{asked}: the answer is not an object: {answer[:80]!r}")
         return data
 
-    def put(self, path: str, body: Json) -> Json:
-        """Send a JSON object to a path; gives the object in the answer, if there is one. Raises `RequestFailed`."""
-        answer = self._request("PUT", path, json.dumps(body).encode())
+    def put(self, path: str, body: Json | None) -> Json:
+        """Send a JSON object, or nothing, to a path; gives the object in the answer, if any. Raises `RequestFailed`."""
+        answer = self._request("PUT", path, None if body is None else json.dumps(body).encode())
         return self._object(f"PUT {path}", answer) if answer else {}
 
     def post(self, path: str, query: Mapping[str, str], body: Json) -> None:
