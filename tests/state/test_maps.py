@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from nydusd.errors import CacheError
+from nydusd.storage.state import lock
 from nydusd.storage.state.chunk_map import ChunkMap
 from nydusd.storage.state.range_map import RangeMap
 from nydusd.storage.state.segment import EMPTY, FAILED, PENDING, READY, VERIFY, Segment
@@ -25,6 +27,7 @@ class _TwoMappings(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.deaths = 0
         self._name = segment_name()
         name = self._name.__enter__()
         self.model = [(EMPTY, VERIFY, FAILED)[i % 3] for i in range(COUNT)]
@@ -73,6 +76,30 @@ class _TwoMappings(RuleBasedStateMachine):
         if self.model[chunk] == READY:
             self.model[chunk] = EMPTY
 
+    @precondition(lambda self: self.deaths < 3)
+    @rule(side=st.integers(0, 1), chunks=st.lists(_CHUNKS, unique=True, max_size=6), done=st.integers(0, 6))
+    def a_third_one_is_killed_in_its_claim_and_succeeded(self, side: int, chunks: list[int], done: int) -> None:
+        """It holds the lock and has got half-way; `side` takes over, and all that was claimed is free."""
+        name = self.segments[0].name
+        self.deaths += 1
+
+        def claim_and_die() -> None:
+            segment = Segment.open(name)
+            assert segment is not None
+            with segment.lock():
+                for chunk in chunks[:done]:
+                    if segment.state[chunk] != READY:
+                        segment.state[chunk] = PENDING
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert join(in_child(claim_and_die)) == -signal.SIGKILL
+        for chunk in chunks[:done]:
+            self.model[chunk] = self.model[chunk] if self.model[chunk] == READY else PENDING
+        self.both_show_the_model()
+        assert self.maps[side].check_ready_and_mark_pending(chunks) == self._claim(chunks)
+        self.maps[side].end_claims()
+        self.model = [EMPTY if state == PENDING else state for state in self.model]
+
     @invariant()
     def both_show_the_model(self) -> None:
         for chunks, ranges in zip(self.maps, self.ranges, strict=True):
@@ -85,7 +112,8 @@ class _TwoMappings(RuleBasedStateMachine):
             assert ranges.is_range_ready(500, 700) == (self.model[5:12] == [READY] * 7)
 
 
-def test_two_mappings_of_one_segment_agree_with_a_model() -> None:
+def test_two_mappings_of_one_segment_agree_with_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.001)
     run_state_machine_as_test(_TwoMappings, settings=settings(max_examples=60, stateful_step_count=30))
 
 

@@ -1,4 +1,5 @@
-"""Any interleaving of clients, workers, deaths, full disks and lost cache files: each request is answered exactly once."""
+"""Any interleaving of clients, workers, deaths, upgrades, successions of the supervisor, full disks and lost cache files: each
+request is answered exactly once."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from nydusd.ipc.messages import AHEAD, LOST
+from nydusd.storage.cache.blob_cache import BlobCache
 from tests.supervisor.world import CHUNKS, World
 
 CLIENTS = (b"fuse-0-1", b"fuse-1-1", b"fuse-2-1")
 clients = st.sampled_from(CLIENTS)
 picks = st.integers(0, 1 << 16)
-blobs = st.integers(0, 2)
+numbers = st.integers(0, 2)
 starts = st.sampled_from([*range(9), CHUNKS - 1, CHUNKS])
 some_chunks = st.sets(st.integers(0, CHUNKS - 1), max_size=6)
 
@@ -36,12 +38,15 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.world = World(self.patch)
-        self.blobs = self.world.blobs[:3]
         self.number = 0
         self.workers = {"fetch": 0, "decompress": 0}
         self.eager = True
 
-    @initialize(opened=st.sets(blobs), eager=st.booleans(), workers=st.integers(0, 3))
+    @property
+    def blobs(self) -> list[BlobCache]:
+        return self.world.blobs[:3]
+
+    @initialize(opened=st.sets(numbers), eager=st.booleans(), workers=st.integers(0, 3))
     def start(self, opened: set[int], eager: bool, workers: int) -> None:
         """`eager`: jobs are sent after every event, as in a daemon that has little to do."""
         for role in ("fetch", "decompress"):
@@ -55,17 +60,17 @@ class Machine(RuleBasedStateMachine):
                 self.world.finish(identity)
         self.eager = eager
 
-    @rule(client=clients, blob=blobs, first=starts, size=st.integers(0, 5))
+    @rule(client=clients, blob=numbers, first=starts, size=st.integers(0, 5))
     def request(self, client: bytes, blob: int, first: int, size: int) -> None:
         self.number += 1
         self.world.ask(client, self.number, self.blobs[blob], first, size)
 
-    @rule(client=clients, blob=blobs, first=starts)
+    @rule(client=clients, blob=numbers, first=starts)
     def hint(self, client: bytes, blob: int, first: int) -> None:
         self.number += 1
         self.world.router.request(client, self.number, self.blobs[blob].handle, first, 1, AHEAD)
 
-    @rule(client=clients, blob=blobs, first=starts)
+    @rule(client=clients, blob=numbers, first=starts)
     def request_of_lost_chunk(self, client: bytes, blob: int, first: int) -> None:
         self.number += 1
         self.world.ask(client, self.number, self.blobs[blob], first, 2, LOST)
@@ -170,6 +175,31 @@ class Machine(RuleBasedStateMachine):
         if idle:
             self.world.kill(idle[pick % len(idle)])
 
+    @rule(role=st.sampled_from(["fetch", "decompress"]), pick=picks)
+    def worker_is_to_leave(self, role: str, pick: int) -> None:
+        staying = [identity for identity in self.world.pool(role)._knows if identity not in self.world.retired]
+        if staying:
+            self.world.retire(role, staying[pick % len(staying)])
+
+    @rule()
+    def workers_are_upgraded(self) -> None:
+        for role in ("fetch", "decompress"):
+            old = [identity for identity in self.world.pool(role)._knows if identity not in self.world.retired]
+            for identity in old:
+                self.workers[role] += 1
+                self.world.worker(role, f"{role}-{self.workers[role]}".encode())
+                self.world.retire(role, identity)
+
+    @rule()
+    def those_who_have_done_their_last_job_end(self) -> None:
+        for identity in list(self.world.retired):
+            if identity not in self.world.sent:
+                self.world.kill(identity)
+
+    @rule()
+    def supervisor_is_killed_and_succeeded(self) -> None:
+        self.world.succeed()
+
     @rule(seconds=st.sampled_from([0.1, 1.0, 6.0, 31.0]))
     def time_passes(self, seconds: float) -> None:
         self.world.clock.now += seconds
@@ -204,9 +234,9 @@ class Machine(RuleBasedStateMachine):
 class RemoteMachine(Machine):
     """The blobs are remote: what they hold is fetched by one worker and decoded by another."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.blobs = self.world.blobs[3:]
+    @property
+    def blobs(self) -> list[BlobCache]:
+        return self.world.blobs[3:]
 
     @rule(pick=picks, bad=some_chunks)
     def chunks_come_damaged(self, pick: int, bad: set[int]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import count
 
@@ -19,7 +19,7 @@ from nydusd.ipc.messages import Json, SlotRef
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache import blob_cache
 from nydusd.storage.cache.blob_cache import BlobCache
-from nydusd.storage.cache.manager import CacheConfig
+from nydusd.storage.cache.manager import CacheConfig, Former
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Job, Priority, Request
 from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Identity, Segment, names, remove
@@ -64,11 +64,26 @@ class World:
         patch.setattr(transfers, "_FILL_BYTES", 32 << 10)
         patch.setattr(transfers, "MIN_REQUEST", 8 << 10)
         self.instance = f"world-{time.monotonic_ns()}-{next(_worlds)}"
-        self.factory = BlobFactory(self.instance, "/nonexistent")
-        self.slots = SlotTable(f"/nydusd.{self.instance}.arena", 64 << 10)
-        self.stage = SlotTable(f"/nydusd.{self.instance}.stage", 64 << 10)
-        self.prefetch = PrefetchWorker(64 << 10, bandwidth)
+        self._amplify, self._bandwidth = amplify, bandwidth
+        self.blobs: list[BlobCache] = []
         self.sent: dict[bytes, Json] = {}
+        self.retired: set[bytes] = set()
+        self.open: dict[tuple[bytes, int], BlobCache] = {}
+        self._asked: dict[tuple[bytes, int], tuple[int, int, int]] = {}
+        self.answers: list[tuple[bytes, int, int, SlotRef | None]] = []
+        self.leases: list[int] = []
+        self.dispatched: list[Json] = []
+        self._begin(0)
+
+    def _begin(self, term: int) -> None:
+        """The tables of a supervisor that has had so many before it, as `Runtime` names them."""
+        self._term = term
+        first = (term << 32) + 1
+        self.factory = BlobFactory(self.instance, "/nonexistent")
+        self.factory.begin(first)
+        self.slots = SlotTable(f"/nydusd.{self.instance}.{term}.arena", 64 << 10, first)
+        self.stage = SlotTable(f"/nydusd.{self.instance}.{term}.stage", 64 << 10)
+        self.prefetch = PrefetchWorker(64 << 10, self._bandwidth)
         self.fetch = WorkerPool("fetch", self._sender("fetch"), lambda: None)
         self.decompress = WorkerPool("decompress", self._sender("decompress"), lambda: self.router.prefetch())
         self.router = Router(
@@ -79,25 +94,48 @@ class World:
             self.stage,
             self.prefetch,
             self._reply,
-            amplify=amplify,
+            amplify=self._amplify,
             deadline=30.0,
         )
         self.transfers = self.router._launch.transfers
-        self.plain = self._blob("plain", "/cache")
-        self.batch = self._blob("batch", "/cache")
-        self.dummy = self._blob("dummy", None)
-        self.far = self._blob("far", "/cache", "s3")
-        self.far_batch = self._blob("far-batch", "/cache", "s3")
-        self.far_dummy = self._blob("far-dummy", None, "s3")
+        former = {} if not term else {cache.spec.info.blob_id: cache for cache in self.blobs}
+        self.plain = self._blob(former, "plain", "/cache")
+        self.batch = self._blob(former, "batch", "/cache")
+        self.dummy = self._blob(former, "dummy", None)
+        self.far = self._blob(former, "far", "/cache", "s3")
+        self.far_batch = self._blob(former, "far-batch", "/cache", "s3")
+        self.far_dummy = self._blob(former, "far-dummy", None, "s3")
         self.blobs = [self.plain, self.batch, self.dummy, self.far, self.far_batch, self.far_dummy]
-        self.open: dict[tuple[bytes, int], BlobCache] = {}
-        self.answers: list[tuple[bytes, int, int, SlotRef | None]] = []
-        self.leases: list[int] = []
-        self.dispatched: list[Json] = []
 
-    def _blob(self, name: str, work_dir: str | None, backend: str = "localfs") -> BlobCache:
+    def _blob(
+        self, former: Mapping[str, BlobCache], name: str, work_dir: str | None, backend: str = "localfs"
+    ) -> BlobCache:
         config = CacheConfig(backend, {"secret": "of the test"}, work_dir, False)
-        return self.factory.new_blob_cache(config, replace(blob_info(), blob_id=name), "/boot", "", False)
+        info = replace(blob_info(), blob_id=name)
+        if name not in former:
+            return self.factory.new_blob_cache(config, info, "/boot", "", False)
+        names_of = Former(former[name].handle, former[name].spec.segment)
+        cache = self.factory.new_blob_cache(config, info, "/boot", "", False, names_of)
+        cache.take_over()
+        return cache
+
+    def succeed(self) -> None:
+        """The supervisor is killed and all workers with it; the next one takes over, and clients ask it again."""
+        self.sent.clear()
+        self.retired.clear()
+        self.slots.close()
+        self.stage.close()
+        for cache in self.blobs:  # the mappings end with the process, the names stay
+            if cache.segment is not None:
+                cache.segment.close()
+        for name in names(f"nydusd.{self.instance}."):
+            if name.endswith((".arena", ".stage")):
+                remove(name)
+        self._begin(self._term + 1)
+        by_handle = {cache.handle: cache for cache in self.blobs}
+        self.open = {key: by_handle[cache.handle] for key, cache in self.open.items()}
+        for key, cache in list(self.open.items()):
+            self.router.request(*key, cache.handle, *self._asked[key])
 
     def open_all(self) -> None:
         """Have all blobs prepared, by a worker that is gone then."""
@@ -123,6 +161,7 @@ class World:
             pool = self.pool(role)
             job = pool._busy[identity]
             assert identity not in self.sent, "a worker got a second job"
+            assert identity not in self.retired, "a worker that is to leave got another job"
             assert role == "fetch" or "s3" not in str(message) or "secret" not in str(message), (
                 "a secret was given away"
             )
@@ -153,7 +192,9 @@ class World:
             self.leases.append(slot.lease)
 
     def ask(self, client: bytes, number: int, cache: BlobCache, first: int, size: int, flags: int = 0) -> None:
-        self.open.setdefault((client, number), cache)
+        if (client, number) not in self.open:
+            self.open[client, number] = cache
+            self._asked[client, number] = (first, size, flags)
         self.router.request(client, number, cache.handle, first, size, flags)
 
     def worker(self, role: str, identity: bytes) -> None:
@@ -161,8 +202,13 @@ class World:
 
     def kill(self, identity: bytes) -> None:
         self.sent.pop(identity, None)
+        self.retired.discard(identity)
         for pool in (self.fetch, self.decompress):
             pool.worker_died(identity)
+
+    def retire(self, role: str, identity: bytes) -> None:
+        self.pool(role).retire(identity)
+        self.retired.add(identity)
 
     def done(self, identity: bytes, answer: Json) -> None:
         pool = self.pool(self.role_of(identity))
