@@ -5,7 +5,7 @@ BIN := .venv/bin
 PREFIX ?= /usr/local
 CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests scripts/reference
 
-.PHONY: help setup demo test test-containerd test-fscache lint fuzz torture kill-points bench bench-erofs bench-delays reference install deb clean
+.PHONY: help setup demo test test-containerd test-fscache lint fuzz torture endurance kill-points bench bench-erofs bench-delays reference install deb clean
 
 help:
 	@echo 'make demo    mount an image (a packed one, or of SOURCE=FOLDER or SOURCE=HOST/REPO:TAG), read it cold and warm'
@@ -16,6 +16,7 @@ help:
 	@echo 'make fuzz    at least 100,000 mutated inputs through every parser (FUZZ_INPUTS=N)'
 	@echo 'make torture  kill processes of a daemon at random under readers that compare every byte (TORTURE_MINUTES=N, TORTURE_WAY=fuse|fanotify|blobfs)'
 	@echo 'make kill-points  kill whoever passes a named point, at each of them in turn; power cuts at each write (KILL_POINTS_MOST=N, KILL_POINTS_SCENE=N)'
+	@echo 'make endurance  many upgrades and mounts, after which a daemon must take what it took before'
 	@echo 'make install  into PREFIX (/usr/local), below DESTDIR if that is set'
 	@echo 'make deb     a Debian package of the same, in dist/'
 	@echo 'make reference  write the man pages and shell completions anew'
@@ -68,6 +69,10 @@ kill-points: setup
 	scripts/need-disk
 	$(BIN)/python -m tests.killing
 	KILL_POINTS=all $(BIN)/pytest -q tests/killing/test_worker_steps.py tests/killing/test_power_cut.py
+
+endurance: setup
+	scripts/need-fuse
+	$(BIN)/python -m tests.endurance
 
 bench: setup
 	scripts/need-fuse
