@@ -79,6 +79,8 @@ class Trial:
                     stop.touch()
                     assert readers.stderr is not None
                     self.problems += readers.stderr.read().splitlines()
+                    self.round.upgrades.wait()
+                    self.problems += self.round.upgrades.problems
             wait_for_role(daemon, "api", 1)
         self.problems += [line for line in discipline.logs.problems() if "workers died" not in line]
 
@@ -119,6 +121,7 @@ def main() -> int:
         discipline.finish()
     print("acts:", json.dumps(dict(sorted(counts.acts.items()))))
     print("kills:", json.dumps(dict(sorted(counts.kills.items()))))
+    print("upgrades of the workers:", json.dumps(dict(sorted(counts.upgrades.items()))))
     gib = pieces * PIECE / 2**30
     print(
         f"{counts.acts.total()} acts, {counts.kills.total()} kills, {pieces:,} reads ({gib:.1f} GiB),"

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from tests.support.daemon import Daemon
 from tests.support.discipline import discipline, is_running, wait_until
 from tests.support.keeper import Keeper, succeed, upgrade
+from tests.torture.upgrades import Upgrades
 
 
 class Round:
@@ -32,10 +33,13 @@ class Round:
         self.front_ends = front_ends
         self.choose = choose
         self.counts = counts
+        self.upgrades = Upgrades(choose, counts.upgrades)
 
     def hurt(self) -> None:
         """One act of those that fit."""
         kind = self.choose.choice([kind for kind, (_, fits) in ACTS.items() if fits(self)])
+        if kind not in _HARMLESS:
+            self.upgrades.disturb()
         ACTS[kind][0](self)
         self.counts.acts[kind] += 1
 
@@ -78,6 +82,8 @@ class Counts:
     def __init__(self) -> None:
         self.acts: Counter[str] = Counter()
         self.kills: Counter[str] = Counter()
+        self.upgrades: Counter[str] = Counter()
+        """Of the workers, by how they ended."""
 
 
 def send(pid: int, number: signal.Signals) -> bool:
@@ -177,6 +183,10 @@ ACTS: dict[str, tuple[Callable[[Round], None], Callable[[Round], bool]]] = {
     "supervisor and front ends": (supervisor_and_front_ends, always),
     "all but a fork server": (bunch, lambda this: len(this.front_ends) == 1),
     "supervisor and its successor": (supervisor_and_its_successor, always),
+    "workers upgraded": (lambda this: this.upgrades.begin(this.daemon), always),
+    "workers scaled": (lambda this: this.upgrades.scale(this.daemon), always),
     "upgraded": (upgraded, lambda this: this.keeper is not None),
 }
 """By its name each kind of act, and in which rounds it may be."""
+_HARMLESS = ("workers upgraded", "workers scaled")
+"""Acts by which no upgrade of the workers may be disturbed."""
