@@ -136,7 +136,7 @@ class TestUpgrade:
                 [*command, str(progress), str(stop), "2", "5"], stderr=subprocess.PIPE, text=True, cwd=ROOT
             ) as readers:
                 try:
-                    for _ in range(3):
+                    for _ in range(2):
                         seen = pieces_read(progress)
                         wait_until(lambda seen=seen: pieces_read(progress) > seen, "readers", 60)  # type: ignore[misc]
                         upgrade(daemon, keeper)
