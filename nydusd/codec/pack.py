@@ -25,6 +25,11 @@ def pack(compressor: Compressor, data: bytes) -> tuple[bytes, bool]:
 @functools.cache
 def packer_for(compressor: Compressor) -> Packer:
     """The function behind `pack` for one algorithm, to be kept by hot loops. KeyError for gzip: nothing is packed so."""
+    return new_packer(compressor)
+
+
+def new_packer(compressor: Compressor) -> Packer:
+    """The same with a state of its own: for a thread, which must not use another's."""
     return {Compressor.NONE: _load_none, Compressor.LZ4_BLOCK: _load_lz4, Compressor.ZSTD: _load_zstd}[compressor]()
 
 

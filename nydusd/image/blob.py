@@ -19,6 +19,7 @@ from nydusd.formats.blob_meta import CI_HEADER_SIZE, CiHeader, align_page, pack_
 from nydusd.formats.model import BlobFeature, BlobInfo, Cipher, Compressor, Digester, RawChunk
 from nydusd.formats.toc import ENTRY_BLOB, ENTRY_BOOTSTRAP, ENTRY_DIGEST, ENTRY_META, ENTRY_META_HEADER, TocEntry
 from nydusd.formats.write.tail import pack_tar_header, pack_toc_entry
+from nydusd.image.batches import BatchPacker
 from nydusd.image.chunking import Packed, Piece
 from nydusd.image.errors import ImageError
 from nydusd.image.output import Output
@@ -98,8 +99,14 @@ class BlobWriter:
     gets its first chunk."""
 
     def __init__(
-        self, out: Output, settings: BlobSettings, reserve: Callable[[], int], plain: Plain | None = None
+        self,
+        out: Output,
+        settings: BlobSettings,
+        reserve: Callable[[], int],
+        plain: Plain | None = None,
+        threads: int = 1,
     ) -> None:
+        """`threads` pack batches; `close` ends them."""
         self._out = out
         self._plain = plain
         self._settings = settings
@@ -110,6 +117,9 @@ class BlobWriter:
         self._ci = bytearray()
         self._digests = bytearray()
         self._batch = bytearray()
+        self._batched: list[tuple[int, int, int]] = []  # of each chunk in it: uncompressed offset, size, place
+        self._threads = threads
+        self._packer: BatchPacker[tuple[int, list[tuple[int, int, int]]]] | None = None
         self._contexts = bytearray()
         self._coff = 0
         self._uoff = 0
@@ -152,7 +162,7 @@ class BlobWriter:
             coff = csize = 0
             self._add_small(piece.size, data)
         else:
-            self._flush_batch()
+            self._flush_batches()
             coff, csize = self._store(data), len(data)
             flags |= _COMPRESSED if packed.compressed else 0
             self._record(coff, csize, piece.size, flags, crc)
@@ -186,20 +196,40 @@ class BlobWriter:
     def _add_small(self, size: int, data: memoryview) -> None:
         if len(self._batch) + size >= self._settings.batch_size:
             self._flush_batch()
-        bits = _V2_COMPRESSED | _V2_BATCH | (_V2_ENCRYPTED if self._cipher else 0)
-        number = len(self._contexts) // _BATCH.size
-        self._ci += pack_v2(self._coff, self._uoff, 0, size, bits, number << 32 | len(self._batch))
+        self._batched.append((self._uoff, size, len(self._batch)))
         self._batch += data
 
     def _flush_batch(self) -> None:
+        """Have the batch packed. Its place, and so its chunks' records, are known when those before it are stored."""
         if not self._batch:
             return
-        stored, _ = pack(self._settings.compressor, bytes(self._batch))
+        if self._packer is None:
+            self._packer = BatchPacker(self._settings.compressor, self._threads, self._store_batch)
+        self._packer.pack(bytes(self._batch), (len(self._batch), self._batched))
+        self._batch.clear()
+        self._batched = []
+
+    def _store_batch(self, stored: bytes, what: tuple[int, list[tuple[int, int, int]]]) -> None:
+        size, chunks = what
         if self._cipher is not None:
             stored = self._cipher.encrypt(stored)
-        self._store(stored)
-        self._contexts += _BATCH.pack(len(stored), len(self._batch))
-        self._batch.clear()
+        at = self._store(stored)
+        bits = _V2_COMPRESSED | _V2_BATCH | (_V2_ENCRYPTED if self._cipher else 0)
+        number = len(self._contexts) // _BATCH.size
+        for uoff, usize, place in chunks:
+            self._ci += pack_v2(at, uoff, 0, usize, bits, number << 32 | place)
+        self._contexts += _BATCH.pack(len(stored), size)
+
+    def _flush_batches(self) -> None:
+        self._flush_batch()
+        if self._packer is not None:
+            self._packer.drain()
+
+    def close(self) -> None:
+        """End the threads, also after an error."""
+        if self._packer is not None:
+            self._packer.close()
+            self._packer = None
 
     def _store(self, data: bytes | memoryview) -> int:
         at = self._coff
@@ -212,7 +242,7 @@ class BlobWriter:
 
         Empty for a blob without chunks, and for v5, which has none.
         """
-        self._flush_batch()
+        self._flush_batches()
         settings = self._settings
         out = self._out
         if not self.count:

@@ -137,6 +137,7 @@ class _Build:
             out = stack.enter_context(self._output())
             plain = stack.enter_context(Output(folder_of(options.cache_dir))) if options.cache_dir else None
             writer = self._writer(out, plain)
+            stack.callback(writer.close)
             size = self._store(writer)
             ci = writer.finish_data()
             if options.inline:
@@ -160,7 +161,7 @@ class _Build:
 
     def _writer(self, out: Output, plain: Output | None) -> BlobWriter:
         if self._layer is None:
-            return BlobWriter(out, self._settings, self._known.reserve, plain)
+            return BlobWriter(out, self._settings, self._known.reserve, plain, self._options.process_count())
         writer = TarfsWriter if self._options.kind is Source.TAR_TARFS else ReferenceWriter
         return writer(out, self._settings, self._known.reserve, self._layer, self._options.blob_id)
 

@@ -1,6 +1,6 @@
 """A pool of processes that work on a stream of tasks and give the results in the order of the tasks.
 
-Runs in the process of the command, which has one thread. Each worker is a fork of it and has two slots of shared memory
+Runs in the process of the command, which has one thread, or others that only run a compressor (`nydusd.image.batches`). Each worker is a fork of it and has two slots of shared memory
 for what it makes, so that it goes on while a result is being written; nothing is pickled but tasks and small results.
 Memory is bounded by the slots, whatever the number of tasks.
 

@@ -313,14 +313,16 @@ def test_attribute_of_a_name_space_that_the_format_has_not_is_named(tmp_path: Pa
         BootstrapV6(root, [], flags=0, chunk_size=4096)
 
 
-def test_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--batch-size", "0x20000")], ids=_names)
+def test_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, options: tuple[str, ...]) -> None:
     source, blobs = tmp_path / "tree", tmp_path / "blobs"
     source.mkdir()
     blobs.mkdir()
-    (source / "file").write_bytes(os.urandom(2 << 20))
+    for number in range(60):
+        (source / f"file{number}").write_bytes(os.urandom(40_000))
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", blobs], check=True)
     try:
-        text = refused("create", "-B", tmp_path / "bootstrap", "-D", blobs, source)
+        text = refused("create", "-B", tmp_path / "bootstrap", "-D", blobs, *options, source)
         assert "the disk is full" in text and str(blobs) in text
         assert list(blobs.iterdir()) == []
     finally:
