@@ -1,7 +1,8 @@
 """A pool of processes that work on a stream of tasks and give the results in the order of the tasks.
 
-Runs in the process of the command, which has one thread, or others that only run a compressor (`nydusd.image.batches`). Each worker is a fork of it and has two slots of shared memory
-for what it makes, so that it goes on while a result is being written; nothing is pickled but tasks and small results.
+Runs in the process of the command, which has one thread, or others that only run a compressor (`nydusd.image.batches`).
+Each worker is a fork of it and has two slots of shared memory for what it makes, so that it goes on while a result is being
+written; nothing is pickled but tasks and small results.
 Memory is bounded by the slots, whatever the number of tasks.
 
 A worker that dies (out of memory, a kill) is replaced and its tasks are given to the new one; the third death over the
