@@ -6,7 +6,7 @@ tails into what folders left over of their blocks), so that both make the same b
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import Struct
@@ -67,7 +67,8 @@ class _Space:
     def __init__(self, block: int) -> None:
         self.block = block
         self.end = _PAGE  # one page before the first inode, so that no inode has number 0
-        self._left: defaultdict[int, deque[int]] = defaultdict(deque)
+        self._left: list[deque[int]] = [deque() for _ in range(block // _SLOT)]
+        self._rooms = 0  # a bit for each of them that is not empty
 
     def align(self, unit: int) -> None:
         self.end = -(-self.end // unit) * unit
@@ -77,12 +78,16 @@ class _Space:
         if size >= self.block:
             return 0
         slots = -(-size // _SLOT)
-        for room in range(slots, self.block // _SLOT):
-            if self._left[room]:
-                at = self._left[room].popleft() + self.block - room * _SLOT
-                self.leave(at + slots * _SLOT)
-                return at
-        return 0
+        fitting = self._rooms >> slots
+        if not fitting:
+            return 0
+        room = slots + (fitting & -fitting).bit_length() - 1
+        blocks = self._left[room]
+        at = blocks.popleft() + self.block - room * _SLOT
+        if not blocks:
+            self._rooms ^= 1 << room
+        self.leave(at + slots * _SLOT)
+        return at
 
     def append(self, size: int) -> int:
         at = self.end
@@ -92,8 +97,9 @@ class _Space:
     def leave(self, at: int) -> None:
         """The rest of the block from `at` on may be used by others."""
         if at % self.block:
-            room = self.block - at % self.block
-            self._left[room // _SLOT].append(at - at % self.block)
+            room = (self.block - at % self.block) // _SLOT
+            self._left[room].append(at - at % self.block)
+            self._rooms |= 1 << room
 
     def next_block(self) -> None:
         self.leave(self.end)
