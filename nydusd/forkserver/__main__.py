@@ -225,10 +225,9 @@ def _fork() -> int:
         if pid == 0:
             os.close(writer)
             return 0
-        try:
+        with contextlib.suppress(OSError):  # killed, who wanted to know; and this one must not go on in its place
             os.write(writer, _PID.pack(pid))
-        finally:  # also when the fork server was killed meanwhile: this is no other one
-            os._exit(0)
+        os._exit(0)
     os.close(writer)
     os.waitpid(middle, 0)
     told = os.read(reader, _PID.size)
