@@ -37,7 +37,7 @@ SECTIONS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
             "SIGNALS",
             """
 `SIGTERM` and `SIGINT`: unmount, store the chunk maps, end all processes, leave nothing behind. `SIGUSR1`, to any process of the
-daemon: write the stacks of that process to the log.
+daemon: write the stacks of that process to the log (fork servers: to stderr; the nursery, which has neither: nowhere).
 """,
         ),
         (

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import fcntl
 import gc
 import importlib
@@ -61,6 +62,7 @@ class Task(NamedTuple):
 def main(argv: list[str]) -> int:
     """Serve until the supervisor is gone; in a child, run what was asked for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1, file=2)  # by its number: children, too, until they know their log
     from nydusd.proctitle import set_title
 
     set_title("fork server")

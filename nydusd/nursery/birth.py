@@ -54,6 +54,8 @@ def be_born(birth: Birth) -> int:
     if pid == 0:
         ours.close()
         birth.wire.close()
+        os.dup2(birth.stdout, 1)
+        os.dup2(birth.stderr, 2)  # without a log file it is the log of all that it makes
         for fd in birth[2:]:
             os.close(fd)
         return _be_fork_server(theirs)

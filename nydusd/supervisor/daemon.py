@@ -48,6 +48,7 @@ from nydusd.supervisor.router import Router
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.slots import SlotTable
 from nydusd.supervisor.staff import Staff, wanted_of
+from nydusd.supervisor.status import Status
 from nydusd.supervisor.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Supervisor:
         self._family = Family(options, config, fork_server, self._runtime, self._poller)
         self.children = self._family.children
         self._notifier = Notifier()
+        self._status = Status(self._notifier, lambda: self.images.values())
         self._family.guarded = not self._notifier.active and options.supervisor is None
         self._store = FdStore(self._notifier)
         self.factory = BlobFactory(self._runtime.instance, str(self._runtime.folder))
@@ -187,6 +189,7 @@ class Supervisor:
         points.reach("takeover: keepers ended")
         self._bind()
         points.reach("takeover: bound")
+        self._notifier.send(f"STATUS=taking over {len(former.records)} images of a supervisor that was killed")
         self.mounts.restore(former.records)
         points.reach("takeover: mounts known")
         control_ops.recall(self)
@@ -294,7 +297,7 @@ class Supervisor:
         self.state = self._first_state
         self._family.add_fetch_workers()
         self._store.keep(self._session)
-        self._notifier.send("READY=1", f"STATUS={what}")
+        self._status.ready(what)
         priority.calm([*self.fork_server.pids, *(child.pid for child in self.children if child.pid)])
         log.info("%s", what)
 
@@ -431,6 +434,7 @@ class Supervisor:
             self.staff.step(now)
         self._family.look_after({"fetch": self.fetch, "decompress": self.decompress}, now)
         self._notifier.alive(now)
+        self._status.tick(now)
         if now >= self._next_checkpoint:
             self._next_checkpoint = now + self.config.nydusd.checkpoint_interval
             self.router.checkpoint()

@@ -55,10 +55,12 @@ def test_a_signal_to_the_supervisor_ends_what_was_started_with_it(nursery: int) 
         daemon.wait_for_end()
 
 
-def test_sigusr1_has_the_supervisor_log_its_stacks(nursery: int) -> None:
+def test_sigusr1_has_supervisor_and_fork_server_log_their_stacks(nursery: int) -> None:
     with Another() as daemon:
-        os.kill(daemon.pid, signal.SIGUSR1)
-        wait_until(lambda: "most recent call first" in daemon.log.read_text(), "stacks in the log")
+        (fork_server, *_) = [pid for pid in daemon.recorded() if cmdline(pid) == "nydusd: fork server"]
+        for pid in (daemon.pid, fork_server):  # what was started passes it on to the supervisor
+            daemon.ask_for_stacks(pid)
+            assert is_running(pid)
 
 
 @pytest.mark.parametrize("victim", ["stub", "supervisor"])

@@ -53,6 +53,14 @@ class TestDaemon:
             daemon.stop()
         assert systemd.until("STOPPING")["STOPPING"] == "1"
 
+    def test_progress_is_told_until_all_blobs_are_open(self, systemd: Systemd) -> None:
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, environment=self.environment(systemd, 600_000_000)):
+            ready = systemd.until("READY")["STATUS"]
+            seen = [systemd.until("STATUS")["STATUS"]]
+            while seen[-1] != ready:
+                seen.append(systemd.until("STATUS")["STATUS"])
+            assert set(seen[:-1]) <= {f"{ready}; {number} of 1 blobs are open" for number in range(2)}
+
     def test_signs_of_life_come_as_long_as_the_supervisor_looks_after_things(self, systemd: Systemd) -> None:
         with Daemon(IMAGE.bootstrap, IMAGE.blobs, environment=self.environment(systemd, 300_000)) as daemon:
             systemd.until("READY")

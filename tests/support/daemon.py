@@ -26,6 +26,7 @@ from tests.support.discipline import (
     discipline,
     is_running,
     mounts_under,
+    wait_until,
 )
 
 START_SECONDS = 60.0
@@ -217,6 +218,12 @@ class Daemon:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=self._environment, check=False)
         assert done.returncode == 0, f"nydusctl {' '.join(args)}: exit status {done.returncode}\n{done.stderr}"
         return done.stdout
+
+    def ask_for_stacks(self, pid: int) -> None:
+        """SIGUSR1 to a process of this daemon, and wait until its stacks are in the log."""
+        before = self.log.stat().st_size
+        os.kill(pid, signal.SIGUSR1)
+        wait_until(lambda: b"most recent call first" in self.log.read_bytes()[before:], f"the stacks of {cmdline(pid)}")
 
     def kill(self, pid: int) -> None:
         """SIGKILL one process of this daemon."""
