@@ -40,18 +40,20 @@ class Upgrades:
             self._running = None
 
     def begin(self, daemon: Daemon) -> None:
-        """An upgrade, which goes on beside what comes next."""
+        """An upgrade. Every second one goes on beside what comes next."""
         self.wait()
         self._disturbed = False
         self._running = threading.Thread(target=self._upgrade, args=(daemon,))
         self._running.start()
+        if self._choose.random() < 0.5:
+            self.wait()
 
     def _upgrade(self, daemon: Daemon) -> None:
         status, told = _ask(daemon, "/api/v1/nydusd/workers/upgrade", None)
         disturbed = self._disturbed
         if status == 200:
             self.ended["went well"] += 1
-        elif status == _LOST or disturbed:
+        elif status in (503, _LOST) or disturbed:
             self.ended["interrupted"] += 1
         else:
             self.problems.append(f"an upgrade that nobody disturbed: {status} {told}")
