@@ -92,3 +92,13 @@ def test_workers_do_not_rest_if_the_configuration_says_so(tmp_path: Path) -> Non
     with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config) as daemon:
         assert wrong(daemon) == []
         assert "resting" not in states(daemon)
+
+
+def test_workers_are_scaled_and_upgraded_while_they_rest(daemon: Daemon) -> None:
+    daemon.ctl("workers", "scale", "decompress=1")
+    wait_for_rest(daemon)
+    daemon.ctl("workers", "upgrade")
+    assert wrong(daemon) == []
+    daemon.ctl("workers", "scale", "decompress=3")
+    wait_for_rest(daemon)
+    assert wrong(daemon) == []
