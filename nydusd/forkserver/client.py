@@ -189,8 +189,16 @@ class ForkServer:
 
     def close(self) -> None:
         """End it. Its children stay."""
+        copying, self._copying = self._copying, None
         while self._servers:
             self._drop(self._servers[0])
+        if copying is not None:
+            # Whose pid was not told yet: it ends by itself, and with it the other end of its line.
+            with copying, contextlib.suppress(OSError):
+                copying.shutdown(socket.SHUT_WR)
+                copying.settimeout(_PATIENCE)
+                while copying.recv(PACKET_MAX):
+                    pass
 
     def let_go(self) -> None:
         """It is not ours any more: it goes on to hold what it holds, for whoever takes over from us."""
