@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -281,6 +281,46 @@ class TakeOver(Shared):
         self.end()
 
 
+class Successors(Shared):
+    """Front ends are killed while reads wait in them; their successors take these up."""
+
+    def before(self) -> None:
+        self.mount()
+
+    def work(self) -> None:
+        workers = self.daemon.pids("decompress")
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        problems: list[BaseException] = []
+
+        def reads() -> None:
+            try:
+                self.read_all(self.place)
+            except BaseException as error:
+                problems.append(error)
+
+        reader = threading.Thread(target=reads)
+        reader.start()
+        # If the supervisor is killed, these workers end, and others do the work.
+        wait_until(lambda: self.waiting() or not reader.is_alive(), "a read to wait", SECONDS)
+        for pids, number in ((self.daemon.pids("fuse"), signal.SIGKILL), (workers, signal.SIGCONT)):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        reader.join()
+        if problems:
+            raise problems[0]
+        self.end()
+
+    def waiting(self) -> bool:
+        """Whether a read waits for the supervisor, as far as that can be asked."""
+        try:
+            status, body = self.daemon.request("GET", "/api/v1/nydusd/load", seconds=5)
+        except OSError:
+            return False
+        return status == 200 and bool(json.loads(body)["waiting"])
+
+
 class MakeRoom(Shared):
     """Chunks are taken out of the cache file while they are asked for."""
 
@@ -373,6 +413,7 @@ SCENES: dict[str, Callable[[Tree, Path], Scene]] = {
     "from a registry": Remote,
     "the supervisor is succeeded": TakeOver,
     "room is made": MakeRoom,
+    "front ends are succeeded": Successors,
     "a daemon's life": Life,
     "EROFS with fanotify": Kernel,
 }

@@ -12,7 +12,6 @@ from tests.support.mounted import Tree
 
 SAMPLE = {
     "an image comes and goes": ("fill: written", "fuse: before a miss is answered", "map: record written"),
-    "the supervisor is succeeded": ("mounts: unnamed files removed",),
     "a daemon's life": ("stop: unmounted",),
 }
 

@@ -33,7 +33,7 @@ from workers.prepare import prepare
 
 NAMES = [f"{number:02}" for number in range(12)]
 ALL = os.environ.get("KILL_POINTS") == "all"
-CUTS = 24
+CUTS = 14
 """Disks that are looked at, unless KILL_POINTS=all."""
 
 

@@ -80,7 +80,7 @@ def test_all_processes_killed_at_once_in_the_middle_of_reads_leave_nothing(tree:
     choose = random.Random(11)
     cache = tmp_path / "cache"
     with Daemon(tree.bootstrap, tmp_path, cache=cache, config=config(tree, cache)) as daemon:
-        for _ in range(3):
+        for _ in range(2):
             wait_for_role(daemon, "decompress", 1)
             reader = threading.Thread(target=_read_some, args=(daemon, choose.sample(NAMES, len(NAMES))))
             reader.start()
