@@ -24,7 +24,7 @@ class Singleton(Daemon):
         config.write_text(json.dumps({"blobs": list(entries)}))
         self.command = [sys.executable, "-m", "nydusd", "singleton", "-C", str(config), "-A", str(self.apisock)]
 
-    def _serves(self) -> bool:
+    def serves(self) -> bool:
         if not self.apisock.exists():
             return False
         try:

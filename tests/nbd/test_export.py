@@ -33,7 +33,7 @@ class Export(Daemon):
         place = self.command.index("-M")
         self.command[place : place + 2] = ["-S", str(self.socket)]
 
-    def _serves(self) -> bool:
+    def serves(self) -> bool:
         if not self.apisock.exists():
             return False
         try:

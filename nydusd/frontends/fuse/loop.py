@@ -87,8 +87,8 @@ class FrontEnd:
             p.INTERRUPT: self._interrupt,
             p.FORGET: _forget,
             p.BATCH_FORGET: _forget,
+            p.FLUSH: _never_again,
             # To close a file of an image that was unmounted is no error.
-            p.FLUSH: _nothing,
             p.RELEASE: _nothing,
             p.RELEASEDIR: _nothing,
         }
@@ -288,3 +288,8 @@ def _forget(_node: int, _body: memoryview) -> None:
 
 def _nothing(_node: int, _body: memoryview) -> bytes:
     return b""
+
+
+def _never_again(_node: int, _body: memoryview) -> int:
+    """close(2): nothing is written back, and the kernel need not ask: so a close never waits for a front end."""
+    return errno.ENOSYS
