@@ -56,7 +56,7 @@ class Another(Daemon):
     def status(self) -> int:
         """The exit status of what was started, once it has ended."""
         assert self._process is not None
-        return self._process.wait(15)
+        return self._process.wait(60)
 
 
 def nurseries() -> list[int]:
