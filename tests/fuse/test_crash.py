@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -81,6 +84,31 @@ def test_the_sibling_serves_while_a_front_end_is_dead(tmp_path: Path) -> None:
         assert reader.result() == noise("big", BIG)[:CHUNK]
         listing = stage.reader("other", size=CHUNK)
         assert listing.result() == noise("other", 300_000)[:CHUNK]
+
+
+def test_a_close_waits_for_no_front_end(tmp_path: Path) -> None:
+    code = """
+import os, sys
+os.close(os.open(sys.argv[1], os.O_RDONLY))
+fd = os.open(sys.argv[1], os.O_RDONLY)
+os.write(1, b"o")
+os.read(0, 1)
+os.close(fd)
+os.write(1, b"c")
+"""
+    with Stage(tmp_path) as stage:
+        command = [sys.executable, "-IS", "-c", code, str(stage.mountpoint / "big")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                assert process.stdout.read(1) == b"o"
+                stage.kill(0)
+                process.stdin.write(b"x")
+                assert select.select([process.stdout], [], [], 30)[0], "close(2) waits"
+                assert process.stdout.read(1) == b"c"
+            finally:
+                process.kill()
 
 
 def test_a_read_that_was_parked_again_can_be_interrupted(stage: Stage) -> None:
