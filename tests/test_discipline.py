@@ -46,6 +46,21 @@ def test_orphan_of_an_ended_child_is_named_and_killed(strict: Discipline) -> Non
     assert not is_running(orphan)
 
 
+def test_what_a_longer_lived_daemon_starts_ends_with_that(strict: Discipline) -> None:
+    with subprocess.Popen(["sh", "-c", "read line; sleep 1000 & echo $!; wait"], stdin=-1, stdout=-1) as daemon:
+        assert daemon.stdin is not None
+        assert daemon.stdout is not None
+        before = strict.snapshot()
+        daemon.stdin.write(b"go\n")
+        daemon.stdin.flush()
+        worker = int(daemon.stdout.readline())
+        assert strict.leftovers(before) == []
+        assert is_running(worker)
+        daemon.kill()
+        daemon.wait()
+        assert strict.leftovers(before) == [f"process {worker} (sleep 1000)"]
+
+
 def test_orphan_that_hides_in_a_session_of_its_own_is_found(strict: Discipline) -> None:
     before = strict.snapshot()
     program = (

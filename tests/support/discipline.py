@@ -82,6 +82,12 @@ def cmdline(pid: int) -> str:
     return _read(f"/proc/{pid}/cmdline").rstrip("\0").replace("\0", " ")
 
 
+def parent(pid: int) -> int:
+    """The parent's pid; 0 when the process is gone."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return int(fields[1]) if fields else 0
+
+
 def is_running(pid: int) -> bool:
     """Whether the process exists and is not a zombie."""
     state = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
@@ -253,12 +259,20 @@ class Discipline:
 
     def _compare(self, before: Snapshot) -> list[str]:
         now = self.snapshot()
-        left = [f"process {pid} ({cmdline(pid)})" for pid in self._ours(now.pids - before.pids)]
+        left = [f"process {pid} ({cmdline(pid)})" for pid in self._new(now, before)]
         left += [f"mount {point}" for point in sorted(now.mounts - before.mounts)]
         left += [f"shared memory /dev/shm/{name}" for name in sorted(now.shm - before.shm) if not _used_by_others(name)]
         left += [f"file descriptor {number} ({target})" for number, target in sorted(now.fds - before.fds)]
         left += [f"file {path}" for path in sorted(now.files - before.files)]
         return left
+
+    def _new(self, now: Snapshot, before: Snapshot) -> list[int]:
+        """Ours that were not there before. What a longer-lived daemon starts (workers, fork servers) ends with that."""
+        new = self._ours(now.pids - before.pids)
+        if not new:
+            return []
+        daemons = {pid for pid in self._ours(before.pids) if cmdline(pid) != "nydusd: nursery"}
+        return [pid for pid in new if parent(pid) not in daemons]
 
     def _ours(self, pids: frozenset[int]) -> list[int]:
         """Those of `pids` that run and are descendants of this process or carry this run's mark; reaps our orphans."""
@@ -280,7 +294,7 @@ class Discipline:
 
     def _clean_up(self, before: Snapshot) -> None:
         now = self.snapshot()
-        for pid in self._ours(now.pids - before.pids):
+        for pid in self._new(now, before):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         becomes_true(lambda: not self._ours(self.snapshot().pids - before.pids), self.grace)

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import zmq
 
-from nydusd.ipc.messages import DONE, HELLO, JOB, Json, decode, encode
+from nydusd.ipc.messages import DONE, HELLO, JOB, PROTOCOL, Json, decode, encode
 from nydusd.ipc.spec import write_spec
 from nydusd.storage.state.segment import READY
 from tests.support.discipline import discipline
 from tests.workers.harness import Jobs, jobs
 
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 class Worker:
@@ -52,7 +52,7 @@ class Worker:
         os.close(out)
         identity, kind, body = self._router.recv_multipart()
         assert (identity, kind) == (f"{role}-3-1".encode(), HELLO)
-        assert decode(body) == {"role": role, "pid": self.process.pid}
+        assert decode(body) == {"role": role, "pid": self.process.pid, "protocol": PROTOCOL}
         self._identity = identity
 
     def do(self, job: Json) -> Json:
