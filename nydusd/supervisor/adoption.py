@@ -31,7 +31,7 @@ from nydusd.frontends.fuse import journal
 from nydusd.frontends.fuse.session import Lane, Negotiated, Session, clone
 from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
-from nydusd.supervisor.handover import READABLE_BY, VERSION, why_unknown
+from nydusd.supervisor.handover import FUSE_DEVICE, READABLE_BY, VERSION, why_unknown
 from nydusd.supervisor.mount_records import Recorded, readable
 from nydusd.supervisor.mount_table import MountTable
 from nydusd.supervisor.orphans import Orphan
@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 _KEEPER_SECONDS = 5.0
 """How long a fork server that was started in a supervisor's last moment may take to have what it was given."""
 _LOOK_SECONDS = 0.01
-_FUSE_DEVICE = os.makedev(10, 229)
 
 
 class _Lane(msgspec.Struct, array_like=True):
@@ -341,7 +340,7 @@ def _copy(process: Orphan | FdStore, lane: _Lane, taken: contextlib.ExitStack) -
         taken.callback(os.close, fds[-1])
     device, memory, *pipes = map(os.fstat, fds)
     if (
-        device.st_rdev != _FUSE_DEVICE
+        device.st_rdev != FUSE_DEVICE
         or memory.st_ino != lane.inode
         or not all(stat.S_ISFIFO(pipe.st_mode) for pipe in pipes)
     ):
