@@ -111,8 +111,10 @@ class _Server:
         while True:
             try:
                 packet, fds, _, _ = socket.recv_fds(self._line, PACKET_MAX, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
-            except ConnectionResetError:  # killed before it had read our last answer
-                return None
+            except ConnectionResetError:
+                # Killed before it had read our last answer. The kernel says so once, and then gives what it had sent
+                # before: that may be the last there is of the fds that we are to hold.
+                continue
             if not packet:
                 return None
             request = json.loads(packet)

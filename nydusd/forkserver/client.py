@@ -253,7 +253,10 @@ class ForkServer:
     def _have_held(self, server: _Server) -> None:
         for start in range(0, len(self._held), FDS_MAX):
             part = self._held[start : start + FDS_MAX]
-            _send(server, {"hold": part}, part)
+            if not _send(server, {"hold": part}, part):
+                server.process.send_signal(
+                    signal.SIGKILL
+                )  # it is counted on to have them: without them, better another
 
     def _have_guarded(self) -> None:
         """By the one that is asked.
@@ -327,11 +330,13 @@ class ForkServer:
         return True
 
 
-def _send(server: _Server, request: dict[str, Any], fds: Sequence[int]) -> None:
-    """Without waiting for it, nor for an answer. That it is gone is noticed elsewhere."""
+def _send(server: _Server, request: dict[str, Any], fds: Sequence[int]) -> bool:
+    """Without waiting for it, nor for an answer; whether it went. That it is gone is noticed elsewhere."""
     with contextlib.suppress(OSError):
         server.line.settimeout(0)
         socket.send_fds(server.line, [json.dumps(request).encode()], list(fds))
+        return True
+    return False
 
 
 @functools.cache

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -193,6 +195,33 @@ def test_what_it_is_to_hold_is_held_under_our_numbers_by_whoever_takes_its_place
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def test_what_it_was_given_last_is_held_though_the_giver_died_before_it_had_read_an_answer() -> None:
+    """The kernel then says ECONNRESET first, and only after that gives what lies in the socket."""
+    reader, writer = os.pipe()
+    with open(reader, "rb") as held, fork_server() as server:
+        first = server._servers[0]
+        assert select.select([first.line], [], [], 60)[0]  # it has said that it is ready, and nobody reads that
+        process = Process(first.process.pid)
+        try:
+            process.send_signal(signal.SIGSTOP)
+            wait_until(lambda: ") T " in Path(f"/proc/{process.pid}/stat").read_text(), "it is stopped")
+            server.hold([reader])
+            first.line.close()
+            process.send_signal(signal.SIGCONT)
+
+            def holds() -> bool:
+                with contextlib.suppress(FileNotFoundError):
+                    return os.path.samestat(os.stat(f"/proc/{process.pid}/fd/{reader}"), os.fstat(held.fileno()))
+                return False
+
+            wait_until(lambda: holds() or process.poll() is not None, "it holds the fd, or has ended")
+            assert holds()
+            os.close(writer)  # what it holds is over, and so is it
+            assert process.wait(10) == 0
+        finally:
+            process.close()
 
 
 def test_a_child_that_nobody_knows_of_does_not_begin(tmp_path: Path) -> None:

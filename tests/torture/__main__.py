@@ -1,7 +1,7 @@
 """`make torture`: processes of a daemon are killed at random while 16 readers compare every byte.
 
-TORTURE_MINUTES (10) says how long, TORTURE_SEED repeats the choices of a run, TORTURE_WAY (fuse) is how the image is read:
-fuse, fanotify or blobfs. A round is one daemon: with a cache folder that
+TORTURE_MINUTES (10) says how long, TORTURE_SEED repeats the choices of a run, TORTURE_ROUND begins it with that round,
+TORTURE_WAY (fuse) is how the image is read: fuse, fanotify or blobfs. A round is one daemon: with a cache folder that
 is empty at first, or with none (all data comes through shared memory); looked after as by nydus-snapshotter, or by the
 same command started again. What may happen to it is in `acts.py`. After each round the daemon is told to end, and what it
 leaves behind is looked for. At the end come counts: of acts by their kind, and of killed processes by theirs. The exit
@@ -31,6 +31,7 @@ from tests.torture.acts import Counts, Round
 READERS = 16
 FILES, FILE_SIZE, CHUNK = 64, 1 << 20, 1 << 16
 ROUND_SECONDS = 30.0
+_LOG_SHOWN = 64 * 1024
 WAY = os.environ.get("TORTURE_WAY", "fuse")
 FRONT_ENDS = ("erofs", "guard") if WAY == "fanotify" else ("fuse",)
 
@@ -82,7 +83,14 @@ class Trial:
                     self.round.upgrades.wait()
                     self.problems += self.round.upgrades.problems
             wait_for_role(daemon, "api", 1)
+            if self.problems:
+                self._tell()
         self.problems += [line for line in discipline.logs.problems() if "workers died" not in line]
+
+    def _tell(self) -> None:
+        """How it came to that."""
+        print("\n".join(self.round.history), file=sys.stderr)
+        print(self.daemon.log.read_text(errors="replace")[-_LOG_SHOWN:], file=sys.stderr)
 
 
 def main() -> int:
@@ -92,7 +100,8 @@ def main() -> int:
     discipline.start()
     counts = Counts()
     problems: list[str] = []
-    pieces, longest, rounds = 0, 0.0, 0
+    first = int(os.environ.get("TORTURE_ROUND", "1")) - 1
+    pieces, longest, rounds = 0, 0.0, first
     try:
         tree = discipline.folder / "tree"
         tree.mkdir()

@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 
 from tests.support.daemon import Daemon
 from tests.support.discipline import discipline, is_running, wait_until
@@ -34,12 +35,15 @@ class Round:
         self.choose = choose
         self.counts = counts
         self.upgrades = Upgrades(choose, counts.upgrades)
+        self.history: list[str] = []
+        """What was done, and when."""
 
     def hurt(self) -> None:
         """One act of those that fit."""
         kind = self.choose.choice([kind for kind, (_, fits) in ACTS.items() if fits(self)])
         if kind not in _HARMLESS:
             self.upgrades.disturb()
+        self.history.append(f"{datetime.now():%H:%M:%S.%f} {kind}")
         ACTS[kind][0](self)
         self.counts.acts[kind] += 1
 
