@@ -89,8 +89,8 @@ class ForkServer:
         """Our end of the line to the copy that was asked for."""
         self._held: list[int] = []
         self._delay = 0.0
-        self._next = 0.0
-        """When the next one may be started at the soonest."""
+        self._next_start = self._next_copy = 0.0
+        """When the next one may be started, or a copy asked for, at the soonest."""
         self._given = -1 if made is None else made[2]
         """What holds the environment that we were given, where /proc/self/environ does not."""
         if made is None:
@@ -159,7 +159,11 @@ class ForkServer:
 
     def due(self) -> float:
         """When `tend` has something to do in any case (`time.monotonic()`)."""
-        return self._next if len(self._servers) < 2 and self._copying is None else math.inf
+        if not self._servers:
+            return self._next_start
+        if not self._servers[0].ready:
+            return self._servers[0].since + _FIRST_PATIENCE
+        return self._next_copy if len(self._servers) == 1 and self._copying is None else math.inf
 
     def tend(self) -> bool:
         """Replace those that have ended, have a copy made; whether there are others now. Does not wait for anybody."""
@@ -172,14 +176,14 @@ class ForkServer:
         now = time.monotonic()
         if self._servers and not self._servers[0].ready and now - self._servers[0].since > _FIRST_PATIENCE:
             self._drop(self._servers[0])
-        if now >= self._next:
-            if not self._servers:
+        if not self._servers:
+            if now >= self._next_start:
                 try:
                     self._start()
                 except OSError as e:
                     log.error("no fork server can be started: %s; trying again", e.strerror)
-            elif len(self._servers) == 1 and self._servers[0].ready and self._copying is None:
-                self._ask_for_copy()
+        elif now >= self._next_copy and len(self._servers) == 1 and self._servers[0].ready and self._copying is None:
+            self._ask_for_copy()
         return self.pids != before
 
     def trade_places(self, other: ForkServer) -> None:
@@ -230,7 +234,7 @@ class ForkServer:
             self._start()
 
     def _start(self) -> None:
-        self._next = time.monotonic() + _INTERVAL
+        self._next_start = time.monotonic() + _INTERVAL
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             os.set_inheritable(theirs.fileno(), True)
@@ -277,7 +281,7 @@ class ForkServer:
 
     def _ask_for_copy(self) -> None:
         _take_in_orphans()
-        self._next = time.monotonic() + _INTERVAL
+        self._next_copy = time.monotonic() + _INTERVAL
         self._copying, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             _send(self._servers[0], {"copy": True}, [theirs.fileno()])
@@ -320,7 +324,7 @@ class ForkServer:
                     copy = _Server(line, answer["copy"], server.commit, ready=True)
                 except OSError:  # no room for one, or it is gone already
                     line.close()
-                    self._next = time.monotonic() + _INTERVAL_NO_ROOM
+                    self._next_copy = time.monotonic() + _INTERVAL_NO_ROOM
                 else:
                     self._servers.append(copy)
                     _send(copy, {}, ())

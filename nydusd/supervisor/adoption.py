@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_KEEPER_SECONDS = 5.0
+_KEEPER_SECONDS = 20.0
 """How long a fork server that was started in a supervisor's last moment may take to have what it was given."""
 _LOOK_SECONDS = 0.01
 

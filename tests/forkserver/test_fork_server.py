@@ -174,6 +174,20 @@ def test_its_copy_takes_its_place_at_once_and_has_one_made_of_its_own() -> None:
         assert wait_for_copy(server)
 
 
+def test_when_it_and_its_copy_are_killed_another_is_started_at_once() -> None:
+    """Until then one of those that hold the mount is missing."""
+    with fork_server() as server:
+        pids = wait_for_copy(server)
+        watched = [Process(pid) for pid in pids]
+        for process in watched:
+            process.send_signal(signal.SIGKILL)
+        for process in watched:
+            wait_until(lambda process=process: process.poll() is not None, "it is gone", 60)  # type: ignore[misc]
+            process.close()
+        assert server.tend()
+        assert server.pid not in (0, *pids)
+
+
 def test_what_it_is_to_hold_is_held_under_our_numbers_by_whoever_takes_its_place_and_by_no_child() -> None:
     reader, writer = os.pipe()
     try:

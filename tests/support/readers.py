@@ -2,8 +2,9 @@
 
 `storm PATH TRUTH PROCESSES THREADS LENGTH`: all threads open the file, wait for each other, and read once, each at
 another offset below LENGTH. `verify TREE TRUTH PROGRESS STOP PROCESSES SEED`: each process reads every file of TRUTH in
-TREE, in pieces and in an order of its own, again and again until the file STOP exists, and keeps two u64 in the file
-PROGRESS: the pieces it has read, and its longest read in nanoseconds. All reads go past the page cache.
+TREE, in pieces and in an order of its own, again and again until the file STOP exists, and keeps three u64 in the file
+PROGRESS: the pieces it has read, its longest read in nanoseconds, and when that began, in nanoseconds of the epoch. All reads
+go past the page cache; every fourth process reads mapped memory, page by page, and dies by SIGBUS if that fails.
 Exit status 0 if every byte was right; else what was wrong on stderr.
 """
 
@@ -12,15 +13,19 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import signal
 import struct
 import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 DIRECT = os.O_RDONLY | os.O_DIRECT
 PIECE = 16 * 1024
+_WORDS = 3
+_ROW = _WORDS * 8
 
 
 def storm(path: str, truth: str, processes: int, threads: int, length: int) -> int:
@@ -65,38 +70,38 @@ def storm(path: str, truth: str, processes: int, threads: int, length: int) -> i
 def verify(tree: str, truth: str, progress: str, stop: str, processes: int, seed: int) -> int:
     files = {path.name: path.read_bytes() for path in Path(truth).iterdir()}
     with open(progress, "wb") as file:
-        file.truncate(16 * processes)
+        file.truncate(_ROW * processes)
 
     def process(number: int) -> int:
         order = random.Random(seed + number)
         pieces = [(name, offset) for name, content in files.items() for offset in range(0, len(content), PIECE)]
-        opened = {name: open_uncached(os.path.join(tree, name)) for name in files}
+        how = Mapped if number % 4 == 3 else Uncached
+        opened = {name: how(os.path.join(tree, name)) for name in files}
         problems: list[str] = []
 
         def check(name: str, offset: int) -> None:
             length = min(PIECE, len(files[name]) - offset)
-            began = time.monotonic_ns()
-            fd, direct = opened[name]
-            if not direct:
-                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+            at, began = time.time_ns(), time.monotonic_ns()
             try:
-                have = os.pread(fd, length, offset)
+                have = opened[name].read(offset, length)
             except OSError as error:
                 problems.append(f"{name} at {offset}: {error}")
             else:
                 if have != files[name][offset : offset + length]:
                     problems.append(f"{name} at {offset}: wrong bytes")
-            counters[2 * number + 1] = max(counters[2 * number + 1], time.monotonic_ns() - began)
+            took = time.monotonic_ns() - began
+            if took > counters[1]:
+                counters[1], counters[2] = took, at
 
         with open(progress, "r+b") as file, mmap.mmap(file.fileno(), 0) as shared:
-            counters = memoryview(shared).cast("Q")
+            counters = memoryview(shared).cast("Q")[_WORDS * number : _WORDS * (number + 1)]
             rounds = 0
             while rounds == 0 or not os.path.exists(stop):
                 order.shuffle(pieces)
                 for name, offset in pieces:
                     check(name, offset)
-                    counters[2 * number] += 1
-                    if rounds and counters[2 * number] % 64 == 0 and os.path.exists(stop):
+                    counters[0] += 1
+                    if rounds and counters[0] % 64 == 0 and os.path.exists(stop):
                         break
                 rounds += 1
             counters.release()
@@ -105,29 +110,54 @@ def verify(tree: str, truth: str, progress: str, stop: str, processes: int, seed
     return wait_for([fork(process, number) for number in range(processes)])
 
 
-def open_uncached(path: str) -> tuple[int, bool]:
-    """A file opened to be read past the page cache; False where that cannot be, and what is in there is to be dropped."""
-    try:
-        return os.open(path, DIRECT), True
-    except OSError:
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        return fd, False
+class Uncached:
+    """A file that is read past the page cache; where it cannot be, what is in there is dropped before each read."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._fd, self._direct = os.open(path, DIRECT), True
+        except OSError:
+            self._fd, self._direct = os.open(path, os.O_RDONLY), False
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def read(self, offset: int, length: int) -> bytes:
+        if not self._direct:
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+        return os.pread(self._fd, length, offset)
+
+
+class Mapped:
+    """A file that is read through memory, of which nothing is in the page cache before."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDONLY)
+        self._memory = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
+        self._memory.madvise(mmap.MADV_RANDOM)
+
+    def read(self, offset: int, length: int) -> bytes:
+        self._memory.madvise(mmap.MADV_DONTNEED, offset, length)
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+        return self._memory[offset : offset + length]
 
 
 def pieces_read(progress: Path) -> int:
     """How many pieces the readers of a PROGRESS file have read so far."""
-    return sum(_counters(progress)[::2])
+    return sum(row[0] for row in _rows(progress))
 
 
 def longest_read(progress: Path) -> float:
     """Seconds that the longest of all reads took."""
-    return max(_counters(progress)[1::2], default=0) / 1e9
+    return max((row[1] for row in _rows(progress)), default=0) / 1e9
 
 
-def _counters(progress: Path) -> tuple[int, ...]:
+def longest_began(progress: Path) -> datetime:
+    """When that one began."""
+    return datetime.fromtimestamp(max((row[1:] for row in _rows(progress)), default=(0, 0))[1] / 1e9)
+
+
+def _rows(progress: Path) -> list[tuple[int, ...]]:
     content = progress.read_bytes() if progress.exists() else b""
-    return struct.unpack(f"<{len(content) // 8}Q", content)
+    return list(struct.iter_unpack(f"<{_WORDS}Q", content))
 
 
 def report(problems: list[str]) -> int:
@@ -150,7 +180,11 @@ def fork(run: Callable[[int], int], number: int) -> int:
 
 
 def wait_for(children: list[int]) -> int:
-    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    for status in statuses:
+        if status < 0:
+            print(f"a reader died by {signal.Signals(-status).name}", file=sys.stderr)
+    return max(map(abs, statuses))
 
 
 def main(arguments: list[str]) -> int:

@@ -24,7 +24,7 @@ from bench.image import Built, build
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import discipline
 from tests.support.keeper import Keeper
-from tests.support.readers import PIECE, longest_read, pieces_read
+from tests.support.readers import PIECE, longest_began, longest_read, pieces_read
 from tests.support.trees import half_random_tree
 from tests.torture.acts import Counts, Round
 
@@ -89,7 +89,8 @@ class Trial:
 
     def _tell(self) -> None:
         """How it came to that."""
-        print("\n".join(self.round.history), file=sys.stderr)
+        for when, kind in self.round.history:
+            print(f"{when:%H:%M:%S.%f} {kind}", file=sys.stderr)
         print(self.daemon.log.read_text(errors="replace")[-_LOG_SHOWN:], file=sys.stderr)
 
 
@@ -122,7 +123,8 @@ def main() -> int:
             print(
                 f"round {rounds}: {'cache' if this.cached else 'no cache'}, {'kept' if this.keeper else 'restarted'},"
                 f" {counts.acts.total() - acts} acts, {counts.kills.total() - kills} kills,"
-                f" {pieces_read(this.progress):,} reads, longest {longest_read(this.progress):.2f} s",
+                f" {pieces_read(this.progress):,} reads, longest {longest_read(this.progress):.2f} s"
+                f" {this.round.before(longest_began(this.progress))}",
                 flush=True,
             )
             shutil.rmtree(folder)

@@ -35,7 +35,7 @@ class Round:
         self.choose = choose
         self.counts = counts
         self.upgrades = Upgrades(choose, counts.upgrades)
-        self.history: list[str] = []
+        self.history: list[tuple[datetime, str]] = []
         """What was done, and when."""
 
     def hurt(self) -> None:
@@ -43,9 +43,15 @@ class Round:
         kind = self.choose.choice([kind for kind, (_, fits) in ACTS.items() if fits(self)])
         if kind not in _HARMLESS:
             self.upgrades.disturb()
-        self.history.append(f"{datetime.now():%H:%M:%S.%f} {kind}")
+        self.history.append((datetime.now(), kind))
         ACTS[kind][0](self)
         self.counts.acts[kind] += 1
+
+    def before(self, moment: datetime) -> str:
+        """What was done last before a moment and first after it."""
+        around = [kind for when, kind in self.history if when <= moment][-2:]
+        around += [kind for when, kind in self.history if when > moment][:1]
+        return f"(at: {', '.join(around)})"
 
     def kill(self, role: str, pids: Iterable[int]) -> None:
         for pid in pids:
@@ -53,24 +59,32 @@ class Round:
                 self.counts.kills[role] += 1
 
     def kill_supervisor(self) -> None:
+        """Not before another process holds the mount: what is promised is that not all holders die at once."""
+        wait_until(lambda: bool(self._holders()), "a process that holds the mount beside the supervisor", 60)
         self.daemon.kill_supervisor()
         self.counts.kills["supervisor"] += 1
 
     def keeper_of_the_mount(self) -> int:
         """A fork server of which a successor knows that it holds the mount, waited for if all were killed just now.
 
-        Whoever kills supervisor and front ends must leave one: what is promised is that not all holders die at once.
+        Whoever kills supervisor and front ends must leave one.
         """
-        found: list[int] = []
+        wait_until(lambda: bool(self._noted("keeper")), "a fork server that holds the mount", 60)
+        return self._noted("keeper")[0]
 
-        def is_there() -> bool:
-            for path in discipline.runtime.glob("*/state.json"):
-                rows = json.loads(path.read_bytes()).get("holders", ())
-                found[:] = [row["pid"] for row in rows if row["role"] == "keeper" and is_running(row["pid"])]
-            return bool(found)
+    def _holders(self) -> list[int]:
+        if "fuse" in self.front_ends:
+            return self._noted("keeper", "fuse")
+        return [pid for role in self.front_ends for pid in self.daemon.pids(role)]
 
-        wait_until(is_there, "a fork server that holds the mount", 60)
-        return found[0]
+    def _noted(self, *roles: str) -> list[int]:
+        """Processes of these roles that run, and of which a successor knows that they hold the mount."""
+        rows = [
+            row
+            for path in discipline.runtime.glob("*/state.json")
+            for row in json.loads(path.read_bytes()).get("holders", ())
+        ]
+        return [row["pid"] for row in rows if row["role"] in roles and is_running(row["pid"])]
 
     def succeed(self) -> None:
         """The next supervisor, as whoever looks after the daemon starts it."""
