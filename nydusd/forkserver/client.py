@@ -326,6 +326,9 @@ class ForkServer:
                     line.close()
                     self._next_copy = time.monotonic() + _INTERVAL_NO_ROOM
                 else:
+                    # It was made at the priority that its original had then, perhaps in the hurry of a start.
+                    with contextlib.suppress(OSError):
+                        os.setpriority(os.PRIO_PROCESS, answer["copy"], os.getpriority(os.PRIO_PROCESS, 0))
                     self._servers.append(copy)
                     _send(copy, {}, ())
                     self._have_held(copy)

@@ -174,6 +174,15 @@ def test_its_copy_takes_its_place_at_once_and_has_one_made_of_its_own() -> None:
         assert wait_for_copy(server)
 
 
+def test_a_copy_has_the_priority_of_whoever_has_it_made() -> None:
+    """Its original may have another one at that moment: that of a daemon that hurries to take over."""
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    with fork_server() as server:
+        os.setpriority(os.PRIO_PROCESS, server.pid, usual - 5)
+        _, copy = wait_for_copy(server)
+        assert os.getpriority(os.PRIO_PROCESS, copy) == usual
+
+
 def test_when_it_and_its_copy_are_killed_another_is_started_at_once() -> None:
     """Until then one of those that hold the mount is missing."""
     with fork_server() as server:

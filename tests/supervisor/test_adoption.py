@@ -290,6 +290,12 @@ class TestKilledSupervisor:
             assert wrong(daemon) == []
 
 
+def priorities(daemon: Daemon) -> set[int]:
+    """Of all threads of a daemon's processes."""
+    threads = [thread for pid in [daemon.pid, *daemon.family()] for thread in os.listdir(f"/proc/{pid}/task")]
+    return {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in threads}
+
+
 class TestSuccessor:
     def test_is_a_supervisor_like_any_other(self, daemon: Daemon) -> None:
         """It replaces front ends that it did not start, unmounts, and ends when somebody else does that."""
@@ -339,9 +345,9 @@ class TestSuccessor:
             start_again(daemon, crash(daemon))
             usual = os.getpriority(os.PRIO_PROCESS, 0)
             wait_for_role(daemon, "decompress", 2)
-            for pid in [daemon.pid, *daemon.family()]:
-                for thread in os.listdir(f"/proc/{pid}/task"):
-                    assert os.getpriority(os.PRIO_PROCESS, int(thread)) == usual, pid
+            wait_for_role(daemon, "fork server", 2)
+            # The copy of the fork server gets it when the supervisor hears of it.
+            wait_until(lambda usual=usual: priorities(daemon) == {usual}, "the usual priority", 60)  # type: ignore[misc]
 
     def test_that_cannot_start_leaves_the_mount_to_the_next_one(self, daemon: Daemon) -> None:
         assert read_direct(daemon.mountpoint / ONE_CHUNK) == TRUTH[ONE_CHUNK.encode()]

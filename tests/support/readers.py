@@ -24,6 +24,7 @@ from pathlib import Path
 
 DIRECT = os.O_RDONLY | os.O_DIRECT
 PIECE = 16 * 1024
+_MADV_PAGEOUT = 21
 _WORDS = 3
 _ROW = _WORDS * 8
 
@@ -81,6 +82,7 @@ def verify(tree: str, truth: str, progress: str, stop: str, processes: int, seed
 
         def check(name: str, offset: int) -> None:
             length = min(PIECE, len(files[name]) - offset)
+            opened[name].forget(offset, length)
             at, began = time.time_ns(), time.monotonic_ns()
             try:
                 have = opened[name].read(offset, length)
@@ -120,9 +122,11 @@ class Uncached:
             self._fd, self._direct = os.open(path, os.O_RDONLY), False
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 
-    def read(self, offset: int, length: int) -> bytes:
+    def forget(self, offset: int, length: int) -> None:
         if not self._direct:
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._fd, length, offset)
 
 
@@ -130,13 +134,15 @@ class Mapped:
     """A file that is read through memory, of which nothing is in the page cache before."""
 
     def __init__(self, path: str) -> None:
-        self._fd = os.open(path, os.O_RDONLY)
-        self._memory = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
+        with open(path, "rb") as file:
+            self._memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self._memory.madvise(mmap.MADV_RANDOM)
 
+    def forget(self, offset: int, length: int) -> None:
+        # Not posix_fadvise: it has work done on each processor, and waits for that, seconds where all are busy.
+        self._memory.madvise(_MADV_PAGEOUT, offset, length)
+
     def read(self, offset: int, length: int) -> bytes:
-        self._memory.madvise(mmap.MADV_DONTNEED, offset, length)
-        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
         return self._memory[offset : offset + length]
 
 
