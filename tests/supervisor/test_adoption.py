@@ -292,8 +292,11 @@ class TestKilledSupervisor:
 
 def priorities(daemon: Daemon) -> set[int]:
     """Of all threads of a daemon's processes."""
-    threads = [thread for pid in [daemon.pid, *daemon.family()] for thread in os.listdir(f"/proc/{pid}/task")]
-    return {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in threads}
+    found = set()
+    for pid in [daemon.pid, *daemon.family()]:
+        with suppress(OSError):  # it has ended
+            found |= {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
+    return found
 
 
 class TestSuccessor:
