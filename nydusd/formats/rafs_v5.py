@@ -12,18 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from struct import Struct
-from typing import NamedTuple
 
 from nydusd.errors import FormatError
 from nydusd.formats.chunk_info import CHUNK_INFO_SIZE, CHUNK_PLACE, read_chunk_info
 from nydusd.formats.model import BlobInfo, DirEntry, Extent, Inode, RawChunk
+from nydusd.formats.rafs_v5_inode import MAX_STORED_NAME, RECORD_SIZE, ROOT_INO, Node, inode_error, read_inode
 from nydusd.formats.rafs_v5_super import SUPERBLOCK_SIZE, facts, read_blobs, read_super
 from nydusd.formats.rafs_v5_xattr import read_xattrs
 from nydusd.formats.superblock import (
-    DEVICES,
     FILE_TYPES,
-    MAX_FILE_SIZE,
-    MAX_SYMLINK,
     S_IFDIR,
     S_IFLNK,
     S_IFMT,
@@ -33,41 +30,14 @@ from nydusd.formats.superblock import (
     owner_for_all,
 )
 
-ROOT_INO = 1
-
 _U32 = Struct("<I")
 _U64 = Struct("<Q")
 _SLOT = _U32.unpack_from
-_RECORD = Struct("<32xQQIIIIQQQIIIHHIIQ8x")
-"""parent, ino, uid, gid, projid, mode, size, blocks, flags, nlink, child index, child count, name size, symlink size,
-rdev, mtime nanoseconds, mtime. The digest in front is not used."""
 _CHILD = Struct("<32xQQ12xI36xH")
 """What a listing needs of a record: parent, ino, mode, name size."""
 _NAME_SIZE = Struct("<H").unpack_from
 _NAME_SIZE_AT = 100
-_RECORD_SIZE = _RECORD.size
-_MAX_STORED_NAME = 256  # old builders stored the size rounded up, with the NULs
-
-_MAX_XATTRS = 1 << 24  # ours: far above what Linux lets a file have, and they are decoded in memory
-
-_FLAG_XATTR = 4
-_FLAG_HOLES = 8
 _CACHED = 1024
-
-
-class _Node(NamedTuple):
-    """A decoded inode. `target` is where a symlink's target begins, `xattr` where the xattrs do (0: none) and `chunks`
-    where the chunk infos do. `first` is the slot of the first child and `number` counts the children, or chunks."""
-
-    inode: Inode
-    parent: int
-    first: int
-    number: int
-    target: int
-    target_size: int
-    xattr: int
-    chunks: int
-    holes: bool
 
 
 class RafsV5:
@@ -96,7 +66,7 @@ class RafsV5:
         self._shift = sb.chunk_size.bit_length() - 1
         self._owner = owner_for_all(sb.flags)
         self._limits = [(blob.chunk_count, blob.uncompressed_size) for blob in self.blobs]
-        self._nodes: dict[int, _Node] = {}
+        self._nodes: dict[int, Node] = {}
         self._directory(ROOT_INO)
 
     def inode(self, ino: int) -> Inode:
@@ -235,7 +205,7 @@ class RafsV5:
         return facts(self._super)
 
     def _bad(self, ino: int, field: str, message: str) -> FormatError:
-        return FormatError(self._where, field, f"inode {ino}: {message}")
+        return inode_error(self._where, ino, field, message)
 
     def _bad_chunk(self, ino: int, blob: int, index: int, end: int) -> FormatError:
         if blob >= len(self._limits):
@@ -245,7 +215,7 @@ class RafsV5:
             return self._bad(ino, "chunk.index", f"{index} must be below the blob's {chunks} chunks")
         return self._bad(ino, "chunk.uncompressed_offset", f"the chunk's end {end} is beyond the blob's {size} bytes")
 
-    def _directory(self, ino: int) -> _Node:
+    def _directory(self, ino: int) -> Node:
         node = self._nodes.get(ino) or self._load(ino)
         if node[0][1] & S_IFMT != S_IFDIR:
             raise self._bad(ino, "inode.mode", f"{node[0].mode:#o} is no directory")
@@ -255,15 +225,15 @@ class RafsV5:
         """Where the record of a slot is. `slot` must be in the table; 128 bytes are there."""
         stored: int = _SLOT(self._buf, self._table + 4 * slot)[0]
         at = stored << 3
-        if at <= SUPERBLOCK_SIZE or at + _RECORD_SIZE > self._end:
+        if at <= SUPERBLOCK_SIZE or at + RECORD_SIZE > self._end:
             raise self._bad(slot, "inode_table", f"offset {at} must be above {SUPERBLOCK_SIZE}, 128 below {self._end}")
         return at
 
     def _stored_name(self, slot: int, at: int) -> bytes:
         size: int = _NAME_SIZE(self._buf, at + _NAME_SIZE_AT)[0]
-        begin = at + _RECORD_SIZE
-        if not 0 < size <= _MAX_STORED_NAME or begin + size > self._end:
-            raise self._bad(slot, "inode.name_size", f"{size} must be 1 to {_MAX_STORED_NAME}, inside the file")
+        begin = at + RECORD_SIZE
+        if not 0 < size <= MAX_STORED_NAME or begin + size > self._end:
+            raise self._bad(slot, "inode.name_size", f"{size} must be 1 to {MAX_STORED_NAME}, inside the file")
         return bytes(self._buf[begin : begin + size]).rstrip(b"\0")
 
     def _child(self, parent: int, slot: int, at: int) -> tuple[int, int]:
@@ -281,7 +251,7 @@ class RafsV5:
                 raise self._bad(slot, "inode.mode", f"{mode:#o} must be {linked:#o}, as in slot {ino} of the same file")
         return ino, mode
 
-    def _entries(self, ino: int, node: _Node, offset: int) -> Iterator[DirEntry]:
+    def _entries(self, ino: int, node: Node, offset: int) -> Iterator[DirEntry]:
         if offset == 0:
             yield DirEntry(b".", ino, 4, 1)
         if offset <= 1:
@@ -302,94 +272,19 @@ class RafsV5:
             child, mode = self._child(ino, slot, at)
             yield DirEntry(name, child, mode >> 12 & 15, position + 1)
 
-    def _load(self, ino: int) -> _Node:
+    def _load(self, ino: int) -> Node:
         """Decode and check an inode, and remember it."""
         if not 0 < ino <= self._entries_count:
             raise self._bad(ino, "inode.ino", f"must be within 1 and the entries of the table, {self._entries_count}")
-        at = self._record(ino)
-        (
-            parent,
-            stored_ino,
-            uid,
-            gid,
-            _,
-            mode,
-            size,
-            blocks,
-            flags,
-            nlink,
-            first,
-            count,
-            name_size,
-            target_size,
-            rdev,
-            mtime_ns,
-            mtime,
-        ) = _RECORD.unpack_from(self._buf, at)
-        if stored_ino != ino:
-            raise self._bad(ino, "inode.ino", f"{stored_ino} must be the slot in the table")
-        if nlink == 0:
-            raise self._bad(ino, "inode.nlink", "0 must be at least 1")
-        kind = mode & S_IFMT
-        if kind not in FILE_TYPES:
-            raise self._bad(ino, "inode.mode", f"{mode:#o} is no known type of file")
-        if size > MAX_FILE_SIZE:
-            raise self._bad(ino, "inode.size", f"{size} must be at most {MAX_FILE_SIZE}")
-        if ino != ROOT_INO and (
-            (parent >= ino and (kind == S_IFDIR or nlink == 1)) or not 0 < parent <= self._entries_count
-        ):
-            raise self._bad(ino, "inode.parent", f"{parent} must be 1 to {ino - 1}")
-        if not 0 < name_size <= _MAX_STORED_NAME:
-            raise self._bad(ino, "inode.name_size", f"{name_size} must be 1 to {_MAX_STORED_NAME}")
-        target = at + _RECORD_SIZE + (name_size + 7 & ~7)
-        xattr = target
-        if kind == S_IFLNK:
-            if not 0 < target_size <= MAX_SYMLINK:
-                raise self._bad(ino, "inode.symlink_size", f"{target_size} must be 1 to {MAX_SYMLINK}")
-            xattr += target_size + 7 & ~7
-        after = xattr
-        if flags & _FLAG_XATTR:
-            after = self._after_xattrs(ino, xattr)
-        else:
-            xattr = 0
-        if after > self._end:
-            raise self._bad(
-                ino, "inode.name_size", f"the record ends at {after}, beyond the end of the file, {self._end}"
-            )
-        if kind == S_IFREG:
-            needed = (size + self.chunk_size - 1) >> self._shift
-            holes = bool(flags & _FLAG_HOLES)
-            if count < needed and not holes:
-                raise self._bad(ino, "inode.child_count", f"{count} chunks must be at least {needed} for {size} bytes")
-            if after + CHUNK_INFO_SIZE * count > self._end:
-                raise self._bad(ino, "inode.child_count", f"{count} chunks at {after} are beyond the end, {self._end}")
-        else:
-            holes = False
-            if kind == S_IFDIR and count and (first <= ino or first + count - 1 > self._entries_count):
-                rule = f"must be slots from {ino + 1} to {self._entries_count}"
-                raise self._bad(ino, "inode.child_index", f"{count} children from {first} {rule}")
-        if self._owner:
-            uid, gid = self._owner
-        inode = Inode(ino, mode, nlink, uid, gid, size, blocks, mtime, mtime_ns, rdev if kind in DEVICES else 0)
-        node = _Node(inode, parent, first, count, target, target_size, xattr, after, holes)
+        node = read_inode(
+            self._buf, self._where, self._record(ino), ino, self._entries_count, self.chunk_size, self._owner
+        )
         if len(self._nodes) >= _CACHED:
             self._nodes.clear()
         self._nodes[ino] = node
         return node
 
-    def _after_xattrs(self, ino: int, at: int) -> int:
-        """What follows the xattrs at `at`: u64 size, then that many bytes, padded to 8."""
-        if at + 8 > self._end:
-            raise self._bad(ino, "xattr.size", f"its place {at} is beyond the end of the file, {self._end}")
-        size: int = _U64.unpack_from(self._buf, at)[0]
-        after = at + 8 + (size + 7 & ~7)
-        if size > _MAX_XATTRS:
-            raise self._bad(ino, "xattr.size", f"{size} must be at most {_MAX_XATTRS}")
-        if after > self._end:
-            raise self._bad(ino, "xattr.size", f"{size} bytes at {at + 8} are beyond the end of the file, {self._end}")
-        return after
-
-    def _sparse_extents(self, ino: int, node: _Node, offset: int, end: int) -> list[Extent]:
+    def _sparse_extents(self, ino: int, node: Node, offset: int, end: int) -> list[Extent]:
         """As `extents`, by the file offsets of the chunks, which ascend. A binary search finds the first."""
         low, high = 0, node.number
         while low < high:

@@ -20,7 +20,8 @@ from nydusd.frontends.erofs import record
 from nydusd.frontends.erofs.session import detach, mount_erofs, top_is_erofs, unmount_erofs
 from nydusd.frontends.fuse.session import clear_stale_mount
 from nydusd.ipc.messages import Json
-from nydusd.supervisor.erofs import OpensFirst, check
+from nydusd.supervisor.erofs import check
+from nydusd.supervisor.fuse import FuseDaemon
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class BlobfsDaemon(OpensFirst):
+class BlobfsDaemon(FuseDaemon):
     """A daemon that shows blobs."""
 
+    mounts_by_api = False
     fuse_module = "nydusd.frontends.blobfs"
     front_end = ("FUSE", "`nydusd blobfs` shows the blobs themselves")
 

@@ -164,7 +164,7 @@ def _bind(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) ->
             reply({"ok": None})
 
     payload = {"source": os.path.abspath(entry.metadata), "folders": [daemon.run_dir]}
-    daemon.fetch.submit(Job("inspect", None, Priority.USER, payload, inspected))
+    daemon.engine.fetch.submit(Job("inspect", None, Priority.USER, payload, inspected))
 
 
 def check_folder(entry: BlobEntry) -> None:

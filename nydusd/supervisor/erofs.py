@@ -21,11 +21,9 @@ from nydusd.cli.options import FuseOptions
 from nydusd.errors import MountError, NydusError, UnsupportedError
 from nydusd.frontends.erofs import left
 from nydusd.frontends.erofs.session import ErofsSession, detach, top_is_erofs
-from nydusd.frontends.fuse.session import clear_stale_mount
 from nydusd.ipc.messages import Json
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
-from nydusd.supervisor.mounts import first_request
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
@@ -36,22 +34,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class OpensFirst(Supervisor):
-    """A daemon that has the blobs of its one image opened before that is mounted."""
+class ErofsDaemon(Supervisor):
+    """A daemon whose image the kernel reads by itself. `why` is what made it this one, for whoever asks."""
 
     mounts_by_api = False
-
-    def _wait_for_blobs(self, image: Image) -> None:
-        """Until each has its cache file, at its full size. Raises MountError when one cannot be opened."""
-        while not self.stopping and any(cache.state != "ready" for cache in image.caches):
-            self._turn(self._timeout())
-            for cache in image.caches:
-                if cache.state == "failed":
-                    raise MountError(f"blob {cache.spec.info.blob_id} cannot be opened: {cache.reason}")
-
-
-class ErofsDaemon(OpensFirst):
-    """A daemon whose image the kernel reads by itself. `why` is what made it this one, for whoever asks."""
 
     def __init__(self, options: Options, config: Config, fork_server: ForkServer, why: str) -> None:
         super().__init__(options, config, fork_server)
@@ -67,11 +53,7 @@ class ErofsDaemon(OpensFirst):
         """Everything up to RUNNING: the blobs are opened before the mount is there. Raises NydusError."""
         options = self.options
         assert isinstance(options, FuseOptions)
-        self._begin(1)
-        clear_stale_mount(options.mountpoint)
-        first = first_request(options, self.config)
-        assert first is not None
-        image = self.mounts.mount_first(first)
+        image, first = self._begin_with_image()
         check(image)
         if len(image.caches) > _BLOBS_MOST:
             raise UnsupportedError(
@@ -188,10 +170,6 @@ class ErofsDaemon(OpensFirst):
 
     def _is_over(self, child: Child, status: int) -> bool:
         return child.role in ("erofs", "guard") and status == 0
-
-    def _take(self, record: Json) -> list[int] | None:
-        """Of what is in the record nothing is taken over: what is, is noted elsewhere."""
-        return None
 
     # --- stop -------------------------------------------------------------------------------------------------
 

@@ -93,7 +93,8 @@ class FscacheDaemon(Singleton):
         """By place."""
         self._recalled: set[str] = set()
         """Texts of images that a predecessor was told of, which may be told once more."""
-        self._kernel: KernelFiles
+        self._kernel: KernelFiles | None = None
+        """Who answers the kernel, once there are sockets."""
         self._guard = Child("guard", 0, "nydusd.frontends.fscache.guard")
         self._family.own_spec, self._family.started = self._own_spec, self._started
 
@@ -237,7 +238,7 @@ class FscacheDaemon(Singleton):
                 done(None)
 
         payload = {"folder": self._folder, "name": name, "device": [self.pid, self._device.fd]}
-        self.fetch.submit(Job("cull", None, Priority.USER, payload, culled))
+        self.engine.fetch.submit(Job("cull", None, Priority.USER, payload, culled))
 
     # --- what a successor needs -------------------------------------------------------------------------------
 
@@ -275,11 +276,11 @@ class FscacheDaemon(Singleton):
     def _bind(self) -> None:
         super()._bind()
         self._kernel = KernelFiles(
-            self.router,
+            self.engine.router,
             self.mounts,
             self.prefetch,
-            self.fetch,
-            self.decompress,
+            self.engine.fetch,
+            self.engine.decompress,
             self._find,
             self._prune,
             self.config.nydusd.read_deadline,
@@ -287,6 +288,7 @@ class FscacheDaemon(Singleton):
 
     def _take_messages(self) -> None:
         assert self._device is not None
+        assert self._kernel is not None
         self._kernel.take_messages(self._device)
 
     def _find(self, domain: str, key: str) -> Wanted | None:
@@ -311,17 +313,19 @@ class FscacheDaemon(Singleton):
                 self._forget(place)
 
     def _reply(self, client: bytes, number: int, errno: int, slot: SlotRef | None) -> None:
-        if client == KERNEL:
+        if client == KERNEL and self._kernel is not None:
             self._kernel.reply(number, errno, slot)
         else:
             super()._reply(client, number, errno, slot)
 
     def _turn(self, timeout: float) -> None:
         super()._turn(timeout)
-        self._kernel.turn()
+        if self._kernel is not None:
+            self._kernel.turn()
 
     def _timeout(self) -> float:
-        return min(super()._timeout(), _RETRY) if self._kernel.waits else super()._timeout()
+        waits = self._kernel is not None and self._kernel.waits
+        return min(super()._timeout(), _RETRY) if waits else super()._timeout()
 
     # --- stop -------------------------------------------------------------------------------------------------
 
@@ -332,7 +336,7 @@ class FscacheDaemon(Singleton):
             log.warning("images are mounted still; the guard keeps the cache for the next daemon")
             self.children[:] = [child for child in self.children if child is not self._guard]
         super().stop()
-        if hasattr(self, "_kernel"):
+        if self._kernel is not None:
             self._kernel.close()
         if self._device is not None:
             self._device.close()

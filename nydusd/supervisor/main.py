@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from nydusd.cli.options import BlobfsOptions, ErofsOptions, FuseOptions, NbdOptions, Options, SingletonOptions
 from nydusd.nursery import client as nursery
-from nydusd.supervisor.daemon import Supervisor
+from nydusd.supervisor.fuse import FuseDaemon
 
 if TYPE_CHECKING:
     from nydusd.config import Config
     from nydusd.config.blob_entry import BlobEntry
     from nydusd.forkserver.client import ForkServer
+    from nydusd.supervisor.daemon import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def run(options: Options, config: Config, entries: list[BlobEntry], fork_server:
 
         return _run(BlobfsDaemon(options, config, fork_server))
     assert isinstance(options, FuseOptions)
-    return _run(Supervisor(options, config, fork_server))
+    return _run(FuseDaemon(options, config, fork_server))
 
 
 def _run(supervisor: Supervisor) -> int:

@@ -110,14 +110,14 @@ def _blobcache(daemon: Supervisor, request: Json) -> Json:
         "entries_count": sum(_ready(caches)),
         "prefetch_data_amount": sum(cache.prefetch.bytes for cache in caches),
         "prefetch_requests_count": sum(cache.prefetch.requests for cache in caches),
-        "prefetch_workers": daemon.decompress.size,
+        "prefetch_workers": daemon.engine.decompress.size,
         "prefetch_unmerged_chunks": sum(cache.prefetch.chunks for cache in caches),
         "prefetch_cumulative_time_millis": round(sum(cache.prefetch.seconds for cache in caches) * 1000),
         "prefetch_begin_time_secs": int(begin),
         "prefetch_begin_time_millis": int(begin * 1000) % 1000,
         "prefetch_end_time_secs": int(end),
         "prefetch_end_time_millis": int(end * 1000) % 1000,
-        "buffered_backend_size": daemon.slots.in_use() + daemon.stage.in_use(),
+        "buffered_backend_size": daemon.engine.arena_bytes(),
         "data_all_ready": bool(caches) and all(map(_is_complete, caches)),
     }
 

@@ -79,6 +79,7 @@ class Mounts:
         folder: Path,
         prefix: str,
         factory: BlobFactory,
+        prefetch: PrefetchWorker,
         changed: Callable[[str | None], None],
         rows: int,
         first: int = 1,
@@ -94,15 +95,15 @@ class Mounts:
         self.images: dict[str, Image] = {}
         self._folder = folder
         self._factory = factory
+        self._prefetch = prefetch
         self._changed = changed
         self._under_way: set[str] = set()
         self._leaving: list[BlobCache] = []
 
-    def start(self, fetch: WorkerPool, router: Router, prefetch: PrefetchWorker) -> None:
-        """Give what is needed once the daemon has workers, and prepare the image that it was started with."""
+    def start(self, fetch: WorkerPool, router: Router) -> None:
+        """Give what is needed once the daemon has workers."""
         self._fetch = fetch
         self._router = router
-        self._prefetch = prefetch
 
     def mount_first(self, request: Request) -> Image:
         """Mount the image of the command line, before there are workers. Raises NydusError."""
@@ -297,12 +298,8 @@ class Mounts:
 
     def _leave(self, cache: BlobCache) -> None:
         if cache.users <= 0 and cache not in self._leaving:
-            self._prefetch_no_more(cache)
-            self._leaving.append(cache)
-
-    def _prefetch_no_more(self, cache: BlobCache) -> None:
-        if hasattr(self, "_prefetch"):
             self._prefetch.cancel(cache)
+            self._leaving.append(cache)
 
     def collect(self) -> None:
         """Drop the blobs that are used no more and have nothing under way; called in each turn of the loop."""

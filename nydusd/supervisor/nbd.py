@@ -15,7 +15,6 @@ from nydusd.ipc.messages import Json
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.listener import Listener
-from nydusd.supervisor.mounts import first_request
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
@@ -39,10 +38,8 @@ class NbdDaemon(Supervisor):
         """Everything up to RUNNING. Raises NydusError."""
         options = self.options
         assert isinstance(options, NbdOptions)
-        self._begin(1)
-        first = first_request(options, self.config)
-        assert first is not None
-        self._image = image = self.mounts.mount_first(first)
+        image, first = self._begin_with_image()
+        self._image = image
         if image.metadata.version != 6:
             raise UnsupportedError(
                 f"{image.source}: only v6 images are block devices, this is v{image.metadata.version}: use `nydusd fuse`"
@@ -70,10 +67,6 @@ class NbdDaemon(Supervisor):
             "read_deadline": self.config.nydusd.read_deadline,
             "image": self._image.spec(),
         }
-
-    def _take(self, record: Json) -> list[int] | None:
-        """Nothing is taken over: clients connect again."""
-        return None
 
     def stop(self) -> None:
         """Stop listening, then end everything."""

@@ -103,8 +103,8 @@ def _cache(daemon: Supervisor, _request: Json) -> Json:
     blobs = [_blob(cache, image.place) for image in daemon.images.values() for cache in image.caches]
     return {
         "blobs": blobs,
-        "arena_bytes": daemon.slots.in_use() + daemon.stage.in_use(),
-        "waiting": daemon.router.waiting(),
+        "arena_bytes": daemon.engine.arena_bytes(),
+        "waiting": daemon.engine.router.waiting(),
     }
 
 
@@ -123,7 +123,7 @@ def _exit(daemon: Supervisor, _request: Json) -> None:
 
 
 def _upgrade(daemon: Supervisor, _request: Json, reply: Callable[[Json], object]) -> None:
-    daemon.staff.upgrade(reply)
+    daemon.engine.staff.upgrade(reply)
 
 
 _LATER: dict[str, Callable[[Supervisor, Json, Callable[[Json], object]], None]] = {

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from nydusd import points
-from nydusd.errors import CacheError, NydusError
+from nydusd.errors import CacheError
 from nydusd.ipc.messages import AHEAD, LOST, UNREADABLE, SlotRef
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.blob_cache import BlobCache
@@ -28,6 +28,7 @@ from nydusd.storage.cache.spec import NO_COOKIE
 from nydusd.supervisor.checkpoints import Checkpoints
 from nydusd.supervisor.evictions import Evictions
 from nydusd.supervisor.launch import Launch
+from nydusd.supervisor.openings import Openings
 from nydusd.supervisor.outages import Outages
 from nydusd.supervisor.pool import ATTEMPTS, WorkerPool
 from nydusd.supervisor.room import Room
@@ -75,6 +76,7 @@ class Router:
         self._checkpoints = Checkpoints(factory, fetch, self._reopen)
         self.evictions = Evictions(fetch, self._again, self._reopen)
         self.outages = Outages(deadline)
+        self._openings = Openings(fetch, self.outages, self._serve, self._finish)
         self.backend = {"reads": 0, "read_errors": 0, "read_bytes": 0}
 
     # --- what clients ask -------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ class Router:
         """Submit jobs for a worker that has nothing else to do, if there is anything to fetch before it is asked for."""
         for cache in self._launch.prefetch():
             if not cache.lost:
-                self.open_blob(cache)
+                self._openings.open(cache)
 
     def tick(self) -> None:
         """Serve requests again that were put off until now."""
@@ -140,14 +142,10 @@ class Router:
 
     def _serve(self, request: Request) -> None:
         """Answer a request that waits for nothing yet, or have it wait for what it needs."""
-        cache = request.cache
-        if cache.state == "ready":
+        if request.cache.state == "ready":
             self._admit(request)
-        elif cache.state == "failed" and not cache.may_open():
-            self._refuse(request)
         else:
-            cache.waiting.append(request)
-            self.open_blob(cache)
+            self._openings.wait_for(request)
 
     def _again(self, request: Request) -> None:
         """Start over: what the request waited for came to nothing."""
@@ -175,47 +173,11 @@ class Router:
         self._room.leave(request)
         self.outages.leave(request)
 
-    # --- opening blobs ----------------------------------------------------------------------------------------
+    # --- blobs come and go ------------------------------------------------------------------------------------
 
     def open_blob(self, cache: BlobCache) -> None:
         """Have the blob prepared, unless that is done, under way, or failed too recently."""
-        if not cache.may_open():
-            return
-        cache.state = "preparing"
-        self._fetch.submit(Job("prepare", cache, Priority.USER, {}, self._opened))
-
-    def _opened(self, job: Job, answer: Answer) -> None:
-        cache = job.cache
-        assert cache is not None
-        if job.cancelled:
-            return
-        name = cache.spec.info.blob_id
-        error = answer.get("error")
-        if error is None:
-            try:
-                cache.opened()
-                self.outages.over(cache)
-                note_room(cache, answer.get("uncached", ""))
-                log.info("blob %s: %d of %d chunks are in the cache", name, answer["ready"], answer["count"])
-            except (NydusError, OSError) as e:
-                error = str(e)
-        if error is not None:
-            cache.open_failed(error, answer.get("retry_after"))
-            level = logging.WARNING if cache.unreachable else logging.ERROR
-            log.log(level, "blob %s cannot be opened: %s", name, error)
-        waiting, cache.waiting = cache.waiting, []
-        for request in waiting:
-            if cache.state == "failed":
-                self._refuse(request)
-            else:
-                self._serve(request)
-
-    def _refuse(self, request: Request) -> None:
-        """The blob could not be opened. If its backend was not there, the reader waits until that is tried again."""
-        cache = request.cache
-        wait = max(cache.retry_at - time.monotonic(), 0.0)
-        if not (cache.unreachable and self.outages.put_off(request, wait, str(cache.reason))):
-            self._finish(request, errno.EIO)
+        self._openings.open(cache)
 
     def _reopen(self, cache: BlobCache, why: str) -> None:
         """The cache file was changed under us: void all claims, and serve all who waited from a new one.

@@ -33,8 +33,8 @@ _BLOCK_BITS, _TAR_BITS = 1024 + 12, 9
 def daemon_for(options: ErofsOptions, config: Config, fork_server: ForkServer) -> Supervisor:
     """The daemon that serves the image. Raises UnsupportedError when the way that was asked for is not there."""
     from nydusd.supervisor.blobfs import ErofsOnBlobfs
-    from nydusd.supervisor.daemon import Supervisor
     from nydusd.supervisor.erofs import ErofsDaemon
+    from nydusd.supervisor.fuse import FuseDaemon
     from nydusd.supervisor.tarfs import TarfsDaemon
 
     work_dir = config.cache.work_dir if config.cache else None
@@ -48,7 +48,7 @@ def daemon_for(options: ErofsOptions, config: Config, fork_server: ForkServer) -
     elif taken == "blobfs":
         daemon = ErofsOnBlobfs(options, config, fork_server, why)
     else:
-        daemon = Supervisor(options, config, fork_server)
+        daemon = FuseDaemon(options, config, fork_server)
         daemon.front_end = ("FUSE", why)
     log.info("front end: %s: %s", *daemon.front_end)
     return daemon

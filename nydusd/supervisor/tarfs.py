@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING
 from nydusd.cli.options import FuseOptions
 from nydusd.errors import CacheError, MountError, NydusError, UnsupportedError
 from nydusd.frontends.erofs.session import detach, mount_erofs, top_is_erofs, unmount_erofs
-from nydusd.frontends.fuse.session import clear_stale_mount
 from nydusd.ipc.messages import Json
 from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.supervisor.daemon import Supervisor
-from nydusd.supervisor.mounts import first_request
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
@@ -46,11 +44,7 @@ class TarfsDaemon(Supervisor):
         """Everything up to RUNNING. Raises NydusError."""
         options = self.options
         assert isinstance(options, FuseOptions)
-        self._begin(1)
-        clear_stale_mount(options.mountpoint)
-        first = first_request(options, self.config)
-        assert first is not None
-        image = self.mounts.mount_first(first)
+        image, _first = self._begin_with_image()
         self._bind()
         self._mount(options.mountpoint, image)
         self.open_api()
@@ -74,10 +68,6 @@ class TarfsDaemon(Supervisor):
         write_checked(self._left, facts)  # before the mount: one that nobody knows of could not be taken over
         mount_erofs(mountpoint, image.metadata.bootstrap, files)
         self._mounted = True
-
-    def _take(self, record: Json) -> list[int] | None:
-        """Nothing is taken over but the mount, of which is noted elsewhere."""
-        return None
 
     def _can_leave(self) -> bool:
         return self._mounted

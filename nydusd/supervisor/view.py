@@ -26,7 +26,7 @@ def _workers(daemon: Supervisor, _request: Json) -> Json:
     own = {"role": "supervisor", "index": 0, "pid": daemon.pid, "generation": 1, "commit": GIT_COMMIT}
     own |= {"state": "running", "busy": None, "jobs": None, "deaths": 0, "starts_in": None}
     return {
-        "processes": [own, *(_process(daemon, child) for child in [*daemon.children, *daemon.staff.on_trial()])],
+        "processes": [own, *(_process(daemon, child) for child in [*daemon.children, *daemon.engine.staff.on_trial()])],
         "supervisor": daemon.pid,
         "uptime": time.monotonic() - daemon.started,
     }
@@ -45,10 +45,10 @@ def _process(daemon: Supervisor, child: Child) -> Json:
         "deaths": child.deaths,
         "starts_in": None if child.restart_at is None else round(max(0.0, child.restart_at - time.monotonic()), 1),
     }
-    pool = {"fetch": daemon.fetch, "decompress": daemon.decompress}.get(child.role)
+    pool = daemon.engine.pools.get(child.role)
     if child.process is None:
         row["state"] = "resting" if child.resting else "restarting"
-    elif child in daemon.staff.on_trial():
+    elif child in daemon.engine.staff.on_trial():
         row["state"] = "on trial"
     elif pool is not None:
         row |= pool.facts(child.identity)
@@ -67,9 +67,9 @@ def _load(daemon: Supervisor, _request: Json) -> Json:
         "state": daemon.state,
         "images": list(daemon.images),
         "blobs": len(caches),
-        "waiting": daemon.router.waiting(),
-        "arena_bytes": daemon.slots.in_use() + daemon.stage.in_use(),
-        "pools": {"fetch": daemon.fetch.load(), "decompress": daemon.decompress.load()},
+        "waiting": daemon.engine.router.waiting(),
+        "arena_bytes": daemon.engine.arena_bytes(),
+        "pools": {role: pool.load() for role, pool in daemon.engine.pools.items()},
         "reads": {name: sum(row[field] for row in totals) for field, name in enumerate(names)},
         "prefetch": {"requests": daemon.prefetch.requests, "bytes": daemon.prefetch.bytes},
     }
@@ -145,18 +145,18 @@ def _prometheus(daemon: Supervisor, request: Json) -> Json:
         "blobs": list(blobs.values()),
         "load": _load(daemon, request),
         "waits": [max(0.0, time.time() - row["timestamp_secs"]) for row in waiting(daemon.mounts.board)],
-        "folders": daemon.quota.facts(),
+        "folders": daemon.engine.quota.facts(),
         **_workers(daemon, request),
     }
 
 
 def _gc(daemon: Supervisor, request: Json) -> Json:
     target = request.get("target")
-    return {"folders": daemon.quota.order(target if isinstance(target, int) else None)}
+    return {"folders": daemon.engine.quota.order(target if isinstance(target, int) else None)}
 
 
 def _quota(daemon: Supervisor, _request: Json) -> Json:
-    return {"folders": daemon.quota.facts()}
+    return {"folders": daemon.engine.quota.facts()}
 
 
 def _mounts(daemon: Supervisor, _request: Json) -> Json:
@@ -205,7 +205,7 @@ def _why(daemon: Supervisor, image: Image, failed: list[str], lazy: bool) -> str
 
 
 def _scale(daemon: Supervisor, request: Json) -> Json:
-    return daemon.staff.scale(request["wanted"])
+    return daemon.engine.staff.scale(request["wanted"])
 
 
 OPS: dict[str, Callable[[Supervisor, Json], Json | None]] = {

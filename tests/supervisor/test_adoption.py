@@ -64,7 +64,7 @@ STEPS = (
     "nydusd.supervisor.mounts:Mounts.restore",
     "nydusd.supervisor.mount_table:MountTable.publish",
     "nydusd.supervisor.mount_table:MountTable.begin_term",
-    "nydusd.supervisor.daemon:Supervisor._mounts_changed",
+    "nydusd.supervisor.fuse:FuseDaemon._mounts_changed",
     "nydusd.supervisor.children:Child.start",
     "nydusd.supervisor.family:Family.launch",
     "nydusd.supervisor.mounts:Mounts.serve",

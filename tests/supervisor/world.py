@@ -23,7 +23,7 @@ from nydusd.storage.cache.manager import CacheConfig, Former
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Job, Priority, Request
 from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Identity, Segment, names, remove
-from nydusd.supervisor import launch, outages, transfers, uncached
+from nydusd.supervisor import launch, openings, outages, transfers, uncached
 from nydusd.supervisor import router as router_module
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
@@ -57,6 +57,7 @@ class World:
         patch.setattr(blob_cache, "time", self.clock)
         patch.setattr(router_module, "time", self.clock)
         patch.setattr(launch, "time", self.clock)
+        patch.setattr(openings, "time", self.clock)
         patch.setattr(outages, "time", self.clock)
         patch.setattr(uncached, "time", self.clock)
         patch.setattr(transfers, "time", self.clock)

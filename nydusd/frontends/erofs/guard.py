@@ -16,14 +16,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 
+from nydusd.frontends.guard import begin_guard
 from nydusd.ipc.messages import Json
-from nydusd.ipc.spec import read_spec, write_spec
-from nydusd.proctitle import set_title
+from nydusd.ipc.spec import write_spec
 
 from . import left, record
 
@@ -32,12 +31,8 @@ _LOOK = 1.0
 
 
 def main(argv: list[str]) -> int:
-    """Hold on until the file system is gone. Raises FormatError when the spec cannot be used."""
-    spec = read_spec(argv)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    set_title("guard")
-    with contextlib.suppress(OSError):
-        os.setsid()  # what ends the daemon's process group is not meant for readers
+    """Hold on until the file system is gone. Raises InternalError when the spec cannot be read."""
+    spec = begin_guard(argv)
     # Who looks for users of these files, before anything is taken out of them, finds us.
     for path in spec["files"]:
         with contextlib.suppress(OSError):

@@ -10,16 +10,13 @@ The spec: `device` (fd), `folder` (beside it is noted what there is, see `left.p
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-import signal
 import sys
 import time
 
 from nydusd.errors import FormatError
-from nydusd.ipc.spec import read_spec
-from nydusd.proctitle import set_title
+from nydusd.frontends.guard import begin_guard
 
 from . import messages
 from .device import CacheDevice, completed
@@ -70,12 +67,8 @@ class Guard:
 
 
 def main(argv: list[str]) -> int:
-    """Hold on until the images are unmounted. Raises FormatError when the spec cannot be used."""
-    spec = read_spec(argv)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    set_title("guard")
-    with contextlib.suppress(OSError):
-        os.setsid()  # what ends the daemon's process group is not meant for readers
+    """Hold on until the images are unmounted. Raises InternalError when the spec cannot be read."""
+    spec = begin_guard(argv)
     supervisor, files = int(spec["supervisor"]), Files.beside(str(spec["folder"]))
     device = CacheDevice(int(spec["device"]))
     while os.getppid() == supervisor:

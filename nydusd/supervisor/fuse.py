@@ -1,0 +1,205 @@
+"""`nydusd fuse`: images behind one FUSE session, and how a successor takes it over from a supervisor that is gone.
+
+Runs in the supervisor. A start makes the session, or adopts that of a killed supervisor with the front ends that serve it
+(`adoption.py`), and may have to wait for it first (`handover.py`); from then on the loop is that of any daemon.
+
+What holds after SIGKILL: front ends go on serving what is cached and hold the session; the next supervisor goes on from
+wherever this one was, at each step of a start or of a takeover.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nydusd import points
+from nydusd.cli.options import FuseOptions
+from nydusd.errors import MountError
+from nydusd.frontends.fuse.kernel_cache import forget_attributes, forget_names
+from nydusd.frontends.fuse.protocol import ROOT_ID
+from nydusd.frontends.fuse.session import Session, clear_stale_mount, is_held
+from nydusd.ipc.messages import Json
+from nydusd.supervisor import control_ops
+from nydusd.supervisor.children import Child
+from nydusd.supervisor.daemon import Supervisor
+from nydusd.supervisor.handover import EndedError
+from nydusd.supervisor.mounts import first_request
+
+if TYPE_CHECKING:
+    from nydusd.cli.options import Options
+    from nydusd.config import Config
+    from nydusd.forkserver.client import ForkServer
+    from nydusd.supervisor.adoption import Former
+    from nydusd.supervisor.mount_table import MountTable
+
+log = logging.getLogger(__name__)
+
+
+class FuseDaemon(Supervisor):
+    """One daemon with one FUSE session."""
+
+    fuse_module = "nydusd.frontends.fuse"
+    """What front ends run."""
+
+    def __init__(self, options: Options, config: Config, fork_server: ForkServer) -> None:
+        super().__init__(options, config, fork_server)
+        self._former: Former | None = None
+        """What was taken over, until it is served again."""
+
+    def start(self) -> None:
+        """Everything up to RUNNING. The mount is served before the workers are there: `ls` needs none."""
+        options = self.options
+        assert isinstance(options, FuseOptions)
+        count = self.config.front_end_count(options.fuse_threads)
+        try:
+            if options.upgrade and not self._runtime.is_free():
+                self.handover.wait_for_predecessor(self)
+            self._begin(count)
+        except EndedError:
+            self.stopping = True
+            return
+        first = first_request(options, self.config)
+        image = None
+        if self._former is None:
+            mountpoint = self.fuse_mountpoint()
+            clear_stale_mount(mountpoint)
+            self._refuse_erofs(mountpoint)
+            image = None if first is None else self.mounts.mount_first(first)
+            session = self._family.session = Session.mount(mountpoint, read_ahead_kib=1024)
+            points.reach("start: mounted")
+            self._bind()
+            session.open_lanes(count)
+            points.reach("start: lanes opened")
+            self._family.remember()
+            points.reach("start: noted")
+        else:
+            session = self._former.session
+        places = {
+            "fuse": [Child("fuse", i, self.fuse_module) for i in range(len(session.lanes))],
+            "fetch": [Child("fetch", i, "workers") for i in range(self._family.count("fetch"))],
+            "decompress": [Child("decompress", i, "workers") for i in range(self._family.count("decompress"))],
+        }
+        if self._former is not None:
+            self._go_on(self._former, places)
+        # The API at once: clients wait for it. Then one of each: `ls` needs a front end, the first read a blob prepared.
+        self.open_api()
+        for turn in range(max(map(len, places.values()))):
+            for children in places.values():
+                for child in children[turn : turn + 1]:
+                    self._family.add(child)
+        if self._former is not None:
+            for recorded in self._former.records:
+                self.mounts.serve(self.images[recorded.place], recorded.files)
+            self._former = None
+        elif first is not None and image is not None:
+            self.mounts.serve(image, first.files)
+        shown = ", ".join(image.source for image in self.images.values()) or "an empty folder"
+        self._ready(f"{shown} is mounted at {options.mountpoint}")
+
+    def _refuse_erofs(self, mountpoint: str) -> None:
+        """Raises MountError where a killed `nydusd erofs` has left its mount: one above it would hide, not end it."""
+        left = Path(self.run_dir)
+        if any(left.with_suffix(suffix).exists() for suffix in (".erofs.json", ".tarfs.json", ".blobs")):
+            from nydusd.frontends.erofs.session import top_is_erofs
+
+            if top_is_erofs(mountpoint):
+                raise MountError(
+                    f"{mountpoint}: a `nydusd erofs` that was killed has left its mount here: start that again, or unmount it"
+                )
+
+    def fuse_mountpoint(self) -> str:
+        """Where the FUSE session is mounted."""
+        return self.options.serves
+
+    # --- takeover ---------------------------------------------------------------------------------------------
+
+    def _begin(self, rows: int) -> None:
+        super()._begin(rows)
+        if self.handover.waited:
+            self._first_state = "RUNNING" if self.handover.told_to_start else "READY"
+
+    def _take(self, record: Json) -> list[int] | None:
+        """The pids of what a killed supervisor has left and we take over or end later; None if nothing is taken over."""
+        if not record:
+            return None
+        from nydusd.supervisor.adoption import take_over
+
+        assert isinstance(self.options, FuseOptions)
+        runtime = self._runtime
+        options = replace(self.options, mountpoint=self.fuse_mountpoint())
+
+        def look() -> Former | None:
+            where = runtime.folder, runtime.prefix
+            return take_over(record, options, self.config, *where, self._store, self.handover.sent)
+
+        former = look()
+        if former is None and not self.handover.waited and self.options.supervisor is not None and "session" in record:
+            device = str(record["session"].get("device"))
+            if is_held(options.mountpoint, device):
+                self.handover.wait_for_session(self)
+                former = look()
+        self._former = former
+        self.handover.forget()
+        if former is None:
+            return None
+        runtime.term = former.term
+        return [*(frontend.process.pid for frontend in former.frontends), *(pid for pid, _ in former.keepers)]
+
+    def _know_mounts(self, rows: int, table: MountTable | None = None) -> None:
+        former = self._former
+        if former is not None:
+            self._family.session = former.session
+            rows, table = len(former.session.lanes), former.table
+        super()._know_mounts(rows, table)
+
+    def _go_on(self, former: Former, places: dict[str, list[Child]]) -> None:
+        """Take the places of a killed supervisor: its front ends, its mounts, and its name on the sockets."""
+        for frontend in former.frontends:
+            self._family.adopt(places["fuse"][frontend.number], frontend)
+            points.reach("takeover: one front end adopted")
+        places["fuse"] = [child for child in places["fuse"] if child.process is None]
+        self._family.remember()
+        points.reach("takeover: noted")
+        former.end_keepers(self.fork_server.pids)
+        points.reach("takeover: keepers ended")
+        self._bind()
+        points.reach("takeover: bound")
+        self._notifier.send(f"STATUS=taking over {len(former.records)} images of a supervisor that was killed")
+        self.mounts.restore(former.records)
+        points.reach("takeover: mounts known")
+        control_ops.recall(self)
+        former.table.begin_term(former.term)
+        points.reach("takeover: term begun")
+        self._mounts_changed(None)
+        points.reach("takeover: front ends woken")
+        if self.options.supervisor is not None and not self.handover.waited:
+            # We serve, but whoever started us after a crash waits for this, to tell us to take over and to start.
+            self._first_state = "INIT"
+
+    # --- while it serves --------------------------------------------------------------------------------------
+
+    def _mounts_changed(self, place: str | None) -> None:
+        """Wake the front ends: those that nobody asks anything would not look at the table of mounts."""
+        session = self._family.session
+        if place is not None and session is not None:
+            forget_names(session.mountpoint)
+            if place == "/":
+                forget_attributes(session.fd, ROOT_ID, session.mountpoint)
+        for child in self.children:
+            if child.role == "fuse":
+                child.send(signal.SIGURG)
+        super()._mounts_changed(place)
+
+    def _is_over(self, child: Child, status: int) -> bool:
+        session = self._family.session
+        return child.role == "fuse" and (status == 0 or (session is not None and session.is_over()))
+
+    def _can_leave(self) -> bool:
+        return self._family.session is not None
+
+    def _leaves_all(self) -> bool:
+        """Also what we took over and cannot serve."""
+        return self._former is not None or super()._leaves_all()
