@@ -6,19 +6,22 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from nydusd import logs
-from nydusd.cli.image import check, compact, convert, create, export, inspect, merge, optimize, stat, unpack
+from nydusd.cli.image.verb import Verb
 from nydusd.errors import NydusError
 from nydusd.version import version_text
 
-VERBS = tuple(verb.VERB for verb in (create, convert, merge, optimize, compact, export, check, inspect, stat, unpack))
+VERBS = ("create", "convert", "merge", "optimize", "compact", "export", "check", "inspect", "stat", "unpack")
+"""Each is a module of `nydusd.cli.image`."""
 _LEVELS = ("trace", "debug", "info", "warn", "error")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. The exit status: 0, 1 for an error, 2 for wrong arguments (and layers that do not fit together)."""
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv[0] if argv else "").parse_args(argv)
     try:
         logs.setup(args.log_level, args.log_file, "image")
         args.run(args)
@@ -35,15 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The grammar of the command line: `parse_args(argv)` gives a namespace whose `run` does it."""
+def build_parser(first: str = "") -> argparse.ArgumentParser:
+    """The grammar of the command line: `parse_args(argv)` gives a namespace whose `run` does it.
+
+    If the `first` argument is a verb, the others are not loaded: that would take longer than a small image does.
+    """
     parser = argparse.ArgumentParser(
         "nydus-image", description="Make images, check them and look into them.", allow_abbrev=False
     )
     _add_globals(parser, "warn", None)
     parser.add_argument("-V", "--version", action="version", version=version_text("nydus-image").rstrip())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for verb in VERBS:
+    for name in (first,) if first in VERBS else VERBS:
+        verb: Verb = import_module(f"nydusd.cli.image.{name}").VERB
         one = commands.add_parser(verb.name, help=verb.help, description=verb.help, allow_abbrev=False)
         # Given after the verb they win; not given, they must not undo what stood before it.
         _add_globals(one, argparse.SUPPRESS, argparse.SUPPRESS)

@@ -16,7 +16,8 @@ from typing import Protocol
 from nydusd.codec.cipher import XtsCipher
 from nydusd.codec.pack import pack
 from nydusd.formats.blob_meta import CI_HEADER_SIZE, CiHeader, align_page, pack_header, pack_v1, pack_v2
-from nydusd.formats.model import BlobFeature, BlobInfo, Cipher, Compressor, Digester, RawChunk
+from nydusd.formats.chunk_info import CHUNK_INFO
+from nydusd.formats.model import BlobFeature, BlobInfo, Cipher, Compressor, Digester
 from nydusd.formats.toc import ENTRY_BLOB, ENTRY_BOOTSTRAP, ENTRY_DIGEST, ENTRY_META, ENTRY_META_HEADER, TocEntry
 from nydusd.formats.write.tail import pack_tar_header, pack_toc_entry
 from nydusd.image.batches import BatchPacker
@@ -113,7 +114,9 @@ class BlobWriter:
         self._reserve = reserve
         self.index = -1
         self._cipher = settings.cipher()
-        self._v2 = bool(settings.features & BlobFeature.CHUNK_INFO_V2)
+        self._v1 = settings.version == 6 and not settings.features & BlobFeature.CHUNK_INFO_V2
+        self._v2 = settings.version == 6 and not self._v1
+        self._flags = _ENCRYPTED if self._cipher else 0
         self._ci = bytearray()
         self._digests = bytearray()
         self._batch = bytearray()
@@ -148,61 +151,41 @@ class BlobWriter:
     def plain_size(self) -> int:
         return self._uoff
 
-    def add(self, piece: Piece, packed: Packed, data: memoryview) -> RawChunk:
-        """Store a new chunk. `data` is its stored form, or the chunk itself for a small one."""
+    def add(self, piece: Piece, packed: Packed, data: memoryview) -> bytes:
+        """Store a new chunk; its record. `data` is its stored form, or the chunk itself for a small one."""
         if self.count >= MAX_CHUNKS:
             raise ImageError(f"more than {MAX_CHUNKS} chunks in one blob: take a larger chunk size")
         if self.index < 0:
             self.index = self._reserve()
-        crc, uoff = packed.crc, self._uoff
-        flags = (_HAS_CRC if crc else 0) | (_ENCRYPTED if self._cipher else 0)  # readers refuse a checksum of 0
+        crc, uoff, size, number = packed.crc, self._uoff, piece.size, self.count
+        flags = self._flags | _HAS_CRC if crc else self._flags  # readers refuse a checksum of 0
         if self._plain is not None:
             self._plain.put(uoff, data)
         if piece.small:
             coff = csize = 0
-            self._add_small(piece.size, data)
+            self._add_small(size, data)
         else:
             self._flush_batches()
             coff, csize = self._store(data), len(data)
-            flags |= _COMPRESSED if packed.compressed else 0
-            self._record(coff, csize, piece.size, flags, crc)
-        chunk = RawChunk(
-            packed.digest,
-            self.index,
-            flags,
-            csize,
-            piece.size,
-            coff,
-            uoff,
-            piece.offset,
-            self.count,
-            crc if crc else 0,
-        )
+            if packed.compressed:
+                flags |= _COMPRESSED
+            if self._v1:
+                self._ci += pack_v1(coff, uoff, csize, size)
+            elif self._v2:
+                self._ci += pack_v2(coff, uoff, csize, size, _v2_flags(flags), crc)
         self._digests += packed.digest
-        self._uoff += align_page(piece.size) if self._settings.aligned else piece.size
+        self._uoff += align_page(size) if self._settings.aligned else size
         self.count += 1
-        return chunk
-
-    def _record(self, coff: int, csize: int, usize: int, flags: int, crc: int) -> None:
-        if self._settings.version == 5:
-            return
-        if not self._v2:
-            self._ci += pack_v1(coff, self._uoff, csize, usize)
-            return
-        bits = (_V2_COMPRESSED if flags & _COMPRESSED else 0) | (_V2_CRC if crc else 0)
-        bits |= _V2_ENCRYPTED if self._cipher else 0
-        self._ci += pack_v2(coff, self._uoff, csize, usize, bits, crc)
+        return CHUNK_INFO.pack(packed.digest, self.index, flags, csize, size, coff, uoff, piece.offset, number, crc)
 
     def _add_small(self, size: int, data: memoryview) -> None:
-        if len(self._batch) + size >= self._settings.batch_size:
+        if self._batch and len(self._batch) + size >= self._settings.batch_size:
             self._flush_batch()
         self._batched.append((self._uoff, size, len(self._batch)))
         self._batch += data
 
     def _flush_batch(self) -> None:
         """Have the batch packed. Its place, and so its chunks' records, are known when those before it are stored."""
-        if not self._batch:
-            return
         if self._packer is None:
             self._packer = BatchPacker(self._settings.compressor, self._threads, self._store_batch)
         self._packer.pack(bytes(self._batch), (len(self._batch), self._batched))
@@ -221,7 +204,8 @@ class BlobWriter:
         self._contexts += _BATCH.pack(len(stored), size)
 
     def _flush_batches(self) -> None:
-        self._flush_batch()
+        if self._batch:
+            self._flush_batch()
         if self._packer is not None:
             self._packer.drain()
 
@@ -299,9 +283,9 @@ class BlobWriter:
         digests = BlobFeature.INLINED_CHUNK_DIGEST if self._settings.toc and self.count else 0
         return self._settings.features | digests
 
-    def add_bootstrap(self, bootstrap: bytes) -> None:
+    def add_bootstrap(self, bootstrap: bytes | bytearray) -> None:
         """Put the bootstrap into the blob: as it is, or packed if there is a table of contents that says so."""
-        stored, compressed = pack(Compressor.ZSTD, bootstrap) if self._settings.toc else (bootstrap, False)
+        stored, compressed = pack(Compressor.ZSTD, bytes(bootstrap)) if self._settings.toc else (bootstrap, False)
         at = self._out.write(stored)
         self._out.write(pack_tar_header(ENTRY_BOOTSTRAP, len(stored)))
         if self._settings.toc:
@@ -349,6 +333,12 @@ class BlobWriter:
             cipher_iv=settings.cipher_iv,
             meta_blob_id=blob_id,
         )
+
+
+def _v2_flags(flags: int) -> int:
+    bits = _V2_COMPRESSED if flags & _COMPRESSED else 0
+    bits |= _V2_CRC if flags & _HAS_CRC else 0
+    return bits | _V2_ENCRYPTED if flags & _ENCRYPTED else bits
 
 
 def renumbered(info: BlobInfo, index: int) -> BlobInfo:

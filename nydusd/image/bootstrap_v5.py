@@ -9,19 +9,20 @@ from collections.abc import Callable, Sequence
 from struct import Struct
 
 from nydusd.codec.digest import hasher_for
-from nydusd.formats.chunk_info import CHUNK_INFO, CHUNK_INFO_SIZE
+from nydusd.formats.chunk_info import CHUNK_INFO_SIZE
 from nydusd.formats.detect import V5_MAGIC, V5_VERSION
 from nydusd.formats.model import BlobInfo, Digester
 from nydusd.formats.rafs_v5_super import MAX_SIZE, SUPERBLOCK_SIZE
 from nydusd.formats.superblock import MAX_NAME, MAX_SYMLINK, SuperFlag
 from nydusd.image.errors import ImageError, SourceError
-from nydusd.image.node import Node, count_links, folders
+from nydusd.image.node import Node, folders, number_all, with_file_offset
 
 _SUPER = Struct("<IIIIQQQQQIIIIQ")
 _RECORD = Struct("<32sQQIIIIQQQIIIHHIIQ8x")
 _EXT = Struct("<IIQQ40x")
 _PREFETCH = Struct("<II")
 _U32 = Struct("<I")
+_DIGEST = Struct("<32s")
 _FLAG_SYMLINK, _FLAG_XATTR = 1, 4
 _MAX_XATTRS = 1 << 24
 
@@ -60,29 +61,27 @@ class BootstrapV5:
         self._chunk_size = chunk_size
         self._prefetch = prefetch
         self._hash: Callable[[bytes], bytes] = hasher_for(digester)
-        count_links(root)
-        self._inos: dict[int, int] = {id(root): 1}
+        number_all(root)
         self._names: list[_Name] = [_Name(b"/", root, 1, 0)]
         self._entries: dict[int, tuple[_Name, list[_Name]]] = {}
         self._number_all()
         self.names = len(self._names)
 
     def _number_all(self) -> None:
-        own = {id(self._root): self._names[0]}
+        own = {1: self._names[0]}
         for folder in folders(self._root):
-            holder = own[id(folder.node)]
+            holder = own.pop(folder.node.number)
             holder.child_index = len(self._names) + 1
             entries = []
             for text, child in folder.entries:
                 self._check(text, child)
                 number = len(self._names) + 1
-                self._inos.setdefault(id(child), number)
-                name = _Name(text, child, number, self._inos[id(folder.node)])
+                name = _Name(text, child, number, folder.node.number)
                 self._names.append(name)
                 entries.append(name)
                 if child.is_folder:
-                    own[id(child)] = name
-            self._entries[id(folder.node)] = (holder, entries)
+                    own[number] = name
+            self._entries[folder.node.number] = (holder, entries)
 
     @staticmethod
     def _check(name: bytes, node: Node) -> None:
@@ -91,10 +90,10 @@ class BootstrapV5:
         if node.is_symlink and not 0 < len(node.target) <= MAX_SYMLINK:
             raise SourceError(node.path, f"a symlink's target of {len(node.target)} bytes; 1 to {MAX_SYMLINK} fit")
 
-    def pack(self) -> bytes:
+    def pack(self) -> bytearray:
         """The bytes of the file. Raises `ImageError` when there are more than the format allows."""
         digests = self._digests()
-        prefetch = _padded(b"".join(_U32.pack(self._inos[id(node)]) for node in self._prefetch))
+        prefetch = _padded(b"".join(_U32.pack(node.number) for node in self._prefetch))
         inode_table = _padded(bytes(4 * len(self._names)))
         blob_table, ext_table = self._blob_tables()
         prefetch_at = SUPERBLOCK_SIZE + len(inode_table)
@@ -107,7 +106,7 @@ class BootstrapV5:
             name.offset = begin + len(records)
             if name.node.xattrs:
                 flags |= SuperFlag.HAS_XATTR
-            records += self._record(name, digests[id(name.node)])
+            records += self._record(name, digests[name.node.number])
             if begin + len(records) > MAX_SIZE:
                 raise ImageError(f"the metadata is larger than the {MAX_SIZE} bytes that RAFS v5 allows: take v6")
         inodes = _padded(b"".join(_U32.pack(name.offset >> 3) for name in self._names))
@@ -117,7 +116,7 @@ class BootstrapV5:
             SUPERBLOCK_SIZE,
             self._chunk_size,
             flags,
-            len(self._inos),
+            len(digests),
             SUPERBLOCK_SIZE,
             prefetch_at,
             blob_at,
@@ -127,7 +126,8 @@ class BootstrapV5:
             len(self._blobs),
             ext_at,
         )
-        return b"".join((head.ljust(SUPERBLOCK_SIZE, b"\0"), inodes, prefetch, blob_table, ext_table, records))
+        records[:0] = b"".join((head.ljust(SUPERBLOCK_SIZE, b"\0"), inodes, prefetch, blob_table, ext_table))
+        return records
 
     def _blob_tables(self) -> tuple[bytes, bytes]:
         entries = [
@@ -149,7 +149,7 @@ class BootstrapV5:
             name = todo.pop()
             order.append(name)
             if name.node.is_folder:
-                todo += reversed(self._entries[id(name.node)][1])
+                todo += reversed(self._entries[name.node.number][1])
         return order
 
     def _digests(self) -> dict[int, bytes]:
@@ -157,22 +157,22 @@ class BootstrapV5:
         found: dict[int, bytes] = {}
         for name in self._names:
             node = name.node
-            if id(node) in found or node.is_folder:
+            if node.number in found or node.is_folder:
                 continue
-            if node.is_file:
-                found[id(node)] = self._hash(b"".join(chunk.digest for chunk in node.chunks))
-            else:
-                found[id(node)] = self._hash(node.target)
+            digests = b"".join(
+                _DIGEST.unpack_from(node.packed, at)[0] for at in range(0, len(node.packed), CHUNK_INFO_SIZE)
+            )
+            found[node.number] = self._hash(digests if node.is_file else node.target)
         for key, (_, entries) in reversed(self._entries.items()):  # below first
-            found[key] = self._hash(b"".join(found[id(name.node)] for name in entries))
+            found[key] = self._hash(b"".join(found[name.node.number] for name in entries))
         return found
 
     def _record(self, name: _Name, digest: bytes) -> bytes:
         node = name.node
         xattrs = _pack_xattrs(node)
-        size, count, index = node.size, len(node.chunks), 0
+        size, count, index = node.size, len(node.packed) // CHUNK_INFO_SIZE, 0
         if node.is_folder:
-            _, entries = self._entries[id(node)]
+            _, entries = self._entries[node.number]
             size = max(4096, -(-sum(len(entry.name) + 8 for entry in entries) // 4096) * 4096)
             count, index = len(entries), name.child_index
         elif node.is_symlink:
@@ -181,7 +181,7 @@ class BootstrapV5:
         head = _RECORD.pack(
             digest,
             name.parent,
-            self._inos[id(node)],
+            node.number,
             node.uid,
             node.gid,
             0,
@@ -199,8 +199,9 @@ class BootstrapV5:
             node.mtime & 0xFFFFFFFFFFFFFFFF,
         )
         parts = [head, _padded(name.name), _padded(node.target), xattrs]
-        for position, chunk in enumerate(node.chunks):
-            parts.append(CHUNK_INFO.pack(*chunk._replace(file_offset=position * self._chunk_size)))
+        for position in range(count if node.is_file else 0):
+            record = node.packed[position * CHUNK_INFO_SIZE : (position + 1) * CHUNK_INFO_SIZE]
+            parts.append(with_file_offset(record, position * self._chunk_size))
         record = b"".join(parts)
         assert len(record) % 8 == 0 and CHUNK_INFO_SIZE % 8 == 0
         return record

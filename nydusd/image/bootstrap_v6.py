@@ -6,14 +6,17 @@ tails into what folders left over of their blocks), so that both make the same b
 
 from __future__ import annotations
 
+from array import array
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 from struct import Struct
 
 from nydusd.formats.blob_meta import align_page
-from nydusd.formats.chunk_info import CHUNK_INFO, CHUNK_INFO_SIZE
-from nydusd.formats.model import BlobFeature, BlobInfo, RawChunk
+from nydusd.formats.chunk_info import CHUNK_INFO_SIZE
+from nydusd.formats.model import BlobFeature, BlobInfo
 from nydusd.formats.rafs_v6_super import BLOB_ENTRY_SIZE, MAX_BLOBS, SLOT_SIZE, SLOTS_OFFSET
 from nydusd.formats.superblock import MAX_NAME, MAX_SYMLINK, SuperFlag
 from nydusd.formats.write.rafs_v6 import (
@@ -27,38 +30,22 @@ from nydusd.formats.write.rafs_v6 import (
     pack_blob,
     pack_directory,
     pack_ext,
-    pack_inode,
     pack_slot,
     pack_super,
     pack_xattrs,
+    put_inode,
 )
 from nydusd.image.errors import ImageError, SourceError, show
-from nydusd.image.node import Folder, Node, count_links, folders
+from nydusd.image.node import Folder, Node, folders, number_all, with_file_offset
 
 _SLOT = 32
 _PAGE = 4096
 _ADDRESS = Struct("<HHI")
 _U32 = Struct("<I")
+_PLACE = Struct("<32xI20xQQI4x")  # of a chunk's record: blob index, uncompressed offset, file offset, index
+_CHUNK_KEY = itemgetter(slice(36))  # digest and blob index, which begin the record; the index is below 256
 _INDEXED = 0x20
 _MAX_BLOCK = 0xFFFFFFFF
-
-
-@dataclass(eq=False, slots=True)
-class _Place:
-    """Where an inode is, relative to the metadata area: its own bytes, its whole blocks of data, its layout."""
-
-    node: Node
-    parent: Node
-    number: int
-    xattrs: bytes
-    size: int = 0
-    offset: int = 0
-    data_at: int = 0
-    layout: int = FLAT_PLAIN
-
-    @property
-    def head(self) -> int:
-        return EXTENDED_SIZE + len(self.xattrs)
 
 
 class _Space:
@@ -107,7 +94,11 @@ class _Space:
 
 
 class BootstrapV6:
-    """One bootstrap. `flags` are those of the superblock besides xattr, tarfs and digests, which are found here."""
+    """One bootstrap. `flags` are those of the superblock besides xattr, tarfs and digests, which are found here.
+
+    What is known of an inode's place is kept in arrays by its number: where it is and where its whole blocks of data are,
+    relative to the metadata area (0: not placed), and its layout.
+    """
 
     def __init__(
         self,
@@ -129,103 +120,117 @@ class BootstrapV6:
         self._block = 512 if tarfs else _PAGE
         self._prefetch = prefetch if blobs else ()
         self._root = root
-        count_links(root)
-        self._places: dict[int, _Place] = {}
-        self._order: list[_Place] = []
-        self.names = 0
+        self.names = number_all(root)
+        self._offsets = array("Q", bytes(8 * (self.names + 1)))
+        self._data_at = array("Q", bytes(8 * (self.names + 1)))
+        self._layouts = bytearray(self.names + 1)
+        self._sizes: dict[int, int] = {}  # of folders
+        self._xattrs: dict[int, bytes] = {}  # of those that have any
         self._lay_out()
 
     def _lay_out(self) -> None:
         space = _Space(self._block)
+        self._check(self._root)
         number = 1
-        self._add(self._root, self._root, number)
         for folder in folders(self._root):
-            for name, child in folder.entries:
+            entries = folder.entries
+            for name, child in entries:
                 number += 1
                 if len(name) > MAX_NAME:
                     raise SourceError(child.path, f"a name of {len(name)} bytes; at most {MAX_NAME} fit")
-                if id(child) not in self._places:
-                    self._add(child, folder.node, number)
+                if child.number == number:
+                    self._check(child)
             self._place_folder(folder, space)
-            for _, child in folder.entries:
-                place = self._places[id(child)]
-                if not child.is_folder and not place.offset:
-                    self._place(place, space)
-        self.names = number
+            for _, child in entries:
+                if not self._offsets[child.number] and not child.is_folder:
+                    self._place(child, space)
         self._end = space.end
 
-    def _add(self, node: Node, parent: Node, number: int) -> None:
+    def _check(self, node: Node) -> None:
         if node.is_symlink and not 0 < len(node.target) <= MAX_SYMLINK:
             raise SourceError(node.path, f"a symlink's target of {len(node.target)} bytes; 1 to {MAX_SYMLINK} fit")
-        place = _Place(node, parent, number, pack_xattrs(node.xattrs, show(node.path)))
-        self._places[id(node)] = place
-        self._order.append(place)
+        if node.xattrs:
+            self._xattrs[node.number] = pack_xattrs(node.xattrs, show(node.path))
+
+    def _head(self, node: Node) -> int:
+        """Bytes of an inode with its attributes."""
+        return EXTENDED_SIZE + len(self._xattrs.get(node.number, b""))
 
     def _place_folder(self, folder: Folder, space: _Space) -> None:
-        place = self._places[id(folder.node)]
-        place.size = directory_size(sorted([b".", b"..", *folder.node.children]), self._block)
-        self._place_with_tail(place, space)
+        size = directory_size(_with_dots(folder.entries), self._block)
+        self._sizes[folder.node.number] = size
+        self._place_with_tail(folder.node, size, space)
 
-    def _place(self, place: _Place, space: _Space) -> None:
-        node = place.node
+    def _place(self, node: Node, space: _Space) -> None:
         if node.is_symlink:
-            place.size = len(node.target)
-            self._place_with_tail(place, space)
+            self._place_with_tail(node, len(node.target), space)
             return
-        size = place.head
+        size = self._head(node)
         if node.is_file:
-            place.size = node.size
-            place.layout = CHUNK_BASED
-            size = align8(size) + _ADDRESS.size * len(node.chunks)
-            place.offset = space.take(size) or space.append(size)
+            self._layouts[node.number] = CHUNK_BASED
+            size = align8(size) + _ADDRESS.size * (len(node.packed) // CHUNK_INFO_SIZE)
+            self._offsets[node.number] = space.take(size) or space.append(size)
         else:
-            place.offset = space.append(size)
+            self._offsets[node.number] = space.append(size)
         space.align(_SLOT)
 
-    def _place_with_tail(self, place: _Place, space: _Space) -> None:
+    def _place_with_tail(self, node: Node, data: int, space: _Space) -> None:
         """An inode with data of its own: the part behind the last whole block stands behind the inode if both fit
         into one block, which the kernel demands."""
-        tail = place.size % self._block
+        number, head = node.number, self._head(node)
+        tail = data % self._block
         # A symlink's target is not split: readers expect it in one place.
-        whole = place.node.is_symlink and place.size > self._block
-        if tail and place.head + tail <= self._block and not whole:
-            place.layout = FLAT_INLINE
-            size = place.head + tail
-            place.offset = space.take(size)
-            if not place.offset:
+        whole = node.is_symlink and data > self._block
+        if tail and head + tail <= self._block and not whole:
+            self._layouts[number] = FLAT_INLINE
+            size = head + tail
+            offset = space.take(size)
+            if not offset:
                 if self._block - space.end % self._block < size:
                     space.next_block()
-                place.offset = space.append(size)
-            if place.size != tail:
+                offset = space.append(size)
+            self._offsets[number] = offset
+            if data != tail:
                 space.next_block()
-            place.data_at = space.append(place.size - tail)
+            self._data_at[number] = space.append(data - tail)
         else:
-            place.layout = FLAT_PLAIN
-            place.offset = space.take(place.head) or space.append(place.head)
+            self._layouts[number] = FLAT_PLAIN
+            self._offsets[number] = space.take(head) or space.append(head)
             space.next_block()
-            place.data_at = space.append(place.size)
+            self._data_at[number] = space.append(data)
             space.align(self._block)
         space.align(_SLOT)
 
-    def pack(self) -> bytes:
+    def pack(self) -> bytearray:
         """The bytes of the file. Raises `ImageError` when the image is too large for the format."""
         blob_table = align_page(SLOTS_OFFSET + SLOT_SIZE * len(self._blobs))
         prefetch_at = blob_table + BLOB_ENTRY_SIZE * len(self._blobs)
         prefetch_size = _U32.size * len(self._prefetch)
         meta = align_page(prefetch_at + prefetch_size) if self._blobs else 0
         image = bytearray(align_page(meta + self._end))
-        table: dict[tuple[bytes, int], RawChunk] = {}
-        for place in self._order:
-            self._write(image, place, meta, table)
-        nids = [self._places[id(node)].offset // _SLOT for node in self._prefetch]
+        table: list[bytes] = []
+        number = 1
+        for folder in folders(self._root):
+            self._write_folder(image, folder, meta)
+            for _, child in folder.entries:
+                number += 1
+                if child.number == number and not child.is_folder:
+                    self._write(image, child, meta, table)
+        nids = [self._nid(node) for node in self._prefetch]
         image[prefetch_at : prefetch_at + prefetch_size] = b"".join(_U32.pack(nid) for nid in nids)
         chunk_table = len(image)
-        for _, chunk in sorted(table.items()):
-            image += CHUNK_INFO.pack(*chunk)
+        table.sort(key=_CHUNK_KEY)
+        for record, follower in zip(table, [*table[1:], b""], strict=True):
+            # Of the files that share a chunk the last one says where in the file it is.
+            if _CHUNK_KEY(record) != _CHUNK_KEY(follower):
+                image += record
+        tables = Tables(blob_table, prefetch_at, prefetch_size, meta, chunk_table, len(image) - chunk_table)
         image += bytes(-len(image) % _PAGE)
-        tables = Tables(blob_table, prefetch_at, prefetch_size, meta, chunk_table, CHUNK_INFO_SIZE * len(table))
         self._write_front(image, tables)
-        return bytes(image)
+        return image
+
+    def _nid(self, node: Node) -> int:
+        return self._offsets[node.number] // _SLOT
 
     def _write_front(self, image: bytearray, tables: Tables) -> None:
         position, blocks = len(image), 0
@@ -243,17 +248,16 @@ class BootstrapV6:
             position += blob.uncompressed_size // self._block * self._block
         if blocks > _MAX_BLOCK:
             raise ImageError(f"{blocks} blocks of data; the format ends at {_MAX_BLOCK}")
-        root = self._places[id(self._root)]
         image[1024:1152] = pack_super(
             block=self._block,
-            root_nid=root.offset // _SLOT,
+            root_nid=self._nid(self._root),
             names=self.names,
             blocks=blocks,
             meta=tables.meta,
             devices=len(self._blobs),
         )
         flags = self._flags
-        if any(place.xattrs for place in self._order):
+        if self._xattrs:
             flags |= SuperFlag.HAS_XATTR
         # The reference sets this for an image without blobs, too: no blob is without digests.
         if all(blob.features & BlobFeature.INLINED_CHUNK_DIGEST for blob in self._blobs):
@@ -262,70 +266,83 @@ class BootstrapV6:
             flags |= SuperFlag.TARFS
         image[1152:1408] = pack_ext(flags, self._chunk_size, len(self._blobs), tables)
 
-    def _write(self, image: bytearray, place: _Place, meta: int, table: dict[tuple[bytes, int], RawChunk]) -> None:
-        node = place.node
-        union, data = 0, b""
-        if node.is_file:
-            union, data = self._chunk_header(node), self._addresses(node, table)
-        elif node.is_folder:
-            union = (meta + place.data_at) // self._block
-            data = self._folder_data(place)
-        elif node.is_symlink:
-            union, data = (meta + place.data_at) // self._block, node.target
-        else:
-            union = node.rdev
-        head = pack_inode(
-            layout=place.layout,
-            xattr_size=len(place.xattrs),
+    def _write_inode(self, image: bytearray, node: Node, meta: int, size: int, union: int) -> int:
+        """The inode and its attributes; where what follows them begins."""
+        at = meta + self._offsets[node.number]
+        xattrs = self._xattrs.get(node.number, b"")
+        put_inode(
+            image,
+            at,
+            layout=self._layouts[node.number],
+            xattr_size=len(xattrs),
             mode=node.mode,
-            size=place.size,
+            size=size,
             union=union,
-            number=place.number,
+            number=node.number,
             uid=node.uid,
             gid=node.gid,
             mtime=node.mtime,
             mtime_ns=node.mtime_ns,
             nlink=node.nlink,
         )
-        at = meta + place.offset
-        _put(image, at, head + place.xattrs)
-        if place.layout == CHUNK_BASED:
-            _put(image, at + align8(place.head), data)
-            return
-        whole = len(data) - (len(data) % self._block if place.layout == FLAT_INLINE else 0)
-        _put(image, meta + place.data_at, data[:whole])
-        _put(image, at + place.head, data[whole:])
+        at += EXTENDED_SIZE
+        if xattrs:
+            image[at : at + len(xattrs)] = xattrs
+        return at + len(xattrs)
 
-    def _folder_data(self, place: _Place) -> bytes:
-        entries = [(name, self._places[id(child)], child.mode) for name, child in place.node.children.items()]
-        entries += [(b".", place, place.node.mode), (b"..", self._places[id(place.parent)], place.parent.mode)]
-        entries.sort(key=lambda entry: entry[0])
-        return pack_directory([(name, child.offset // _SLOT, mode) for name, child, mode in entries], self._block)
+    def _write(self, image: bytearray, node: Node, meta: int, table: list[bytes]) -> None:
+        if node.is_file:
+            at = self._write_inode(image, node, meta, node.size, self._chunk_header(node))
+            self._write_addresses(image, align8(at), node, table)
+        elif node.is_symlink:
+            self._write_with_tail(image, node, meta, node.target)
+        else:
+            self._write_inode(image, node, meta, 0, node.rdev)
+
+    def _write_with_tail(self, image: bytearray, node: Node, meta: int, data: bytes) -> None:
+        data_at = meta + self._data_at[node.number]
+        at = self._write_inode(image, node, meta, len(data), data_at // self._block)
+        whole = len(data) - (len(data) % self._block if self._layouts[node.number] == FLAT_INLINE else 0)
+        image[data_at : data_at + whole] = data[:whole]
+        image[at : at + len(data) - whole] = data[whole:]
+
+    def _write_folder(self, image: bytearray, folder: Folder, meta: int) -> None:
+        offsets = self._offsets
+        entries = [(name, offsets[child.number] // _SLOT, child.mode) for name, child in folder.entries]
+        for name, node in ((b".", folder.node), (b"..", folder.parent)):
+            insort(entries, (name, self._nid(node), node.mode))
+        self._write_with_tail(image, folder.node, meta, pack_directory(entries, self._block))
 
     def _chunk_header(self, node: Node) -> int:
         """The exponent of the chunk size. Chunks that are neighbours in one blob are shown to the kernel as one large
         chunk, so that files share its page cache."""
         size = self._chunk_size
-        steps = zip(node.chunks, node.chunks[1:], strict=False)
-        if node.size > size and all(a.blob_index == b.blob_index and a.uoff + size == b.uoff for a, b in steps):
-            size = 1 << (node.size - 1).bit_length()
+        if node.size > size:
+            chunks = node.chunks
+            if all(a.blob_index == b.blob_index and a.uoff + size == b.uoff for a, b in pairwise(chunks)):
+                size = 1 << (node.size - 1).bit_length()
         return _INDEXED | min((size // self._block).bit_length() - 1, 31)
 
-    def _addresses(self, node: Node, table: dict[tuple[bytes, int], RawChunk]) -> bytes:
-        data = bytearray()
-        for position, chunk in enumerate(node.chunks):
-            block = chunk.uoff // self._block
+    def _write_addresses(self, image: bytearray, at: int, node: Node, table: list[bytes]) -> None:
+        packed = node.packed
+        for position in range(0, len(packed), CHUNK_INFO_SIZE):
+            record = packed[position : position + CHUNK_INFO_SIZE]
+            blob_index, uoff, file_offset, index = _PLACE.unpack(record)
+            block = uoff // self._block
             if block > _MAX_BLOCK:
                 raise SourceError(node.path, f"block {block} of the blob; the format ends at {_MAX_BLOCK}")
-            device = chunk.blob_index + 1 | chunk.index >> 16 << 8
-            data += _ADDRESS.pack(chunk.index & 0xFFFF, device, block)
-            table[chunk.digest, chunk.blob_index] = chunk._replace(file_offset=position * self._chunk_size)
-        return bytes(data)
+            _ADDRESS.pack_into(image, at, index & 0xFFFF, blob_index + 1 | index >> 16 << 8, block)
+            at += _ADDRESS.size
+            begin = position // CHUNK_INFO_SIZE * self._chunk_size
+            table.append(record if file_offset == begin else with_file_offset(record, begin))
 
 
 def align8(size: int) -> int:
     return size + 7 & ~7
 
 
-def _put(image: bytearray, at: int, data: bytes) -> None:
-    image[at : at + len(data)] = data
+def _with_dots(entries: Sequence[tuple[bytes, Node]]) -> list[bytes]:
+    names = [name for name, _ in entries]
+    insort(names, b".")
+    insort(names, b"..")
+    return names

@@ -11,7 +11,7 @@ from nydusd.errors import FormatError
 from nydusd.formats.rafs_v5 import RafsV5
 from nydusd.formats.superblock import flags_digester
 from nydusd.image.load import tree_of
-from nydusd.image.node import count_links
+from nydusd.image.node import number_all
 from nydusd.image.reader import ImageReader
 from nydusd.image.unpack import paths
 
@@ -31,7 +31,7 @@ def check(reader: ImageReader, where: str, say: Callable[[str], None] | None = N
     """
     bootstrap = reader.bootstrap
     tree = tree_of(bootstrap, where)
-    count = count_links(tree)
+    count = number_all(tree)
     for path, ino in paths(bootstrap):
         inode = bootstrap.inode(ino)
         if say is not None:

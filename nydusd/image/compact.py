@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nydusd.formats.chunk_info import CHUNK_INFO
 from nydusd.formats.model import BlobFeature, BlobInfo, Bootstrap, Compressor, RawChunk
 from nydusd.formats.superblock import flags_compressor
 from nydusd.image.known import KnownChunks
@@ -115,7 +116,9 @@ def _use_dictionary(tree: Node, table: list[BlobInfo], dictionary: Bootstrap, fo
     for digester in {blob.digester for blob in table}:
         known.add_dictionary(dictionary, digester, folder)
     for node in with_chunks(tree):
-        node.chunks = [known.find(chunk.digest, chunk.usize) or chunk for chunk in node.chunks]
+        node.packed = b"".join(
+            known.find(chunk.digest, chunk.usize) or CHUNK_INFO.pack(*chunk) for chunk in node.chunks
+        )
     return [info for info in known.blobs if info is not None]
 
 

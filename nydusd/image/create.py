@@ -15,18 +15,19 @@ from pathlib import Path
 
 from nydusd.errors import ConfigError
 from nydusd.formats.blob_id import check_blob_id
-from nydusd.formats.model import BlobInfo, Digester, RawChunk
+from nydusd.formats.chunk_info import CHUNK_INFO
+from nydusd.formats.model import BlobInfo, Digester
 from nydusd.formats.superblock import SuperFlag
 from nydusd.formats.write.rafs_v6 import compressor_flag, digester_flag
 from nydusd.image.blob import INLINED_ID, BlobSettings, BlobWriter, fresh_key
 from nydusd.image.bootstrap_v5 import BootstrapV5
 from nydusd.image.bootstrap_v6 import BootstrapV6
-from nydusd.image.chunking import Chunker, Piece, pieces_of, slot_size, tasks_of
+from nydusd.image.chunking import Chunker, Piece, pieces_of, slot_size, tasks_of, unpack_results
 from nydusd.image.errors import SourceError
 from nydusd.image.folder import scan
 from nydusd.image.known import KnownChunks, check_fits, open_dictionary
 from nydusd.image.load import standalone, tree_of
-from nydusd.image.node import Node
+from nydusd.image.node import Node, growing_trees
 from nydusd.image.options import BuildOptions, Source
 from nydusd.image.output import Output, folder_of, write_file
 from nydusd.image.overlay import overlay
@@ -58,6 +59,11 @@ class Built:
 def create(options: BuildOptions) -> Built:
     """Make the image. Raises `NydusError`: nothing is left then but what other runs made."""
     options.check()
+    with growing_trees():
+        return _create(options)
+
+
+def _create(options: BuildOptions) -> Built:
     owners = not options.repeatable
     if not options.kind.is_tar:
         # Marks of removed files act on the parent's files; without a parent they mean nothing.
@@ -128,7 +134,7 @@ class _Build:
         self._known = KnownChunks([standalone(info, options.blob_dir) for info in lower.blobs])
         for chunk in lower.raw_chunks():
             if lower.blobs[chunk.blob_index].digester == options.digester:
-                self._known.add(chunk)
+                self._known.add(chunk.digest, CHUNK_INFO.pack(*chunk))
         return overlay(tree_of(lower, str(parent)), tree, options.whiteouts)
 
     def run(self) -> Built:
@@ -227,36 +233,41 @@ class _Build:
         options = self._options
         listed = [] if options.prefetch is PrefetchPolicy.NONE else options.prefetch_list
         order, first = storage_order(self._tree, listed)
-        stored = {id(node) for node in order if node.chunks}  # of the parent image
-        first -= sum(id(node) in stored for node in order[:first])
-        order = [node for node in order if id(node) not in stored]
         if self._layer is not None:
             order.sort(key=tar_position)
             first = 0
         total = sum(node.size for node in order)
-        small = options.batch_size // 2
         known, settings = self._known, self._settings
         if isinstance(writer, TarfsWriter):
             writer.add_all(order)
             return total
-        chunker = Chunker(settings.compressor, settings.digester, settings.cipher(), self._tar, known.digests())
-        chunker.summary_only = self._layer is not None
+        chunker = Chunker(
+            settings.compressor,
+            settings.digester,
+            settings.cipher(),
+            os.fsencode(options.source),
+            self._tar,
+            known.digests(),
+            summary_only=self._layer is not None,
+        )
         progress = Progress(total, quiet=options.quiet)
         processes = max(1, min(options.process_count(), total // options.chunk_size + 1))
         with Pool(chunker, processes, slot_size(options.chunk_size)) as pool:
-            feed = _Feed(order, options.chunk_size, small)
+            feed = _Feed(order, options.chunk_size, options.batch_size // 2)
             for task, results, data in pool.run(tasks_of(feed)):
-                at = 0
-                for piece, packed in zip(task.pieces, results, strict=True):
-                    chunk = known.find(packed.digest, piece.size)
-                    if chunk is None:
-                        with data[at : at + packed.stored] as content:
-                            chunk = writer.add(piece, packed, content)
-                        known.add(chunk)
-                    at += packed.stored
-                    if feed.settle(chunk) < first:
+                at = done = 0
+                for piece, packed in zip(task.pieces, unpack_results(results), strict=True):
+                    digest, end = packed.digest, at + packed.stored
+                    record = known.find(digest, piece.size)
+                    if record is None:
+                        with data[at:end] as content:
+                            record = writer.add(piece, packed, content)
+                        known.add(digest, record)
+                    at = end
+                    if feed.settle(record) < first:
                         writer.prefetch_size = writer.stored
-                    progress.add(piece.size)
+                    done += piece.size
+                progress.add(done)
         progress.end()
         return total
 
@@ -265,24 +276,33 @@ class _Feed:
     """The pieces of all files in order; remembers whose they are, so that `settle` can hand each its chunk."""
 
     def __init__(self, order: Sequence[Node], chunk_size: int, small: int) -> None:
+        """`order` has no empty files."""
         self._order = order
         self._chunk_size = chunk_size
         self._small = small
         self._position = 0
+        self._records: list[bytes] = []
 
     def __iter__(self) -> Iterator[Piece]:
+        folder, prefix = None, b""
         for node in self._order:
             if node.size > self._chunk_size * _MAX_FILE_CHUNKS:
                 raise SourceError(
                     node.path, f"{node.size} bytes are more than {_MAX_FILE_CHUNKS} chunks: take larger ones"
                 )
-            yield from pieces_of(node, self._chunk_size, self._small)
+            if node.parent is not folder:
+                folder, path = node.parent, node.path
+                prefix = path[: len(path) - len(node.name)]
+            yield from pieces_of(node, self._chunk_size, self._small, prefix + node.name)
 
-    def settle(self, chunk: RawChunk) -> int:
-        """Give the next file that misses a chunk this one; the position of the file."""
-        while True:
-            node = self._order[self._position]
-            if len(node.chunks) * self._chunk_size < node.size:
-                node.chunks.append(chunk)
-                return self._position
+    def settle(self, record: bytes) -> int:
+        """Give the first file that misses a chunk this one; the position of the file."""
+        position = self._position
+        node = self._order[position]
+        records = self._records
+        records.append(record)
+        if len(records) * self._chunk_size >= node.size:
+            node.packed = b"".join(records)
+            records.clear()
             self._position += 1
+        return position

@@ -26,65 +26,66 @@ def scan(top: bytes, *, owners: bool, whiteouts: Whiteouts) -> Node:
     except OSError as error:
         raise ImageError(f"{os.fsdecode(top)}: {error.strerror}") from error
     seen: dict[tuple[int, int], Node] = {}
-    root = _node(top, b"", info, owners)
+    root = _node(top, b"", None, info, owners)
     root.mtime = root.mtime_ns = 0
     todo = [(root, top)]
     while todo:
         folder, path = todo.pop()
-        for name in _listing(path, folder.path):
-            place = os.path.join(path, name)
-            shown = folder.path + b"/" + name if folder.path else name
+        for name in _listing(path, folder):
+            place = path + b"/" + name
             try:
                 info = os.lstat(place)
             except OSError as error:
-                raise SourceError(shown, f"cannot be looked at: {error.strerror}") from error
-            known = None if stat.S_ISDIR(info.st_mode) or info.st_nlink == 1 else seen.get((info.st_dev, info.st_ino))
-            node = known or _node(place, shown, info, owners)
+                raise SourceError(_shown(folder, name), f"cannot be looked at: {error.strerror}") from error
+            links = info.st_nlink > 1 and not stat.S_ISDIR(info.st_mode)
+            known = seen.get((info.st_dev, info.st_ino)) if links else None
+            node = known or _node(place, name, folder, info, owners)
             if drops(whiteouts, name, node):
                 continue
             folder.children[name] = node
-            if node.is_folder:
-                todo.append((node, place))
-            elif info.st_nlink > 1:
+            if links:
                 seen[info.st_dev, info.st_ino] = node
+            elif node.is_folder:
+                todo.append((node, place))
     return root
 
 
-def _listing(path: bytes, shown: bytes) -> list[bytes]:
+def _shown(folder: Node, name: bytes) -> bytes:
+    return folder.path + b"/" + name if folder.parent is not None else name
+
+
+def _listing(path: bytes, folder: Node) -> list[bytes]:
     try:
         return sorted(os.listdir(path))
     except OSError as error:
-        raise SourceError(shown or b"/", f"the folder cannot be listed: {error.strerror}") from error
+        raise SourceError(folder.path or b"/", f"the folder cannot be listed: {error.strerror}") from error
 
 
-def _node(path: bytes, shown: bytes, info: os.stat_result, owners: bool) -> Node:
+def _node(path: bytes, name: bytes, folder: Node | None, info: os.stat_result, owners: bool) -> Node:
     mtime, mtime_ns = divmod(info.st_mtime_ns, 1_000_000_000)
     node = Node(
-        path=shown,
-        mode=info.st_mode,
+        name,
+        folder,
+        info.st_mode,
         uid=info.st_uid if owners else 0,
         gid=info.st_gid if owners else 0,
         mtime=mtime,
         mtime_ns=mtime_ns,
-        xattrs=_xattrs(path, shown),
     )
+    try:
+        listed = os.listxattr(path, follow_symlinks=False)
+        if listed:
+            node.xattrs = {os.fsencode(key): os.getxattr(path, key, follow_symlinks=False) for key in listed}
+    except OSError as error:
+        if error.errno not in _NO_XATTRS:
+            raise SourceError(node.path or b"/", f"its attributes cannot be read: {error.strerror}") from error
     if node.is_file:
-        node.size, node.source, node.changed = info.st_size, path, info.st_mtime_ns
+        node.size = info.st_size
     elif node.is_symlink:
         try:
             node.target = os.readlink(path)
         except OSError as error:
-            raise SourceError(shown, f"the symlink cannot be read: {error.strerror}") from error
+            raise SourceError(node.path, f"the symlink cannot be read: {error.strerror}") from error
     elif stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
         node.rdev = info.st_rdev
     return node
-
-
-def _xattrs(path: bytes, shown: bytes) -> dict[bytes, bytes]:
-    try:
-        listed = os.listxattr(path, follow_symlinks=False)
-        return {os.fsencode(name): os.getxattr(path, name, follow_symlinks=False) for name in listed}
-    except OSError as error:
-        if error.errno in _NO_XATTRS:
-            return {}
-        raise SourceError(shown or b"/", f"its attributes cannot be read: {error.strerror}") from error

@@ -1,21 +1,26 @@
 """Chunks that are in blobs already: those of a parent image, and those of a chunk dictionary. In memory.
 
-A chunk is the same if digest and length are. Blobs of the dictionary come into the blob table when the first of their chunks
-is used; the parent's are all in it from the beginning.
+A chunk is the same if digest and length are; it is kept as the packed record that images have. Blobs of the dictionary come into
+the blob table when the first of their chunks is used; the parent's are all in it from the beginning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from struct import Struct
 
 from nydusd.errors import ConfigError
-from nydusd.formats.model import BlobInfo, Bootstrap, Digester, RawChunk
+from nydusd.formats.chunk_info import CHUNK_INFO
+from nydusd.formats.model import BlobInfo, Bootstrap, Digester
 from nydusd.image.blob import renumbered
+from nydusd.image.errors import ImageError
 from nydusd.image.load import standalone
 from nydusd.image.reader import load_metadata
 
-Key = tuple[bytes, int]
+_USIZE_AT = 44
+_INDEX = Struct("<I")
+_INDEX_AT = 32
 
 
 class KnownChunks:
@@ -23,41 +28,54 @@ class KnownChunks:
 
     def __init__(self, blobs: Sequence[BlobInfo] = ()) -> None:
         self.blobs: list[BlobInfo | None] = list(blobs)
-        self._chunks: dict[Key, RawChunk] = {}
-        self._dictionary: dict[Key, RawChunk] = {}
+        self._chunks: dict[bytes, bytes] = {}
+        self._dictionary: dict[bytes, bytes] = {}
         self._dictionary_blobs: list[BlobInfo] = []
         self._places: dict[int, int] = {}
 
-    def add(self, chunk: RawChunk) -> None:
+    def add(self, digest: bytes, record: bytes) -> None:
         """A chunk that is stored, with its index in our blob table."""
-        self._chunks.setdefault((chunk.digest, chunk.usize), chunk)
+        self._chunks.setdefault(digest, record)
 
     def add_dictionary(self, bootstrap: Bootstrap, digester: Digester, folder: Path | None) -> None:
         """Chunks of another image that may be used; those hashed by another algorithm cannot be compared."""
         for chunk in bootstrap.raw_chunks():
             if bootstrap.blobs[chunk.blob_index].digester == digester:
-                self._dictionary.setdefault((chunk.digest, chunk.usize), chunk)
+                self._dictionary.setdefault(chunk.digest, CHUNK_INFO.pack(*chunk))
         self._dictionary_blobs = [standalone(info, folder) for info in bootstrap.blobs]
 
-    def digests(self) -> set[bytes]:
+    def digests(self) -> frozenset[bytes]:
         """Of all chunks that are known now: workers need not pack these."""
-        return {digest for digest, _ in (*self._chunks, *self._dictionary)}
+        return frozenset((*self._chunks, *self._dictionary))
 
-    def find(self, digest: bytes, size: int) -> RawChunk | None:
-        """The stored chunk, with its index in our blob table; None if it is new."""
-        key = digest, size
-        chunk = self._dictionary.get(key)
-        if chunk is None:
-            return self._chunks.get(key)
-        place = self._places.get(chunk.blob_index)
+    def find(self, digest: bytes, size: int) -> bytes | None:
+        """The stored chunk's record, with its index in our blob table; None if it is new.
+
+        Raises `ImageError` if a chunk of this digest has another length: the image that says so is damaged.
+        """
+        found = self._dictionary.get(digest)
+        if found is not None:
+            found = self._from_dictionary(found)
+        else:
+            found = self._chunks.get(digest)
+            if found is None:
+                return None
+        (usize,) = _INDEX.unpack_from(found, _USIZE_AT)
+        if usize != size:
+            raise ImageError(f"chunk {digest.hex()}: {usize} bytes in an image that is built upon, and {size} here")
+        return found
+
+    def _from_dictionary(self, record: bytes) -> bytes:
+        (index,) = _INDEX.unpack_from(record, _INDEX_AT)
+        place = self._places.get(index)
         if place is None:
-            info = self._dictionary_blobs[chunk.blob_index]
+            info = self._dictionary_blobs[index]
             place = next((at for at, blob in enumerate(self.blobs) if blob and blob.blob_id == info.blob_id), -1)
             if place < 0:
                 place = self.reserve()
                 self.blobs[place] = renumbered(info, place)
-            self._places[chunk.blob_index] = place
-        return chunk._replace(blob_index=place)
+            self._places[index] = place
+        return record[:_INDEX_AT] + _INDEX.pack(place) + record[_INDEX_AT + _INDEX.size :]
 
     def reserve(self) -> int:
         """A place in the blob table, to be filled in later."""

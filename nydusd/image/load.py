@@ -40,7 +40,7 @@ class _Loader:
 
     def load(self) -> Node:
         bootstrap = self._bootstrap
-        root = self._node(bootstrap.root_ino, b"")
+        root = self._node(bootstrap.root_ino, b"", None)
         todo = [(bootstrap.root_ino, root, 0)]
         while todo:
             ino, folder, depth = todo.pop()
@@ -51,8 +51,7 @@ class _Loader:
                     continue
                 node = self._nodes.get(entry.ino)
                 if node is None:
-                    path = folder.path + b"/" + entry.name if folder.path else entry.name
-                    node = self._node(entry.ino, path)
+                    node = self._node(entry.ino, entry.name, folder)
                     if node.is_folder:
                         todo.append((entry.ino, node, depth + 1))
                 elif node.is_folder:
@@ -60,12 +59,13 @@ class _Loader:
                 folder.children[entry.name] = node
         return root
 
-    def _node(self, ino: int, path: bytes) -> Node:
+    def _node(self, ino: int, name: bytes, folder: Node | None) -> Node:
         bootstrap = self._bootstrap
         inode = bootstrap.inode(ino)
         node = Node(
-            path=path,
-            mode=inode.mode,
+            name,
+            folder,
+            inode.mode,
             uid=inode.uid,
             gid=inode.gid,
             mtime=inode.mtime - (1 << 64) if inode.mtime >> 63 else inode.mtime,
@@ -75,7 +75,7 @@ class _Loader:
         )
         if node.is_file:
             node.size = inode.size
-            node.chunks = self._chunks(ino, inode.size)
+            node.set_chunks(self._chunks(ino, inode.size))
         elif node.is_symlink:
             node.target = bootstrap.readlink(ino)
         self._nodes[ino] = node

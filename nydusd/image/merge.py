@@ -153,7 +153,7 @@ class _Merger:
         renumber(tree, places)
         self._last = layer
         # The marks of the lowest layer have nothing to act on, but they are no files either.
-        lower = self._tree or Node(path=b"", mode=tree.mode)
+        lower = self._tree or Node(b"", None, tree.mode)
         self._tree = overlay(lower, tree, Whiteouts.OCI)
 
     def write(self) -> Merged:

@@ -1,61 +1,121 @@
 """The tree of an image that is being built: one `Node` an inode, whatever it comes from. Plain data, in memory.
 
 Names of a hard link share their node. Trees may be deeper than Python's recursion limit, so every walk here is a loop.
+All that a builder keeps in memory grows with the number of names and chunks alone, so nodes are kept small: no path, no
+collections of their own for what most of them have not, and chunks as the packed records that images have.
 """
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, cast
 
+from nydusd.formats.chunk_info import CHUNK_INFO
 from nydusd.formats.model import RawChunk
 
 Segment = tuple[int, int, int]
 """Bytes of a tar member: offset in the file, length, position in the tar. What no segment covers is zero."""
 
+NO_XATTRS: Mapping[bytes, bytes] = MappingProxyType({})
+_NO_CHILDREN = cast("dict[bytes, Node]", MappingProxyType({}))
+_FILE_OFFSET_AT = 64
+_S_IFMT, _S_IFDIR, _S_IFREG, _S_IFLNK = 0xF000, 0x4000, 0x8000, 0xA000
 
-@dataclass(eq=False, slots=True)
+
 class Node:
-    """One inode. `path` is the first name it was met under, without a leading slash: for messages only.
+    """One inode. `name` and `parent` are where it was met first; a root has neither.
 
-    Data of a regular file comes from `source` (a path of the host, to be checked against `size` and `changed`, the mtime
-    in nanoseconds), from `segments` of the tar, or it is there already: `chunks` of known blobs.
+    Data of a regular file comes from the host, where it is to be found under `path` with this size and mtime; from
+    `segments` of a tar, if these are not None; or it is there already: chunks of known blobs. Other kinds have no chunks.
+    Only folders have `children`. `number` is that of the first name in the order of `names`, once `number_all` was called.
     """
 
-    path: bytes
-    mode: int
-    uid: int = 0
-    gid: int = 0
-    mtime: int = 0
-    mtime_ns: int = 0
-    rdev: int = 0
-    size: int = 0
-    target: bytes = b""
-    xattrs: dict[bytes, bytes] = field(default_factory=dict)
-    children: dict[bytes, Node] = field(default_factory=dict)
-    source: bytes | None = None
-    changed: int = 0
-    segments: tuple[Segment, ...] | None = None
-    chunks: list[RawChunk] = field(default_factory=list)
-    nlink: int = 1
+    __slots__ = (
+        "children",
+        "gid",
+        "mode",
+        "mtime",
+        "mtime_ns",
+        "name",
+        "nlink",
+        "number",
+        "packed",
+        "parent",
+        "rdev",
+        "segments",
+        "size",
+        "target",
+        "uid",
+        "xattrs",
+    )
+
+    def __init__(
+        self,
+        name: bytes,
+        parent: Node | None,
+        mode: int,
+        *,
+        uid: int = 0,
+        gid: int = 0,
+        mtime: int = 0,
+        mtime_ns: int = 0,
+        rdev: int = 0,
+        xattrs: Mapping[bytes, bytes] = NO_XATTRS,
+    ) -> None:
+        self.name = name
+        self.parent = parent
+        self.mode = mode
+        self.uid = uid
+        self.gid = gid
+        self.mtime = mtime
+        self.mtime_ns = mtime_ns
+        self.rdev = rdev
+        self.size = 0
+        self.target = b""
+        self.xattrs = xattrs or NO_XATTRS
+        self.children: dict[bytes, Node] = {} if mode & _S_IFMT == _S_IFDIR else _NO_CHILDREN
+        self.segments: tuple[Segment, ...] | None = None
+        self.packed = b""
+        self.nlink = 1
+        self.number = 0
 
     @property
-    def kind(self) -> int:
-        return stat.S_IFMT(self.mode)
+    def path(self) -> bytes:
+        """Of the first name, without a leading slash; empty for the root."""
+        parts = []
+        node = self
+        while node.parent is not None:
+            parts.append(node.name)
+            node = node.parent
+        return b"/".join(reversed(parts))
 
     @property
     def is_folder(self) -> bool:
-        return self.mode & 0xF000 == 0x4000
+        return self.mode & _S_IFMT == _S_IFDIR
 
     @property
     def is_file(self) -> bool:
-        return self.mode & 0xF000 == 0x8000
+        return self.mode & _S_IFMT == _S_IFREG
 
     @property
     def is_symlink(self) -> bool:
-        return self.mode & 0xF000 == 0xA000
+        return self.mode & _S_IFMT == _S_IFLNK
+
+    @property
+    def chunks(self) -> list[RawChunk]:
+        """The chunks of a file, made anew from `packed` each time."""
+        return [RawChunk._make(record) for record in CHUNK_INFO.iter_unpack(self.packed)]
+
+    def set_chunks(self, chunks: Iterable[RawChunk]) -> None:
+        self.packed = b"".join(CHUNK_INFO.pack(*chunk) for chunk in chunks)
+
+
+def with_file_offset(record: bytes, offset: int) -> bytes:
+    """The record of a chunk, for a file that has it at another offset."""
+    return record[:_FILE_OFFSET_AT] + offset.to_bytes(8, "little") + record[_FILE_OFFSET_AT + 8 :]
 
 
 class Name(NamedTuple):
@@ -82,7 +142,7 @@ def folders(root: Node) -> Iterator[Folder]:
         node, parent = todo.pop()
         entries = sorted(node.children.items())
         yield Folder(node, parent, entries)
-        todo += [(child, node) for _, child in reversed(entries) if child.is_folder]
+        todo += [(child, node) for _, child in reversed(entries) if child.mode & _S_IFMT == _S_IFDIR]
 
 
 def names(root: Node) -> Iterator[Name]:
@@ -95,22 +155,23 @@ def names(root: Node) -> Iterator[Name]:
             yield Name(name, child, folder.node, number)
 
 
-def count_links(root: Node) -> int:
-    """Set `nlink` of every node from the names in the tree; the number of names."""
-    count = 0
-    for name in names(root):
-        count += 1
-        node = name.node
-        if node.is_folder:
-            node.nlink = 2
-        elif node.nlink >= 0:
-            node.nlink = -1  # seen once in this pass; counted down, so that no old value matters
-        else:
-            node.nlink -= 1
-        if node.is_folder and node is not root:
-            name.parent.nlink += 1
-    for name in names(root):
-        name.node.nlink = abs(name.node.nlink)
+def number_all(root: Node) -> int:
+    """Set `number` and `nlink` of every node from the names in the tree; the number of names."""
+    for folder in folders(root):
+        for _, child in folder.entries:
+            child.number = 0
+    root.number, root.nlink = 1, 2
+    count = 1
+    for folder in folders(root):
+        for _, child in folder.entries:
+            count += 1
+            if child.mode & _S_IFMT == _S_IFDIR:
+                child.number, child.nlink = count, 2
+                folder.node.nlink += 1
+            elif child.number:
+                child.nlink += 1
+            else:
+                child.number, child.nlink = count, 1
     return count
 
 
@@ -125,3 +186,16 @@ def find(root: Node, path: bytes) -> Node | None:
             return None
         node = child
     return node
+
+
+@contextlib.contextmanager
+def growing_trees() -> Iterator[None]:
+    """Python's collector does not run meanwhile: nothing of a tree that grows is garbage, and it would look at all of it again
+    and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -13,11 +13,14 @@ import stat
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from nydusd.image.errors import ImageError
 
-_BUFFER = 1 << 20
+_BUFFER = 256 << 10
+_LARGE = 64 << 10
+
+Buffer = bytes | bytearray | memoryview
 
 
 class Output:
@@ -29,20 +32,23 @@ class Output:
 
     def __init__(self, folder: Path, stream: Path | None = None) -> None:
         self._hash = hashlib.sha256()
+        self._waiting = bytearray()  # hashed and written together: most chunks are small
+        self._file = -1
         self._part: Path | None = None
         self.position = 0
         self.shown = stream or folder
         try:
             if stream is not None and _is_stream(stream):
-                self._file: BinaryIO = open(stream, "wb", buffering=_BUFFER)  # noqa: SIM115 (closed in __exit__)
+                self._file = os.open(stream, os.O_WRONLY | os.O_CLOEXEC)
                 return
-            descriptor, name = tempfile.mkstemp(prefix=".nydus-image-", suffix=".part", dir=folder)
+            self._file, name = tempfile.mkstemp(prefix=".nydus-image-", suffix=".part", dir=folder)
             self._part = Path(name)
             mask = os.umask(0)
             os.umask(mask)
-            os.fchmod(descriptor, 0o666 & ~mask)
-            self._file = os.fdopen(descriptor, "w+b", buffering=_BUFFER)
+            os.fchmod(self._file, 0o666 & ~mask)
         except OSError as error:
+            if self._part is not None:
+                self.__exit__(OSError, error, None)
             raise _failed(self.shown, "cannot be written", error) from error
 
     def __enter__(self) -> Self:
@@ -52,7 +58,7 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._file.close()
+            os.close(self._file)
         except OSError as failure:
             if error is None:
                 raise _failed(self.shown, "cannot be written", failure) from failure
@@ -60,23 +66,43 @@ class Output:
             if self._part is not None:
                 self._part.unlink(missing_ok=True)
 
-    def write(self, data: bytes | memoryview, *, hashed: bool = True) -> int:
+    def write(self, data: Buffer, *, hashed: bool = True) -> int:
         """Append; the position at which the data begins."""
         begin = self.position
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise _failed(self.shown, "cannot be written", error) from error
-        if hashed:
+        if not hashed:
+            self._flush()
+            self._append(data)
+        elif len(data) < _LARGE:
+            self._waiting += data
+            if len(self._waiting) >= _BUFFER:
+                self._flush()
+        else:
+            self._flush()
             self._hash.update(data)
+            self._append(data)
         self.position += len(data)
         return begin
 
-    def put(self, at: int, data: bytes | memoryview) -> None:
+    def _flush(self) -> None:
+        if self._waiting:
+            data, self._waiting = self._waiting, bytearray()
+            self._hash.update(data)
+            self._append(data)
+
+    def _append(self, data: Buffer) -> None:
+        try:
+            done = os.write(self._file, data)
+            while done < len(data):
+                done += os.write(self._file, memoryview(data)[done:])
+        except OSError as error:
+            raise _failed(self.shown, "cannot be written", error) from error
+
+    def put(self, at: int, data: Buffer) -> None:
         """Write at a place of a file that is not hashed. Holes stay holes."""
         try:
-            self._file.seek(at)
-            self._file.write(data)
+            done = os.pwrite(self._file, data, at)
+            while done < len(data):
+                done += os.pwrite(self._file, memoryview(data)[done:], at + done)
         except OSError as error:
             raise _failed(self.shown, "cannot be written", error) from error
         self.position = max(self.position, at + len(data))
@@ -84,28 +110,30 @@ class Output:
     def read(self, at: int, size: int) -> bytes:
         """What was put at a place of the file."""
         try:
-            self._file.seek(at)
-            return self._file.read(size)
+            data = os.pread(self._file, size, at)
+            while len(data) < size and (more := os.pread(self._file, size - len(data), at + len(data))):
+                data += more
         except OSError as error:
             raise _failed(self.shown, "cannot be read", error) from error
+        return data
 
     def extend(self, size: int) -> None:
         """Make a file that is not hashed `size` bytes long."""
         try:
-            self._file.flush()
-            os.ftruncate(self._file.fileno(), size)
+            os.ftruncate(self._file, size)
         except OSError as error:
             raise _failed(self.shown, "cannot be written", error) from error
         self.position = size
 
     def digest(self) -> bytes:
         """sha256 of all hashed bytes so far."""
+        self._flush()
         return self._hash.digest()
 
     def publish(self, path: Path) -> None:
         """All is written: give the file its name, replacing what had it. A stream is only flushed."""
+        self._flush()
         try:
-            self._file.flush()
             if self._part is not None:
                 self._part.replace(path)
                 self._part = None
@@ -113,7 +141,7 @@ class Output:
             raise _failed(path, "cannot be written", error) from error
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: Buffer) -> None:
     """A whole file at once, in the same way."""
     with Output(path.parent, path) as out:
         out.write(data, hashed=False)

@@ -32,7 +32,7 @@ def overlay(lower: Node, upper: Node, spec: Whiteouts) -> Node:
                 continue
             if known is None or not known.is_folder:
                 # A folder of its own, because the marks in it must not stay.
-                known = below.children[name] = Node(path=node.path, mode=node.mode)
+                known = below.children[name] = Node(name, below, node.mode)
             _adopt(known, node, spec)
             todo.append((known, node))
     return lower
@@ -41,6 +41,6 @@ def overlay(lower: Node, upper: Node, spec: Whiteouts) -> Node:
 def _adopt(folder: Node, source: Node, spec: Whiteouts) -> None:
     folder.mode, folder.uid, folder.gid = source.mode, source.uid, source.gid
     folder.mtime, folder.mtime_ns = source.mtime, source.mtime_ns
-    folder.xattrs = dict(source.xattrs)
-    if spec is Whiteouts.OVERLAYFS:
-        folder.xattrs.pop(OVERLAY_OPAQUE, None)
+    folder.xattrs = source.xattrs
+    if spec is Whiteouts.OVERLAYFS and OVERLAY_OPAQUE in source.xattrs:
+        folder.xattrs = {key: value for key, value in source.xattrs.items() if key != OVERLAY_OPAQUE}

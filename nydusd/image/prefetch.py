@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from enum import Enum
 
 from nydusd.image.errors import show
-from nydusd.image.node import Node, find, names
+from nydusd.image.node import Node, find, folders
 
 log = logging.getLogger(__name__)
+
+
+_TAKEN = -1
 
 
 class PrefetchPolicy(Enum):
@@ -51,17 +54,32 @@ def matched(root: Node, paths: Iterable[bytes]) -> list[Node]:
 
 
 def storage_order(root: Node, paths: Iterable[bytes]) -> tuple[list[Node], int]:
-    """All regular files, once each, in the order in which their chunks are stored; how many come from the list.
+    """All regular files whose content is to be stored, once each, in the order of their chunks; how many come from the list.
 
     Those at or below the paths of the list are first, in its order; then the others. Both in the order of the tree.
     """
-    order: dict[int, Node] = {}
+    order: list[Node] = []
+    # What has chunks already is of the parent image. Names of one file are neighbours in no order, so it is marked while it is
+    # in the list: `number` says nothing before the bootstrap is laid out.
     for node in matched(root, paths):
-        for name in names(node):
-            if name.node.is_file:
-                order.setdefault(id(name.node), name.node)
+        _add_files(node, order)
     listed = len(order)
-    for name in names(root):
-        if name.node.is_file:
-            order.setdefault(id(name.node), name.node)
-    return list(order.values()), listed
+    _add_files(root, order)
+    for node in order:
+        node.number = 0
+    return order, listed
+
+
+def _add_files(root: Node, order: list[Node]) -> None:
+    if root.is_file:
+        _add_file(root, order)
+    for folder in folders(root):
+        for _, child in folder.entries:
+            if child.is_file:
+                _add_file(child, order)
+
+
+def _add_file(node: Node, order: list[Node]) -> None:
+    if node.size and not node.packed and not node.number:
+        node.number = _TAKEN
+        order.append(node)

@@ -16,7 +16,8 @@ from typing import BinaryIO, Self
 from nydusd.codec.errors import CodecError
 from nydusd.codec.gzip_index import Border, GzipIndex
 from nydusd.formats.blob_meta import align_page, pack_v2
-from nydusd.formats.model import BlobFeature, BlobInfo, Compressor, RawChunk
+from nydusd.formats.chunk_info import CHUNK_INFO
+from nydusd.formats.model import BlobFeature, BlobInfo, Compressor
 from nydusd.image.blob import MAX_CHUNKS, BlobSettings, BlobWriter
 from nydusd.image.chunking import Packed, Piece
 from nydusd.image.errors import ImageError, SourceError
@@ -109,9 +110,10 @@ def tar_position(node: Node) -> int:
 
 def _position(piece: Piece) -> int:
     """Where a chunk is in the tar. Raises `SourceError` for one that is not there in one piece."""
-    if len(piece.segments) != 1 or piece.segments[0][:2] != (piece.offset, piece.size):
+    segments = piece.segments or ()
+    if len(segments) != 1 or segments[0][:2] != (piece.offset, piece.size):
         raise SourceError(piece.member, "a sparse file, whose holes are not in the layer: use tar-rafs or targz-rafs")
-    return piece.segments[0][2]
+    return segments[0][2]
 
 
 class ReferenceWriter(BlobWriter):
@@ -129,7 +131,7 @@ class ReferenceWriter(BlobWriter):
     def table_id(self) -> str:
         return self._blob_id or self._layer.digest
 
-    def add(self, piece: Piece, packed: Packed, data: memoryview) -> RawChunk:
+    def add(self, piece: Piece, packed: Packed, data: memoryview) -> bytes:
         if self.count >= MAX_CHUNKS:
             raise ImageError(f"more than {MAX_CHUNKS} chunks in one blob: take a larger chunk size")
         if self.index < 0:
@@ -150,12 +152,12 @@ class ReferenceWriter(BlobWriter):
             bits, value = _V2_CRC if crc else 0, crc
         self._ci += pack_v2(coff, self._uoff, csize, piece.size, bits, value)
         self._digests += packed.digest
-        chunk = RawChunk(
+        record = CHUNK_INFO.pack(
             packed.digest, self.index, flags, csize, piece.size, coff, self._uoff, piece.offset, self.count, crc
         )
         self._uoff += align_page(piece.size)
         self.count += 1
-        return chunk
+        return record
 
     def finish_data(self) -> bytes:
         if self._zran is not None:
@@ -190,15 +192,17 @@ class TarfsWriter(ReferenceWriter):
             if self.index < 0:
                 self.index = self._reserve()
             at = node.segments[0][2]
+            records = []
             for offset in range(0, node.size, size):
                 if self.count >= MAX_CHUNKS:
                     raise ImageError(f"more than {MAX_CHUNKS} chunks in one blob: take a larger chunk size")
                 length = min(size, node.size - offset)
                 place = at + offset
-                node.chunks.append(
-                    RawChunk(bytes(32), self.index, 0, length, length, place, place, offset, self.count, 0)
+                records.append(
+                    CHUNK_INFO.pack(bytes(32), self.index, 0, length, length, place, place, offset, self.count, 0)
                 )
                 self.count += 1
+            node.packed = b"".join(records)
 
     def finish_data(self) -> bytes:
         if self._layer.size % _TARFS_BLOCK:

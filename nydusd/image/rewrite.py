@@ -15,6 +15,7 @@ from typing import Self
 from nydusd.codec.crc import crc32c
 from nydusd.codec.digest import hasher_for
 from nydusd.codec.pack import pack
+from nydusd.formats.chunk_info import CHUNK_INFO
 from nydusd.formats.model import BlobFeature, BlobInfo, Bootstrap, ChunkFlag, Compressor, RawChunk
 from nydusd.formats.superblock import SuperFlag, flags_compressor, flags_digester
 from nydusd.image.blob import BlobSettings, BlobWriter, fresh_key, renumbered
@@ -82,8 +83,9 @@ class NewBlob:
         packed, data, size = self._packed(source, chunk.index)
         found = self._by_content.get((packed.digest, size))
         if found is None:
-            piece = Piece(b"", None, (), chunk.file_offset, size, size, 0, False)
-            found = self._by_content[packed.digest, size] = self._writer.add(piece, packed, memoryview(data))
+            piece = Piece(b"", None, chunk.file_offset, size, size, 0, False)
+            record = self._writer.add(piece, packed, memoryview(data))
+            found = self._by_content[packed.digest, size] = RawChunk._make(CHUNK_INFO.unpack(record))
         self.moved[place] = found
 
     def _packed(self, source: BlobReader, number: int) -> tuple[Packed, bytes, int]:
@@ -168,7 +170,7 @@ def with_chunks(tree: Node) -> Iterable[Node]:
     done: set[int] = set()
     for name in names(tree):
         node = name.node
-        if node.chunks and id(node) not in done:
+        if node.packed and id(node) not in done:
             done.add(id(node))
             yield node
 
@@ -176,13 +178,13 @@ def with_chunks(tree: Node) -> Iterable[Node]:
 def replace_chunks(tree: Node, moved: Mapping[Place, RawChunk]) -> None:
     """Have all files refer to the chunks that took the places of theirs."""
     for node in with_chunks(tree):
-        node.chunks = [moved.get((chunk.blob_index, chunk.index), chunk) for chunk in node.chunks]
+        node.set_chunks(moved.get((chunk.blob_index, chunk.index), chunk) for chunk in node.chunks)
 
 
 def renumber(tree: Node, places: Sequence[int]) -> None:
     """Give the chunks of a tree the blob indexes of another table."""
     for node in with_chunks(tree):
-        node.chunks = [chunk._replace(blob_index=places[chunk.blob_index]) for chunk in node.chunks]
+        node.set_chunks(chunk._replace(blob_index=places[chunk.blob_index]) for chunk in node.chunks)
 
 
 def used_blobs(tree: Node, blobs: Sequence[BlobInfo]) -> list[BlobInfo]:

@@ -94,8 +94,9 @@ class Statistics:
             info.uncomp_size += padding
             for place, bits in enumerate(_CHUNK_BITS):
                 info.chunk_sizes[place] += -(-node.size >> bits)
-            info.chunks += len(node.chunks)
-            for chunk in node.chunks:
+            chunks = node.chunks
+            info.chunks += len(chunks)
+            for chunk in chunks:
                 info.comp_size += chunk.csize
                 info.uncomp_size += chunk.usize
                 different.setdefault((chunk.digest, chunk.usize), chunk)

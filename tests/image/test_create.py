@@ -18,7 +18,7 @@ from nydusd.errors import FormatError
 from nydusd.formats.model import BlobFeature, Compressor, Digester
 from nydusd.formats.superblock import SuperFlag
 from nydusd.image.bootstrap_v6 import BootstrapV6
-from nydusd.image.chunking import Chunker, Packed, Task, pieces_of, slot_size, tasks_of
+from nydusd.image.chunking import Chunker, Task, pieces_of, slot_size, tasks_of
 from nydusd.image.create import build
 from nydusd.image.errors import ImageError, SourceError
 from nydusd.image.folder import scan
@@ -307,8 +307,9 @@ def test_places_that_are_missing_are_named(tree: Path, tmp_path: Path) -> None:
 
 
 def test_attribute_of_a_name_space_that_the_format_has_not_is_named(tmp_path: Path) -> None:
-    node = Node(path=b"folder/the file", mode=0o100644, xattrs={b"btrfs.compression": b"zstd"})
-    root = Node(path=b"", mode=0o040755, children={b"the file": node})
+    root = Node(b"", None, 0o040755)
+    folder = root.children[b"folder"] = Node(b"folder", root, 0o040755)
+    folder.children[b"the file"] = Node(b"the file", folder, 0o100644, xattrs={b"btrfs.compression": b"zstd"})
     with pytest.raises(FormatError, match=r"folder/the file: attribute b'btrfs.compression': is in none of the name"):
         BootstrapV6(root, [], flags=0, chunk_size=4096)
 
@@ -354,21 +355,22 @@ def test_killed_worker_is_replaced_and_the_image_is_the_same(tree: Path, tmp_pat
     died = tmp_path / "died"
 
     class Dying(Chunker):
-        def __call__(self, task: Task, slot: memoryview) -> list[Packed]:
+        def __call__(self, task: Task, slot: memoryview) -> bytes:
             if any(piece.member == b"sparse" for piece in task.pieces) and not died.exists():
                 died.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(task, slot)
 
-    def packed(chunker: Chunker) -> list[tuple[bytes, list[Packed], bytes]]:
+    def packed(chunker: Chunker) -> list[tuple[bytes, bytes]]:
         scanned = scan(os.fsencode(tree), owners=True, whiteouts=Whiteouts.NONE)
         order, _ = storage_order(scanned, [])
         tasks = tasks_of(piece for node in order for piece in pieces_of(node, 4096, 0))
         with Pool(chunker, 2, slot_size(4096)) as pool:
-            return [(task.pieces[0].member, result[:0], bytes(data[:16])) for task, result, data in pool.run(tasks)]
+            return [(task.pieces[0].member, bytes(data[:16])) for task, _, data in pool.run(tasks)]
 
-    undisturbed = packed(Chunker(Compressor.NONE, Digester.SHA256))
-    assert packed(Dying(Compressor.NONE, Digester.SHA256)) == undisturbed
+    top = os.fsencode(tree)
+    undisturbed = packed(Chunker(Compressor.NONE, Digester.SHA256, top=top))
+    assert packed(Dying(Compressor.NONE, Digester.SHA256, top=top)) == undisturbed
     assert died.exists()
 
 

@@ -120,7 +120,9 @@ def pack_blob(blob: BlobInfo) -> bytes:
     )
 
 
-def pack_inode(
+def put_inode(
+    image: bytearray,
+    at: int,
     *,
     layout: int,
     xattr_size: int,
@@ -133,10 +135,12 @@ def pack_inode(
     mtime: int,
     mtime_ns: int,
     nlink: int,
-) -> bytes:
-    """An extended inode, 64 bytes. `mtime` may be before 1970: it is stored as a signed number in the u64."""
+) -> None:
+    """An extended inode, 64 bytes, into the image. `mtime` may be before 1970: it is stored as a signed number in the u64."""
     units = (xattr_size - 12) // 4 + 1 if xattr_size else 0
-    return _EXTENDED.pack(
+    _EXTENDED.pack_into(
+        image,
+        at,
         1 | layout << 1,
         units,
         mode,

@@ -11,7 +11,7 @@ import os
 
 from nydusd.formats.superblock import MAX_NAME, S_IFDIR, S_IFLNK, S_IFREG
 from nydusd.image.errors import ImageError, show
-from nydusd.image.node import Node
+from nydusd.image.node import NO_XATTRS, Node
 from nydusd.image.tar.members import (
     BLOCK_DEVICE,
     CHAR,
@@ -44,7 +44,7 @@ class _Tree:
         self._where = where
         self._left_out = left_out
         self._owners = owners
-        self._root = Node(path=b"", mode=S_IFDIR | 0o755)
+        self._root = Node(b"", None, S_IFDIR | 0o755)
 
     def read(self, fd: int, size: int) -> Node:
         for member in members(fd, size, self._where):
@@ -84,7 +84,7 @@ class _Tree:
         if member.kind == FOLDER and known is not None and known.is_folder:
             self._fill(known, member)
             return
-        node = Node(path=b"/".join(parts), mode=_MODES[member.kind])
+        node = Node(name, folder, _MODES[member.kind])
         self._fill(node, member)
         folder.children[name] = node
 
@@ -93,7 +93,7 @@ class _Tree:
         if self._owners:
             node.uid, node.gid = member.uid, member.gid
         node.mtime, node.mtime_ns = member.mtime, member.mtime_ns
-        node.xattrs = member.xattrs
+        node.xattrs = member.xattrs or NO_XATTRS
         if member.kind == REGULAR:
             node.size, node.segments = member.size, member.segments
         elif member.kind == SYMLINK:
@@ -128,7 +128,6 @@ class _Tree:
 
     def _walk(self, parts: list[bytes], owner: bytes, *, make: bool) -> Node | None:
         way = [self._root]
-        names: list[bytes] = []
         todo = parts[::-1]
         links = 0
         while todo:
@@ -138,26 +137,24 @@ class _Tree:
             if part == b"..":  # in a symlink's target only; the root's parent is the root
                 if len(way) > 1:
                     way.pop()
-                    names.pop()
                 continue
             child = way[-1].children.get(part)
             if child is None:
                 if not make:
                     return None
-                child = Node(path=b"/".join([*names, part]), mode=S_IFDIR | 0o755)
+                child = Node(part, way[-1], S_IFDIR | 0o755)
                 way[-1].children[part] = child
             if child.is_symlink:
                 links += 1
                 if links > _MAX_LINKS:
                     raise self._bad(owner, "more than 40 symlinks on the way to it")
                 if child.target.startswith(b"/"):
-                    way, names = way[:1], []
+                    way = way[:1]
                 todo += child.target.split(b"/")[::-1]
                 if len(todo) > 1 << 14:
                     raise self._bad(owner, "the symlinks on the way to it make a path that is too long")
             elif child.is_folder:
                 way.append(child)
-                names.append(part)
             elif make:
                 raise self._bad(owner, f"{show(child.path)} is on the way to it and no folder")
             else:
