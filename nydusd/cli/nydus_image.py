@@ -13,7 +13,19 @@ from nydusd.cli.image.verb import Verb
 from nydusd.errors import NydusError
 from nydusd.version import version_text
 
-VERBS = ("create", "convert", "merge", "optimize", "compact", "export", "check", "inspect", "stat", "unpack")
+VERBS = (
+    "create",
+    "convert",
+    "merge",
+    "optimize",
+    "compact",
+    "chunkdict",
+    "export",
+    "check",
+    "inspect",
+    "stat",
+    "unpack",
+)
 """Each is a module of `nydusd.cli.image`."""
 _LEVELS = ("trace", "debug", "info", "warn", "error")
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from nydusd.cli.image.verb import Verb, add_output_json, size, write_summary
+from nydusd.errors import ConfigError
 from nydusd.formats.model import Compressor, Digester
 from nydusd.image.create import Built, create
 from nydusd.image.options import DEFAULT_CHUNK_SIZE, BuildOptions, Source
@@ -16,6 +17,7 @@ from nydusd.image.whiteout import Whiteouts
 _COMPRESSORS = {"none": Compressor.NONE, "lz4_block": Compressor.LZ4_BLOCK, "zstd": Compressor.ZSTD}
 _DIGESTERS = {"blake3": Digester.BLAKE3, "sha256": Digester.SHA256}
 _OLD_NAMES = {"directory": "dir-rafs"}
+_TOC_KINDS = ("estargztoc-ref", "stargz_index")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source-type",
         dest="kind",
         default="dir-rafs",
-        choices=[*kinds, *_OLD_NAMES],
+        choices=[*kinds, *_OLD_NAMES, *_TOC_KINDS],
         metavar="TYPE",
         help=f"what SOURCE is and what becomes of it: {', '.join(kinds)} (dir-rafs)",
     )
@@ -74,10 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="worker processes (one a CPU); the output does not depend on it",
     )
+    for name in ("--attributes", "--external-blob", "--blob-data-size"):
+        add(name, metavar="VALUE", help=argparse.SUPPRESS)
+    add("-C", "--config", metavar="PATH", help=argparse.SUPPRESS)
     add_output_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    _refuse_what_nobody_reads(args)
     options = _options(args)
     built = create(options)
     write_summary(
@@ -88,6 +94,21 @@ def run(args: argparse.Namespace) -> None:
         compressor=options.compressor,
     )
     _report(built)
+
+
+def _refuse_what_nobody_reads(args: argparse.Namespace) -> None:
+    """Raises `ConfigError` for options that the reference has, but whose images no daemon can read, itself included."""
+    if args.kind in _TOC_KINDS or args.blob_data_size is not None:
+        what = f"--type {args.kind}" if args.kind in _TOC_KINDS else "--blob-data-size"
+        raise ConfigError(
+            f"{what}: the layer's index does not say enough: use --type estargz-ref with the layer itself"
+        )
+    for name in ("attributes", "external_blob"):
+        if getattr(args, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: no daemon reads data of external backends: leave the option out to store the data, "
+                "or use --type targz-ref to leave it in its layer"
+            )
 
 
 def _options(args: argparse.Namespace) -> BuildOptions:
