@@ -42,9 +42,9 @@ class _Blob:
 def generate(sources: Sequence[Path], target: Path, blob_dir: Path | None = None) -> Dictionary:
     """Write the dictionary of the images' metadata to `target`.
 
-    A chunk is worth sharing if at least two of the images have it; of a single image each is. Whoever refers to a blob needs it, so
-    all chunks of that blob are taken. `blob_dir` is where blobs are that hold their own metadata. Raises `ConfigError` for images
-    that cannot share chunks, and `NydusError` for one that is broken.
+    A chunk is worth sharing if at least two of the images have it; of a single image each is. Whoever refers to a blob
+    needs it, so all chunks of that blob are taken. `blob_dir` is where blobs are that hold their own metadata. Raises
+    `ConfigError` for images that cannot share chunks, and `NydusError` for one that is broken.
     """
     first, blobs, users = _load(sources, blob_dir)
     wanted = {digest for digest, count in users.items() if count > 1 or len(sources) == 1}

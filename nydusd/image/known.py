@@ -1,7 +1,7 @@
 """Chunks that are in blobs already: those of a parent image, and those of a chunk dictionary. In memory.
 
-A chunk is the same if digest and length are; it is kept as the packed record that images have. Blobs of the dictionary come into
-the blob table when the first of their chunks is used; the parent's are all in it from the beginning.
+A chunk is the same if digest and length are; it is kept as the packed record that images have. Blobs of the dictionary
+come into the blob table when the first of their chunks is used; the parent's are all in it from the beginning.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Output:
         except OSError as error:
             if self._part is not None:
                 self.__exit__(OSError, error, None)
-            raise _failed(self.shown, "cannot be written", error) from error
+            raise os_failure(self.shown, "cannot be written", error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -61,7 +61,7 @@ class Output:
             os.close(self._file)
         except OSError as failure:
             if error is None:
-                raise _failed(self.shown, "cannot be written", failure) from failure
+                raise os_failure(self.shown, "cannot be written", failure) from failure
         finally:
             if self._part is not None:
                 self._part.unlink(missing_ok=True)
@@ -95,7 +95,7 @@ class Output:
             while done < len(data):
                 done += os.write(self._file, memoryview(data)[done:])
         except OSError as error:
-            raise _failed(self.shown, "cannot be written", error) from error
+            raise os_failure(self.shown, "cannot be written", error) from error
 
     def put(self, at: int, data: Buffer) -> None:
         """Write at a place of a file that is not hashed. Holes stay holes."""
@@ -104,7 +104,7 @@ class Output:
             while done < len(data):
                 done += os.pwrite(self._file, memoryview(data)[done:], at + done)
         except OSError as error:
-            raise _failed(self.shown, "cannot be written", error) from error
+            raise os_failure(self.shown, "cannot be written", error) from error
         self.position = max(self.position, at + len(data))
 
     def read(self, at: int, size: int) -> bytes:
@@ -114,7 +114,7 @@ class Output:
             while len(data) < size and (more := os.pread(self._file, size - len(data), at + len(data))):
                 data += more
         except OSError as error:
-            raise _failed(self.shown, "cannot be read", error) from error
+            raise os_failure(self.shown, "cannot be read", error) from error
         return data
 
     def extend(self, size: int) -> None:
@@ -122,7 +122,7 @@ class Output:
         try:
             os.ftruncate(self._file, size)
         except OSError as error:
-            raise _failed(self.shown, "cannot be written", error) from error
+            raise os_failure(self.shown, "cannot be written", error) from error
         self.position = size
 
     def digest(self) -> bytes:
@@ -138,7 +138,7 @@ class Output:
                 self._part.replace(path)
                 self._part = None
         except OSError as error:
-            raise _failed(path, "cannot be written", error) from error
+            raise os_failure(path, "cannot be written", error) from error
 
 
 def write_file(path: Path, data: Buffer) -> None:
@@ -163,6 +163,7 @@ def _is_stream(path: Path) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
-def _failed(path: Path, what: str, error: OSError) -> ImageError:
+def os_failure(path: Path, what: str, error: OSError) -> ImageError:
+    """What to raise for an error of the file system."""
     hint = " (the disk is full)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return ImageError(f"{path}: {what}: {error.strerror}{hint}")

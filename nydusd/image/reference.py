@@ -10,8 +10,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
 
 from nydusd.codec.errors import CodecError
 from nydusd.codec.gzip_index import Border, GzipIndex
@@ -23,7 +21,7 @@ from nydusd.image.chunking import Packed, Piece
 from nydusd.image.errors import ImageError, SourceError
 from nydusd.image.node import Node
 from nydusd.image.output import Output
-from nydusd.image.tar.spool import GZIP_MAGIC, ZSTD_MAGIC, pieces_of, read_up_to, spool
+from nydusd.image.tar.spool import GZIP_MAGIC, ZSTD_MAGIC, OpenTar, pieces_of, read_up_to
 from nydusd.image.zran import ZranContexts
 
 _PIECE = 1 << 20
@@ -32,8 +30,8 @@ _COMPRESSED, _HAS_CRC = 0x1, 0x10
 _V2_COMPRESSED, _V2_ZRAN, _V2_CRC = 0x1, 0x2, 0x10
 
 
-class Layer:
-    """A layer: its digest and length, and `fd` of its plain tar of `size` bytes. `borders` of a gzip layer.
+class Layer(OpenTar):
+    """A layer: its `digest` and `length` as well. `borders` of a gzip layer.
 
     Raises `ImageError` for one that cannot be read, or cannot be referred to.
     """
@@ -41,49 +39,33 @@ class Layer:
     def __init__(self, path: Path, folder: Path, *, tarfs: bool) -> None:
         self.borders: list[Border] = []
         self.is_gzip = False
+        self.length = 0
         self._tarfs = tarfs
         self._hash = hashlib.sha256()
-        self.length = 0
-        try:
-            source: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (closed below, or in __exit__)
-        except OSError as error:
-            raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
-        self._file = source
-        try:
-            self.size = self._read(source, path, folder)
-        except OSError as error:
-            source.close()
-            raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
-        except BaseException:
-            source.close()
-            raise
-        self.fd = self._file.fileno()
+        super().__init__(path, folder)
         self.digest = self._hash.hexdigest()
 
     @property
     def compressor(self) -> Compressor:
         return Compressor.NONE if self._tarfs else Compressor.GZIP
 
-    def _read(self, source: BinaryIO, path: Path, folder: Path) -> int:
-        begin = read_up_to(source, _PIECE)
-        pieces = self._hashed(pieces_of(begin, source))
+    def _prepare(self, folder: Path) -> int:
+        begin = read_up_to(self._file, _PIECE)
+        pieces = self._hashed(pieces_of(begin, self._file, self.path))
         if begin.startswith(ZSTD_MAGIC) or (self._tarfs and begin.startswith(GZIP_MAGIC)):
             kind = "a plain tar" if self._tarfs else "a tar, plain or packed with gzip"
-            raise ImageError(f"{path}: {kind} is needed to refer to it")
+            raise ImageError(f"{self.path}: {kind} is needed to refer to it")
         if begin.startswith(GZIP_MAGIC):
             self.is_gzip = True
             index = GzipIndex()
             try:
-                self._file, size = spool(index.inflate(pieces), folder, str(path))
+                size = self._spool(index.inflate(pieces), folder)
             except CodecError as error:
-                raise ImageError(f"{path}: {error}") from error
+                raise ImageError(f"{self.path}: {error}") from error
             self.borders = index.borders
-            source.close()
             return size
-        if not source.seekable():
-            self._file, size = spool(pieces, folder, str(path))
-            source.close()
-            return size
+        if not self._file.seekable():
+            return self._spool(pieces, folder)
         for _ in pieces:
             pass
         return self.length
@@ -93,14 +75,6 @@ class Layer:
             self._hash.update(piece)
             self.length += len(piece)
             yield piece
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
 
 
 def tar_position(node: Node) -> int:

@@ -1,4 +1,4 @@
-"""Sources that cannot be read, blobs that are gone, disks that are full: each command says what and where, and leaves nothing."""
+"""Unreadable sources, blobs that are gone, full disks: each command says what and where, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FROM_BLOBS = ("unpack", "export", "optimize", "compact")
 
 
 class Inputs:
-    """What the commands read: a tree, tars of it, an OCI layout, and an image of two layers with its blobs. All data differs."""
+    """What the commands read: a tree, tars of it, an OCI layout, and an image of two layers. All data differs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -106,8 +106,8 @@ def _refuse_what_nobody_reads(args: argparse.Namespace) -> None:
     for name in ("attributes", "external_blob"):
         if getattr(args, name) is not None:
             raise ConfigError(
-                f"--{name.replace('_', '-')}: no daemon reads data of external backends: leave the option out to store the data, "
-                "or use --type targz-ref to leave it in its layer"
+                f"--{name.replace('_', '-')}: no daemon reads data of external backends: leave the option out to store "
+                "the data, or use --type targz-ref to leave it in its layer"
             )
 
 

@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-B", "--bootstrap", type=Path, metavar="PATH", help="the image")
     parser.add_argument("-D", "--blob-dir", type=Path, metavar="DIR", help="all images in this folder")
     parser.add_argument("-T", "--target", type=Path, metavar="PATH", help="an image to compare with them")
+    for names in (("-C", "--config"), ("--digester",)):
+        parser.add_argument(*names, metavar="VALUE", help=argparse.SUPPRESS)
     add_output_json(parser)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nydusd.image.errors import ImageError
 from nydusd.image.oci.model import OCI_INDEX, OCI_MANIFEST, descriptors, digest_of, packed, parse
-from nydusd.image.output import write_file
+from nydusd.image.output import os_failure, write_file
 
 _REF = "org.opencontainers.image.ref.name"
 _COPY = 1 << 20
@@ -75,7 +75,7 @@ class Layout:
             part.replace(target)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise ImageError(f"{target}: cannot be written: {error.strerror}") from error
+            raise os_failure(target, "cannot be written", error) from error
 
     def tag(self, manifest: bytes, media_type: str) -> None:
         digest = digest_of(manifest)

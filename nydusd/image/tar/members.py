@@ -262,7 +262,10 @@ class _Reader:
         return data
 
     def _read(self, at: int, size: int) -> bytes:
-        data = os.pread(self._fd, size, at)
-        while data and len(data) < size and (more := os.pread(self._fd, size - len(data), at + len(data))):
-            data += more
+        try:
+            data = os.pread(self._fd, size, at)
+            while data and len(data) < size and (more := os.pread(self._fd, size - len(data), at + len(data))):
+                data += more
+        except OSError as error:
+            raise ImageError(f"{self._where}: cannot be read: {error.strerror}") from error
         return data

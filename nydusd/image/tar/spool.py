@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import BinaryIO, Self, cast
 
 from nydusd.image.errors import ImageError
+from nydusd.image.output import os_failure
 
 _PIECE = 1 << 20
 _HOLE = 4096
@@ -24,39 +25,34 @@ GZIP_MAGIC = b"\x1f\x8b\x08"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
-class TarFile:
-    """`with TarFile(path, folder) as tar:` an open descriptor `fd` of the plain tar, `size` bytes long.
+class OpenTar:
+    """`with ... as tar:` an open descriptor `fd` of a plain tar, `size` bytes long; `path` is what it comes from.
 
-    `compressed` tells whether the file at `path` is. Raises `ImageError` for what cannot be read or inflated.
+    Raises `ImageError` for what cannot be read.
     """
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.path = path
         try:
             self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (closed in __exit__)
+            try:
+                self.size = self._prepare(folder)
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
-            raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
-        try:
-            self.compressed, self.size = self._prepare(folder)
-        except BaseException:
-            self._file.close()
-            raise
+            raise _unreadable(path, error) from error
         self.fd = self._file.fileno()
 
-    def _prepare(self, folder: Path) -> tuple[bool, int]:
-        try:
-            begin = read_up_to(self._file, _PIECE)
-            seekable = self._file.seekable()
-            inflate = _inflater(begin, str(self.path))
-            if inflate is None and seekable:
-                return False, os.fstat(self._file.fileno()).st_size
-            source = self._file
-            pieces = pieces_of(begin, source)
-            self._file, size = spool(pieces if inflate is None else inflate(pieces), folder, str(self.path))
-            source.close()
-        except OSError as error:
-            raise ImageError(f"{self.path}: cannot be read: {error.strerror}") from error
-        return inflate is not None, size
+    def _prepare(self, folder: Path) -> int:
+        """Look at the file, and put another one into its place if it is no plain one that can be read at any place: bytes."""
+        raise NotImplementedError
+
+    def _spool(self, pieces: Iterator[bytes], folder: Path) -> int:
+        source = self._file
+        self._file, size = spool(pieces, folder, str(self.path))
+        source.close()
+        return size
 
     def __enter__(self) -> Self:
         return self
@@ -67,6 +63,18 @@ class TarFile:
         self._file.close()
 
 
+class TarFile(OpenTar):
+    """A tar in whatever form, as one that can be read at any place."""
+
+    def _prepare(self, folder: Path) -> int:
+        begin = read_up_to(self._file, _PIECE)
+        inflate = _inflater(begin, str(self.path))
+        if inflate is None and self._file.seekable():
+            return os.fstat(self._file.fileno()).st_size
+        pieces = pieces_of(begin, self._file, self.path)
+        return self._spool(pieces if inflate is None else inflate(pieces), folder)
+
+
 def read_up_to(file: BinaryIO, size: int) -> bytes:
     """As much as there is, up to `size`: a pipe gives pieces."""
     data = b""
@@ -75,10 +83,18 @@ def read_up_to(file: BinaryIO, size: int) -> bytes:
     return data
 
 
-def pieces_of(begin: bytes, file: BinaryIO) -> Iterator[bytes]:
+def pieces_of(begin: bytes, file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The rest of a file of which `begin` was read. Raises `ImageError`, as whoever takes the pieces may have files of its own."""
     yield begin
-    while piece := file.read(_PIECE):
-        yield piece
+    try:
+        while piece := file.read(_PIECE):
+            yield piece
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> ImageError:
+    return ImageError(f"{path}: cannot be read: {error.strerror}")
 
 
 Inflate = Callable[[Iterator[bytes]], Iterator[bytes]]
@@ -144,7 +160,7 @@ def spool(pieces: Iterator[bytes], folder: Path, where: str) -> tuple[BinaryIO, 
     try:
         file = tempfile.TemporaryFile(dir=folder, buffering=_PIECE)  # noqa: SIM115 (the caller closes it)
     except OSError as error:
-        raise ImageError(f"{folder}: cannot be written: {error.strerror}") from error
+        raise os_failure(folder, "cannot be written", error) from error
     size = 0
     try:
         for piece in pieces:
@@ -159,7 +175,7 @@ def spool(pieces: Iterator[bytes], folder: Path, where: str) -> tuple[BinaryIO, 
         file.truncate(size)
     except OSError as error:
         file.close()
-        raise ImageError(f"{folder}: no place for the plain form of {where}: {error.strerror}") from error
+        raise os_failure(folder, f"no place for the plain form of {where}", error) from error
     except BaseException:
         file.close()
         raise
