@@ -84,7 +84,7 @@ def read_up_to(file: BinaryIO, size: int) -> bytes:
 
 
 def pieces_of(begin: bytes, file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """The rest of a file of which `begin` was read. Raises `ImageError`, as whoever takes the pieces may have files of its own."""
+    """All of a file of which `begin` was read. Raises `ImageError`: whoever takes the pieces has files of its own."""
     yield begin
     try:
         while piece := file.read(_PIECE):
