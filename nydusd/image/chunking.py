@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 from nydusd.codec.cipher import XtsCipher
 from nydusd.codec.crc import crc32c
 from nydusd.codec.digest import hasher_for
-from nydusd.codec.pack import pack
+from nydusd.codec.pack import packer_for
 from nydusd.formats.model import Compressor, Digester
 from nydusd.image.errors import SourceError
 from nydusd.image.node import Node, Segment
@@ -143,7 +143,7 @@ class Chunker:
 
     def __call__(self, task: Task, slot: memoryview) -> bytes:
         """For each piece what `unpack_results` makes of it."""
-        hasher = hasher_for(self.digester)
+        hasher, packer = hasher_for(self.digester), packer_for(self.compressor)
         done = []
         at = 0
         for piece in task.pieces:
@@ -157,7 +157,7 @@ class Chunker:
             self._met.add(digest)
             if data is None:
                 data = bytes(piece.size)
-            stored, compressed = (data, False) if piece.small else pack(self.compressor, data)
+            stored, compressed = (data, False) if piece.small else packer(data)
             if self.cipher is not None and not piece.small:
                 stored = self.cipher.encrypt(stored)
             size = len(stored)

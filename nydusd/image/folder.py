@@ -40,7 +40,7 @@ def scan(top: bytes, *, owners: bool, whiteouts: Whiteouts) -> Node:
             links = info.st_nlink > 1 and not stat.S_ISDIR(info.st_mode)
             known = seen.get((info.st_dev, info.st_ino)) if links else None
             node = known or _node(place, name, folder, info, owners)
-            if drops(whiteouts, name, node):
+            if whiteouts is not Whiteouts.NONE and drops(whiteouts, name, node):
                 continue
             folder.children[name] = node
             if links:
