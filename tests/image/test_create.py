@@ -84,11 +84,21 @@ def test_kernel_mounts_the_image_over_its_cache_files(
         assert manifest.differences(expected, manifest.walk(point)) == []
 
 
-def test_debian_erofs_tools_accept_the_metadata(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--chunk-size", "4096", "--digester", "sha256"),
+        ("--repeatable", "--whiteout-spec", "none"),
+        ("--prefetch-policy", "fs"),
+    ],
+    ids=_names,
+)
+def test_debian_erofs_tools_accept_the_metadata(tree: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     bootstrap = tmp_path / "bootstrap"
-    image("create", "-B", bootstrap, "--blob-cache-dir", cache, tree)
+    image("create", "-B", bootstrap, "--blob-cache-dir", cache, *options, tree, stdin=b"/many\n")
     (data,) = cache.glob("*.blob.data")
     checked = subprocess.run(["fsck.erofs", f"--device={data}", bootstrap], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
