@@ -173,7 +173,8 @@ class BlobWriter:
                 self._ci += pack_v1(coff, uoff, csize, size)
             elif self._v2:
                 self._ci += pack_v2(coff, uoff, csize, size, _v2_flags(flags), crc)
-        self._digests += packed.digest
+        if self._settings.toc:
+            self._digests += packed.digest
         self._uoff += align_page(size) if self._settings.aligned else size
         self.count += 1
         return CHUNK_INFO.pack(packed.digest, self.index, flags, csize, size, coff, uoff, piece.offset, number, crc)

@@ -145,6 +145,7 @@ class _Build:
             writer = self._writer(out, plain)
             stack.callback(writer.close)
             size = self._store(writer)
+            self._known.forget()
             ci = writer.finish_data()
             if options.inline:
                 bootstrap = self._bootstrap(writer, writer.table_id or INLINED_ID)

@@ -77,6 +77,11 @@ class KnownChunks:
             self._places[index] = place
         return record[:_INDEX_AT] + _INDEX.pack(place) + record[_INDEX_AT + _INDEX.size :]
 
+    def forget(self) -> None:
+        """All is stored: only the blob table is still needed."""
+        self._chunks = {}
+        self._dictionary = {}
+
     def reserve(self) -> int:
         """A place in the blob table, to be filled in later."""
         self.blobs.append(None)

@@ -125,7 +125,8 @@ class ReferenceWriter(BlobWriter):
             coff, csize = position, piece.size
             bits, value = _V2_CRC if crc else 0, crc
         self._ci += pack_v2(coff, self._uoff, csize, piece.size, bits, value)
-        self._digests += packed.digest
+        if self._settings.toc:
+            self._digests += packed.digest
         record = CHUNK_INFO.pack(
             packed.digest, self.index, flags, csize, piece.size, coff, self._uoff, piece.offset, self.count, crc
         )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tests.image.build import HERE
 
-
 MEASURE = """
 import os, sys
 pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
