@@ -272,9 +272,9 @@ class Supervisor:
         engine = self.engine
         events = dict(self._poller.poll(int(timeout * 1000) + 1 if timeout else 0))
         engine.take(events)
-        for source, take in self._sources.items():
-            if source in events:
-                take()
+        for source in [source for source in self._sources if source in events]:
+            if source in self._sources:  # who was called before may have let go of it
+                self._sources[source]()
         if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
             # What systemd starts again takes over, perhaps as newer code; nobody who reads notices.
             self.handover.leaving = self._can_leave() and self._notifier.restarts()

@@ -39,6 +39,10 @@ class Listener:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def accept(self) -> socket.socket:
+        """Who has connected. Raises OSError."""
+        return self._socket.accept()[0]
+
     def remove(self) -> None:
         """Stop listening and remove the socket, unless another daemon has bound its own there since."""
         self._socket.close()

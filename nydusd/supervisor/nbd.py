@@ -1,7 +1,7 @@
 """`nydusd nbd`: an image as one read-only block device on a unix socket, by the NBD protocol.
 
-Runs in the supervisor. One front end serves all clients; the socket that they connect to is the supervisor's. What holds after
-SIGKILL of the front end: its clients are disconnected, and its successor serves them when they connect again. Of the
+Runs in the supervisor. One front end serves all clients; the supervisor lets them in and holds their sockets
+(`nbd_clients.py`). What holds after SIGKILL of the front end: its successor goes on with each client where it was. Of the
 supervisor: everything ends, and the next daemon binds the same path.
 """
 
@@ -15,8 +15,11 @@ from nydusd.ipc.messages import Json
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.listener import Listener
+from nydusd.supervisor.nbd_clients import Clients
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nydusd.cli.options import Options
     from nydusd.config import Config
     from nydusd.forkserver.client import ForkServer
@@ -32,7 +35,8 @@ class NbdDaemon(Supervisor):
         super().__init__(options, config, fork_server)
         self._export: Listener | None = None
         self._server = Child("nbd", 0, "nydusd.frontends.nbd")
-        self._family.own_spec = self._own_spec
+        self._clients: Clients | None = None
+        self._family.own_spec, self._family.started = self._own_spec, self._started
 
     def start(self) -> None:
         """Everything up to RUNNING. Raises NydusError."""
@@ -46,6 +50,7 @@ class NbdDaemon(Supervisor):
             )
         self._bind()
         self._export = Listener(options.socket, "--socket")
+        self._clients = Clients(self._export, self._watch, self._forget)
         self._family.add(self._server)
         for role, count in (
             ("fetch", self.config.fetch_worker_count),
@@ -58,18 +63,32 @@ class NbdDaemon(Supervisor):
         self._ready(f"{image.source} is exported at {options.socket}")
 
     def _own_spec(self, child: Child) -> tuple[list[int], Json] | None:
-        if child is not self._server or self._export is None:
+        if child is not self._server or self._clients is None:
             return None
-        fds = [self._export.fileno(), self._family.lifeline]
-        return fds, {
-            "listen_fd": fds[0],
+        fds, more = self._clients.spec()
+        return [*fds, self._family.lifeline], more | {
             "front": self._runtime.front,
             "read_deadline": self.config.nydusd.read_deadline,
             "image": self._image.spec(),
         }
 
+    def _started(self, child: Child) -> None:
+        if child is self._server and self._clients is not None:
+            self._clients.started()
+
+    def _watch(self, fd: int, take: Callable[[], None]) -> None:
+        self._sources[fd] = take
+        self._family.watch(fd)
+
+    def _forget(self, fd: int) -> None:
+        del self._sources[fd]
+        self._family.forget(fd)
+
     def stop(self) -> None:
         """Stop listening, then end everything."""
         if self._export is not None:
+            self._forget(self._export.fileno())
             self._export.remove()
         super().stop()
+        if self._clients is not None:
+            self._clients.close()

@@ -18,7 +18,6 @@ import pytest
 from nydusd.frontends.nbd import protocol
 from tests.support import manifest
 from tests.support.daemon import Daemon
-from tests.support.discipline import wait_until
 from tests.support.oracle import Image, image
 
 IMAGES = ("v6-batch", "v6-tarfs")
@@ -27,8 +26,14 @@ IMAGES = ("v6-batch", "v6-tarfs")
 class Export(Daemon):
     """A daemon that exports an image; it mounts nothing."""
 
-    def __init__(self, what: Image, *, config: dict[str, object] | None = None) -> None:
-        super().__init__(what.bootstrap, what.blobs, config=config, verb="nbd")
+    def __init__(
+        self,
+        what: Image,
+        *,
+        config: dict[str, object] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(what.bootstrap, what.blobs, config=config, verb="nbd", environment=environment)
         self.socket = self.folder / "nbd.sock"
         place = self.command.index("-M")
         self.command[place : place + 2] = ["-S", str(self.socket)]
@@ -105,11 +110,10 @@ def test_workers_and_front_end_may_be_killed_under_a_client(tmp_path: Path) -> N
                 export.kill(pid)
         disk = export.copy(tmp_path / "disk")
         (front_end,) = export.pids("nbd")
-        with export.connect() as wire:
-            exactly(wire, len(protocol.GREETING))
+        with serving(export) as wire:
             export.kill(front_end)
-            assert is_closed(wire)
-        wait_until(lambda: export.pids("nbd") not in ([], [front_end]), "a successor", 60)
+            assert read(wire, 0, 512)[0] == 0
+        assert front_end not in export.pids("nbd")
         again = export.copy(tmp_path / "again")
         export.kill_supervisor()
         export.start()

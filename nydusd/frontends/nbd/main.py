@@ -1,24 +1,26 @@
-"""`python -m nydusd.frontends.nbd --spec-fd N`: export an image as a block device, from the supervisor's spec, on its socket.
+"""`python -m nydusd.frontends.nbd --spec-fd N`: export an image as a block device, from the supervisor's spec, to its clients.
 
-The socket is the supervisor's, so that a client that connects while we are replaced waits. After SIGKILL clients are
-disconnected, and a successor serves them when they come again.
+Sockets, pipes and what is known of each client are the supervisor's (`supervisor/nbd_clients.py`). After SIGKILL a successor
+goes on with each of them where we were: to the clients nothing has happened.
 
-The spec: `index`, `identity`, `listen_fd`, `lifeline_fd`, `front` (the supervisor's endpoint), `read_deadline` (seconds),
-`image` (as in `Image.spec`), `log`.
+The spec: `index`, `identity`, `lifeline_fd`, `front` (the supervisor's endpoint), `read_deadline` (seconds), `image` (as in
+`Image.spec`), `log`, `line` (fd: clients come there, by number and with three fds, and numbers of those that have gone are
+sent), `known` (memfd, see `kept.py`), `clients` (number, then the fds, of those who are there).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import math
+import mmap
+import os
 import select
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from nydusd import logs
+from nydusd import logs, points
 from nydusd.formats import open_bootstrap
 from nydusd.frontends.blobfs.device import RangeDevice
 from nydusd.frontends.fuse.main import map_bootstrap
@@ -28,70 +30,79 @@ from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
 
 from .connection import Connection
+from .kept import NUMBER, SIZE, Kept
 from .layout import Layout
 from .protocol import Export, ProtocolError
 from .reads import Reads
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS_MOST = 64
+_PARTIAL = 0.05
+"""Seconds between looks at a client that has sent a part of a message."""
 
 
 class Server:
-    """Serves those who connect to `listener`, until the lifeline pipe closes."""
+    """Serves the clients that the supervisor has sent on `line`, until the lifeline pipe closes. `known`: what is kept of
+    them.
+    """
 
-    def __init__(self, listener: socket.socket, lifeline: int, export: Export, reads: Reads) -> None:
-        self._listener = listener
+    def __init__(self, line: socket.socket, lifeline: int, known: memoryview, export: Export, reads: Reads) -> None:
+        self._line = line
         self._lifeline = lifeline
+        self._known = known
         self._export = export
         self._reads = reads
         self._connections: dict[int, Connection] = {}
 
+    def add(self, number: int, fds: Sequence[int]) -> None:
+        """Serve a client: its socket, and both ends of its pipe."""
+        sock = socket.socket(fileno=fds[0])
+        known = Kept(self._known[number * SIZE : (number + 1) * SIZE])
+        connection = Connection(number, sock, (fds[1], fds[2]), known, self._export, self._reads.begin)
+        self._connections[sock.fileno()] = connection
+        self._guarded(connection, connection.resume)
+
     def run(self) -> None:
-        """Raises OSError when the listener fails."""
+        """Serve until the supervisor is gone."""
         poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
+        poll.register(self._line, select.POLLIN)
         poll.register(self._lifeline, select.POLLIN)
         client = None
+        registered: set[int] = set()
         while True:
             timeout = self._reads.service()
             if self._reads.client is not None and client is None:
                 client = self._reads.client.fileno()
                 poll.register(client, select.POLLIN)
                 continue  # what came before it was polled
-            for number, connection in list(self._connections.items()):
-                self._guarded(connection, connection.proceed)
-                if connection.closed:
-                    with contextlib.suppress(KeyError):
-                        poll.unregister(number)
-                    continue
+            for number in registered - self._connections.keys():
+                poll.unregister(number)
+            registered = set(self._connections)
+            for number, connection in self._connections.items():
                 wanted = select.POLLIN * connection.wants_input | select.POLLOUT * connection.wants_output
                 poll.register(number, wanted)
+                if connection.partial:
+                    timeout = _PARTIAL if timeout is None else min(timeout, _PARTIAL)
             for ready, events in poll.poll(None if timeout is None else math.ceil(timeout * 1000)):
                 if ready == self._lifeline:
                     return
-                if ready == self._listener.fileno():
-                    self._accept()
+                if ready == self._line.fileno():
+                    self._take_clients()
                 elif ready in self._connections:
                     self._serve(self._connections[ready], events)
+            for connection in [each for each in self._connections.values() if each.partial]:
+                self._guarded(connection, connection.receive)
 
-    def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as e:
-            if e.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EMFILE):
-                raise
-            return
-        sock.setblocking(False)
-        if len(self._connections) >= CONNECTIONS_MOST:
-            # Who has said nothing useful yet makes room: a client that is stuck in the negotiation keeps nobody out.
-            idle = next((old for old in self._connections.values() if not old.serving), None)
-            if idle is None:
-                log.warning("a client was refused: %d are connected", len(self._connections))
-                sock.close()
-                return
-            self._end(idle)
-        self._connections[sock.fileno()] = Connection(sock, self._export, self._reads.begin)
+    def _take_clients(self) -> None:
+        """Those whom the supervisor has let in."""
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):  # if it is gone, the lifeline says so, too
+            while True:
+                packet, fds, _, _ = socket.recv_fds(self._line, NUMBER.size, 3)
+                if len(packet) < NUMBER.size:
+                    return
+                for fd in fds:
+                    os.set_inheritable(fd, False)
+                self.add(NUMBER.unpack(packet)[0], fds)
 
     def _serve(self, connection: Connection, events: int) -> None:
         if events & (select.POLLHUP | select.POLLERR) and not events & select.POLLIN:
@@ -117,6 +128,9 @@ class Server:
     def _end(self, connection: Connection) -> None:
         self._connections.pop(connection.sock.fileno(), None)
         connection.close()
+        points.reach("nbd: client ended")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._line.send(NUMBER.pack(connection.number))
 
 
 def main(argv: list[str]) -> int:
@@ -125,10 +139,14 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_title("nbd 0")
     logs.setup_child(spec["log"], "nbd 0")
-    listener = socket.socket(fileno=int(spec["listen_fd"]))
-    listener.setblocking(False)
+    line = socket.socket(fileno=int(spec["line"]))
+    line.setblocking(False)
     layout, reads = _image(spec)
-    Server(listener, int(spec["lifeline_fd"]), Export(layout.size, layout.block), reads).run()
+    known = memoryview(mmap.mmap(int(spec["known"]), 0))
+    server = Server(line, int(spec["lifeline_fd"]), known, Export(layout.size, layout.block), reads)
+    for number, *fds in spec["clients"]:
+        server.add(int(number), [int(fd) for fd in fds])
+    server.run()
     return 0
 
 

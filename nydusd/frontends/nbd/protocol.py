@@ -43,12 +43,13 @@ class ProtocolError(Exception):
 
 
 class Request(NamedTuple):
-    """A command; `cookie` names it in the reply."""
+    """A command; `cookie` names it in the reply, `slot` is its place in the connection's memory."""
 
     kind: int
     cookie: int
     offset: int
     length: int
+    slot: int = 0
 
 
 class Export(NamedTuple):
@@ -124,14 +125,14 @@ def _option_reply(kind: int, code: int, data: bytes = b"") -> bytes:
     return _OPTION_REPLY.pack(_OPTION_REPLY_MAGIC, kind, code, len(data)) + data
 
 
-def request(raw: bytes) -> Request:
+def request(raw: bytes | memoryview, slot: int = 0) -> Request:
     """A command's head. Raises ProtocolError."""
     magic, _flags, kind, cookie, offset, length = REQUEST.unpack(raw)
     if magic != _REQUEST_MAGIC:
         raise ProtocolError(f"request magic {magic:#x}")
     if kind == WRITE and length > PAYLOAD_MOST:
         raise ProtocolError(f"a write of {length} bytes")
-    return Request(kind, cookie, offset, length)
+    return Request(kind, cookie, offset, length, slot)
 
 
 def refusal(asked: Request, export: Export) -> int:

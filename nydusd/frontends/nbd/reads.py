@@ -1,6 +1,6 @@
 """Reads of the export: put together from metadata, zeros and blobs; what is missing is asked for and waited for.
 
-Runs in the front end. All of it dies with the process: clients are disconnected then, and ask again when they are back.
+Runs in the front end. All of it dies with the process: its successor begins anew what clients have asked for (`kept.py`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,111 @@
+"""What is known of each client, in memory that outlives the front end: which messages were taken, what of a reply was sent.
+
+One memfd, made and held by the supervisor, which reads of it whether a client is still negotiating. Every message is taken off
+its socket whole, straight into the place that it has here (`connection.py`), and a place that is free begins with a zero,
+which no message does. A reply goes through a pipe that the supervisor holds, too: what is in there was not sent, what is not
+there any more was. So together with the pipe, the word `sending` tells to the byte how far a client was answered.
+
+What holds after SIGKILL between any two instructions: a message is either in its socket or here; a reply ends where the
+bytes in the pipe end. Both are changed by single stores.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final, NamedTuple
+
+from . import protocol
+
+NUMBER: Final = Struct("=I")
+"""How supervisor and front end call a client to each other."""
+SLOTS: Final = 64
+"""Commands of a client that are under way."""
+GREETING, FLAGS, OPTION, SERVING, ENDING = range(5)
+"""Phases: what comes next is the greeting that we send, flags, options or commands that are taken; or the end."""
+NOTHING, OF_OPTION, OF_GREETING = 0, SLOTS + 1, SLOTS + 2
+"""What is being sent, if it is not the reply to the command in a slot, which is called by 1 + its number."""
+_SENDING, _PHASE, _SKIP, _FLAGS, _SLOTS = 0, 1, 2, 24, 64
+"""The first three in words of 8 bytes, the others in bytes."""
+_SLOT: Final = 64
+_CODE, _NOTED = 8, 9
+"""Words of 4 bytes in a slot, behind the message."""
+_OPTION: Final = _SLOTS + SLOTS * _SLOT
+SIZE: Final = 16384
+"""Bytes of a client."""
+
+
+class Sending(NamedTuple):
+    """`at`: bytes of the reply that have left the pipe before `piece` bytes were put there; `what`: see `NOTHING`."""
+
+    at: int
+    piece: int
+    what: int
+
+
+class Kept:
+    """A client's part of the memory."""
+
+    def __init__(self, view: memoryview) -> None:
+        """`view`: `SIZE` bytes, all zeros for a client that is new."""
+        self._bytes = view
+        self._words = view[:_SLOTS].cast("Q")
+        self.option = view[_OPTION : _OPTION + protocol.OPTION.size + protocol.OPTION_MOST]
+        self.flags = view[_FLAGS : _FLAGS + protocol.CLIENT_FLAGS.size]
+
+    @property
+    def sending(self) -> Sending:
+        word = self._words[_SENDING]
+        return Sending(word >> 32, word >> 8 & 0xFFFFFF, word & 0xFF)
+
+    @sending.setter
+    def sending(self, now: Sending) -> None:
+        self._words[_SENDING] = now.at << 32 | now.piece << 8 | now.what
+
+    @property
+    def phase(self) -> int:
+        return self._words[_PHASE]
+
+    @phase.setter
+    def phase(self, now: int) -> None:
+        self._words[_PHASE] = now
+
+    @property
+    def skip(self) -> int:
+        """Bytes of a write, which is refused, that are still to come."""
+        return self._words[_SKIP]
+
+    @skip.setter
+    def skip(self, count: int) -> None:
+        self._words[_SKIP] = count
+
+    def request(self, slot: int) -> memoryview:
+        """The place of a command's bytes."""
+        start = _SLOTS + slot * _SLOT
+        return self._bytes[start : start + protocol.REQUEST.size]
+
+    def is_taken(self, slot: int) -> bool:
+        return self._bytes[_SLOTS + slot * _SLOT] != 0
+
+    def free(self, slot: int) -> None:
+        """Its reply was sent."""
+        fields = self._fields(slot)
+        fields[_NOTED] = 0
+        fields[0] = 0
+
+    def code(self, slot: int) -> int:
+        """The errno that is being sent as the reply to a command."""
+        return self._fields(slot)[_CODE]
+
+    def set_code(self, slot: int, code: int) -> None:
+        self._fields(slot)[_CODE] = code
+
+    def is_noted(self, slot: int) -> bool:
+        """Whether `skip` has what comes with the command."""
+        return self._fields(slot)[_NOTED] != 0
+
+    def note(self, slot: int) -> None:
+        self._fields(slot)[_NOTED] = 1
+
+    def _fields(self, slot: int) -> memoryview:
+        start = _SLOTS + slot * _SLOT
+        return self._bytes[start : start + _SLOT].cast("I")
