@@ -34,6 +34,7 @@ def _handlers(role: str) -> dict[str, Handler]:
         from workers.inspect import find_folder, inspect_image
         from workers.prepare import prepare
         from workers.resolve import resolve
+        from workers.split import split_image
 
         return {
             "fetch": fetch,
@@ -46,6 +47,7 @@ def _handlers(role: str) -> dict[str, Handler]:
             "evict": evict,
             "copy_bootstrap": copy_bootstrap,
             "cull": cull,
+            "split_image": split_image,
         }
     from workers.fill import fill
 

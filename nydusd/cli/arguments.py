@@ -99,7 +99,7 @@ def _check_instance(options: Options) -> None:
 
 def _check(options: FuseOptions) -> None:
     _check_instance(options)
-    if isinstance(options, ErofsOptions | BlobfsOptions | NbdOptions) and options.bootstrap is None:
+    if isinstance(options, BlobfsOptions | NbdOptions) and options.bootstrap is None:
         raise ConfigError("--bootstrap is missing")
     if options.bootstrap is not None and options.shared_dir is not None:
         raise ConfigError("--bootstrap cannot be used with --shared-dir")

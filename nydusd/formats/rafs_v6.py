@@ -52,6 +52,8 @@ _ADDRESS = Struct("<HHI")
 
 _PLAIN, _INLINE, _CHUNKED = 0, 2, 4
 _INDEXED = 0x20
+_HEADER_AT = 16
+"""Of a regular file's chunk header in its inode, of either size."""
 _CACHED = 1024
 
 
@@ -195,6 +197,11 @@ class RafsV6:
         at, count = self._nodes[ino].data, (inode.size + self.chunk_size - 1) >> self._shift
         stored = _ADDRESS.iter_unpack(self._buf[at : at + _ADDRESS.size * count])
         return [((high & 0xFF) - 1, low | (high >> 8) << 16, block * self._block) for low, high, block in stored]
+
+    def places(self, ino: int) -> tuple[int, int]:
+        """Where in the file the chunk header of a regular file that has data is, and where its array of chunk addresses."""
+        node = self._nodes.get(ino) or self._load(ino)
+        return self._meta + ino * 32 + _HEADER_AT, node.data
 
     def prefetch_inodes(self) -> list[int]:
         """The nids in the prefetch table. A directory stands for all regular files below it."""

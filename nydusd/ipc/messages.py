@@ -28,7 +28,7 @@ REQUEST_BODY = struct.Struct("<QQQIB")  # request number, blob handle, first chu
 ANSWER_BODY = struct.Struct("<Qi")  # request number, errno (0 = the chunks are ready)
 NUMBER = struct.Struct("<Q")
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of all that supervisor and workers say to each other, and of the workers' specs. A worker says its own with HELLO:
 one of another release is not put beside a supervisor that would not understand it."""
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nydusd.errors import MountError, NydusError
-from nydusd.frontends.erofs import record
+from nydusd.frontends.erofs import table
 from nydusd.frontends.erofs.session import detach, mount_erofs, top_is_erofs, unmount_erofs
 from nydusd.frontends.fuse.session import clear_stale_mount
 from nydusd.ipc.messages import Json
-from nydusd.supervisor.erofs import check
 from nydusd.supervisor.fuse import FuseDaemon
+from nydusd.supervisor.kernel_images import check
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
@@ -87,11 +87,11 @@ class ErofsOnBlobfs(BlobfsDaemon):
         if top_is_erofs(place):
             log.warning("%s: the mount of a daemon that was killed is detached", place)
             detach(place)
-        before = record.instances()
+        before = table.instances()
         files = [str(self._blobs / cache.spec.info.blob_id) for cache in image.caches]
         mount_erofs(place, image.metadata.bootstrap, files)
         self._mounted = True
-        record.set_read_ahead(name for name in record.instances() if name not in before)
+        table.set_read_ahead(name for name in table.instances() if name not in before)
         super()._ready(what)
 
     def stop(self) -> None:

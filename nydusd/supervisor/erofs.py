@@ -1,12 +1,12 @@
-"""`nydusd erofs`: one image, mounted by the kernel's EROFS over the cache files, which are filled when the kernel asks.
+"""`nydusd erofs`: images mounted by the kernel's EROFS over the cache files, which are filled when the kernel asks.
 
-Runs in the supervisor. Beside the processes that any daemon has there are one front end, which answers the kernel, and a
-guard, which holds what must not be closed while anybody reads (`frontends/erofs/guard.py`). The blobs are opened first: their
-cache files, still empty but of their full size, are what is mounted.
+Runs in the supervisor. Beside the processes that any daemon has there are one front end, which answers the kernel for all
+mounts, and a guard, which holds what must not be closed while anybody reads (`frontends/erofs/guard.py`). How a mount is
+made is in `kernel_mounts.py`.
 
-What holds after SIGKILL: readers of what is cached go on, others wait. The next daemon on this mount point takes the mount
-over as it is; under systemd also if nothing of ours was left alive, for systemd's fd store holds what the guard holds.
-A stop unmounts first; if somebody uses the file system still, front end and guard stay until nobody does.
+What holds after SIGKILL: readers of what is cached go on, others wait. The next daemon on this mount point takes the mounts
+over as they are; under systemd also if nothing of ours was left alive, for systemd's fd store holds what the guard holds.
+A stop unmounts first; if somebody uses a file system still, front end and guard stay until nobody does.
 """
 
 from __future__ import annotations
@@ -14,18 +14,28 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nydusd.cli.options import FuseOptions
-from nydusd.errors import MountError, NydusError, UnsupportedError
-from nydusd.frontends.erofs import left
-from nydusd.frontends.erofs.session import ErofsSession, detach, top_is_erofs
+from nydusd.errors import MountError, NydusError
+from nydusd.frontends.erofs import left, table
+from nydusd.frontends.erofs.session import Fds, detach, is_seen, top_is_erofs
+from nydusd.frontends.fuse.session import clear_stale_mount
 from nydusd.ipc.messages import Json
+from nydusd.storage.api.image import identity_of
+from nydusd.supervisor import control_ops
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
+from nydusd.supervisor.kernel_mounts import KernelMounts
+from nydusd.supervisor.mount_records import Recorded, readable
+from nydusd.supervisor.mount_table import MountTable
+from nydusd.supervisor.mounts import first_request
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nydusd.cli.options import Options
     from nydusd.config import Config
     from nydusd.forkserver.client import ForkServer
@@ -33,194 +43,243 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_OWN = ("erofs", "guard")
+"""Roles of those that outlive the supervisor."""
+
 
 class ErofsDaemon(Supervisor):
-    """A daemon whose image the kernel reads by itself. `why` is what made it this one, for whoever asks."""
-
-    mounts_by_api = False
+    """A daemon whose images the kernel reads by itself. `why` is what made it this one, for whoever asks."""
 
     def __init__(self, options: Options, config: Config, fork_server: ForkServer, why: str) -> None:
         super().__init__(options, config, fork_server)
         self.front_end = ("EROFS with fanotify", why)
-        self._erofs: ErofsSession | None = None
+        self._kernel: KernelMounts | None = None
+        self._found: left.Left | None = None
+        """What a killed supervisor has left."""
+        self._former: tuple[MountTable, list[Recorded]] | None = None
+        """Its table of images, until that is served again."""
         self._front_end = Child("erofs", 0, "nydusd.frontends.erofs")
         self._left = Path(self.run_dir).with_suffix(".erofs.json")
         self._stored = f"nydusd-erofs-{self._runtime.instance}-"
         """What the names of our fds in systemd's store begin with."""
         self._family.own_spec, self._family.started = self._own_spec, self._started
 
+    # --- start ------------------------------------------------------------------------------------------------
+
     def start(self) -> None:
-        """Everything up to RUNNING: the blobs are opened before the mount is there. Raises NydusError."""
+        """Everything up to RUNNING: the image of the command line is mounted then. Raises NydusError."""
+        try:
+            self._start()
+        except NydusError:
+            self.handover.leaving = self._found is not None  # what we took over and cannot serve is the next one's
+            raise
+
+    def _start(self) -> None:
         options = self.options
         assert isinstance(options, FuseOptions)
-        image, first = self._begin_with_image()
-        check(image)
-        if len(image.caches) > _BLOBS_MOST:
-            raise UnsupportedError(
-                f"{image.source}: {len(image.caches)} blobs, with fanotify {_BLOBS_MOST} at most: use blobfs"
-            )
-        for cache in image.caches:
-            cache.pinned = True
+        self._begin(1)
+        clear_stale_mount(options.mountpoint)
+        if self._found is None:
+            self._clear_dead_mounts(options.mountpoint)
+        first = first_request(options, self.config)
         self._bind()
+        lists: dict[str, Sequence[bytes] | None] = self._take_up() if self._former is not None else {}
+        if first is not None and first.place not in self.images:
+            self.mounts.mount_first(first)
+            lists[first.place] = first.files
+        fds = Fds.make() if self._found is None else self._found.fds
+        self._kernel = KernelMounts(
+            options.mountpoint, fds, self.engine.fetch, self.mounts.let_go, self._lost, self._note
+        )
+        self.mounts.kernel = self._kernel
+        self._start_processes(fds)
+        missing = self._kernel.go_on(list(self.images.values()))
+        if self._found is not None:
+            left.end(self._found.holders)
+        self._family.add(self._front_end)
+        for image in list(self.images.values()):
+            self.mounts.serve(image, lists.get(image.place))
+        self._show(missing)
+        if not self.stopping:
+            shown = ", ".join(image.source for image in self.images.values()) or "an empty folder"
+            self._ready(f"{shown} is mounted at {options.mountpoint}")
+
+    def _show(self, images: Sequence[Image]) -> None:
+        """Until these are mounted. Raises NydusError when one cannot be; in a takeover it is let go then."""
+        assert self._kernel is not None
+        for image in images:
+            errors: list[NydusError] = []
+
+            def shown(error: NydusError | None, errors: list[NydusError] = errors) -> None:
+                errors += [] if error is None else [error]
+
+            self._kernel.show(image, shown)
+            while self._kernel.busy and not self.stopping:
+                self._turn(self._timeout())
+            if errors and self._found is None:
+                raise errors[0]
+            if errors:
+                log.error("%s cannot be mounted at %s again: %s", image.source, image.place, errors[0])
+                self.mounts.umount(image.place)
+
+    def _start_processes(self, fds: Fds) -> None:
+        """All but the front end, which must not be there before the former one has ended."""
+        self._store.hold(self._stored, fds._asdict())
+        if self._found is not None:
+            # Its ZeroMQ identity must be no former one's: what that asked for may be under way still.
+            self._front_end.generation = self._found.generation
+        self._family.add(Child("guard", 0, "nydusd.frontends.erofs.guard", ("nydusd.frontends.erofs.main",)))
         self.open_api()
         counts = {role: self._family.count(role) for role in ("fetch", "decompress")}
         for turn in range(max(counts.values())):
             for role, count in counts.items():
                 if turn < count:
                     self._family.add(Child(role, turn, "workers"))
-        self.mounts.serve(image, first.files)
-        self._wait_for_blobs(image)
-        if self.stopping:
-            return
-        for cache in image.caches:
-            if not os.path.exists(str(cache.spec.data_path)):
-                raise MountError(f"EROFS reads cache files: cache folder {cache.spec.work_dir}: {cache.no_room_why}")
-        self._mount(options.mountpoint, image)
-        self._ready(f"{image.source} is mounted at {options.mountpoint}")
 
-    def _mount(self, mountpoint: str, image: Image) -> None:
-        self._image = image
-        self._files = [str(cache.spec.data_path) for cache in image.caches]
+    def _clear_dead_mounts(self, mountpoint: str) -> None:
+        """Detach what a daemon has mounted all of whose processes were killed: it reads holes. Raises MountError for others."""
+        for place, device in left.mounted(self._left):
+            if is_seen(place, device):
+                log.warning(
+                    "%s: all processes of a daemon were killed; its mount, which reads holes, is detached", place
+                )
+                detach(place)
+        if top_is_erofs(mountpoint):
+            raise MountError(f"{mountpoint}: an EROFS is mounted here already: unmount it first")
+
+    # --- a takeover -------------------------------------------------------------------------------------------
+
+    def _take(self, record: Json) -> list[int] | None:
+        """What outlived a killed supervisor, if its table of images can be had."""
         found = left.take(self._left)
         if found is None:
             found = left.stored(self._left, self._store.given(self._stored))
-        adopted = found is not None and self._adopt(mountpoint, image, found)
-        if not adopted:
-            found = None
-            self._clear_dead_mount(mountpoint)
-            complete = [cache.chunk_map.is_all_ready() for cache in image.caches]
-            facts = image.metadata
-            self._erofs = ErofsSession.prepare(mountpoint, facts.bootstrap, facts.identity, self._files, complete)
-        assert self._erofs is not None
-        fds = self._erofs.fds
-        self._store.hold(self._stored, dict(zip(left.names(len(fds.trees)), fds.all(), strict=True)))
-        if found is not None:
-            # Its ZeroMQ identity must be no former one's: what that asked for may be under way still.
-            self._front_end.generation = found.generation
-        self._family.add(Child("guard", 0, "nydusd.frontends.erofs.guard", ("nydusd.frontends.erofs.main",)))
-        if found is not None:
-            left.end(found.holders)
-        else:
-            self._erofs.mount()
-        self._family.add(self._front_end)
+        if found is None:
+            return None
+        try:
+            known = table.read(found.fds.table)
+            if known.ended:  # it was stopped, and those who use it still are served to their end
+                raise MountError("its daemon was stopped")
+            images = MountTable.take_over(self._runtime.folder / "mounts", f"{self._runtime.prefix}mounts")
+            records = readable(images.records(), self.config)
+            self._check_image(records)
+            self._runtime.term = int(record.get("term", 0)) + 1
+        except NydusError as e:
+            log.warning("what a killed daemon has mounted cannot be taken over: %s; mounting anew", e)
+            self._abandon(found)
+            return None
+        self._found, self._former = found, (images, records)
+        return []
 
-    def _adopt(self, mountpoint: str, image: Image, found: left.Left) -> bool:
-        """Go on with what a killed daemon has left, if it is mounted. Raises MountError when it is another image."""
-        session = ErofsSession.adopt(found.fds)
-        if session.mounted and _is_of(session, image):
-            self._erofs = session
-            log.warning("%s: the mount of a daemon that was killed is taken over", mountpoint)
-            return True
+    def _check_image(self, records: Sequence[Recorded]) -> None:
+        """Raises MountError when the image of the command line is not the one that is mounted. One that is gone may be it."""
+        assert isinstance(self.options, FuseOptions)
+        wanted = self.options.bootstrap
+        for recorded in records:
+            if not recorded.given:
+                continue
+            if wanted is None or os.path.abspath(wanted) != os.path.abspath(recorded.source):
+                raise MountError(f"{recorded.source} is mounted, not {wanted}")
+            with suppress(OSError):
+                if identity_of(os.stat(wanted)) != recorded.facts.identity:
+                    raise MountError(f"{wanted} is another image than the one that is mounted")
+
+    def _abandon(self, found: left.Left) -> None:
+        """Take out of sight what is mounted. Its guard and its front end serve those who use it still."""
+        self._front_end.generation = found.generation
+        ended = table.read(found.fds.table)
+        table.write(found.fds.table, replace(ended, ended=True))
+        for place, device in left.mounted(self._left):
+            if is_seen(place, device):
+                detach(place)
         found.fds.close()
-        if session.mounted:
-            left.let_be(found.holders)
-            raise MountError(
-                f"{mountpoint}: a killed daemon has left another image mounted here, or this one with other cache files:"
-                " unmount it first"
-            )
-        if session.record.is_alive():  # used without being seen here: its guard and front end go on
-            left.let_be(found.holders)
-        else:
-            left.end(found.holders)
-        return False
+        left.let_be(found.holders)
 
-    def _clear_dead_mount(self, mountpoint: str) -> None:
-        """Detach what a daemon has mounted all of whose processes were killed: it reads holes. Raises MountError for others."""
-        if not top_is_erofs(mountpoint):
-            return
-        if not self._left.exists():
-            raise MountError(f"{mountpoint}: an EROFS is mounted here already: unmount it first")
-        log.warning("%s: all processes of a daemon were killed; its mount, which reads holes, is detached", mountpoint)
-        detach(mountpoint)
+    def _know_mounts(self, rows: int, table: MountTable | None = None) -> None:
+        super()._know_mounts(rows, None if self._former is None else self._former[0])
+
+    def _take_up(self) -> dict[str, Sequence[bytes] | None]:
+        """Know again what was mounted; gives the prefetch lists of images, by place."""
+        assert self._former is not None
+        known, records = self._former
+        self.mounts.restore(records)
+        control_ops.recall(self)
+        known.begin_term(self._runtime.term)
+        self._former = None
+        return {recorded.place: recorded.files for recorded in records}
 
     # --- children ---------------------------------------------------------------------------------------------
 
     def _own_spec(self, child: Child) -> tuple[list[int], Json] | None:
         """The fds and the spec of the front end and of the guard."""
-        session = self._erofs
-        if child.role not in ("erofs", "guard") or session is None:
+        if child.role not in _OWN or self._kernel is None:
             return None
-        fds = session.fds
-        spec: Json = {
-            "group": fds.group,
-            "journal": fds.journal,
-            "record": fds.record,
-            "trees": fds.trees,
+        fds = self._kernel.fds
+        spec: Json = fds._asdict() | {
             "front": self._runtime.front,
             "read_deadline": self.config.nydusd.read_deadline,
-            "blobs": self._image.spec()["blobs"],
+            "supervisor": self.pid,
             "crashed": child.crashed,
         }
         if child.role == "guard":
-            spec = {
-                **{name: spec[name] for name in ("group", "journal", "record", "trees")},
-                "files": self._files,
+            spec = fds._asdict() | {
                 "left": str(self._left),
                 "patience": self.config.nydusd.read_deadline,
                 "supervisor": self.pid,
                 "successor": spec | {"crashed": False, "log": self._family.log_spec(), "index": 0},
             }
-        return fds.all(), spec
+        return list(fds), spec
 
     def _started(self, child: Child) -> None:
         """A guard or a front end is there: note it for a successor."""
-        if child.role in ("erofs", "guard") and self._erofs is not None:
-            holders = [each.pid for each in self.children if each.role in ("erofs", "guard") and each.pid]
-            left.write(self._left, holders, self._erofs.fds, self._front_end.generation)
+        if child.role in _OWN:
+            self._note()
 
-    def _is_over(self, child: Child, status: int) -> bool:
-        return child.role in ("erofs", "guard") and status == 0
+    def _note(self) -> None:
+        """Write down who holds what, and what is mounted."""
+        if self._kernel is None:
+            return
+        holders = [each.pid for each in self.children if each.role in _OWN and each.pid]
+        seen = [(each.mountpoint, each.device) for each in self._kernel.table.mounts if not each.gone]
+        left.write(self._left, holders, self._kernel.fds, self._front_end.generation, seen)
+
+    # --- while it serves --------------------------------------------------------------------------------------
+
+    def _timeout(self) -> float:
+        return self._kernel.sooner(super()._timeout()) if self._kernel is not None else super()._timeout()
+
+    def _turn(self, timeout: float) -> None:
+        super()._turn(timeout)
+        if self._kernel is not None:
+            self._kernel.tick()
+
+    def _lost(self, place: str) -> None:
+        """Somebody else has unmounted an image."""
+        assert isinstance(self.options, FuseOptions)
+        if self.options.bootstrap is not None and list(self.images) == [self.options.virtual_mountpoint]:
+            self.ask_to_stop()
+            return
+        with suppress(NydusError):  # something is mounted in it, of which is not known yet that it is gone, too
+            self.mounts.umount(place)
 
     # --- stop -------------------------------------------------------------------------------------------------
 
     def _can_leave(self) -> bool:
-        return self._erofs is not None
+        return self._kernel is not None
 
     def stop(self) -> None:
         """Unmount before anything is closed; what somebody uses still, or all in a restart, is left to front end and guard."""
-        session = self._erofs
+        kernel = self._kernel
         gone = True
-        if session is not None:
-            gone = self._unmount and self._is_gone(session)
+        if kernel is not None:
+            gone = self._unmount and not self.handover.leaving and kernel.hide_all()
             if not gone:
                 if not self.handover.leaving:
                     log.warning("%s is used still; front end and guard stay until it is not", self.options.serves)
-                self.children[:] = [child for child in self.children if child.role not in ("erofs", "guard")]
+                self.children[:] = [child for child in self.children if child.role not in _OWN]
         super().stop()
-        if session is not None:
-            session.fds.close()
+        if kernel is not None:
+            kernel.fds.close()
         if gone:
             self._store.drop()
             self._left.unlink(missing_ok=True)
-
-    @staticmethod
-    def _is_gone(session: ErofsSession) -> bool:
-        try:
-            return session.unmount()
-        except NydusError as e:
-            log.error("%s", e)
-            return False
-
-
-_BLOBS_MOST = 240
-"""Each has a file descriptor that is handed to front end and guard, and no more can be at once."""
-
-
-def check(image: Image) -> None:
-    """Raises UnsupportedError for an image that the kernel cannot mount from cache files."""
-    if image.metadata.version != 6:
-        raise UnsupportedError(
-            f"{image.source}: the kernel mounts images of RAFS v6 only, this is v{image.metadata.version}: use `nydusd fuse`"
-        )
-    if any(not cache.caches for cache in image.caches):
-        raise UnsupportedError("EROFS reads cache files: configure a cache of type blobcache with a work_dir")
-
-
-def _is_of(session: ErofsSession, image: Image) -> bool:
-    """Whether what is mounted is this image, with the cache files that are there now."""
-    files = []
-    for cache in image.caches:
-        with suppress(OSError):
-            st = os.stat(str(cache.spec.data_path))
-            files.append((st.st_dev, st.st_ino))
-    return session.record.identity == image.metadata.identity and list(session.record.files) == files

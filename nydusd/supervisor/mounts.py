@@ -40,6 +40,7 @@ from nydusd.supervisor.router import Router
 if TYPE_CHECKING:
     from nydusd.cli.options import FuseOptions
     from nydusd.config import Config
+    from nydusd.supervisor.kernel_mounts import KernelMounts
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ class Mounts:
         self._factory = factory
         self._prefetch = prefetch
         self._changed = changed
+        self.kernel: KernelMounts | None = None
+        """Who shows the images, if no front end of ours does: an image is mounted when the kernel has it."""
         self._under_way: set[str] = set()
         self._leaving: list[BlobCache] = []
 
@@ -148,6 +151,8 @@ class Mounts:
     def mount(self, request: Request, done: Done) -> None:
         """Mount an image. The same image at the same place once more is no error: whoever lost an answer may repeat."""
         present = self.images.get(request.place)
+        if present is not None and self.kernel is not None and request.place in self._under_way:
+            raise PlaceError("another mount or remount of it is under way")
         if present is not None and (present.source, present.config) == (request.source, request.config):
             done(None)
             return
@@ -155,8 +160,7 @@ class Mounts:
         def inspected(facts: ImageFacts) -> None:
             inside = self.table.under(request.names)
             if inside is None:
-                self._mount(request, facts)
-                done(None)
+                self._mount(request, facts, done)
                 return
             index, depth = inside
             outer = next(image for image in self.images.values() if image.index == index)
@@ -167,8 +171,7 @@ class Mounts:
                     raise PlaceError(f"the image at {outer.place} has no such folder to mount upon")
                 if outer.released:
                     raise PlaceError(f"the image at {outer.place} was unmounted meanwhile")
-                self._mount(request, facts)
-                done(None)
+                self._mount(request, facts, done)
 
             path = [name.hex() for name in request.names[depth:]]
             job: Json = {"image": outer.metadata.to_json(), "path": path}
@@ -176,10 +179,28 @@ class Mounts:
 
         self._inspect(request, inspected, done)
 
-    def _mount(self, request: Request, facts: ImageFacts) -> None:
+    def _mount(self, request: Request, facts: ImageFacts, done: Done) -> None:
         image = self._add(request, facts)
+
+        def shown(error: NydusError | None) -> None:
+            self._under_way.discard(image.place)
+            if error is None:
+                log.info("%s is mounted at %s", image.source, image.place)
+            elif not image.released:
+                self._remove(image, request.names)
+            done(error)
+
+        if self.kernel is None:
+            self.serve(image, request.files)
+            shown(None)
+            return
+        self._under_way.add(image.place)
+        try:
+            self.kernel.show(image, shown)
+        except NydusError as e:
+            shown(e)
+            return
         self.serve(image, request.files)
-        log.info("%s is mounted at %s", image.source, image.place)
 
     def _add(self, request: Request, facts: ImageFacts) -> Image:
         self.table.check_free(request.names)
@@ -230,23 +251,45 @@ class Mounts:
             new = Image(request.place, request.source, request.config, facts, self._factory)
             new.counters, new.block, new.files = old.counters, old.block, old.files
             new.trace = self._trace()
+
+            def shown(error: NydusError | None) -> None:
+                self._under_way.discard(request.place)
+                try:
+                    if error is not None:
+                        raise error
+                    self._replace(request, old, new)
+                except NydusError as e:
+                    new.counters = new.files = None
+                    self._release(new)
+                    done(e)
+                else:
+                    done(None)
+
+            if self.kernel is None:
+                shown(None)
+                return
+            self._under_way.add(request.place)
             try:
-                same = facts.identity == old.metadata.identity
-                new.index = self.table.replace(request.names, new.spec(), record_of(new, request), same=same)
-            except NydusError:
-                new.counters = new.files = None
-                self._release(new)
-                raise
-            old.counters = old.files = None
-            self._release(old)
-            self.images[new.place] = new
-            self._changed(self._stale(new.place, request.names))
+                self.kernel.show(new, shown, old)
+            except NydusError as e:
+                shown(e)
+                return
             self.serve(new, request.files)
-            log.info("%s is remounted at %s", new.source, new.place)
-            done(None)
 
         self._mounted(request.place)
         self._inspect(request, inspected, done)
+
+    def _replace(self, request: Request, old: Image, new: Image) -> None:
+        """Have the new image in the place of the old one. Raises NydusError, and then the old one is there."""
+        same = new.metadata.identity == old.metadata.identity
+        new.index = self.table.replace(request.names, new.spec(), record_of(new, request), same=same)
+        old.counters = old.files = None
+        self._release(old)
+        self.images[new.place] = new
+        self._changed(self._stale(new.place, request.names))
+        if self.kernel is None:
+            self.serve(new, request.files)
+        log.info("%s is remounted at %s", new.source, new.place)
 
     # --- umount -----------------------------------------------------------------------------------------------
 
@@ -254,13 +297,22 @@ class Mounts:
         """Unmount an image. Raises PlaceError when there is none, or when others are mounted inside it."""
         place, names = parse_place(place)
         image = self._mounted(place)
+        if self.kernel is not None:
+            if place in self._under_way:
+                raise PlaceError("another mount or remount of it is under way")
+            self.table.check_unused(names)
+            self.kernel.hide(image)
+        self._remove(image, names)
+        log.info("%s is unmounted from %s", image.source, place)
+
+    def _remove(self, image: Image, names: Sequence[bytes]) -> None:
+        """Raises PlaceError when others are mounted inside it, CacheError when the table cannot be written."""
         self.table.remove(names)
         points.reach("mounts: image removed")
-        del self.images[place]
+        del self.images[image.place]
         self._release(image)
         points.reach("mounts: image released")
-        self._changed(self._stale(place, names))
-        log.info("%s is unmounted from %s", image.source, place)
+        self._changed(self._stale(image.place, names))
 
     def _stale(self, place: str, names: Sequence[bytes]) -> str | None:
         """The place, if the kernel keeps what it knows of it: the root, or a folder of an image."""

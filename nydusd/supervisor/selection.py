@@ -39,7 +39,10 @@ def daemon_for(options: ErofsOptions, config: Config, fork_server: ForkServer) -
 
     work_dir = config.cache.work_dir if config.cache else None
     local = config.backend is not None and config.backend.type == "localfs"
-    taken, why = choose(options.driver, options.bootstrap or "", work_dir, local=local)
+    if options.bootstrap is None:
+        taken, why = choose_without_image(options.driver)
+    else:
+        taken, why = choose(options.driver, options.bootstrap, work_dir, local=local)
     daemon: Supervisor
     if taken == "tarfs":
         daemon = TarfsDaemon(options, config, fork_server, why)
@@ -79,6 +82,27 @@ def choose(asked: str, bootstrap: str, work_dir: str | None, *, local: bool = Fa
             return way, "; ".join(passed) or "this kernel and the cache folder have all it needs"
         passed.append(f"not {way}: {reason}")
     return "fuse", "; ".join(passed if reasons["fanotify"] != no_erofs else [f"not EROFS: {no_erofs}"])
+
+
+def choose_without_image(asked: str) -> tuple[str, str]:
+    """The same for a daemon whose images come by the API. Raises UnsupportedError."""
+    if asked in ("tarfs", "blobfs"):
+        raise UnsupportedError(
+            f"--driver {asked}: serves the image of --bootstrap only; use fanotify, or `nydusd fuse`"
+        )
+    if asked == "fuse":
+        return asked, "it was asked for"
+    reason = _why_no_erofs_here()
+    if reason is None:
+        try:
+            os.close(fanotify.open_group())
+        except MountError as e:
+            reason = str(e)
+    if reason is None:
+        return "fanotify", "it was asked for" if asked == "fanotify" else "this kernel has all it needs"
+    if asked == "fanotify":
+        raise UnsupportedError(f"--driver fanotify: {reason}; use `nydusd fuse`")
+    return "fuse", f"not fanotify: {reason}"
 
 
 def _why_no_tars(bootstrap: str, local: bool) -> str | None:

@@ -39,7 +39,7 @@ def test_readers_wait_while_nobody_of_ours_lives_and_the_next_daemon_answers_the
         command = daemon.command
         with held.mounted:
             stored.until_ready()
-            assert {name.rsplit("-", 1)[1] for name in stored.fds} == {"group", "journal", "record", "tree0"}
+            assert {name.rsplit("-", 1)[1] for name in stored.fds} == {"group", "journal", "table"}
             reader = held.waiting_reader(NAMES[0])
             kill_all(daemon)
             late = held.read(NAMES[1])

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from nydusd.errors import CacheError, FormatError
 from nydusd.frontends.erofs import journal as events
-from nydusd.frontends.erofs import left, record
+from nydusd.frontends.erofs import left, table
 from nydusd.frontends.erofs.session import Fds
 from nydusd.frontends.fuse import journal as reads
 from nydusd.storage.state.segment import _CHECK, _HEADER, CHECK_OFFSET, EMPTY, HEADER_SIZE, READY, Segment
@@ -149,24 +149,30 @@ def test_record_of_a_supervisor_is_read_as_it_was_written_or_not_at_all(content:
 
 def test_note_of_what_the_kernel_has_mounted_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "left.json"
-    left.write(path, [], Fds(5, 6, 7, [8, 9]), 3)
+    left.write(path, [], Fds(5, 6, 7), 3, [("/mnt", "0:40")])
     good = path.read_bytes()
     for at in range(len(good)):
         for bad in list(damages(good, at))[:: 1 + at % 8][:2]:
             path.write_bytes(bad)
             assert left.take(path) is None
+            assert isinstance(left.mounted(path), list)
 
 
-@given(st.binary(max_size=300), st.integers(0, 4200))
-@example(b"\x00" * 16, 0)
-def test_record_of_a_mount_in_memory_that_makes_no_sense_is_refused(noise: bytes, at: int) -> None:
-    fd = record.create()
+MOUNTED = table.Mounted(3, "/", "/mnt", "id", (table.File(768, "b", 1, "/s", "/d", 1, 2, (0, 4096)),), ("erofs-1",))
+
+
+@given(st.binary(max_size=300), st.sampled_from((0, 4096, (64 << 20) + 4096)), st.integers(0, 400))
+@example(b"\x00" * 16, 0, 0)
+@example(b"\xff" * 16, 4096, 0)
+def test_table_of_mounts_in_memory_that_makes_no_sense_is_refused(noise: bytes, part: int, at: int) -> None:
+    fd = table.create()
     try:
-        record.write(fd, record.Record("/mnt", "id", "/b", ((1, 2),), ("erofs-1",)))
-        good = record.read(fd)
-        os.pwrite(fd, noise, at)
+        good = table.Table((MOUNTED,), ("/mnt/a",))
+        table.write(fd, good)
+        assert table.read(fd) == good
+        os.pwrite(fd, noise, part + at)
         with contextlib.suppress(FormatError):
-            assert isinstance(record.read(fd), type(good))
+            assert isinstance(table.read(fd), table.Table)
     finally:
         os.close(fd)
 

@@ -9,13 +9,15 @@ has can be read on, and the rest cannot be had any more: the segment of the othe
 
 from __future__ import annotations
 
+import os
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
 
 from nydusd.errors import CacheError, StaleCacheError
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state.segment import EMPTY, READY, RECORD, RETIRED, Segment
+
+from .table import File
 
 _LOOK_AHEAD = 16 << 20
 """Bytes behind a sequential reader that should be there, or on their way."""
@@ -27,19 +29,36 @@ _PAGE = 4096
 
 
 class Blob:
-    """One blob. `file` is (device, inode) of the cache file that EROFS has, `tree` the private mount that it has it by."""
+    """One cache file, of one mount or of several. `row`: in which the front end counts."""
 
-    def __init__(self, spec: Mapping[str, object], file: tuple[int, int], tree: int, row: int) -> None:
-        self.blob_id = str(spec["blob_id"])
-        self.handle = int(str(spec["handle"]))
-        self.file = file
-        self.tree = tree
-        self._name = str(spec["segment"])
+    def __init__(self, file: File, row: int) -> None:
+        self.blob_id = file.blob_id
+        self.file = (file.device, file.inode)
+        """(device, inode) of the cache file that EROFS has."""
         self._row = row
-        self.watched = True
         self._segment: Segment | None = None
         self._place = -_STEADY - 1
         self._looked = 0
+        self.describe([file])
+
+    def describe(self, files: list[File]) -> None:
+        """It is this of each mount that has it, the latest last."""
+        self.handle = files[-1].handle
+        self._path = files[-1].data
+        self._name = files[-1].segment
+        self._cuts = [file.cuts for file in files]
+        self._lacks: dict[int, int] = {}
+        """By the begin of an interval, a chunk of it that was missing when it was looked at last."""
+
+    def held(self) -> int:
+        """Bytes of the cache file. Raises StaleCacheError when it is not in its place."""
+        try:
+            st = os.stat(self._path)
+        except OSError as e:
+            raise StaleCacheError(f"blob {self.blob_id}: {self._path}: {e.strerror}", e.errno) from e
+        if (st.st_dev, st.st_ino) != self.file:
+            raise StaleCacheError(f"blob {self.blob_id}: its cache file was replaced; mount the image again")
+        return st.st_size
 
     def missing(self, offset: int, count: int, held: int) -> ChunkRun | None:
         """The chunks that must be fetched before this range may be read, the first missing to the last; None: read now.
@@ -90,6 +109,27 @@ class Blob:
                 return ChunkRun(self.handle, min(bisect_right(self._ends, offset), chunk), 1)
         return None
 
+    def interval(self, offset: int) -> tuple[int, int]:
+        """What a private mount may be for through which a reader came to `offset`: begin and end, of all mounts together."""
+        begins, ends = [], []
+        for cuts in self._cuts:
+            place = bisect_right(cuts, offset)
+            begins.append(cuts[place - 1])
+            ends.append(cuts[place] if place < len(cuts) else self._limit)
+        return min(begins), max(ends)
+
+    def whole(self, begin: int, end: int) -> bool:
+        """Whether nothing is missing of an interval. Raises CacheError."""
+        states = self._current().state
+        known = self._lacks.get(begin)
+        if known is not None and states[known] != READY:
+            return False
+        first, last = bisect_right(self._ends, begin), bisect_left(self._starts, end)
+        missing = next((chunk for chunk, state in enumerate(bytes(states[first:last]), first) if state != READY), None)
+        if missing is not None:
+            self._lacks[begin] = missing
+        return missing is None
+
     def complete(self) -> bool:
         """Whether nothing of the blob is missing."""
         try:
@@ -132,10 +172,3 @@ class Blob:
             self._counters.release()
             self._segment.close()
             self._segment = None
-
-
-def blobs_from_spec(
-    specs: Sequence[Mapping[str, object]], files: Sequence[tuple[int, int]], trees: Sequence[int], row: int
-) -> list[Blob]:
-    """The supervisor's description, see `Image.spec`."""
-    return [Blob(spec, file, tree, row) for spec, file, tree in zip(specs, files, trees, strict=True)]

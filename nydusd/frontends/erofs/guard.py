@@ -4,11 +4,11 @@ When the last fd of a fanotify group is closed, readers that wait pass, and a ho
 may both be killed; while the guard lives, readers wait for the next daemon, which takes the fds from here.
 
 If none comes: a daemon that is gone must not keep readers for ever. Once neither supervisor nor front end have been there
-for `patience` seconds, the guard becomes a front end by itself: what is cached is served, the rest refused. It ends when the
-file system is gone.
+for `patience` seconds, the guard becomes a front end by itself: what is cached is served, the rest refused. It ends when no
+file system is left.
 
-The spec: `group`, `journal`, `record`, `trees` (fds), `files` (paths of the cache files), `left` (path of the file that
-names us), `patience` (seconds), `supervisor` (its pid), and `successor`: the spec of the front end that it may become.
+The spec: `group`, `journal`, `table` (fds), `left` (path of the file that names us), `patience` (seconds), `supervisor` (its
+pid), and `successor`: the spec of the front end that it may become.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ from nydusd.frontends.guard import begin_guard
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import write_spec
 
-from . import left, record
+from . import left, table
 
 _LOOK = 1.0
 """Seconds between looks around."""
 
 
 def main(argv: list[str]) -> int:
-    """Hold on until the file system is gone. Raises InternalError when the spec cannot be read."""
+    """Hold on until nobody can read any more. Raises InternalError when the spec cannot be read."""
     spec = begin_guard(argv)
-    # Who looks for users of these files, before anything is taken out of them, finds us.
-    for path in spec["files"]:
-        with contextlib.suppress(OSError):
-            os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    supervisor = int(spec["supervisor"])
+    supervisor, memory = int(spec["supervisor"]), int(spec["table"])
+    files: dict[str, int] = {}
     alone_since: float | None = None
     while True:
+        known = table.read(memory)
+        _keep_open(files, {file.data for mounted in known.mounts for file in mounted.files})
         time.sleep(_LOOK)
-        known = record.read(int(spec["record"]))
+        known = table.read(memory)
         orphaned = os.getppid() != supervisor
-        if (known.names is not None or orphaned) and not known.settled().is_alive():
+        if (orphaned or known.ended) and not known.alive():
             if orphaned:
                 left.forget(Path(spec["left"]), os.getpid())
             return 0
@@ -57,6 +56,15 @@ def main(argv: list[str]) -> int:
             _become_front_end(spec)
 
 
+def _keep_open(files: dict[str, int], wanted: set[str]) -> None:
+    """Have these files open, so that who looks for their users, before anything is taken out of them, finds us."""
+    for path in wanted - files.keys():
+        with contextlib.suppress(OSError):
+            files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    for path in files.keys() - wanted:
+        os.close(files.pop(path))
+
+
 def _is_idle(journal: int) -> bool:
     """Whether no front end lives: it would have the journal locked."""
     try:
@@ -68,9 +76,8 @@ def _is_idle(journal: int) -> bool:
 
 
 def _become_front_end(spec: Json) -> None:
-    fds = [int(spec[name]) for name in ("group", "journal", "record")] + [int(fd) for fd in spec["trees"]]
-    for fd in fds:
-        os.set_inheritable(fd, True)
+    for name in ("group", "journal", "table"):
+        os.set_inheritable(int(spec[name]), True)
     successor = write_spec(spec["successor"] | {"alone": True})
     os.set_inheritable(successor, True)
     os.execv(sys.executable, [sys.executable, "-P", "-m", "nydusd.frontends.erofs", "--spec-fd", str(successor)])

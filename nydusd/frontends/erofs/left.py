@@ -1,7 +1,8 @@
-"""What a killed supervisor has left of an EROFS mount: where the next one finds it, and how it gets its fds.
+"""What a killed supervisor has left of its EROFS mounts: where the next one finds it, and how it gets its fds.
 
 A file beside the run-time folder names who holds its fds, guard and front end, by pid and start time, and the numbers of the
-fds. Written by the supervisor before mount(2) and whenever it started one of them, removed once the file system is gone.
+fds. Written by the supervisor before mount(2) and whenever it started one of them, removed once no file
+system is left.
 """
 
 from __future__ import annotations
@@ -39,16 +40,17 @@ class Left(NamedTuple):
     generation: int
 
 
-def write(path: Path, holders: Sequence[int], fds: Fds, generation: int) -> None:
-    """Note who holds what, and the generation of the front end.
+def write(path: Path, holders: Sequence[int], fds: Fds, generation: int, seen: Sequence[tuple[str, str]] = ()) -> None:
+    """Note who holds what, the generation of the front end, and what is mounted: place and device (`major:minor`).
 
     Raises MountError: without it a kill of the supervisor could not be made good.
     """
     content = {
-        "version": 1,
+        "version": 2,
         "generation": generation,
         "holders": [[pid, start_time(pid)] for pid in holders],
-        "fds": [fds.group, fds.journal, fds.record, fds.trees],
+        "fds": list(fds),
+        "mounts": [list(each) for each in seen],
     }
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -69,6 +71,14 @@ def forget(path: Path, holder: int) -> None:
             path.unlink()
 
 
+def mounted(path: Path) -> list[tuple[str, str]]:
+    """Place and device of what was mounted."""
+    try:
+        return [(str(place), str(device)) for place, device in json.loads(path.read_text())["mounts"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def take(path: Path) -> Left | None:
     """What is held, None when nobody holds anything. The holders go on: `end` them when all is taken over.
 
@@ -79,8 +89,9 @@ def take(path: Path) -> Left | None:
         if raw.pop("check", None) not in (_check(raw), None):  # None: of a release that wrote none
             raise ValueError("its checksum is wrong: it was damaged")
         processes = [(int(pid), int(start)) for pid, start in raw["holders"]]
-        group, journal, record, trees = raw["fds"]
-        numbers = [int(group), int(journal), int(record), *map(int, trees)]
+        if raw["version"] != 2:
+            raise ValueError(f"it is of version {raw['version']}")
+        numbers = [int(number) for number in Fds(*raw["fds"])]
         generation = int(raw["generation"])
     except FileNotFoundError:
         return None
@@ -99,7 +110,7 @@ def take(path: Path) -> Left | None:
             for fd in copies:
                 os.close(fd)
             continue
-        fds = Fds(copies[0], copies[1], copies[2], copies[3:])
+        fds = Fds(*copies)
         known = [pid for pid, _ in processes]
         return Left([*holders, *_unnoted(fds.journal, numbers[1], known)], fds, generation + 1)
     let_be(holders)
@@ -109,23 +120,17 @@ def take(path: Path) -> Left | None:
 
 
 def stored(path: Path, fds: dict[str, int]) -> Left | None:
-    """The same of a daemon of which nothing lives, from what somebody else has kept for us (`names` of all that there is).
+    """The same of a daemon of which nothing lives, from what somebody else has kept for us, by the names of `Fds`.
 
     None, and all of it closed, when it is not whole, or nothing was noted.
     """
     try:
         raw = json.loads(path.read_text())
-        trees = [fds[name] for name in names(len(raw["fds"][3]))[3:]]
-        return Left([], Fds(fds["group"], fds["journal"], fds["record"], trees), int(raw["generation"]) + 1)
+        return Left([], Fds(*(fds[name] for name in Fds._fields)), int(raw["generation"]) + 1)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         for fd in fds.values():
             os.close(fd)
         return None
-
-
-def names(trees: int) -> list[str]:
-    """How the fds of a mount of so many blobs are called, in the order of `Fds.all`."""
-    return ["group", "journal", "record", *(f"tree{number}" for number in range(trees))]
 
 
 def let_be(holders: Sequence[int]) -> None:

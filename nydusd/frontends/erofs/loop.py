@@ -1,8 +1,8 @@
 """The loop of the front end: take events of the group, let readers pass whose range is there, have the rest fetched.
 
-One process, for two that read one group would mix up its events. It never waits for one miss with all others. A reader
-passes only after all chunks of its range are marked ready, which a worker does after the bytes are in the cache file; for
-whatever goes wrong its read is refused, so it gets EIO and never a hole.
+One process for all mounts, for two that read one group would mix up its events. It never waits for one miss with all others.
+A reader passes only after all chunks of its range are marked ready, which a worker does after the bytes are in the cache
+file; for whatever goes wrong its read is refused, so it gets EIO and never a hole.
 
 What holds after SIGKILL: the group and the journal live on in the supervisor and the guard; readers wait, and a successor
 answers first what the journal has.
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from nydusd import points
-from nydusd.errors import CacheError, MountError, NydusError
+from nydusd.errors import CacheError, NydusError
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
 from nydusd.ipc.messages import AHEAD, LOST
@@ -29,7 +29,7 @@ from nydusd.storage.api.io import ChunkRun
 from . import fanotify
 from .device import Blob
 from .journal import UNKNOWN, Journal
-from .record import Record
+from .known import Known
 
 log = logging.getLogger(__name__)
 
@@ -63,17 +63,17 @@ class _Waiting:
 class FrontEnd:
     """Serves the events of `group`. `inherited`: numbers of a predecessor's events that `journal.reserve` occupies.
 
-    `known()` is the mount's record as it is now; `alone`: there is no supervisor, what is missing cannot be fetched.
-    A reader waits `patience` seconds at most.
+    `make_known(complain)` gives what is mounted; `orphaned()`: whether the supervisor is gone; `alone`: it stays so, and
+    what is missing cannot be fetched. A reader waits `patience` seconds at most.
     """
 
     def __init__(
         self,
         group: int,
         journal: Journal,
-        blobs: Sequence[Blob],
+        make_known: Callable[[Callable[[str], None]], Known],
         connect: Callable[[], Client],
-        known: Callable[[], Record],
+        orphaned: Callable[[], bool],
         *,
         inherited: set[int],
         patience: float = 30.0,
@@ -81,22 +81,20 @@ class FrontEnd:
     ) -> None:
         self._group = group
         self._journal = journal
-        self._blobs = {blob.file: (index, blob) for index, blob in enumerate(blobs)}
-        self._all = list(blobs)
         self._connect = connect
         self._client: Client | None = None
-        self._known = known
-        self._own_numbers = {kept.event.fd for kept in journal.left} - inherited
+        self._orphaned = orphaned
+        self._inherited = {kept.event.fd for kept in journal.left}
+        """Numbers that stand for no file here."""
+        self._own_numbers = self._inherited - inherited
         self._patience = patience
         self._alone = alone
         self._waiting: dict[int, _Waiting] = {}
         self._owners: dict[int, _Waiting] = {}
         self._complaints = Complaints("erofs")
+        self._known = make_known(lambda text: self._complaints.log("%s", text))
         self._next_ask = self._next_look = self._next_rest = 0.0
         self._over = False
-        self.completed: Callable[[], None] = lambda: None
-        """Called once, when nothing is missing any more."""
-        self._told = False
 
     def run(self) -> None:
         """Serve until the file system is gone. Raises OSError when the group cannot be read."""
@@ -128,13 +126,21 @@ class FrontEnd:
 
     def _take(self, length: int) -> None:
         """Answer the events in the first `length` bytes of the buffer, or have them wait."""
+        known = self._known
         for event in fanotify.events(self._journal.buffer):
             try:
                 st = os.fstat(event.fd)
-                index, blob = self._blobs[st.st_dev, st.st_ino]
+                file = st.st_dev, st.st_ino
+                if file not in known.files:
+                    known.refresh()
+                key, blob = known.files[file]
                 run = blob.missing(event.offset, event.length, st.st_size)
+                if run is None:
+                    known.passes(blob, event.offset, event.fd)
             except (KeyError, OSError):
-                self._refuse(event.fd, errno.EIO, "an event for a file that is no cache file of this image")
+                self._refuse(
+                    event.fd, errno.EIO, "an event for a file that is no cache file of an image that is mounted"
+                )
                 os.close(event.fd)
                 continue
             except NydusError as e:
@@ -146,7 +152,7 @@ class FrontEnd:
                 os.close(event.fd)
             else:
                 points.reach("fanotify: event looked at")
-                place = self._journal.keep(event, index)
+                place = self._journal.keep(event, key)
                 points.reach("fanotify: event kept")
                 self._wait(
                     _Waiting(event.fd, place, event.offset, event.length, [blob], self._deadline()), [(blob, run)]
@@ -159,9 +165,10 @@ class FrontEnd:
 
     def _recover(self) -> None:
         """Answer, or have wait again, what a predecessor had taken and not answered."""
-        for place, event, index, hopeless in self._journal.left:
+        everything = [blob for _, blob in self._known.files.values()]
+        for place, event, key, hopeless in self._journal.left:
             points.reach("fanotify: successor takes up an event")
-            blobs = self._all if index == UNKNOWN else self._all[index : index + 1]
+            blobs = everything if key == UNKNOWN else [blob for blob in [self._known.keys.get(key)] if blob is not None]
             waiting = _Waiting(event.fd, place, event.offset, event.length, blobs, self._deadline())
             if hopeless or not event.length or not blobs:
                 self._end(waiting, errno.EIO, "front ends die of this event: its reader is refused")
@@ -184,7 +191,7 @@ class FrontEnd:
         inside = False
         for blob in waiting.blobs:
             try:
-                run = blob.missing(waiting.offset, waiting.count, os.stat(fanotify.path_of(blob.tree)).st_size)
+                run = blob.missing(waiting.offset, waiting.count, blob.held())
             except CacheError as e:
                 if len(waiting.blobs) == 1 or e.temporary:
                     raise
@@ -238,12 +245,12 @@ class FrontEnd:
                     self._line().request(run, flags, number)
         if now >= self._next_look:
             self._next_look = now + _LOOK
-            self._look_for_complete()
+            self._known.look()
         if now >= self._next_rest:
             self._next_rest = now + _REST
             self._look_around()
         until = [self._next_rest]
-        if not self._told:
+        if self._known.waits:
             until.append(self._next_look)
         if self._waiting:
             until.append(self._next_ask)
@@ -281,6 +288,9 @@ class FrontEnd:
             self._refuse(waiting.number, code, why, waiting.blobs)
         else:
             points.reach("fanotify: before an answer")
+            if waiting.number not in self._inherited and len(waiting.blobs) == 1:
+                with contextlib.suppress(CacheError):
+                    self._known.passes(waiting.blobs[0], waiting.offset, waiting.number)
             self._answer(waiting.number, 0)
         points.reach("fanotify: answered")
         self._waiting.pop(waiting.number, None)
@@ -291,6 +301,7 @@ class FrontEnd:
         self._journal.drop(waiting.place)
         points.reach("fanotify: dropped")
         # Only now may the kernel use the number again.
+        self._inherited.discard(waiting.number)
         if waiting.number not in self._own_numbers:
             with contextlib.suppress(OSError):
                 os.close(waiting.number)
@@ -317,25 +328,11 @@ class FrontEnd:
 
     # --- now and then -----------------------------------------------------------------------------------------
 
-    def _look_for_complete(self) -> None:
-        """Stop to be asked about blobs of which nothing is missing."""
-        for blob in self._all:
-            if blob.watched and blob.complete():
-                try:
-                    fanotify.unwatch(self._group, blob.tree)
-                except MountError as e:
-                    self._complaints.log("blob %s: %s", blob.blob_id, e)
-                points.reach("fanotify: mark removed")
-                blob.watched = False
-                log.info("blob %s: all of it is in the cache; the kernel reads it by itself", blob.blob_id)
-        if not self._told and not any(blob.watched for blob in self._all):
-            self._told = True
-            self.completed()
-
     def _look_around(self) -> None:
-        """Whether the file system is there, and the daemon was not stopped."""
-        known = self._known()
-        if not known.is_alive():
+        """Whether anybody uses what is mounted, and the daemon was not stopped."""
+        self._known.refresh()
+        known = self._known.table
+        if (known.ended or self._orphaned()) and not known.alive():
             self._over = True
         elif known.ended and not self._alone:
             self._alone = True

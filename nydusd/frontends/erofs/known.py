@@ -1,0 +1,135 @@
+"""What the front end knows of the mounts: their blobs by cache file, and the private mounts of which nothing is missing.
+
+The kernel asks as long as a private mount is marked. There is one for each range of a blob (`formats/write/rafs_v6_split.py`),
+and its mark goes as soon as the range is complete: so what is cached is read without us, whatever else is missing. We have a
+private mount only by the file of an event that came through it; one such file of each is kept.
+
+After SIGKILL: a mark that is gone was not needed any more, since nothing is taken out of these files; one that stays costs an
+event, at which it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+
+from nydusd import points
+from nydusd.errors import CacheError, FormatError, MountError
+
+from . import fanotify, table
+from .device import Blob
+from .table import Table
+
+log = logging.getLogger(__name__)
+
+_KEPT_MOST = 4096
+"""Files of events that are kept open."""
+
+
+class Known:
+    """`memory` is the table's fd, `group` the fanotify group's, `row` that in which the front end counts.
+
+    `complain(text)` says what goes wrong.
+    """
+
+    def __init__(self, memory: int, group: int, row: int, complain: Callable[[str], None]) -> None:
+        self._memory = memory
+        self._group = group
+        self._row = row
+        self._complain = complain
+        self.table = Table()
+        self.files: dict[tuple[int, int], tuple[int, Blob]] = {}
+        """By device and inode of the cache file: its number in the journal, and the blob."""
+        self.keys: dict[int, Blob] = {}
+        """By number in the journal."""
+        self._kept: dict[tuple[Blob, int, int], int] = {}
+        """By interval, a file that was opened through its private mount."""
+        self._complete: set[int] = set()
+        """Indexes of mounts of which nothing is missing."""
+        self.refresh()
+
+    @property
+    def waits(self) -> bool:
+        """Whether `look` may find something."""
+        return len(self._complete) < len(self.table.mounts)
+
+    def refresh(self) -> bool:
+        """Know what the supervisor has written since; whether there was something."""
+        try:
+            if table.revision_of(self._memory) == self.table.revision:
+                return False
+            self.table = table.read(self._memory)
+        except FormatError as e:
+            self._complain(str(e))
+            return False
+        found: dict[tuple[int, int], list[table.File]] = {}
+        for mounted in self.table.mounts:
+            for file in mounted.files:
+                found.setdefault((file.device, file.inode), []).append(file)
+        before = self.files
+        self.files, self.keys = {}, {}
+        for place, files in found.items():
+            if place in before:
+                blob = before[place][1]
+                blob.describe(files)
+            else:
+                blob = Blob(files[-1], self._row)
+                blob.describe(files)
+            self.files[place] = files[-1].key, blob
+            self.keys |= {file.key: blob for file in files}
+        for place, (_, blob) in before.items():
+            if place not in found:
+                self._forget(blob)
+        self._complete &= {mounted.index for mounted in self.table.mounts}
+        return True
+
+    def passes(self, blob: Blob, offset: int, fd: int) -> None:
+        """A reader passes at `offset`, or will, that has come by the file `fd`: unmark its private mount if that can be."""
+        interval = blob.interval(offset)
+        whole = blob.whole(*interval)
+        if not whole and ((blob, *interval) in self._kept or len(self._kept) >= _KEPT_MOST):
+            return
+        # The mounts as they are now: it may be one that was made of the same file since, with other ranges. Each is in the
+        # table before it can be read.
+        if self.refresh():
+            interval = blob.interval(offset)
+            whole = blob.whole(*interval)
+        if whole:
+            self._unwatch(blob, fd)
+        elif (blob, *interval) not in self._kept:
+            with contextlib.suppress(OSError):
+                self._kept[(blob, *interval)] = os.dup(fd)
+
+    def look(self) -> None:
+        """Unmark what has become complete without an event."""
+        self.refresh()
+        for (blob, begin, end), fd in list(self._kept.items()):
+            try:
+                whole = blob.whole(begin, end)
+            except CacheError:
+                continue
+            if whole:
+                self._unwatch(blob, fd)
+                os.close(self._kept.pop((blob, begin, end)))
+        for mounted in self.table.mounts:
+            if mounted.index in self._complete or mounted.names is None:
+                continue
+            if all(self.keys[file.key].complete() for file in mounted.files):
+                self._complete.add(mounted.index)
+                log.info("%s: all of it is in the cache; the kernel reads it by itself", mounted.mountpoint)
+                mounted.set_read_ahead(incomplete=False)
+
+    def _unwatch(self, blob: Blob, fd: int) -> None:
+        try:
+            fanotify.unwatch(self._group, fd)
+        except MountError as e:
+            self._complain(f"blob {blob.blob_id}: {e}")
+        points.reach("fanotify: mark removed")
+
+    def _forget(self, blob: Blob) -> None:
+        """No mount has it any more: whoever would come by these files is gone."""
+        for interval in [interval for interval in self._kept if interval[0] is blob]:
+            os.close(self._kept.pop(interval))
+        blob.close()

@@ -1,0 +1,77 @@
+"""The kernel's calls to make a mount before it is seen: fsopen(2) and what follows, open_tree(2), move_mount(2), openat2(2).
+
+Called by the supervisor. After SIGKILL a mount is either nowhere, and gone with its last fd, or at its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterable
+from struct import Struct
+
+from nydusd.errors import MountError
+
+_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2 = 429, 430, 431, 432, 437
+_CLOEXEC = 1
+_SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
+_RDONLY, _NOSUID, _NODEV, _NOATIME = 0x1, 0x2, 0x4, 0x10
+_FROM_EMPTY, _TO_EMPTY, _BENEATH = 0x4, 0x40, 0x200
+_HOW = Struct("=QQQ")
+"""flags, mode, resolve."""
+_NO_MAGIC_LINKS, _NO_SYMLINKS, _BELOW = 0x2, 0x4, 0x8
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def make_erofs(bootstrap: str, devices: Iterable[str], what: str) -> int:
+    """An EROFS of a metadata file over the files that are its devices, in the order of its table; seen nowhere yet: its fd.
+
+    Raises MountError, which begins with `what`.
+    """
+    context = _call(_FSOPEN, b"erofs", _CLOEXEC, what=f"{what}: fsopen")
+    try:
+        _call(_FSCONFIG, context, _SET_FLAG, b"ro", None, 0, what=f"{what}: read-only")
+        _call(_FSCONFIG, context, _SET_STRING, b"source", os.fsencode(bootstrap), 0, what=f"{what}: {bootstrap}")
+        for device in devices:
+            _call(_FSCONFIG, context, _SET_STRING, b"device", os.fsencode(device), 0, what=f"{what}: {device}")
+        _call(_FSCONFIG, context, _CREATE, None, None, 0, what=f"{what}: mounting {bootstrap} as EROFS")
+        flags = _RDONLY | _NOSUID | _NODEV | _NOATIME
+        return _call(_FSMOUNT, context, _CLOEXEC, flags, what=f"{what}: fsmount")
+    finally:
+        os.close(context)
+
+
+def attach(mount: int, place: int, what: str, *, beneath: bool = False) -> None:
+    """Have a mount be seen at the folder that `place` is open on; or below the mount that is there. Raises MountError."""
+    flags = _FROM_EMPTY | _TO_EMPTY | (_BENEATH if beneath else 0)
+    _call(_MOVE_MOUNT, mount, b"", place, b"", flags, what=f"{what}: move_mount")
+
+
+def open_below(folder: int, path: str) -> int:
+    """An O_PATH fd of a folder below another: no symbolic link on the way, nothing above it. Raises OSError."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    how = _HOW.pack(flags, 0, _BELOW | _NO_SYMLINKS | _NO_MAGIC_LINKS)
+    while True:
+        fd: int = _libc.syscall(_OPENAT2, folder, os.fsencode(path) or b".", how, len(how))
+        if fd >= 0:
+            return fd
+        code = ctypes.get_errno()
+        if code != errno.EAGAIN:  # somebody has renamed something on the way
+            raise OSError(code, os.strerror(code), path)
+
+
+def _call(number: int, *arguments: object, what: str) -> int:
+    result: int = _libc.syscall(number, *arguments)
+    if result < 0:
+        raise MountError(f"{what}: {why(ctypes.get_errno())}")
+    return result
+
+
+def why(code: int) -> str:
+    """What an errno of a mount means."""
+    if code == errno.ENODEV:
+        return "this kernel has no EROFS"
+    if code == errno.ENOTBLK:
+        return "this kernel mounts EROFS from block devices only: it must be 6.12 or later"
+    return os.strerror(code)

@@ -1,0 +1,74 @@
+"""Images as the kernel's EROFS is to read them: whether it can, which files and ranges of them are its devices. Used by the
+supervisor.
+
+Nothing is kept here. Of a range it is said that nothing is missing only if that stays so: the blobs are pinned before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nydusd.errors import UnsupportedError
+from nydusd.frontends.erofs.session import Range
+from nydusd.frontends.erofs.table import File, Mounted
+from nydusd.storage.state.segment import READY, RECORD
+
+if TYPE_CHECKING:
+    from nydusd.storage.cache.blob_cache import BlobCache
+    from nydusd.supervisor.images import Image
+
+_BLOBS_MOST = 255
+
+
+def check(image: Image) -> None:
+    """Raises UnsupportedError for an image that the kernel cannot mount from cache files."""
+    if image.metadata.version != 6:
+        raise UnsupportedError(
+            f"{image.source}: the kernel mounts images of RAFS v6 only, this is v{image.metadata.version}: use `nydusd fuse`"
+        )
+    if any(not cache.caches for cache in image.caches):
+        raise UnsupportedError("EROFS reads cache files: configure a cache of type blobcache with a work_dir")
+    if len(image.caches) > _BLOBS_MOST:
+        raise UnsupportedError(f"{image.source}: {len(image.caches)} blobs, {_BLOBS_MOST} at most")
+
+
+def is_of(mounted: Mounted, image: Image) -> bool:
+    """Whether what is mounted is this image, at its place, with the cache files that are there now."""
+    files = []
+    for cache in image.caches:
+        with contextlib.suppress(OSError):
+            st = os.stat(str(cache.spec.data_path))
+            files.append((st.st_dev, st.st_ino))
+    known = [(file.device, file.inode) for file in mounted.files]
+    return (mounted.place, mounted.identity, known) == (image.place, image.metadata.identity, files)
+
+
+def files_of(image: Image, index: int, cuts: Sequence[Sequence[int]]) -> tuple[File, ...]:
+    """The blobs of an image as front ends know them. Raises OSError."""
+    files = []
+    for number, (cache, of_blob) in enumerate(zip(image.caches, cuts, strict=True)):
+        path = str(cache.spec.data_path)
+        st = os.stat(path)
+        names = cache.spec.info.blob_id, cache.handle, cache.spec.segment, path
+        files.append(File(index << 8 | number, *names, st.st_dev, st.st_ino, tuple(of_blob)))
+    return tuple(files)
+
+
+def ranges_of(caches: Sequence[BlobCache], cuts: Sequence[Sequence[int]]) -> list[Range]:
+    """The devices of an image: of each blob its ranges."""
+    found = []
+    for cache, of_blob in zip(caches, cuts, strict=True):
+        assert cache.segment is not None
+        state = bytes(cache.segment.state)
+        starts, ends = [], []
+        for _, start, _, size, *_ in RECORD.iter_unpack(cache.segment.records):
+            starts.append(start)
+            ends.append(start + size)
+        for begin, end in zip(of_blob, [*of_blob[1:], 1 << 63], strict=True):
+            part = state[bisect_right(ends, begin) : bisect_left(starts, end)]
+            found.append(Range(str(cache.spec.data_path), part.count(READY) == len(part)))
+    return found
