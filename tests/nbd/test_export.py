@@ -18,9 +18,9 @@ import pytest
 from nydusd.frontends.nbd import protocol
 from tests.support import manifest
 from tests.support.daemon import Daemon
-from tests.support.oracle import Image, image
+from tests.support.oracle import Image, image, images
 
-IMAGES = ("v6-batch", "v6-tarfs")
+IMAGES = [made.name for made in images() if "v6" in made.name and ":" not in made.name]
 
 
 class Export(Daemon):
@@ -85,7 +85,8 @@ def test_a_copy_of_the_export_is_a_disk_that_the_kernel_mounts(name: str, tmp_pa
     assert told["export-size"] == disk.stat().st_size
     assert told["is_read_only"] is True
     assert told["block_size_preferred"] == (512 if name == "v6-tarfs" else 4096)
-    assert disk.read_bytes()[: what.bootstrap.stat().st_size] == what.bootstrap.read_bytes()
+    if what.bootstrap.parent != what.blobs:  # else the metadata is in the blob
+        assert disk.read_bytes()[: what.bootstrap.stat().st_size] == what.bootstrap.read_bytes()
     shows_the_manifest(disk, what, tmp_path / "mnt")
 
 
