@@ -2,7 +2,7 @@
 
 from nydusd.config.load import load_config, load_config_file, localfs_dir_config, with_registry_auth, with_settings
 from nydusd.config.model import Config
-from nydusd.config.redacted import redacted, secret_values
+from nydusd.config.redacted import redacted, secret_values, settings_secrets
 
 __all__ = (
     "Config",
@@ -11,6 +11,7 @@ __all__ = (
     "localfs_dir_config",
     "redacted",
     "secret_values",
+    "settings_secrets",
     "with_registry_auth",
     "with_settings",
 )

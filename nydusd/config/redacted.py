@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from nydusd.config.model import SECRET_NAME, URL_KEYS, Config, Table
 from nydusd.redact import user_info
@@ -34,8 +34,21 @@ def _secrets(value: object, is_url: bool) -> Iterator[str]:
         for name, item in value.items():
             yield from (item,) if SECRET_NAME.search(name) else _secrets(item, "://" in item)
     elif isinstance(value, str) and is_url:
-        pair = user_info(value)
-        yield from (pair, pair.partition(":")[2])
+        yield from _user_info(value)
+
+
+def settings_secrets(values: Mapping[str, str]) -> list[str]:
+    """The same of what is set at run time: `registry_auth`, and all else are URLs."""
+    found: list[str] = []
+    for name, value in values.items():
+        found += [value, *_password(value)] if name == "registry_auth" else _user_info(value)
+    return [value for value in found if value]
+
+
+def _user_info(url: str) -> tuple[str, str]:
+    """`user:password` and the password of an URL; empty where it has none."""
+    pair = user_info(url)
+    return pair, pair.partition(":")[2]
 
 
 def _password(auth: str) -> list[str]:

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 from nydusd.errors import CacheError, ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.logs import clean
+from nydusd.redact import MASK, redact_url
 from nydusd.supervisor import handover
 from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.version import GIT_COMMIT
@@ -31,10 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SETTINGS: Final = ("registry_auth", "proxy_url", "dragonfly_scheduler_endpoint")
-_SECRET: Final = ("registry_auth",)
 _SETTINGS: Final = "settings.json"
 """In the run-time folder, readable for the daemon's user only: what was set, for a successor."""
-_HIDDEN: Final = "***"
 _MAX_ERRORS, _MAX_BYTES = 500, 50 * 1024
 _PATIENCE = 1.0
 """Seconds that who keeps our session may take: nobody is served meanwhile."""
@@ -165,27 +164,24 @@ def _events(daemon: Supervisor, _request: Json) -> Json:
 
 
 def _get_config(daemon: Supervisor, request: Json) -> Json:
-    """What was set at run time; secrets are told of, not told."""
+    """What was set at run time; secrets are told of, not told, and so are those in URLs."""
     wanted = request.get("id")
     found: Json = {}
     for name, values in daemon.settings.items():
         for key, value in values.items():
             if wanted is None or wanted == name:
-                found[key if wanted is not None else f"{name}:{key}"] = _HIDDEN if key in _SECRET else value
+                shown = MASK if key == "registry_auth" else redact_url(value)
+                found[key if wanted is not None else f"{name}:{key}"] = shown
     return found
 
 
 def _set_config(daemon: Supervisor, request: Json) -> None:
     """Change how blobs of one image are fetched from now on. Raises NydusError, and then nothing is changed."""
-    from nydusd.logs import register_secret
-
     name = str(request.get("id") or "")
     values: dict[str, str] = request["values"]
     if not set(values) <= set(SETTINGS):
         raise NydusError("ResponsePayloadType")
-    for key in _SECRET:
-        if values.get(key):
-            register_secret(values[key])
+    _keep_out_of_logs(values)
     image = daemon.images.get(name) or daemon.images.get(f"/{name}")
     if image is not None:
         try:
@@ -194,6 +190,14 @@ def _set_config(daemon: Supervisor, request: Json) -> None:
             raise NydusError(f"Other({json.dumps(str(e), ensure_ascii=False)})") from e
     daemon.settings.setdefault(name, {}).update(values)
     remember(daemon)
+
+
+def _keep_out_of_logs(values: Mapping[str, str]) -> None:
+    from nydusd.config import settings_secrets
+    from nydusd.logs import register_secret
+
+    for secret in settings_secrets(values):
+        register_secret(secret)
 
 
 def remember(daemon: Supervisor) -> None:
@@ -206,8 +210,6 @@ def remember(daemon: Supervisor) -> None:
 
 def recall(daemon: Supervisor) -> None:
     """Set once more what a supervisor that was killed was told, but what is older than the file of the configuration."""
-    from nydusd.logs import register_secret
-
     path = Path(daemon.run_dir) / _SETTINGS
     try:
         settings: dict[str, dict[str, str]] = read_checked(path)["settings"]
@@ -220,9 +222,7 @@ def recall(daemon: Supervisor) -> None:
     newer = given is not None and os.path.exists(given) and os.stat(given).st_mtime_ns > written
     daemon.settings = settings
     for name, values in settings.items():
-        for key in _SECRET:
-            if values.get(key):
-                register_secret(values[key])
+        _keep_out_of_logs(values)
         image = daemon.images.get(name) or daemon.images.get(f"/{name}")
         if image is not None and not (newer and image.given):
             with contextlib.suppress(ConfigError):  # as it was when it was set

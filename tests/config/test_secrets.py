@@ -9,7 +9,7 @@ import logging
 import pytest
 
 from nydusd import logs
-from nydusd.config import Config, load_config, redacted, secret_values
+from nydusd.config import Config, load_config, redacted, secret_values, settings_secrets
 from nydusd.errors import ConfigError
 from nydusd.redact import redact_text, redact_url
 
@@ -138,3 +138,9 @@ def test_credentials_are_known_by_their_shape(text: str, expected: str) -> None:
 )
 def test_url_is_cut_to_what_is_harmless(url: str, expected: str) -> None:
     assert redact_url(url) == expected
+
+
+def test_secrets_that_are_set_at_run_time_are_known_in_each_form() -> None:
+    values = {"registry_auth": "dXNlcjpodW50ZXIy", "proxy_url": "http://me:hunter3@proxy/", "other": "proxy:80"}
+    found = ["dXNlcjpodW50ZXIy", "user:hunter2", "hunter2", "me:hunter3", "hunter3"]
+    assert settings_secrets(values) == found

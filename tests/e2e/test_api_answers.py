@@ -146,6 +146,9 @@ def test_settings_are_told_without_secrets(daemon: Daemon) -> None:
     assert daemon.request("PUT", "/api/v1/config?id=/", b'{"registry_auth":"YTpiLXNlY3JldA=="}')[0] == 204
     assert daemon.get("/api/v1/config?id=/") == {"registry_auth": "***"}
     assert daemon.get("/api/v1/config") == {"/:registry_auth": "***"}
+    proxy = b'{"proxy_url":"http://user:hunter2-secret@proxy:3128"}'
+    assert daemon.request("PUT", "/api/v1/config?id=/", proxy)[0] == 204
+    assert daemon.get("/api/v1/config?id=/") == {"registry_auth": "***", "proxy_url": "http://proxy:3128"}
     assert daemon.get("/api/v1/config?id=/x") == {}
     status, body = daemon.request("PUT", "/api/v1/config?id=/", b'{"prefetch":"x"}')
     assert (status, json.loads(body)["message"]) == (500, "Configure(ResponsePayloadType)")
