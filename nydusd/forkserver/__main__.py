@@ -13,7 +13,7 @@ When it has loaded what `argv` names it says {ready}. A request (`client.ForkSer
 - {hold: numbers}: fds of the FUSE session, to be held under these numbers for a supervisor to come: then this process does not
   end with the present one, but with the mount. They are safe in the packet, before it is read. No child has them. No answer.
 - {guard: {delay, command}}, and an fd with an environment: if the supervisor is killed and nobody has started another one
-  `delay` seconds later, this process does (`guardian.py`). No answer.
+  `delay` seconds later, this process does (`guardian.py`). No child has it. No answer.
 - {copy}, and an fd: a copy of this process, a fork server with all that this one has, serves the line behind the fd.
   Answer: {copy: pid}, or {copy: 0} where there is no room. It begins with the first packet, and not at all without one.
 
@@ -144,6 +144,8 @@ class _Server:
                 self._line.close()
                 for fd in self._held:
                     os.close(fd)
+                if self._guard is not None:
+                    os.close(self._guard["environment"])
                 if not os.read(fds[-1], 1):
                     os._exit(0)
                 os.close(fds.pop())
@@ -156,10 +158,13 @@ class _Server:
         return None
 
     def _hold(self, fds: list[int], numbers: list[int]) -> None:
+        above = max(numbers) + 1
         if self._line.fileno() in numbers:
-            line = fcntl.fcntl(self._line.fileno(), fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1)
+            line = fcntl.fcntl(self._line.fileno(), fcntl.F_DUPFD_CLOEXEC, above)
             self._line.close()
             self._line = socket.socket(fileno=line)
+        if self._guard is not None and self._guard["environment"] in numbers:
+            self._guard["environment"] = fcntl.fcntl(self._guard["environment"], fcntl.F_DUPFD_CLOEXEC, above)
         self._held = list(dict.fromkeys([*self._held, *numbers]))
         _place(fds, numbers)
         points.reach("fork server: holds")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nydusd.forkserver.client import ForkServer, environment
+from nydusd.forkserver.client import ForkServer, _send, environment
 from nydusd.forkserver.process import Process
 from nydusd.ipc.spec import write_spec
 from nydusd.supervisor.children import reap_strays
@@ -218,6 +218,28 @@ def test_what_it_is_to_hold_is_held_under_our_numbers_by_whoever_takes_its_place
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def environments(pid: int) -> list[int]:
+    """The numbers under which a process has what a daemon would be started again with."""
+    folder = Path(f"/proc/{pid}/fd")
+    return [int(name) for name in os.listdir(folder) if "nydusd-environment" in os.readlink(folder / name)]
+
+
+def test_the_environment_for_another_daemon_is_in_no_child_and_makes_way_for_what_is_held() -> None:
+    with fork_server() as server:
+        server.guard(60.0)
+        process, told = spawn(server)
+        assert not [path for path in told["fds"].values() if "environment" in path]  # type: ignore[attr-defined]
+        assert process.wait(10) == 0
+        process.close()
+        (number,) = environments(server.pid)
+        assert _send(server._servers[0], {"hold": [number]}, [0])
+        process, _ = spawn(server)  # when that is there, it holds
+        assert process.wait(10) == 0
+        process.close()
+        assert os.path.samestat(os.stat(f"/proc/{server.pid}/fd/{number}"), os.fstat(0))
+        assert len(environments(server.pid)) == 1
 
 
 def test_what_it_was_given_last_is_held_though_the_giver_died_before_it_had_read_an_answer() -> None:
