@@ -1,8 +1,9 @@
 """`python -m bench.daemons [N]`: what each of N daemons on one node costs, one image each, as nydus-snapshotter starts them.
 
 For the 1st, 2nd, … daemon: seconds from its start to the end of the first `ls`, and by how many MB of PSS all processes of
-nydusd together have grown when its image has been read. Then what each of those after the 2nd costs when nothing has been
-read for a while and workers rest, and how long reads of what is not cached take then.
+nydusd together have grown when its image has been read. Then how many workers there are while all of them read at once; what
+each of those after the 2nd costs when nothing has been read for a while and workers rest, and how long reads of what is not
+cached take then.
 With NYDUSD_NURSERY=off each of them loads all by itself.
 """
 
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.image import Built, build, configuration
@@ -52,6 +54,9 @@ def main(argv: list[str]) -> int:
             before = now
             if number == _FIRST:
                 rested = _rest()
+        places = [folder / str(number) / "mnt" for number in range(1, count + 1)]
+        seconds, most = _all_at_once(places)
+        print(f"all {count} reading {_UNREAD >> 20} MiB at once: {seconds:.2f} s, {most} workers at most on the node")
         if count > _FIRST:
             each = (_rest() - rested) / (count - _FIRST)
             print(f"each after the {_FIRST}nd, workers at rest: {each:.1f} MB")
@@ -71,9 +76,27 @@ def _memory() -> float:
 
 def _rest() -> float:
     """The same when all workers rest."""
-    while any(_title(pid).startswith(("nydusd: fetch", "nydusd: decompress")) for pid in _pids()):
+    while _workers():
         time.sleep(0.5)
     return _memory()
+
+
+def _workers() -> int:
+    return sum(_title(pid).startswith(("nydusd: fetch", "nydusd: decompress")) for pid in _pids())
+
+
+def _all_at_once(mountpoints: list[Path]) -> tuple[float, int]:
+    """Seconds until a file that nobody has read before was read through each, and how many workers there were at most."""
+    begin = time.perf_counter()
+    most = 0
+    with ThreadPoolExecutor(len(mountpoints)) as threads:
+        readers = [threads.submit((mountpoint / "together").read_bytes) for mountpoint in mountpoints]
+        while not all(reader.done() for reader in readers):
+            most = max(most, _workers())
+            time.sleep(0.01)
+        for reader in readers:
+            reader.result()
+    return time.perf_counter() - begin, most
 
 
 def _title(pid: int) -> str:
@@ -96,8 +119,8 @@ def _image(folder: Path) -> Built:
     tree.mkdir()
     for number in range(_FILES):
         (tree / f"{number:03}").write_bytes(os.urandom(5000))
-    for number in range(_MISSES):
-        (tree / f"unread{number}").write_bytes(os.urandom(_UNREAD))
+    for name in ("together", *(f"unread{number}" for number in range(_MISSES))):
+        (tree / name).write_bytes(os.urandom(_UNREAD))
     out = folder / "image"
     out.mkdir()
     return build(tree, out)

@@ -301,6 +301,10 @@ class Tuning(Table, frozen=True, kw_only=True):
     """Seconds in which a worker that has a job must show a sign of life; longer than any timeout of the backend."""
     worker_idle: Annotated[float, Meta(ge=0, le=86400)] = 15.0
     """Seconds without a job after which a worker ends until it is needed; 0: never."""
+    node_decompress_workers: Annotated[int, Meta(ge=0, le=MAX_THREADS)] = 0
+    """Decompress workers of all daemons of the node together, if there are several; 0: two a core."""
+    node_fetch_workers: Annotated[int, Meta(ge=0, le=MAX_THREADS)] = 0
+    """The same for fetch workers; 0: 16."""
     arena_size: Annotated[int, Meta(ge=MIB, le=1 << 36)] = 64 * MIB
     cache_quota: U64 = 0
     """Bytes of disk that the cache folder may take; 0: as much as there is."""

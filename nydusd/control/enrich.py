@@ -1,17 +1,26 @@
 """What the API process adds to the supervisor's answers by looking for itself: the memory of processes, the state of chunks.
 
-It takes milliseconds that the supervisor's loop does not have. What vanishes meanwhile is left out.
+Also what the nursery knows of the node's workers. It takes milliseconds that the supervisor's loop does not have. What
+vanishes meanwhile is left out.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import os
+import socket
 import zlib
+from collections.abc import Mapping
 
 from nydusd.errors import NydusError
+from nydusd.nursery.place import LOOK
 
 Json = dict[str, object]
+
+_NURSERY_PATIENCE = 0.5
+"""Seconds that the nursery may take to answer."""
+_PACKET_MAX = 1 << 18
 
 
 def memory_of(pid: int) -> Json:
@@ -32,12 +41,31 @@ def memory_of(pid: int) -> Json:
 
 
 def with_memory(answer: Json) -> Json:
-    """Add the memory of each process to the answer of `workers`."""
+    """Add the memory of each process, and the node's seats, to the answer of `workers`."""
     processes = answer.get("processes")
     for row in processes if isinstance(processes, list) else []:
         if isinstance(row, dict) and isinstance(row.get("pid"), int) and row["pid"] > 0:
             row.update(memory_of(row["pid"]))
+    seats = answer.get("seats")
+    if isinstance(seats, dict):
+        seats["node"] = node_of(seats)
+        seats.pop("nursery", None)
     return answer
+
+
+def node_of(seats: Mapping[str, object]) -> object:
+    """What the nursery that the supervisor has named says of the node's seats; None if there is none, or it says nothing."""
+    path = seats.get("nursery")
+    if not path:
+        return None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as wire:
+        wire.settimeout(_NURSERY_PATIENCE)
+        try:
+            wire.connect(str(path))
+            wire.send(LOOK)
+            return json.loads(wire.recv(_PACKET_MAX))
+        except (OSError, ValueError):
+            return None
 
 
 def with_states(answer: Json) -> Json:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from nydusd.control.enrich import Json, memory_of
+from nydusd.control.enrich import Json, memory_of, node_of
 from nydusd.control.exposition import Family, Page
 from nydusd.errors import NydusError
 
@@ -124,6 +124,20 @@ FAMILIES: Final = (
     Family("nydusd_jobs_queued", "gauge", "jobs", ("pool", "priority"), "Jobs that wait for a worker."),
     Family("nydusd_jobs_total", "counter", "jobs", ("pool",), "Jobs that were done."),
     Family("nydusd_job_failures_total", "counter", "jobs", ("pool",), "Jobs of which a part failed."),
+    Family(
+        "nydusd_node_workers",
+        "gauge",
+        "workers",
+        ("pool", "state"),
+        "Of all daemons that share the node's workers: `seats` that there are, and those `taken`.",
+    ),
+    Family(
+        "nydusd_node_waiting_daemons", "gauge", "daemons", ("pool",), "Daemons that have no worker and wait for one."
+    ),
+    Family(
+        "nydusd_seat_waits_total", "counter", "waits", ("pool",), "How often this daemon had none and asked for one."
+    ),
+    Family("nydusd_seat_wait_seconds_total", "counter", "seconds", ("pool",), "How long it waited for one."),
     Family("nydusd_shared_memory_bytes", "gauge", "bytes", (), "Data on its way through shared memory."),
 )
 
@@ -150,6 +164,7 @@ def page(facts: Json) -> str:
     for folder in sorted(folders):
         out.add("nydusd_cache_free_bytes", _free(folder), folder=folder)
     _add_load(out, _table(facts, "load"))
+    _add_seats(out, _table(facts, "seats"))
     waits = [wait for wait in _list(facts, "waits") if isinstance(wait, int | float)]
     out.add("nydusd_waiting_reads", len(waits))
     out.add("nydusd_longest_wait_seconds", max(waits, default=0.0))
@@ -313,6 +328,16 @@ def _add_load(out: Page, load: Mapping[str, object]) -> None:
         out.add("nydusd_fetched_bytes_total", amount, cause=cause)
     for route, amount in routes.items():
         out.add("nydusd_route_bytes_total", amount, route=route)
+
+
+def _add_seats(out: Page, seats: Mapping[str, object]) -> None:
+    for pool, row in _table(seats, "roles").items():
+        out.add("nydusd_seat_waits_total", _number(row, "waits"), pool=pool)
+        out.add("nydusd_seat_wait_seconds_total", _number(row, "waited_seconds"), pool=pool)
+    for pool, row in _table(node_of(seats), "roles").items():
+        out.add("nydusd_node_workers", _number(row, "seats"), pool=pool, state="seats")
+        out.add("nydusd_node_workers", _number(row, "taken"), pool=pool, state="taken")
+        out.add("nydusd_node_waiting_daemons", _number(row, "waiting"), pool=pool)
 
 
 def _number(data: object, key: str) -> float:

@@ -6,7 +6,8 @@ with: the daemon does, from a memfd, when it has forked off its own fork server 
 
 A request is one packet from `nydusd.nursery.stub`: its identity, and the fds of its stdio, folder, memfd and leash. Who differs
 from this process in what matters (`nydusd.nursery.peers`) gets no answer, and goes on by itself. The nursery is the parent of
-the daemons, and tells the stub of one that a signal has ended.
+the daemons, and tells the stub of one that a signal has ended. It also keeps the seats of all daemons' workers
+(`nydusd.nursery.desk`).
 
 What holds after SIGKILL: daemons live on; the next one starts by itself, and another nursery after it. Ends when no daemon is
 left on the node: the last one asks for it, and it looks from time to time.
@@ -26,8 +27,10 @@ import time
 from nydusd.nursery import place
 from nydusd.nursery.birth import FDS, Birth, be_born
 from nydusd.nursery.client import is_any_alive
+from nydusd.nursery.desk import Desk
 from nydusd.nursery.peers import is_like_us, peer_pid
 from nydusd.nursery.rehearsal import rehearse
+from nydusd.nursery.seats import is_ask
 from nydusd.proctitle import set_title
 
 _LOOK = 10.0
@@ -58,6 +61,7 @@ class Nursery:
         self._daemons: dict[int, tuple[int, socket.socket]] = {}
         """pid and stub of our children, by pidfd."""
         self._poll = select.poll()
+        self._desk = Desk(self._poll)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def serve(self) -> Birth | None:
@@ -81,9 +85,13 @@ class Nursery:
                     break
                 for fd in [fd for fd, connection in self._waiting.items() if now - connection.since > _DAWDLE]:
                     self._forget(fd)
-            for fd, _ in self._poll.poll(_DAWDLE * 1000):
-                if fd == self._listener.fileno():
+            listener = self._listener.fileno()
+            # That one last: what it accepts may have the number of one that has just been closed.
+            for fd, _ in sorted(self._poll.poll(self._timeout() * 1000), key=lambda event: event[0] == listener):
+                if fd == listener:
                     self._accept()
+                elif fd in self._desk:
+                    self._desk.hear(fd)
                 elif fd in self._daemons:
                     self._bury(fd)
                 elif fd in self._waiting:
@@ -95,12 +103,15 @@ class Nursery:
                         self._remove()
                         wire.close()
                         return None
-                    self._forget(fd)
+                    if fd in self._waiting:
+                        self._forget(fd)
+            self._desk.settle()
         self._remove()
         return None
 
     def close(self) -> None:
         """Let go of all fds; the files stay."""
+        self._desk.close()
         for connection in self._waiting.values():
             connection.wire.close()
         for pidfd, (_, stub) in self._daemons.items():
@@ -108,6 +119,11 @@ class Nursery:
             stub.close()
         self._listener.close()
         os.close(self._lock)
+
+    def _timeout(self) -> float:
+        """Seconds until there is something to do in any case."""
+        due = self._desk.due()
+        return _DAWDLE if due is None else min(max(due - time.monotonic(), 0.001), _DAWDLE)
 
     def _is_outdated(self) -> bool:
         """Whether the files of another build have replaced those that we have loaded: then nobody asks us any more."""
@@ -152,6 +168,11 @@ class Nursery:
                 if not is_any_alive():  # our children that are about to end do not count
                     return None, True
                 wire.send(place.IN_USE)
+            elif body == place.LOOK and pid:
+                wire.send(self._desk.facts())
+            elif is_ask(body) and pid:
+                del self._waiting[wire.fileno()]
+                self._desk.admit(wire, body)
             elif body == self._identity and len(fds) == FDS and pid and is_like_us(pid):
                 return self._bear(pid, wire, fds), False
         except OSError:

@@ -1,4 +1,5 @@
-"""Where the nursery is found, and for whom it is. Used by the stub, the nursery and supervisors; imports next to nothing.
+"""Where the nursery is found, and for whom it is. Used by the stub, the nursery, supervisors and API processes; imports
+next to nothing.
 
 `nursery-UID-X.sock` and `nursery-UID-X.lock` in the run-time root (/run/nydusd or $NYDUSD_RUNTIME_DIR). X tells apart what
 would run differently: another build, interpreter, or what an interpreter takes from its environment when it begins. The lock
@@ -16,6 +17,8 @@ DEFAULT_ROOT = "/run/nydusd"
 END = b"end"
 """What a daemon that was the last one sends instead of an identity."""
 IN_USE = b"in use"
+LOOK = b"nydusd seats?"
+"""What whoever wants to know sends: he is told in JSON how the seats of the node are taken (`nydusd.nursery.seats`)."""
 READY = b"ready"
 GO = b"go"
 _AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LANG", "LC_", "TZ", "OPENSSL_")

@@ -82,9 +82,10 @@ class Engine:
         self._traffic = Traffic(
             *(sockets, self.router, self.fetch, self.decompress, family.live), control, self.staff.guests
         )
-        pools = self.fetch, self.decompress
-        self._rest = Rest(family, pools, config.nydusd.worker_idle, lambda: not prefetch.idle())
+        idle = config.nydusd.worker_idle
+        self.rest = Rest(family, self.pools, idle, lambda: not prefetch.idle(), family.seats())
         mounts.start(self.fetch, self.router)
+        pools = self.fetch, self.decompress
         self.quota = Quota(runtime.instance, factory, mounts.images.values, self._pids, pools, self.router.evictions)
 
     def take(self, events: Mapping[Any, int]) -> None:
@@ -107,17 +108,19 @@ class Engine:
         self._mounts.collect()
         self.quota.tick(now)
         self.router.tick()
+        if not stopping:
+            self.rest.make_room(now)
         # In this order: an idle decompress worker may have prefetch want a blob opened.
         self.decompress.pump()
         self.fetch.pump()
         if not stopping:
-            self._rest.tick(now)
+            self.rest.tick(now)
 
     def due(self, now: float) -> list[float]:
         """When the loop must turn, whatever happens (`time.monotonic()`)."""
         waits = self._prefetch.wait(now), self.quota.wait(now), self.router.outages.wait(now), self.staff.wait(now)
         until = [now + max(wait, _SHORTEST) for wait in waits if wait is not None]
-        return [self._next_checkpoint, *self._rest.due(), *until]
+        return [self._next_checkpoint, *self.rest.due(), *until]
 
     def arena_bytes(self) -> int:
         """Shared memory that is in use now."""

@@ -23,6 +23,7 @@ from nydusd.ipc.messages import Json
 from nydusd.storage.backend import MODULES
 from nydusd.storage.cache.spec import LOCAL
 from nydusd.supervisor.children import Child, Turns, end_all, reap_strays
+from nydusd.supervisor.seats import Seats, seats_of
 from nydusd.supervisor.watch import Watch
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class Family:
         """Fds and spec of a child that only some daemons have."""
         self.started: Callable[[Child], None] = lambda _child: None
         """Told of each child that was started."""
+        self.begins_at_rest: Callable[[str], bool] = lambda _role: False
+        """Whether a child of this role is started only when it is needed."""
         self._options = options
         self._config = config
         self._runtime = runtime
@@ -98,7 +101,9 @@ class Family:
     def add(self, child: Child) -> None:
         self.prepare(child)
         self.children.append(child)
-        self.launch(child)
+        child.resting = self.begins_at_rest(child.role)
+        if not child.resting:
+            self.launch(child)
 
     def prepare(self, child: Child) -> None:
         """Have a child share the numbers of its place with whoever was there before, and may be there still."""
@@ -112,6 +117,12 @@ class Family:
             return self._config.decompress_worker_count
         remote = not self._config.nydusd.fetch_workers and self._backends() - set(LOCAL)
         return REMOTE_FETCH_WORKERS if remote else self._config.fetch_worker_count
+
+    def seats(self) -> Seats:
+        """This daemon's part of the workers of its node, if it is to have one."""
+        tuning = self._config.nydusd
+        wanted = seats_of(tuning.node_fetch_workers, tuning.node_decompress_workers)
+        return Seats(wanted, self.watch, self.forget, on=tuning.worker_idle > 0)
 
     def add_fetch_workers(self) -> None:
         """Have as many as if the daemon had been started with an image whose blobs come over a network, if it has one."""

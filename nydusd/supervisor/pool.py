@@ -159,6 +159,10 @@ class WorkerPool:
     def queued(self) -> int:
         return sum(map(len, self._queues.values()))
 
+    def reader_waits(self) -> bool:
+        """Whether one of the jobs that no worker has is a reader's."""
+        return bool(self._queues[Priority.USER])
+
     def load(self) -> Json:
         """Workers that are there and that work, and the length of the queue by priority; and what only grows."""
         queues = {priority.name.lower(): len(queue) for priority, queue in self._queues.items()}

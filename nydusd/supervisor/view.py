@@ -29,6 +29,7 @@ def _workers(daemon: Supervisor, _request: Json) -> Json:
         "processes": [own, *(_process(daemon, child) for child in [*daemon.children, *daemon.engine.staff.on_trial()])],
         "supervisor": daemon.pid,
         "uptime": time.monotonic() - daemon.started,
+        "seats": daemon.engine.rest.seats.facts(),
     }
 
 

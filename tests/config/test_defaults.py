@@ -102,6 +102,8 @@ TUNING = {
     "checkpoint_interval": 5.0,
     "worker_patience": 10.0,
     "worker_idle": 15.0,
+    "node_decompress_workers": 0,
+    "node_fetch_workers": 0,
     "arena_size": 64 << 20,
     "cache_quota": 0,
     "cache_keep": 10,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nydusd.control.exposition import Family, Page
 from nydusd.control.metrics import FAMILIES, page
 from nydusd.errors import InternalError
+from nydusd.nursery.place import LOOK
 from nydusd.storage.state.segment import EMPTY, FAILED, READY
 from tests.support.api import ApiProcess, Json
 from tests.support.segments import make_segment, segment_name
@@ -34,7 +38,7 @@ POOL = {
 }
 
 
-def facts(segment: str, folder: str) -> Json:
+def facts(segment: str, folder: str, nursery: str) -> Json:
     """What the supervisor says, with nothing left out."""
     image = {
         "place": "/a",
@@ -81,8 +85,33 @@ def facts(segment: str, folder: str) -> Json:
             "prefetch": {"requests": 3, "bytes": 300},
             "pools": {"fetch": POOL, "decompress": POOL},
         },
+        "seats": {"roles": {"fetch": {"waits": 3, "waited_seconds": 0.25}}, "nursery": nursery},
         "waits": [0.5, 11.0],
     }
+
+
+@contextmanager
+def nursery(path: str) -> Iterator[None]:
+    """What answers who asks for the seats of the node, at this path."""
+    rows = {"fetch": {"seats": 16, "taken": 5, "waiting": 1}}
+
+    def serve() -> None:
+        while True:
+            with listener.accept()[0] as wire:
+                if wire.recv(64) != LOOK:
+                    return
+                wire.send(json.dumps({"daemons": 2, "roles": rows, "active": []}).encode())
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as wire:
+            wire.connect(path)
+            wire.send(b"end")
+            thread.join()
 
 
 @pytest.fixture
@@ -94,7 +123,8 @@ def full(tmp_path: Path) -> Iterator[Json]:
         row[:] = memoryview(bytes(48)).cast("Q")
         row[0], row[1], row[2], row[3], row[4] = 10, 1000, 5, 500, 1
         row.release()
-        yield facts(name, str(tmp_path))
+        with nursery(str(tmp_path / "nursery")):
+            yield facts(name, str(tmp_path), str(tmp_path / "nursery"))
         segment.close()
 
 
@@ -141,6 +171,11 @@ def test_values(full: Json) -> None:
         'nydusd_route_bytes_total{route="proxy"}': 1200,
         'nydusd_workers{pool="fetch",state="idle"}': 2,
         'nydusd_jobs_queued{pool="decompress",priority="prefetch"}': 3,
+        'nydusd_node_workers{pool="fetch",state="seats"}': 16,
+        'nydusd_node_workers{pool="fetch",state="taken"}': 5,
+        'nydusd_node_waiting_daemons{pool="fetch"}': 1,
+        'nydusd_seat_waits_total{pool="fetch"}': 3,
+        'nydusd_seat_wait_seconds_total{pool="fetch"}': 0.25,
         "nydusd_hung_io_counts": 1,
         "nydusd_longest_wait_seconds": 11,
         'nydusd_read_errors{image_ref="/a"}': 3,
@@ -187,7 +222,7 @@ def test_hostile_names_stay_in_their_labels(full: Json) -> None:
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=4))
 def test_wrong_facts_cost_their_part_of_the_page_and_no_more(value: object) -> None:
-    known = facts("/nydusd.gone", "/nonexistent")
+    known = facts("/nydusd.gone", "/nonexistent", "/nonexistent")
     for key in known:
         assert parsed(page({**known, key: value}))
     for part in ("fs", "backend_metrics", "blobcache"):

@@ -2,7 +2,8 @@
 
 One line a process: its role and number, pid, generation (how many processes this place has had), which build it runs, what
 it does, how many jobs it has done, and its memory: RSS, and PSS, in which shared pages count for their share only. Behind
-what it does stands where it has connections open, as of the end of its last job.
+what it does stands where it has connections open, as of the end of its last job. Where several daemons share the workers of
+a node: how many there may be, how many there are, and, while this daemon waits for one, who has them.
 
 `upgrade` starts new workers with the code that is on disk now, tries them, and gives them the jobs; those of before do the jobs
 that they have and end. If the new ones are no good, nothing changes, the error says why, and the exit status is 1.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from nydusd.cli.ctl.connection import Api, RequestFailed
 from nydusd.cli.ctl.text import (
@@ -93,6 +94,23 @@ def _show(api: Api, args: argparse.Namespace) -> Iterator[str]:
     yield table(HEAD, [_row(process) for process in processes])
     pss = sum(number_at(process, "pss_bytes") for process in processes)
     yield f"\n{len(processes)} processes, {size(pss)} PSS in all, up {duration(number_at(answer, 'uptime'))}"
+    yield from _seats(table_at(answer, "seats"), number_at(answer, "supervisor"))
+
+
+def _seats(seats: Mapping[str, object], own: float) -> Iterator[str]:
+    """How the workers are shared out among the daemons of the node, if there are others."""
+    node = table_at(seats, "node")
+    for role, row in table_at(node, "roles").items():
+        there, taken, waiting = (f"{number_at(row, key):.0f}" for key in ("seats", "taken", "waiting"))
+        yield f"node: {printable(role)}: {taken} of {there} seats taken, {waiting} daemons wait for their first"
+        if not number_at(table_at(table_at(seats, "roles"), role), "want"):
+            continue
+        held = [
+            f"pid {text_at(daemon, 'pid')} ({number_at(part, 'have'):.0f}{', late' if text_at(part, 'late') == 'true' else ''})"
+            for daemon in list_at(node, "active")
+            if number_at(part := table_at(daemon, role), "have") and number_at(daemon, "pid") != own
+        ]
+        yield f"      this daemon waits for one; they are held by {', '.join(held) or 'nobody else'}"
 
 
 def _row(process: object) -> list[str]:
