@@ -4,10 +4,10 @@ _nydus-image() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
         case $word in
-            --backend-config|--backend-config-file|--backend-type|--batch-size|--blob|--blob-cache-dir|--blob-digests|--blob-dir|--blob-id|--blob-sizes|--blob-toc-digests|--blob-toc-sizes|--bootstrap|--cache|--chunk-dict|--chunk-size|--compact-blob-size|--compressor|--config|--digester|--features|--fs-version|--layers-to-compact|--localfs-dir|--log-file|--log-level|--max-compact-size|--min-used-ratio|--original-blob-ids|--output|--output-blob-dir|--output-bootstrap|--output-json|--parent-bootstrap|--platform|--prefetch-files|--prefetch-policy|--processes|--request|--source-type|--target|--threads|--type|--whiteout-spec|-B|-C|-D|-J|-L|-O|-R|-T|-b|-l|-p|-t|-v) ((i++)); continue ;;
+            --backend-config|--backend-config-file|--backend-type|--batch-size|--blob|--blob-cache-dir|--blob-digests|--blob-dir|--blob-id|--blob-sizes|--blob-toc-digests|--blob-toc-sizes|--bootstrap|--cache|--chunk-dict|--chunk-size|--compact-blob-size|--compressor|--config|--database|--digester|--features|--fs-version|--layers-to-compact|--localfs-dir|--log-file|--log-level|--max-compact-size|--min-used-ratio|--original-blob-ids|--output|--output-blob-dir|--output-bootstrap|--output-json|--parent-bootstrap|--platform|--prefetch-files|--prefetch-policy|--processes|--request|--source-type|--target|--threads|--type|--whiteout-spec|-B|-C|-D|-J|-L|-O|-R|-T|-b|-l|-p|-t|-v) ((i++)); continue ;;
         esac
         case "$path/$word" in
-            /create|/convert|/merge|/optimize|/compact|/export|/check|/inspect|/stat|/unpack) path=$path/$word ;;
+            /create|/convert|/merge|/optimize|/compact|/chunkdict|/export|/check|/inspect|/stat|/unpack) path=$path/$word ;;
         esac
     done
     case "$path $prev" in
@@ -15,7 +15,7 @@ _nydus-image() {
         " -L"|" --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/create -l"|"/create --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
         "/create -L"|"/create --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
-        "/create -t"|"/create --type"|"/create --source-type") COMPREPLY=($(compgen -W 'dir-rafs tar-rafs targz-rafs estargz-rafs targz-ref estargz-ref tar-tarfs directory' -- "$cur")); return ;;
+        "/create -t"|"/create --type"|"/create --source-type") COMPREPLY=($(compgen -W 'dir-rafs tar-rafs targz-rafs estargz-rafs targz-ref estargz-ref tar-tarfs directory estargztoc-ref stargz_index' -- "$cur")); return ;;
         "/create -B"|"/create --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/create -D"|"/create --blob-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
         "/create -b"|"/create --blob") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
@@ -81,6 +81,12 @@ _nydus-image() {
         "/compact --chunk-dict") COMPREPLY=(); return ;;
         "/compact -O"|"/compact --output-bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/compact -J"|"/compact --output-json") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/chunkdict -l"|"/chunkdict --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
+        "/chunkdict -L"|"/chunkdict --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/chunkdict -B"|"/chunkdict --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/chunkdict -D"|"/chunkdict --blob-dir") compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
+        "/chunkdict --database") COMPREPLY=(); return ;;
+        "/chunkdict -J"|"/chunkdict --output-json") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/export -l"|"/export --log-level") COMPREPLY=($(compgen -W 'trace debug info warn error' -- "$cur")); return ;;
         "/export -L"|"/export --log-file") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/export -B"|"/export --bootstrap") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
@@ -118,12 +124,13 @@ _nydus-image() {
         "/unpack --output") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
     esac
     case "$path" in
-        '') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -V --version create convert merge optimize compact export check inspect stat unpack' -- "$cur")) ;;
+        '') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -V --version create convert merge optimize compact chunkdict export check inspect stat unpack' -- "$cur")) ;;
         '/create') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -t --type --source-type -B --bootstrap -D --blob-dir -b --blob --blob-cache-dir --blob-inline-meta --inline-bootstrap --blob-id --chunk-size --batch-size --compressor --digester -v --fs-version --features -E --encrypt --aligned-chunk --chunk-dict --parent-bootstrap --repeatable --whiteout-spec --prefetch-policy --processes -J --output-json' -- "$cur")) ;;
         '/convert') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file --oci-ref -v --fs-version --compressor --chunk-size --platform --cache --plain-http --insecure --processes' -- "$cur")) ;;
         '/merge') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir --parent-bootstrap --chunk-dict --prefetch-policy --blob-digests --original-blob-ids --blob-sizes --blob-toc-digests --blob-toc-sizes -J --output-json' -- "$cur")) ;;
         '/optimize') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -b --blob --backend-type --backend-config --backend-config-file -p --prefetch-files -O --output-bootstrap --output-blob-dir -J --output-json' -- "$cur")) ;;
         '/compact') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir --backend-type --backend-config --backend-config-file --min-used-ratio --compact-blob-size --max-compact-size --layers-to-compact --chunk-dict -O --output-bootstrap -J --output-json' -- "$cur")) ;;
+        '/chunkdict') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir --database -J --output-json generate' -- "$cur")) ;;
         '/export') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file --block -B --bootstrap -D --localfs-dir -C --config -O --output --verity --threads' -- "$cur")) ;;
         '/check') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -v --verbose -J --output-json' -- "$cur")) ;;
         '/inspect') COMPREPLY=($(compgen -W '-h --help -l --log-level -L --log-file -B --bootstrap -D --blob-dir -C --config -R --request' -- "$cur")) ;;

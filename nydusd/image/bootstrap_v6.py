@@ -10,7 +10,7 @@ from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from operator import itemgetter
 from struct import Struct
 
@@ -220,7 +220,7 @@ class BootstrapV6:
         image[prefetch_at : prefetch_at + prefetch_size] = b"".join(_U32.pack(nid) for nid in nids)
         chunk_table = len(image)
         table.sort(key=_CHUNK_KEY)
-        for record, follower in zip(table, [*table[1:], b""], strict=True):
+        for record, follower in zip(table, chain(islice(table, 1, None), (b"",)), strict=False):
             # Of the files that share a chunk the last one says where in the file it is.
             if _CHUNK_KEY(record) != _CHUNK_KEY(follower):
                 image += record

@@ -50,7 +50,7 @@ def generate(sources: Sequence[Path], target: Path, blob_dir: Path | None = None
     wanted = {digest for digest, count in users.items() if count > 1 or len(sources) == 1}
     root = Node(b"", None, S_IFDIR | 0o755)
     count = 0
-    table = []
+    table: list[BlobInfo] = []
     found: set[bytes] = set()
     for blob in blobs.values():
         new = blob.chunks.keys() - found

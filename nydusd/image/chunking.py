@@ -143,7 +143,8 @@ class Chunker:
 
     def __call__(self, task: Task, slot: memoryview) -> bytes:
         """For each piece what `unpack_results` makes of it."""
-        hasher, packer = hasher_for(self.digester), packer_for(self.compressor)
+        hasher = hasher_for(self.digester)
+        packer = packer_for(Compressor.NONE if self.summary_only else self.compressor)
         done = []
         at = 0
         for piece in task.pieces:

@@ -199,7 +199,7 @@ class _Build:
         if ci:
             write_file(Path(f"{stem}.blob.meta"), meta_file_bytes(writer.header, ci))
 
-    def _write_bootstrap(self, data: bytes) -> Path:
+    def _write_bootstrap(self, data: bytearray) -> Path:
         path = self._options.bootstrap
         if path is None:
             assert self._options.blob_dir is not None

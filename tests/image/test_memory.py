@@ -22,9 +22,20 @@ def peak(tree: Path, out: Path, *options: str) -> int:
     """Most bytes that any one process of a build had in memory."""
     out.mkdir()
     where = ("-B", out / "bootstrap", "-D", out)
-    command = [sys.executable, "-m", "nydusd.cli.nydus_image", "create", *where, "--processes", "1", *options, tree]
-    measured = [sys.executable, "-c", MEASURE, *command]
-    said = subprocess.run(measured, cwd=HERE, check=True, capture_output=True, text=True).stdout.split()
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "nydusd.cli.nydus_image",
+        "create",
+        *where,
+        "--processes",
+        "1",
+        *options,
+        tree,
+    ]
+    said = subprocess.run(
+        [sys.executable, "-c", MEASURE, *command], cwd=HERE, check=True, capture_output=True, text=True
+    ).stdout.split()
     assert said[0] == "0"
     return int(said[1]) << 10
 

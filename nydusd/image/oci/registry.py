@@ -42,6 +42,8 @@ class Registry:
             retries=urllib3.Retry(3, redirect=0, status=0),
             cert_reqs="CERT_NONE" if insecure else None,
         )
+        if insecure:
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # who asked for it knows
         self._source = CredentialSource(self._host, "")
         self._authorization = ""
 

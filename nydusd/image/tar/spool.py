@@ -6,6 +6,7 @@ zeros: it is gone when the command ends, however it ends. Runs in the process of
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -174,7 +175,8 @@ def spool(pieces: Iterator[bytes], folder: Path, where: str) -> tuple[BinaryIO, 
         file.flush()
         file.truncate(size)
     except OSError as error:
-        file.close()
+        with contextlib.suppress(OSError):  # it tries once more to write what could not be written
+            file.close()
         raise os_failure(folder, f"no place for the plain form of {where}", error) from error
     except BaseException:
         file.close()
