@@ -216,13 +216,20 @@ class _Handler(logging.Handler):
             if (facts.st_dev, facts.st_ino) != self._identity:
                 return
             stem, suffix = os.path.splitext(self._path)
-            when = time.strftime("%Y-%m-%d_%H-%M-%S", time.gmtime())
             # The inode makes the name unique within a second.
-            os.rename(self._path, f"{stem}_r{when}_{facts.st_ino}{suffix}")
+            os.rename(self._path, f"{stem}_r{_stamp()}_{facts.st_ino}{suffix}")
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
         self._follow()
         folder, prefix = os.path.split(f"{stem}_r")
-        rotated = sorted(name for name in os.listdir(folder) if name.startswith(prefix) and name.endswith(suffix))
+        rotated = [name for name in os.listdir(folder) if name.startswith(prefix) and name.endswith(suffix)]
+        # What is named by a later time than now is older than all others: the clock was put back since.
+        now = f"{prefix}{_stamp()}_~"
+        rotated.sort(key=lambda name: (name < now, name))
         for name in rotated[:-_KEPT_FILES]:
             os.unlink(os.path.join(folder, name))
+
+
+def _stamp() -> str:
+    """The time, as it is in the name of a file that was rotated."""
+    return time.strftime("%Y-%m-%d_%H-%M-%S", time.gmtime())

@@ -22,6 +22,7 @@ from nydusd.errors import CacheError, ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.logs import clean
 from nydusd.redact import MASK, redact_url
+from nydusd.storage.api.image import identity_of
 from nydusd.supervisor import handover
 from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.version import GIT_COMMIT
@@ -203,23 +204,31 @@ def _keep_out_of_logs(values: Mapping[str, str]) -> None:
 def remember(daemon: Supervisor) -> None:
     """Write down what is set, for a successor."""
     try:
-        write_checked(Path(daemon.run_dir) / _SETTINGS, {"settings": daemon.settings})
+        noted = {"settings": daemon.settings, "config": _identity(daemon.options.config)}
+        write_checked(Path(daemon.run_dir) / _SETTINGS, noted)
     except CacheError as e:
         log.warning("%s; a successor will not know what was set", e)
 
 
+def _identity(path: str | None) -> str | None:
+    """Tells a file from any other and from what it was; None if there is none."""
+    with contextlib.suppress(OSError):
+        return None if path is None else identity_of(os.stat(path))
+    return None
+
+
 def recall(daemon: Supervisor) -> None:
-    """Set once more what a supervisor that was killed was told, but what is older than the file of the configuration."""
+    """Set once more what a supervisor that was killed was told, unless the file of the configuration is another since then."""
     path = Path(daemon.run_dir) / _SETTINGS
     try:
-        settings: dict[str, dict[str, str]] = read_checked(path)["settings"]
-        written = path.stat().st_mtime_ns
-    except (CacheError, KeyError, OSError) as e:
+        noted = read_checked(path)
+        settings: dict[str, dict[str, str]] = noted["settings"]
+    except (CacheError, KeyError) as e:
         if not isinstance(e, CacheError) or e.cause_errno != errno.ENOENT:
             log.warning("what was set at run time is lost: %s", e)
         return
-    given = daemon.options.config
-    newer = given is not None and os.path.exists(given) and os.stat(given).st_mtime_ns > written
+    config = _identity(daemon.options.config)
+    newer = config is not None and config != noted.get("config", config)  # no time is compared: clocks are put back
     daemon.settings = settings
     for name, values in settings.items():
         _keep_out_of_logs(values)

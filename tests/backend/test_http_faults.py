@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 
 import pytest
 
@@ -26,6 +27,7 @@ from nydusd.errors import (
 from nydusd.storage.backend import make_backend
 from nydusd.storage.backend.base import ReadHow
 from nydusd.storage.backend.http.breaker import Policy
+from nydusd.storage.backend.http.failure import retry_after
 from nydusd.storage.backend.http.fetch import Timing
 from nydusd.storage.backend.registry.backend import RegistryBackend
 from tests.support.backends import REPO, Blob, registry_backend
@@ -279,6 +281,16 @@ def test_a_wait_that_the_deadline_does_not_allow_is_not_begun(server: Faulty, ba
         read(backend, 5, 6)
     assert 2000 < caught.value.retry_after <= 3000
     assert server.count() == 1, "the second read does not disturb the server"
+
+
+@pytest.mark.parametrize("days", [-40, 40])
+def test_date_to_wait_for_is_by_the_clock_of_the_server(server: Faulty, backend: RegistryBackend, days: int) -> None:
+    """Ours may be days away from it: that would be no wait, or one that nobody has the time for."""
+    now = time.time() + days * 86400
+    date, until = formatdate(now, usegmt=True), formatdate(now + 1, usegmt=True)
+    assert retry_after(until, date) == 1
+    server.program(BLOB.path, Reply(429, {"Date": date, "Retry-After": until}), good)
+    assert read(backend) == BLOB.data[1000:151_000]
 
 
 def test_prefetch_does_not_wait_for_a_server_that_wants_less(server: Faulty, backend: RegistryBackend) -> None:

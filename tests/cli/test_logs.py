@@ -154,6 +154,20 @@ def test_rotation_keeps_every_line_and_ten_files(file: Path) -> None:
     assert all(path.read_text().count("\n") == 1 for path in rotated)
 
 
+def test_rotation_keeps_the_newest_files_when_the_clock_was_put_back(file: Path) -> None:
+    """Files that have later names than the time now are from before that."""
+    ahead = [file.with_name(f"d_r2999-01-01_00-00-00_{number}.log") for number in range(10)]
+    for path in ahead:
+        path.touch()
+    setup(file, rotation_size=200)
+    for number in range(4):
+        log.info("%s %s", number, "x" * 200)
+    kept = [path for path in ahead if path.exists()]
+    assert 0 < len(kept) < 10 and kept == ahead[-len(kept) :]
+    text = "".join(path.read_text() for path in file.parent.iterdir())
+    assert all(f"INFO {number} x" in text for number in range(4))
+
+
 def test_processes_share_a_file_and_its_rotation(file: Path) -> None:
     code = (
         "import logging, sys; from nydusd import logs; logs.setup('info', sys.argv[1], sys.argv[2], 20000)\n"

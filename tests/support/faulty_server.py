@@ -198,8 +198,8 @@ class _Connection(BaseHTTPRequestHandler):
                 owner.ended.wait(30)
             self._cut(reply.reset)
             return
-        self.send_response(reply.status)
-        for name, value in reply.headers.items():
+        self.send_response_only(reply.status)
+        for name, value in ({"Date": self.date_time_string()} | dict(reply.headers)).items():
             self.send_header(name, value)
         if reply.length != -1:
             self.send_header("Content-Length", str(len(reply.body) if reply.length is None else reply.length))

@@ -96,7 +96,7 @@ def of_status(status: int, headers: Mapping[str, str], host: str) -> Failure:
     """The failure that an answer with this status (not 2xx) is."""
     what = f"status {status}"
     if status == 429 or (status == 503 and headers.get("Retry-After")):
-        after = retry_after(headers.get("Retry-After", ""))
+        after = retry_after(headers.get("Retry-After", ""), headers.get("Date", ""))
         return Failure(Kind.THROTTLED, host, what, status=status, retry_after=after)
     if status in _TRANSIENT_STATUS or status > 505:
         return Failure(Kind.TRANSIENT, host, what, status=status, host_failed=status >= 500)
@@ -116,16 +116,24 @@ def of_status(status: int, headers: Mapping[str, str], host: str) -> Failure:
     return Failure(Kind.PERMANENT, host, what, status=status)
 
 
-def retry_after(value: str) -> float | None:
-    """Seconds that a Retry-After header asks for (a number, or a date by the server's clock); None if it is unusable."""
+def retry_after(value: str, date: str) -> float | None:
+    """Seconds that a Retry-After header asks for (a number, or a date by the server's clock); None if it is unusable.
+
+    `date`: the answer's Date header. Where it is one, our clock does not count: it may be days away from the server's.
+    """
     value = value.strip()
     if value.isdecimal() and value.isascii():
         return float(value[:9])
+    when, now = _seconds_of(value), _seconds_of(date)
+    return None if when is None else max(0.0, when - (time.time() if now is None else now))
+
+
+def _seconds_of(date: str) -> float | None:
+    """A date of an HTTP header in seconds since 1970; None if it is none."""
     try:
-        when = parsedate_to_datetime(value).timestamp()
+        return parsedate_to_datetime(date).timestamp()
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
-    return max(0.0, when - time.time())
 
 
 def error_of(failure: Failure, blob_id: str, tries: int) -> BackendError:

@@ -1,0 +1,52 @@
+"""What was set by the API at run time, and how a successor knows it again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nydusd.supervisor.control_ops import recall, remember
+
+
+def daemon(folder: Path, *, given: bool) -> Any:
+    """What is needed of one, with an image of the command line's configuration or of the API's."""
+    configured: list[dict[str, str]] = []
+    image = SimpleNamespace(given=given, configure=configured.append)
+    options = SimpleNamespace(config=str(folder / "config.json"))
+    return SimpleNamespace(
+        run_dir=str(folder), options=options, settings={}, images={"/x": image}, configured=configured
+    )
+
+
+@pytest.mark.parametrize("hours", [-1000, 0, 1000])
+@pytest.mark.parametrize("given", [True, False])
+def test_what_was_set_gives_way_to_a_file_that_was_written_since_by_whichever_clock(
+    tmp_path: Path, hours: int, given: bool
+) -> None:
+    """The clock may have been put back, or forth, between the two."""
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    told = daemon(tmp_path, given=given)
+    told.settings = {"x": {"proxy_url": "http://one"}}
+    remember(told)
+    config.write_text('{"id": "x"}')
+    when = config.stat().st_mtime_ns + hours * 3600 * 10**9
+    os.utime(config, ns=(when, when))
+    next_one = daemon(tmp_path, given=given)
+    recall(next_one)
+    assert next_one.settings == told.settings
+    assert next_one.configured == ([] if given else [{"proxy_url": "http://one"}])
+
+
+def test_what_was_set_holds_while_the_file_is_the_same(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    told = daemon(tmp_path, given=True)
+    told.settings = {"/x": {"proxy_url": "http://one"}}
+    remember(told)
+    next_one = daemon(tmp_path, given=True)
+    recall(next_one)
+    assert next_one.configured == [{"proxy_url": "http://one"}]
