@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from bench.image import Built, build
 from tests.support.daemon import Daemon, wait_for_role
-from tests.support.discipline import wait_until
-from tests.support.readers import PIECE, longest_read, pieces_read
+from tests.support.readers import PIECE
 from tests.support.trees import half_random_tree
+from tests.support.verifying import Verifying
 
 READERS = 16
 FILES = 32
@@ -46,48 +43,27 @@ def test_readers_see_right_bytes_while_processes_are_killed(
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     choose = random.Random(seed)
-    progress = tmp_path / "progress"
-
     with Daemon(built.bootstrap, built.blob.parent) as daemon:
         strength = {role: wait_for_pool(daemon, role) for role in ROLES}
-        command = [sys.executable, "-m", "tests.support.readers", "verify", str(daemon.mountpoint), str(tree)]
-        stop = tmp_path / "stop"
-        killed: list[str] = []
-        with subprocess.Popen(
-            [*command, str(progress), str(stop), str(READERS), str(seed)], stderr=subprocess.PIPE, text=True
-        ) as readers:
-
-            def progressed(since: int) -> bool:
-                return pieces_read(progress) > since or readers.poll() is not None
-
-            try:
-                while readers.poll() is None and len(killed) < KILLS:
-                    role = choose.choice((*ROLES, SUPERVISOR, BOTH))
-                    victim = choose.choice(daemon.pids(role if role in ROLES else "fuse"))
-                    seen = pieces_read(progress)
-                    if role in (SUPERVISOR, BOTH):
-                        daemon.kill_supervisor()
-                    if role != SUPERVISOR:
-                        os.kill(victim, signal.SIGKILL)
-                    killed.append(role)
-                    if role in ROLES:
-                        wait_for_role(daemon, role, strength[role], without=victim)
-                    else:
-                        daemon.start()  # the same command: what systemd and snapshotters do
-                        for other, count in strength.items():
-                            wait_for_role(daemon, other, count)
-                    wait_until(
-                        partial(progressed, seen),
-                        f"any progress of the readers after the {role} process {victim} was killed (seed {seed})",
-                        60,
-                    )
-            finally:
-                stop.touch()
-            assert readers.stderr is not None
-            assert readers.wait() == 0, f"seed {seed}, killed {killed}: {readers.stderr.read()}"
-        print(f"killed {killed}; longest read {longest_read(progress):.2f} s")
-        assert pieces_read(progress) >= READERS * FILES * FILE_SIZE // PIECE
-        assert len(killed) == KILLS
+        with Verifying(daemon.mountpoint, tree, tmp_path, READERS, seed=seed) as readers:
+            while not readers.have_ended() and len(readers.doings) < KILLS:
+                role = choose.choice((*ROLES, SUPERVISOR, BOTH))
+                victim = choose.choice(daemon.pids(role if role in ROLES else "fuse"))
+                if role in (SUPERVISOR, BOTH):
+                    daemon.kill_supervisor()
+                if role != SUPERVISOR:
+                    os.kill(victim, signal.SIGKILL)
+                readers.doings.append(f"the end of {role} {victim}")
+                if role in ROLES:
+                    wait_for_role(daemon, role, strength[role], without=victim)
+                else:
+                    daemon.start()  # the same command: what systemd and snapshotters do
+                    for other, count in strength.items():
+                        wait_for_role(daemon, other, count)
+                readers.go_on(0)
+        print(f"{readers.doings}; longest read {readers.longest():.2f} s")
+        assert readers.pieces() >= READERS * FILES * FILE_SIZE // PIECE
+        assert len(readers.doings) == KILLS
 
 
 def wait_for_pool(daemon: Daemon, role: str) -> int:

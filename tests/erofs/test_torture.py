@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from bench.image import Built, build
 from tests.support.daemon import Daemon, wait_for_role
-from tests.support.discipline import cmdline, wait_until
-from tests.support.readers import PIECE, longest_read, pieces_read
+from tests.support.discipline import cmdline
+from tests.support.readers import PIECE
 from tests.support.trees import random_tree
+from tests.support.verifying import Verifying
 
 READERS = 8
 FILES = 16
@@ -45,28 +43,15 @@ def test_readers_see_right_bytes_while_processes_are_killed(
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     choose = random.Random(seed)
-    killed: list[str] = []
-    progress, stop = tmp_path / "progress", tmp_path / "stop"
-    with Daemon(built.bootstrap, built.blob.parent, verb="erofs") as daemon:
-        command = [sys.executable, "-m", "tests.support.readers", "verify", str(daemon.mountpoint), str(tree)]
-        arguments = [str(progress), str(stop), str(READERS), str(seed)]
-        with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as readers:
-
-            def progressed(since: int) -> bool:
-                return pieces_read(progress) > since or readers.poll() is not None
-
-            try:
-                for _ in range(5):
-                    seen = pieces_read(progress)
-                    kill_some(daemon, choose, killed)
-                    what = f"any progress of the readers after {killed} (seed {seed})"
-                    wait_until(partial(progressed, seen), what, 60)
-            finally:
-                stop.touch()
-            assert readers.stderr is not None
-            assert readers.wait() == 0, f"seed {seed}, killed {killed}: {readers.stderr.read()}"
-    print(f"killed {killed}; longest read {longest_read(progress):.2f} s")
-    assert pieces_read(progress) >= READERS * FILES * FILE_SIZE // PIECE
+    with (
+        Daemon(built.bootstrap, built.blob.parent, verb="erofs") as daemon,
+        Verifying(daemon.mountpoint, tree, tmp_path, READERS, seed=seed) as readers,
+    ):
+        for _ in range(5):
+            kill_some(daemon, choose, readers.doings)
+            readers.go_on(0)
+    print(f"killed {readers.doings}; longest read {readers.longest():.2f} s")
+    assert readers.pieces() >= READERS * FILES * FILE_SIZE // PIECE
 
 
 def kill_some(daemon: Daemon, choose: random.Random, killed: list[str]) -> None:

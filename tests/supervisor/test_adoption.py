@@ -174,6 +174,21 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         yield daemon
 
 
+def stop_workers(daemon: Daemon) -> None:
+    """What is read from now on waits."""
+    for pid in daemon.pids("decompress"):
+        os.kill(pid, signal.SIGSTOP)
+
+
+def kill_with_front_ends(daemon: Daemon) -> list[int]:
+    """SIGKILL the supervisor and its front ends; gives these."""
+    frontends = daemon.pids("fuse")
+    daemon.kill_supervisor()
+    for pid in frontends:
+        os.kill(pid, signal.SIGKILL)
+    return frontends
+
+
 class TestKilledSupervisor:
     def test_cached_files_are_served_on_and_the_same_command_takes_over(self, tmp_path: Path) -> None:
         """The checkpoint has not run: what is ready is known from shared memory alone."""
@@ -209,8 +224,7 @@ class TestKilledSupervisor:
 
     def test_while_a_job_is_under_way_has_the_job_done_again(self, daemon: Daemon) -> None:
         """The chunk is claimed in shared memory by a worker that never gets to it."""
-        for pid in daemon.pids("decompress"):
-            os.kill(pid, signal.SIGSTOP)
+        stop_workers(daemon)
         with blocked_reader(daemon.mountpoint / ONE_CHUNK) as reader:
             frontends = daemon.pids("fuse")
             daemon.kill_supervisor()
@@ -219,8 +233,7 @@ class TestKilledSupervisor:
         assert wrong(daemon) == []
 
     def test_and_a_front_end_with_it_cost_no_read(self, daemon: Daemon) -> None:
-        for pid in daemon.pids("decompress"):
-            os.kill(pid, signal.SIGSTOP)
+        stop_workers(daemon)
         with blocked_reader(daemon.mountpoint / ONE_CHUNK) as reader:
             first, second = daemon.pids("fuse")
             daemon.kill_supervisor()
@@ -231,13 +244,9 @@ class TestKilledSupervisor:
         assert wrong(daemon) == []
 
     def test_and_all_front_ends_with_it_cost_no_read(self, daemon: Daemon) -> None:
-        for pid in daemon.pids("decompress"):
-            os.kill(pid, signal.SIGSTOP)
+        stop_workers(daemon)
         with blocked_reader(daemon.mountpoint / ONE_CHUNK) as reader:
-            frontends = daemon.pids("fuse")
-            daemon.kill_supervisor()
-            for pid in frontends:
-                os.kill(pid, signal.SIGKILL)
+            kill_with_front_ends(daemon)
             daemon.start()
             assert reader.wait(10) == 0
         assert wrong(daemon) == []
@@ -250,10 +259,7 @@ class TestKilledSupervisor:
                 os.kill(pid, signal.SIGKILL)
             if both:
                 wait_until(lambda before=before: noted_keepers(daemon) - set(before) != set(), "another one", 60)  # type: ignore[misc]
-            frontends = daemon.pids("fuse")
-            daemon.kill_supervisor()
-            for pid in frontends:
-                os.kill(pid, signal.SIGKILL)
+            frontends = kill_with_front_ends(daemon)
             wait_until(lambda pids=frontends: not any(map(is_running, pids)), "the end of the front ends")  # type: ignore[misc]
             daemon.start()
             assert read_direct(daemon.mountpoint / path) == TRUTH[path.encode()]
@@ -328,13 +334,9 @@ class TestSuccessor:
     def test_that_is_killed_at_any_step_without_any_front_end_leaves_all_to_the_next_one(self, daemon: Daemon) -> None:
         """Then the fork servers alone hold the mount: the former one's until that of the next is noted."""
         fork_servers(daemon)
-        for pid in daemon.pids("decompress"):
-            os.kill(pid, signal.SIGSTOP)
+        stop_workers(daemon)
         with blocked_reader(daemon.mountpoint / ONE_CHUNK) as reader:
-            frontends = daemon.pids("fuse")
-            daemon.kill_supervisor()
-            for pid in frontends:
-                os.kill(pid, signal.SIGKILL)
+            kill_with_front_ends(daemon)
             for step in STEPS[: STEPS.index("nydusd.supervisor.children:Child.start")]:
                 if step != "nydusd.supervisor.family:Family.adopt":
                     start_and_die(daemon, step)

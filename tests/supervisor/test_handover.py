@@ -8,20 +8,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from bench.image import build
 from nydusd.ipc.messages import Json
-from tests.supervisor.lives import IMAGE, ONE_CHUNK, ROOT, config_for, crash, read_direct, wrong
+from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, read_direct, wrong
 from tests.support import oracle
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import discipline, is_running, wait_until
 from tests.support.keeper import Keeper, begin, put, state_of, upgrade
-from tests.support.readers import pieces_read
 from tests.support.trees import random_tree
+from tests.support.verifying import Verifying
 
 ExpectLog = Callable[..., None]
 TRUTH = oracle.truth(IMAGE.name)
@@ -37,13 +37,14 @@ def keeper(tmp_path: Path) -> Iterator[Keeper]:
     made.close()
 
 
-def kill_all(daemon: Daemon) -> None:
-    others = [pid for pid in daemon.family() if is_running(pid)]
-    daemon.kill_supervisor()
-    for pid in others:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(is_running, others)), "the end of them all", 60)
+@contextmanager
+def left_to(keeper: Keeper, folder: Path) -> Iterator[Daemon]:
+    """A daemon of which nothing is left but what is kept."""
+    config = config_for(IMAGE, folder / "cache")
+    with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=keeper.args) as daemon:
+        keeper.save(daemon)
+        daemon.kill_all()
+        yield daemon
 
 
 def device_of(daemon: Daemon) -> str:
@@ -65,7 +66,7 @@ class TestFailover:
                     stdout=subprocess.PIPE,
                 ) as reader:
                     wait_until(lambda pid=reader.pid, path=path: has_open(pid, path), "an open file", 60)  # type: ignore[misc]
-                    kill_all(daemon)
+                    daemon.kill_all()
                     begin(daemon)
                     assert daemon.request("GET", "/api/v1/metrics/backend")[0] == 503
                     keeper.give(daemon)
@@ -80,10 +81,7 @@ class TestFailover:
     def test_what_was_sent_of_a_version_that_is_not_known_is_refused_and_taken_over_later(
         self, keeper: Keeper, tmp_path: Path
     ) -> None:
-        config = config_for(IMAGE, tmp_path / "cache")
-        with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=keeper.args) as daemon:
-            keeper.save(daemon)
-            kill_all(daemon)
+        with left_to(keeper, tmp_path) as daemon:
             begin(daemon)
             good = keeper.state
             newer = json.loads(good) | {"version": 1000, "readable_by": 999}
@@ -99,10 +97,7 @@ class TestFailover:
     def test_one_that_is_told_to_end_while_it_waits_leaves_all_to_the_next(
         self, keeper: Keeper, tmp_path: Path
     ) -> None:
-        config = config_for(IMAGE, tmp_path / "cache")
-        with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=keeper.args) as daemon:
-            keeper.save(daemon)
-            kill_all(daemon)
+        with left_to(keeper, tmp_path) as daemon:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 begin(daemon)
                 assert daemon._process is not None
@@ -128,25 +123,14 @@ class TestUpgrade:
         (tmp_path / "tree").mkdir()
         tree = random_tree(tmp_path / "tree", 4, 1 << 20)
         built = build(tree, tmp_path / "image", 1 << 16)
-        progress, stop = tmp_path / "progress", tmp_path / "stop"
         with Daemon(built.bootstrap, built.blob.parent, args=keeper.args) as daemon:
             keeper.save(daemon)
-            command = [sys.executable, "-m", "tests.support.readers", "verify", str(daemon.mountpoint), str(tree)]
-            with subprocess.Popen(
-                [*command, str(progress), str(stop), "2", "5"], stderr=subprocess.PIPE, text=True, cwd=ROOT
-            ) as readers:
-                try:
-                    for _ in range(2):
-                        seen = pieces_read(progress)
-                        wait_until(lambda seen=seen: pieces_read(progress) > seen, "readers", 60)  # type: ignore[misc]
-                        upgrade(daemon, keeper)
-                        assert state_of(daemon) == "RUNNING"
-                    seen = pieces_read(progress)
-                    wait_until(lambda: pieces_read(progress) > seen + 100, "readers", 60)
-                finally:
-                    stop.touch()
-                assert readers.stderr is not None
-                assert readers.wait() == 0, readers.stderr.read()
+            with Verifying(daemon.mountpoint, tree, tmp_path, 2) as readers:
+                for _ in range(2):
+                    readers.go_on(0)
+                    upgrade(daemon, keeper)
+                    assert state_of(daemon) == "RUNNING"
+                readers.go_on(100)
             assert list(discipline.runtime.glob("*.next*")) == []
 
     def test_one_that_is_killed_while_it_waits_costs_nothing_and_the_next_may_come(

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +16,7 @@ from tests.support import oracle
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import wait_until
 from tests.support.trees import random_tree
+from tests.support.verifying import Verifying
 
 CHUNK = 1 << 16
 FILES = 12
@@ -133,32 +131,23 @@ def test_readers_see_right_bytes_while_everything_is_taken_out_again_and_again(
     tree: Path, built: Built, tmp_path: Path, kill: str
 ) -> None:
     """Nothing is kept for being fresh, so chunks go between a reader's look and its read."""
-    stop, progress = tmp_path / "stop", tmp_path / "progress"
     config = image_config(built.blob.parent, tmp_path / "cache") | {"nydusd": {"cache_keep": 0}}
     with Daemon(built.bootstrap, built.blob.parent, config=config) as daemon:
-        command = [sys.executable, "-m", "tests.support.readers", "verify", str(daemon.mountpoint), str(tree)]
-        with subprocess.Popen(
-            [*command, str(progress), str(stop), "4", "5"], stderr=subprocess.PIPE, text=True
-        ) as readers:
-            evicted = 0
-            try:
-                deadline = time.monotonic() + 60
-                for turn in itertools.count():
-                    # Readers take a moment to start, and rounds before that find nothing.
-                    evicted = quota_facts(daemon)["evicted_chunks"]
-                    enough = turn >= 25 and evicted > FILES * FILE_SIZE // CHUNK
-                    if readers.poll() is not None or enough or time.monotonic() > deadline:
-                        break
-                    rounds = order(daemon, 0)
-                    wait_until(partial(has_rounds, daemon, rounds + 1), "a round", 30)
-                    if kill and turn % 8 == 4:
-                        victim = daemon.pids(kill)[0]
-                        count = len(daemon.pids(kill))
-                        daemon.kill(victim)
-                        wait_for_role(daemon, kill, count, without=victim)
-            finally:
-                stop.touch()
-            assert readers.stderr is not None
-            assert readers.wait() == 0, readers.stderr.read()
+        evicted = 0
+        with Verifying(daemon.mountpoint, tree, tmp_path) as readers:
+            deadline = time.monotonic() + 60
+            for turn in itertools.count():
+                # Readers take a moment to start, and rounds before that find nothing.
+                evicted = quota_facts(daemon)["evicted_chunks"]
+                enough = turn >= 25 and evicted > FILES * FILE_SIZE // CHUNK
+                if readers.have_ended() or enough or time.monotonic() > deadline:
+                    break
+                rounds = order(daemon, 0)
+                wait_until(partial(has_rounds, daemon, rounds + 1), "a round", 30)
+                if kill and turn % 8 == 4:
+                    victim = daemon.pids(kill)[0]
+                    count = len(daemon.pids(kill))
+                    daemon.kill(victim)
+                    wait_for_role(daemon, kill, count, without=victim)
         assert evicted > FILES * FILE_SIZE // CHUNK
-        assert os.path.getsize(progress) > 0
+        assert readers.pieces() > 0

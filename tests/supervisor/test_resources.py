@@ -7,17 +7,15 @@ import json
 import os
 import random
 import resource
-import signal
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.killing.scenes import read
 from tests.support.daemon import Daemon, wait_for_role
-from tests.support.discipline import cmdline, detach_mount, is_running, wait_until
+from tests.support.discipline import detach_mount
 from tests.support.mounted import Tree
 
 NAMES = [f"{number:02}" for number in range(8)]
@@ -61,20 +59,6 @@ def test_worker_without_a_file_descriptor_lets_go_of_some(tree: Tree, tmp_path: 
         assert daemon.pids("decompress") == workers
 
 
-def all_of(daemon: Daemon) -> list[int]:
-    """All processes of a daemon, stopped, so that none of them starts another."""
-    found: list[int] = []
-    while new := [pid for pid in (daemon.pid, *daemon.family()) if pid not in found and is_running(pid)]:
-        for pid in new:
-            os.kill(pid, signal.SIGSTOP)
-        found += new
-    return found
-
-
-def all_ended(pids: list[int]) -> bool:
-    return not any(map(is_running, pids))
-
-
 def test_all_processes_killed_at_once_in_the_middle_of_reads_leave_nothing(tree: Tree, tmp_path: Path) -> None:
     """Again and again: the next daemon clears up, and after it there is nothing but the files of the blob."""
     choose = random.Random(11)
@@ -85,13 +69,9 @@ def test_all_processes_killed_at_once_in_the_middle_of_reads_leave_nothing(tree:
             reader = threading.Thread(target=_read_some, args=(daemon, choose.sample(NAMES, len(NAMES))))
             reader.start()
             threading.Event().wait(choose.random() * 0.02)
-            everybody = all_of(daemon)
-            for pid in everybody:
-                os.kill(pid, signal.SIGKILL)
-            daemon.kill_supervisor()
+            daemon.kill_all()
             reader.join()
             detach_mount(str(daemon.mountpoint))
-            wait_until(partial(all_ended, everybody), f"the end of {list(map(cmdline, everybody))}", 60)
             daemon.start()
         for name in NAMES:
             assert read(daemon.mountpoint / name) == tree.contents[name]

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import http.client
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -30,8 +27,8 @@ from nydusd.formats.model import Compressor, Digester
 from nydusd.supervisor import trial
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import is_running, wait_until
-from tests.support.readers import pieces_read
 from tests.support.trees import half_random_tree
+from tests.support.verifying import Verifying
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES, FILE_SIZE, CHUNK = 8, 1 << 20, 1 << 16
@@ -75,22 +72,9 @@ def running(built: Built, code: Path) -> Iterator[Daemon]:
 @contextmanager
 def verified(daemon: Daemon, tree: Path, tmp_path: Path) -> Iterator[Callable[[], None]]:
     """Readers compare every byte meanwhile. Gives a function that waits until each has gone on."""
-    progress, stop, seed = tmp_path / "progress", tmp_path / "stop", random.SystemRandom().randrange(1 << 32)
-    command = [sys.executable, "-m", "tests.support.readers", "verify", str(daemon.mountpoint), str(tree)]
-    arguments = [str(progress), str(stop), str(READERS), str(seed)]
-    with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as readers:
-
-        def go_on() -> None:
-            seen = pieces_read(progress)
-            wait_until(lambda: pieces_read(progress) > seen + 16 or readers.poll() is not None, "progress", SECONDS)
-
-        try:
-            go_on()
-            yield go_on
-        finally:
-            stop.touch()
-        assert readers.stderr is not None
-        assert readers.wait() == 0, f"seed {seed}: {readers.stderr.read()}"
+    with Verifying(daemon.mountpoint, tree, tmp_path, READERS) as readers:
+        readers.go_on()
+        yield readers.go_on
 
 
 def rows(daemon: Daemon) -> list[Row]:

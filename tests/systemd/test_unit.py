@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,9 @@ import pytest
 from bench.image import Built, build
 from tests.support.daemon import image_config
 from tests.support.discipline import wait_until
-from tests.support.readers import PIECE, pieces_read
+from tests.support.readers import PIECE
 from tests.support.trees import random_tree
+from tests.support.verifying import Verifying
 from tests.systemd.machine import ROOT, Machine, machine
 
 UNIT = "nydusd@one.service"
@@ -55,51 +55,51 @@ def node(tmp_path: Path, built: Built) -> Iterator[Machine]:
         yield it
 
 
+def verifying(node: Machine, tree: Path, folder: Path) -> Verifying:
+    """Readers of the mount, inside."""
+    inside = ["nsenter", "--target", str(node._init()), "--mount", "--pid"]
+    return Verifying(folder / "mnt", tree, folder, READERS, inside=inside)
+
+
+def stop_and_look(node: Machine, folder: Path) -> None:
+    """Stop the service; AssertionError for what it leaves."""
+    node.systemctl("stop", UNIT)
+    assert node.show(UNIT, "Result") == "success"
+    assert node.run("mountpoint", "-q", str(folder / "mnt")).returncode != 0
+    assert node.run("pgrep", "-f", "nydusd").stdout == ""
+    assert node.run("ls", "/run/nydusd", "/dev/shm").stdout.split() == ["/dev/shm:", "/run/nydusd:"]
+
+
 def test_is_ready_when_it_serves_and_leaves_nothing_when_it_is_stopped(node: Machine, tmp_path: Path) -> None:
     node.systemctl("start", UNIT)  # waits for READY=1
     assert "is mounted at" in node.show(UNIT, "StatusText")
+    assert node.show(UNIT, "OOMPolicy") == "continue"
     assert sorted(node.run("ls", str(tmp_path / "mnt")).stdout.split()) == [f"{n:02}" for n in range(FILES)]
-    node.systemctl("stop", UNIT)
-    assert node.show(UNIT, "Result") == "success"
-    assert node.run("mountpoint", "-q", str(tmp_path / "mnt")).returncode != 0
-    assert node.run("pgrep", "-f", "nydusd").stdout == ""
-    assert node.run("ls", "/run/nydusd", "/dev/shm").stdout.split() == ["/dev/shm:", "/run/nydusd:"]
+    stop_and_look(node, tmp_path)
 
 
 @pytest.mark.parametrize("how", ["killed", "hung"])
 def test_is_succeeded_under_load_and_no_reader_notices(node: Machine, tree: Path, tmp_path: Path, how: str) -> None:
     node.systemctl("start", UNIT)
     before = int(node.show(UNIT, "MainPID"))
-    progress, stop = tmp_path / "progress", tmp_path / "stop"
-    inside = ["nsenter", "--target", str(node._init()), "--mount", "--pid"]
-    verify = [sys.executable, "-m", "tests.support.readers", "verify", str(tmp_path / "mnt"), str(tree)]
-    with subprocess.Popen(
-        [*inside, *verify, str(progress), str(stop), str(READERS), "7"], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    ) as readers:
-        try:
-            for _ in range(3 if how == "killed" else 1):
-                seen = pieces_read(progress)
-                wait_until(lambda seen=seen: pieces_read(progress) > seen or readers.poll() is not None, "readers", 60)  # type: ignore[misc]
-                pid = node.show(UNIT, "MainPID")
-                if how == "killed":
-                    node.systemctl("kill", "--signal=KILL", "--kill-who=main", UNIT)
-                else:
-                    node.systemctl("kill", "--signal=STOP", "--kill-who=main", UNIT)  # the watchdog's case
-                wait_until(
-                    lambda pid=pid: (
-                        node.show(UNIT, "MainPID") not in ("0", pid)  # type: ignore[misc]
-                        and node.show(UNIT, "ActiveState") == "active"
-                    ),
-                    "a successor",
-                    90,
-                )
-            seen = pieces_read(progress)
-            wait_until(lambda: pieces_read(progress) > seen + READERS or readers.poll() is not None, "readers", 60)
-        finally:
-            stop.touch()
-        assert readers.stderr is not None
-        assert readers.wait() == 0, readers.stderr.read() + node.log.read_text()
-    assert pieces_read(progress) > FILES * FILE_SIZE // PIECE
+    with verifying(node, tree, tmp_path) as readers:
+        for _ in range(3 if how == "killed" else 1):
+            readers.go_on(0)
+            pid = node.show(UNIT, "MainPID")
+            if how == "killed":
+                node.systemctl("kill", "--signal=KILL", "--kill-who=main", UNIT)
+            else:
+                node.systemctl("kill", "--signal=STOP", "--kill-who=main", UNIT)  # the watchdog's case
+            wait_until(
+                lambda pid=pid: (
+                    node.show(UNIT, "MainPID") not in ("0", pid)  # type: ignore[misc]
+                    and node.show(UNIT, "ActiveState") == "active"
+                ),
+                "a successor",
+                90,
+            )
+        readers.go_on(READERS)
+    assert readers.pieces() > FILES * FILE_SIZE // PIECE
     assert int(node.show(UNIT, "MainPID")) != before
     assert "mounting anew" not in node.log.read_text(), node.log.read_text()
     node.systemctl("stop", UNIT)
@@ -138,29 +138,14 @@ def test_restart_brings_newer_code_under_load_and_keeps_the_mount(node: Machine,
 
     node.systemctl("start", UNIT)
     before = device()
-    progress, stop = tmp_path / "progress", tmp_path / "stop"
-    inside = ["nsenter", "--target", str(node._init()), "--mount", "--pid"]
-    verify = [sys.executable, "-m", "tests.support.readers", "verify", str(tmp_path / "mnt"), str(tree)]
-    with subprocess.Popen(
-        [*inside, *verify, str(progress), str(stop), str(READERS), "7"], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    ) as readers:
-        try:
-            wait_until(lambda: pieces_read(progress) > 0 or readers.poll() is not None, "readers", 60)
-            version = code / "nydusd" / "version.py"
-            version.write_text(BUILD.sub('GIT_COMMIT: Final = "newer"', version.read_text()))
-            node.systemctl("restart", UNIT)
-            assert device() == before
-            wait_until(lambda: builds() == {"newer"} or readers.poll() is not None, "processes of the newer build", 90)
-            seen = pieces_read(progress)
-            wait_until(lambda: pieces_read(progress) > seen + READERS or readers.poll() is not None, "readers", 60)
-        finally:
-            stop.touch()
-        assert readers.stderr is not None
-        assert readers.wait() == 0, readers.stderr.read() + node.log.read_text()
+    with verifying(node, tree, tmp_path) as readers:
+        readers.go_on(0)
+        version = code / "nydusd" / "version.py"
+        version.write_text(BUILD.sub('GIT_COMMIT: Final = "newer"', version.read_text()))
+        node.systemctl("restart", UNIT)
+        assert device() == before
+        wait_until(lambda: builds() == {"newer"} or readers.have_ended(), "processes of the newer build", 90)
+        readers.go_on(READERS)
     assert device() == before
     assert "mounting anew" not in node.log.read_text(), node.log.read_text()
-    node.systemctl("stop", UNIT)
-    assert node.show(UNIT, "Result") == "success"
-    assert node.run("mountpoint", "-q", str(tmp_path / "mnt")).returncode != 0
-    assert node.run("pgrep", "-f", "nydusd").stdout == ""
-    assert node.run("ls", "/run/nydusd", "/dev/shm").stdout.split() == ["/dev/shm:", "/run/nydusd:"]
+    stop_and_look(node, tmp_path)

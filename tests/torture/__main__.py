@@ -15,7 +15,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from tests.support.discipline import discipline
 from tests.support.keeper import Keeper
 from tests.support.readers import PIECE, longest_began, longest_read, pieces_read
 from tests.support.trees import half_random_tree
+from tests.support.verifying import Verifying
 from tests.torture.acts import Counts, Round
 
 READERS = 16
@@ -65,23 +65,19 @@ class Trial:
 
     def run(self, until: float) -> None:
         seed = self.choose.randrange(1 << 32)
-        stop = self.folder / "stop"
-        command = [sys.executable, "-m", "tests.support.readers", "verify", str(self.daemon.mountpoint), str(self.tree)]
         with self.daemon as daemon, contextlib.closing(self.keeper) if self.keeper else contextlib.nullcontext():
             if self.keeper is not None:
                 self.keeper.save(daemon)
-            arguments = [str(self.progress), str(stop), str(READERS), str(seed)]
-            with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as readers:
-                try:
-                    while time.monotonic() < until and readers.poll() is None:
-                        time.sleep(self.choose.random() ** 2 / 2)
-                        self.round.hurt()
-                finally:
-                    stop.touch()
-                    assert readers.stderr is not None
-                    self.problems += readers.stderr.read().splitlines()
-                    self.round.upgrades.wait()
-                    self.problems += self.round.upgrades.problems
+            readers = Verifying(daemon.mountpoint, self.tree, self.folder, READERS, seed=seed)
+            readers.start()
+            try:
+                while time.monotonic() < until and not readers.have_ended():
+                    time.sleep(self.choose.random() ** 2 / 2)
+                    self.round.hurt()
+            finally:
+                self.problems += readers.stop()
+                self.round.upgrades.wait()
+                self.problems += self.round.upgrades.problems
             wait_for_role(daemon, "api", 1)
             if self.problems:
                 self._tell()
