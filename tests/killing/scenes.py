@@ -14,15 +14,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from nydusd.storage.cache.manager import SEGMENT_DIGITS
 from nydusd.storage.state.map_file import HEADER_SIZE
-from nydusd.storage.state.segment import names
+from nydusd.storage.state.segment import Segment, names
 from tests.killing.plan import Plan
 from tests.support.daemon import Daemon
-from tests.support.discipline import becomes_true, discipline, wait_until
+from tests.support.discipline import becomes_true, detach_mount, discipline, wait_until
 from tests.support.faulty_server import faulty
 from tests.support.mounted import CHUNK, REPO, Hub, Tree
+from tests.support.segments import in_child, join
 
 SECONDS = 60.0
+ALONE = b"the kernel reads it by itself"
+"""What a front end logs when nothing of a blob is missing."""
 FILES = [f"{number:02}" for number in range(4)]
 Config = dict[str, object]
 
@@ -146,6 +150,39 @@ class Scene:
         """AssertionError for a wrong byte, OSError for a read that fails."""
         for name in FILES:
             assert read(self.daemon.mountpoint / place / name) == self.tree.contents[name], f"{name}: wrong bytes"
+
+    def read_while_front_ends_are_killed(self, role: str, place: str = "") -> None:
+        """They have read requests then that no worker does anything about; afterwards the workers do."""
+        workers = self.daemon.pids("decompress")
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        problems: list[BaseException] = []
+
+        def reads() -> None:
+            try:
+                self.read_all(place)
+            except BaseException as error:
+                problems.append(error)
+
+        reader = threading.Thread(target=reads)
+        reader.start()
+        # If the supervisor is killed, these workers end, and others do the work.
+        wait_until(lambda: self.waiting() or not reader.is_alive(), "a read to wait", SECONDS)
+        for pids, number in ((self.daemon.pids(role), signal.SIGKILL), (workers, signal.SIGCONT)):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        reader.join()
+        if problems:
+            raise problems[0]
+
+    def waiting(self) -> bool:
+        """Whether a read waits for the supervisor, as far as that can be asked."""
+        try:
+            status, body = self.daemon.request("GET", "/api/v1/nydusd/load", seconds=5)
+        except OSError:
+            return False
+        return status == 200 and bool(json.loads(body)["waiting"])
 
     def check_cache(self) -> None:
         """Each bit of the stored map is true, and there are no files but those of the blob."""
@@ -288,41 +325,33 @@ class Successors(Shared):
         self.mount()
 
     def work(self) -> None:
-        workers = self.daemon.pids("decompress")
-        for pid in workers:
-            os.kill(pid, signal.SIGSTOP)
-        problems: list[BaseException] = []
-
-        def reads() -> None:
-            try:
-                self.read_all(self.place)
-            except BaseException as error:
-                problems.append(error)
-
-        reader = threading.Thread(target=reads)
-        reader.start()
-        # If the supervisor is killed, these workers end, and others do the work.
-        wait_until(lambda: self.waiting() or not reader.is_alive(), "a read to wait", SECONDS)
-        for pids, number in ((self.daemon.pids("fuse"), signal.SIGKILL), (workers, signal.SIGCONT)):
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
-        reader.join()
-        if problems:
-            raise problems[0]
+        self.read_while_front_ends_are_killed("fuse", self.place)
         self.end()
 
-    def waiting(self) -> bool:
-        """Whether a read waits for the supervisor, as far as that can be asked."""
-        try:
-            status, body = self.daemon.request("GET", "/api/v1/nydusd/load", seconds=5)
-        except OSError:
-            return False
-        return status == 200 and bool(json.loads(body)["waiting"])
+
+class LockLeft(Shared):
+    """Who had the lock of the blob's segment was killed."""
+
+    def before(self) -> None:
+        self.mount()
+        wait_until(lambda: bool(self.segments()), "the segment", SECONDS)
+        assert join(in_child(self.die_with_the_lock)) == -signal.SIGKILL
+
+    def segments(self) -> list[str]:
+        """Those of blobs that are open."""
+        prefix = self.instance()
+        return [name for name in names(prefix) if len(name.removeprefix(f"/{prefix}")) == SEGMENT_DIGITS]
+
+    def die_with_the_lock(self) -> None:
+        (name,) = self.segments()
+        segment = Segment.open(name)
+        assert segment is not None
+        with segment.lock():
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class MakeRoom(Shared):
-    """Chunks are taken out of the cache file while they are asked for."""
+    """Chunks are taken out of the cache file while they are asked for, and files of a blob that nobody uses are removed."""
 
     def config(self) -> Config:
         return super().config() | {"nydusd": self.tuning | {"cache_keep": 0}}
@@ -330,6 +359,11 @@ class MakeRoom(Shared):
     def before(self) -> None:
         self.mount()
         self.read_all(self.place)
+        self.end()  # the map is stored then
+        assert len(self.stored()) == len(FILES)
+        self.mount()
+        for suffix in ("", ".chunk_map"):
+            (self.cache / f"{'0' * 64}.blob.data{suffix}").write_bytes(b"x" * CHUNK)
 
     def work(self) -> None:
         def room() -> None:
@@ -397,14 +431,56 @@ class Life(Scene):
         self.daemon.__exit__(None, None, None)
 
 
+class Anew(Life):
+    """The same, where a daemon has been all of whose processes were killed at once when half of the image was cached."""
+
+    def before(self) -> None:
+        super().before()
+        self.daemon.start()
+        for name in FILES[::2]:
+            assert read(self.daemon.mountpoint / name) == self.tree.contents[name]
+        self.daemon.kill_all()
+        self.daemon.forget()
+        detach_mount(str(self.daemon.mountpoint))
+
+
+class OfOthers(Life):
+    """The same over the cache of a daemon that has no record of ours: each chunk is looked at before it is believed."""
+
+    def open(self, stack: ExitStack) -> None:
+        with self.make() as daemon:
+            for name in FILES:
+                assert read(daemon.mountpoint / name) == self.tree.contents[name]
+        self.filled = self.cache
+        (record,) = self.filled.glob("*.chunk_map.nydusd")
+        record.unlink()
+
+    def before(self) -> None:
+        super().before()
+        shutil.copytree(self.filled, self.cache)
+
+
 class Kernel(Life):
-    """The same with the kernel's EROFS over the cache files, and fanotify."""
+    """The same with the kernel's EROFS over the cache files, and fanotify; until the kernel asks nobody any more."""
 
     verb = "erofs"
+
+    def serve(self) -> None:
+        before = self.daemon.log.stat().st_size
+        super().serve()
+        wait_until(lambda: ALONE in self.daemon.log.read_bytes()[before:], "the kernel to read by itself", SECONDS)
 
     def read_all(self, place: str = "") -> None:
         for name in FILES:
             assert read(self.daemon.mountpoint / name, direct=False) == self.tree.contents[name], f"{name}: wrong bytes"
+
+
+class KernelSuccessors(Kernel):
+    """The same, and its front end is killed while reads wait in it."""
+
+    def serve(self) -> None:
+        wait_until(self.daemon.serves, "the daemon to serve", SECONDS)
+        self.read_while_front_ends_are_killed("erofs")
 
 
 SCENES: dict[str, Callable[[Tree, Path], Scene]] = {
@@ -414,6 +490,10 @@ SCENES: dict[str, Callable[[Tree, Path], Scene]] = {
     "the supervisor is succeeded": TakeOver,
     "room is made": MakeRoom,
     "front ends are succeeded": Successors,
+    "who had the lock is gone": LockLeft,
     "a daemon's life": Life,
+    "after the end of all": Anew,
+    "in the cache of others": OfOthers,
     "EROFS with fanotify": Kernel,
+    "its front end is succeeded": KernelSuccessors,
 }
