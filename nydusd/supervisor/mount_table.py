@@ -213,18 +213,30 @@ class MountTable:
             raise PlaceError(f"it is in use: {inside} is mounted in it")
 
     def remove(self, names: Sequence[bytes]) -> None:
-        """Unmount an image, and remove the folders that led to it alone. Raises what `check_unused` raises."""
+        """Unmount an image, and remove the folders that led to it alone.
+
+        Raises what `check_unused` raises, and CacheError when nothing can be written.
+        """
         self.check_unused(names)
         place = self._mounted(names)
+        before = place, place.index, place.children
         old = f"{place.index}.{place.revision}"
-        place.index = None
-        place.children.clear()
+        place.index, place.children = None, {}
         place.changed = time.time_ns()
+        removed = []
         while place.parent is not None and place.index is None and not place.children:
+            removed.append(place)
             del place.parent.children[place.name]
             place = place.parent
             place.changed = time.time_ns()
-        self.publish()
+        try:
+            self.publish()
+        except CacheError:
+            for gone in removed:
+                assert gone.parent is not None
+                gone.parent.children[gone.name] = gone
+            place, place.index, place.children = before
+            raise
         self._remove(old)
 
     def close(self) -> None:

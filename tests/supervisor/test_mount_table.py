@@ -133,6 +133,22 @@ def test_the_same_metadata_keeps_its_index_and_other_gets_a_new_one(table: Mount
     assert sorted(os.listdir(tmp_path / "mounts")) == ["2.0.json", "table.json"]
 
 
+def test_what_cannot_be_written_is_not_unmounted(table: MountTable, tmp_path: Path) -> None:
+    for place in ("/a", "/b/c/d"):
+        table.add(names(place), {}, {"mounted": place})
+    before = seen(table, tmp_path), table.records()
+    for place in ("/a", "/b/c/d"):
+        (tmp_path / "mounts").rename(tmp_path / "away")
+        with pytest.raises(CacheError, match="No such file"):
+            table.remove(names(place))
+        (tmp_path / "away").rename(tmp_path / "mounts")
+        table.publish()
+        assert (seen(table, tmp_path), table.records()) == before
+    for place in ("/a", "/b/c/d"):
+        table.remove(names(place))
+    assert seen(table, tmp_path) == {"/": None}
+
+
 def test_what_cannot_be_written_is_not_mounted(table: MountTable, tmp_path: Path) -> None:
     table.add(names("/a"), {})
     (tmp_path / "mounts").rename(tmp_path / "away")
