@@ -35,7 +35,8 @@ class Client:
     def __init__(self, sock: socket.socket, paths: tuple[str, ...] = ()) -> None:
         self._sock = sock
         self.paths = paths
-        """All that this client may ask for; empty: anything."""
+        """All that this client may ask for, without a body; empty: anything."""
+        self._max_body = 0 if paths else MAX_BODY
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD)
         self._head: h11.Request | None = None
         self._body = bytearray()
@@ -109,7 +110,7 @@ class Client:
             if isinstance(event, h11.Request):
                 self._head = event
                 self._body.clear()
-                if _content_length(event) > MAX_BODY:
+                if _content_length(event) > self._max_body:
                     self._refuse(error_answer(413, "BadRequest"))
                     return None
                 if self._http.they_are_waiting_for_100_continue:
@@ -118,7 +119,7 @@ class Client:
                     self.write()
             elif isinstance(event, h11.Data):
                 self._body += event.data
-                if len(self._body) > MAX_BODY:
+                if len(self._body) > self._max_body:
                     self._refuse(error_answer(413, "BadRequest"))
                     return None
             elif isinstance(event, h11.EndOfMessage):
@@ -156,8 +157,8 @@ class Client:
         self.answer(answer)
 
     def timed_out(self) -> None:
-        """The rest of a request did not come in time."""
-        if self._discarding:
+        """The rest of a request did not come in time; or none at all, or an answer was not taken."""
+        if self._discarding or not self.half_sent:
             self.close()
             return
         self._refuse(error_answer(408, "BadRequest"))

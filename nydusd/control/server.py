@@ -2,8 +2,9 @@
 
 Nothing here blocks, so a slow client delays nobody and a probe is answered while the supervisor mounts. Clients keep
 a connection open for the whole life of a daemon and take its loss for the daemon's death: only a request that was begun
-and not finished has a time-out. The process keeps no state: after SIGKILL the supervisor starts another on the same
-listening socket, and its clients connect again.
+and not finished has a time-out. Who comes to the TCP port for metrics has one in any case, and a small number of places
+apart from the others': it may be anybody, and must keep nobody from the API. The process keeps no state: after SIGKILL
+the supervisor starts another on the same listening socket, and its clients connect again.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ REQUEST_PATIENCE: Final = 30.0
 """Seconds from the first byte of a request to its last."""
 _LAST_WORDS: Final = 1.0
 """Seconds to bring answers on the wire when the supervisor ends, above all the one to `exit`."""
+METRICS_PATIENCE: Final = 120.0
+"""Seconds that who comes for metrics may do nothing, between two requests as well: scrapers ask more often."""
 _MAX_CLIENTS: Final = 4096
+_MAX_METRICS_CLIENTS: Final = 64
 _TURN: Final = 16
 """Requests of one client in a row; a client that pipelines more waits until the others had their turn."""
 _NO_FILES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -46,6 +50,26 @@ class _Question(NamedTuple):
     deadline: float
 
 
+class _Door:
+    """A listening socket, and who came in by it: at most `most` at a time, for one of `paths` only if there are any."""
+
+    def __init__(self, listener: socket.socket, most: int, patience: float, paths: tuple[str, ...] = ()) -> None:
+        listener.setblocking(False)
+        self.listener = listener
+        self.most = most
+        self.patience = patience
+        self.paths = paths
+        self.clients: set[Client] = set()
+        self.late: dict[Client, float] = {}
+        """Clients who owe us something and their deadlines, first to expire first."""
+        self.is_open = False
+        self.open_again = 0.0
+
+    def waits_for(self, client: Client) -> bool:
+        """Whether it is this client's turn, and it has not all the time there is."""
+        return not client.waiting if self.paths else client.half_sent
+
+
 class ApiServer:
     """Serves until the lifeline closes. The caller owns the handles; who comes to `metrics` is served metrics only."""
 
@@ -56,35 +80,32 @@ class ApiServer:
         lifeline_fd: int,
         metrics: socket.socket | None = None,
     ) -> None:
-        self._listeners = [sock for sock in (listener, metrics) if sock is not None]
-        for sock in self._listeners:
-            sock.setblocking(False)
-        self._metrics = metrics
+        self._doors: list[_Door] = []
+        if listener is not None:
+            self._doors.append(_Door(listener, _MAX_CLIENTS, REQUEST_PATIENCE))
+        if metrics is not None:
+            self._doors.append(_Door(metrics, _MAX_METRICS_CLIENTS, METRICS_PATIENCE, METRICS_PATHS))
         self._supervisor = supervisor
         self._lifeline_fd = lifeline_fd
         self._selector = selectors.DefaultSelector()
         self._questions: dict[int, _Question] = {}
         """By number."""
-        self._half_sent: dict[Client, float] = {}
-        """Clients in the middle of a request and their deadlines, first to expire first."""
         self._ready: dict[Client, None] = {}
         """Clients with more complete requests than one turn."""
-        self._clients: set[Client] = set()
         self._number = 0
-        self._listening = False
-        self._listen_again = 0.0
         self._end: float | None = None
 
     def run(self) -> None:
         """Serve until the supervisor is gone."""
         self._selector.register(self._lifeline_fd, selectors.EVENT_READ, None)
         self._selector.register(self._supervisor.fileno(), selectors.EVENT_READ, None)
-        self._listen(True)
+        for door in self._doors:
+            self._listen(door, True)
         try:
             while not self._finished():
                 self._step()
         finally:
-            for client in list(self._clients):
+            for client in self._clients():
                 client.close()
             self._selector.close()
 
@@ -92,8 +113,8 @@ class ApiServer:
         for key, mask in self._selector.select(self._timeout()):
             if isinstance(key.data, Client):
                 self._serve(key.data, mask)
-            elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._listeners:
-                self._accept(key.fileobj)
+            elif isinstance(key.data, _Door):
+                self._accept(key.data)
             elif key.fd == self._lifeline_fd and not os.read(self._lifeline_fd, 4096):
                 self._begin_end()
         # Always, whatever woke us: ZeroMQ's fd signals only a change, and sending may swallow one.
@@ -107,40 +128,42 @@ class ApiServer:
         if self._ready:
             return 0.0
         times = [question.deadline for question in self._questions.values()]
-        times += islice(self._half_sent.values(), 1)
-        if not self._listening and self._end is None:
-            times.append(self._listen_again)
+        for door in self._doors:
+            times += islice(door.late.values(), 1)
+            if not door.is_open and self._end is None:
+                times.append(door.open_again)
         if self._end is not None:
             times.append(self._end)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     # Clients
 
-    def _listen(self, on: bool) -> None:
-        if on and not self._listening:
-            for sock in self._listeners:
-                self._selector.register(sock, selectors.EVENT_READ, None)
-        elif not on and self._listening:
-            for sock in self._listeners:
-                self._selector.unregister(sock)
-            self._listen_again = time.monotonic() + _ACCEPT_PAUSE
-        self._listening = on
+    def _clients(self) -> list[Client]:
+        return [client for door in self._doors for client in door.clients]
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _listen(self, door: _Door, on: bool) -> None:
+        if on and not door.is_open:
+            self._selector.register(door.listener, selectors.EVENT_READ, door)
+        elif not on and door.is_open:
+            self._selector.unregister(door.listener)
+            door.open_again = time.monotonic() + _ACCEPT_PAUSE
+        door.is_open = on
+
+    def _accept(self, door: _Door) -> None:
         try:
-            sock, _ = listener.accept()
+            sock, _ = door.listener.accept()
         except OSError as error:
             if error.errno in _NO_FILES:
                 log.warning("cannot accept a client: %s", error.strerror)
-                self._listen(False)
+                self._listen(door, False)
             return
         sock.setblocking(False)
-        client = Client(sock, METRICS_PATHS if listener is self._metrics else ())
-        self._clients.add(client)
-        client.watch(self._selector)
-        if len(self._clients) >= _MAX_CLIENTS:
-            log.warning("%d clients are connected, no more are accepted until one leaves", len(self._clients))
-            self._listen(False)
+        client = Client(sock, door.paths)
+        door.clients.add(client)
+        self._watch(client)
+        if len(door.clients) >= door.most:
+            log.warning("%d clients are connected, no more are accepted until one leaves", len(door.clients))
+            self._listen(door, False)
 
     def _serve(self, client: Client, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
@@ -161,28 +184,35 @@ class ApiServer:
         self._watch(client)
 
     def _watch(self, client: Client) -> None:
-        if client.half_sent and not client.closed:
-            self._half_sent.setdefault(client, time.monotonic() + REQUEST_PATIENCE)
+        door = next(door for door in self._doors if door.paths == client.paths)
+        if door.waits_for(client) and not client.closed:
+            door.late.setdefault(client, time.monotonic() + door.patience)
         else:
-            self._half_sent.pop(client, None)
+            door.late.pop(client, None)
         client.watch(self._selector)
         if client.closed:
-            self._clients.discard(client)
+            door.clients.discard(client)
             self._ready.pop(client, None)
 
     def _handle(self, client: Client, request: Request) -> None:
         try:
             call = resolve(request.method, request.target, request.body, client.paths)
+            message = encode(call.message)
         except Refused as refused:
             client.answer(refused.answer)
-            return
-        self._ask(client, call)
+        except RecursionError:  # its body is read, but too deep to be passed on
+            client.answer(error_answer(400, "BadRequest"))
+        except Exception:  # one request must not end the process: it has clients who take that for the daemon's end
+            log.exception("%s %s failed by a bug of ours", request.method, request.target)
+            client.answer(error_answer(500, "InternalServerError"))
+        else:
+            self._ask(client, call, message)
 
     # The supervisor
 
-    def _ask(self, client: Client, call: Call) -> None:
+    def _ask(self, client: Client, call: Call, message: bytes) -> None:
         self._number += 1
-        frames = [CONTROL, NUMBER.pack(self._number), encode(call.message)]
+        frames = [CONTROL, NUMBER.pack(self._number), message]
         try:
             self._supervisor.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
@@ -215,7 +245,12 @@ class ApiServer:
             reply = {}
         if route.op == "set_log_level" and "ok" in reply:
             logs.set_level(str(question.call.message["log_level"]))
-        question.client.answer(answer(route, reply))
+        try:
+            found = answer(route, reply)
+        except Exception:  # as in `_handle`
+            log.exception("the answer to %r failed by a bug of ours", route.op)
+            found = answer(route, {"error": {"status": 500, "message": "the daemon's log says why"}})
+        question.client.answer(found)
         self._advance(question.client)
 
     # Time and the end
@@ -228,24 +263,26 @@ class ApiServer:
             log.warning("the supervisor did not answer %r in time", question.call.route.op)
             question.client.answer(_not_ready(question.call))
             self._advance(question.client)
-        for client, deadline in list(self._half_sent.items()):
-            if deadline > now:
-                break
-            client.timed_out()
-            self._watch(client)
-        if not self._listening and self._end is None and self._listen_again <= now:
-            self._listen_again = now + _ACCEPT_PAUSE
-            self._listen(len(self._clients) < _MAX_CLIENTS)
+        for door in self._doors:
+            for client, deadline in list(door.late.items()):
+                if deadline > now:
+                    break
+                client.timed_out()
+                self._watch(client)
+            if not door.is_open and self._end is None and door.open_again <= now:
+                door.open_again = now + _ACCEPT_PAUSE
+                self._listen(door, len(door.clients) < door.most)
 
     def _begin_end(self) -> None:
         self._selector.unregister(self._lifeline_fd)
-        self._listen(False)
+        for door in self._doors:
+            self._listen(door, False)
         self._end = time.monotonic() + _LAST_WORDS
 
     def _finished(self) -> bool:
         if self._end is None:
             return False
-        busy = bool(self._questions) or any(client.has_output for client in self._clients)
+        busy = bool(self._questions) or any(client.has_output for client in self._clients())
         return not busy or time.monotonic() >= self._end
 
 
