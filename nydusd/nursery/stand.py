@@ -50,7 +50,11 @@ def stand(wire: _socket.socket, pidfd: int) -> int | None:
     poll.poll()
     wire.settimeout(_STATUS_PATIENCE)
     try:
-        told = wire.recv(64)
+        try:
+            told = wire.recv(64)
+        except ConnectionResetError:
+            # It ended before it had read our GO. The kernel says so once, and then gives what was sent before.
+            told = wire.recv(64)
     except OSError:
         told = b""
     if told == NOTHING:
