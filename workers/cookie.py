@@ -33,7 +33,7 @@ _PADDING_MOST = 64 << 20
 def lent(cookie: tuple[int, int]) -> Iterator[int]:
     """The descriptor of a file of the kernel's cache, for as long as the block runs. Raises CacheError."""
     try:
-        fd = borrow(*cookie)
+        fd = borrow(*cookie, lambda: os.getppid() == cookie[0])  # the supervisor that has given us the job
     except OSError as e:
         raise CacheError(f"the kernel's cache file cannot be had from pid {cookie[0]}: {e.strerror}", e.errno) from e
     try:

@@ -7,7 +7,9 @@ anybody may come for it; a number that was used again would be another file.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+from collections.abc import Callable
 
 _PIDFD_GETFD = 438
 """The system call's number, the same on all architectures but alpha."""
@@ -23,10 +25,15 @@ def copy_of(pidfd: int, number: int) -> int:
     return fd
 
 
-def borrow(pid: int, number: int) -> int:
-    """The same of the process with this pid. Raises OSError."""
+def borrow(pid: int, number: int, is_it: Callable[[], bool]) -> int:
+    """The same of the process with this pid. Raises OSError.
+
+    `is_it` tells whether the pid is that of the process which is meant: asked when it cannot become another's any more.
+    """
     pidfd = os.pidfd_open(pid)
     try:
+        if not is_it():
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         return copy_of(pidfd, number)
     finally:
         os.close(pidfd)

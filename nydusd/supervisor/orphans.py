@@ -5,15 +5,9 @@ Used by the supervisor that takes over. The process need not do anything for tha
 
 from __future__ import annotations
 
-import ctypes
-import os
-
 from nydusd.forkserver.process import Process
+from nydusd.ipc.borrow import copy_of
 from nydusd.storage.state.lock import start_time
-
-_PIDFD_GETFD = 438
-"""The system call's number, the same on all architectures but alpha."""
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Orphan(Process):
@@ -27,8 +21,7 @@ class Orphan(Process):
 
     def get_fd(self, number: int) -> int:
         """A copy of one of its file descriptors, not inheritable. Raises OSError."""
-        fd = int(_libc.syscall(_PIDFD_GETFD, self.pidfd, number, 0))
-        if fd < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, f"file descriptor {number} of process {self.pid}: {os.strerror(code)}")
-        return fd
+        try:
+            return copy_of(self.pidfd, number)
+        except OSError as e:
+            raise OSError(e.errno, f"file descriptor {number} of process {self.pid}: {e.strerror}") from None

@@ -71,6 +71,13 @@ def test_a_table_that_would_cost_too_much_or_cannot_be_served_is_refused(file: i
         survey(file, table((512, 10), size=522), "blob x")
 
 
+@pytest.fixture
+def _own_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is worker and supervisor."""
+    monkeypatch.setattr(os, "getppid", os.getpid)
+
+
+@pytest.mark.usefixtures("_own_supervisor")
 def test_a_metadata_file_is_copied_piece_by_piece_and_not_when_its_size_is_another(file: int, tmp_path: Path) -> None:
     source = tmp_path / "bootstrap"
     source.write_bytes(os.urandom(3 * PAGE))
@@ -83,6 +90,7 @@ def test_a_metadata_file_is_copied_piece_by_piece_and_not_when_its_size_is_anoth
         copy_bootstrap(OpenBlobs(), job | {"path": str(tmp_path / "none")})
 
 
+@pytest.mark.usefixtures("_own_supervisor")
 def test_a_descriptor_is_lent_for_a_while_and_an_unknown_one_is_an_error(file: int) -> None:
     with lent((os.getpid(), file)) as copy:
         assert os.path.samestat(os.fstat(copy), os.fstat(file))
@@ -92,9 +100,15 @@ def test_a_descriptor_is_lent_for_a_while_and_an_unknown_one_is_an_error(file: i
     with pytest.raises(CacheError, match="cannot be had"), lent((os.getpid(), 9999)):
         pass
     with pytest.raises(OSError, match="Bad file descriptor"):
-        borrow(os.getpid(), 9999)
+        borrow(os.getpid(), 9999, lambda: True)
 
 
+def test_nothing_is_borrowed_from_who_is_not_our_supervisor_any_more(file: int) -> None:
+    with pytest.raises(CacheError, match="No such process"), lent((os.getpid(), file)):
+        pass
+
+
+@pytest.mark.usefixtures("_own_supervisor")
 def test_files_to_be_culled_are_looked_for_in_every_volume_of_erofs(tmp_path: Path) -> None:
     for volume in ("Ierofs,a", "Ierofs,b", "Infs"):
         folder = tmp_path / "cache" / volume / "@0a"

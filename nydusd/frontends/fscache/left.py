@@ -74,7 +74,8 @@ class Files(NamedTuple):
         if stored is not None:
             os.close(stored)
         try:
-            return borrow(held.holder[0], held.device), held.holder, self._images()
+            pid, start = held.holder
+            return borrow(pid, held.device, lambda: start_time(pid) == start), held.holder, self._images()
         except OSError as e:
             raise CacheError(f"{self.held}: pid {held.holder[0]} does not give its device: {e.strerror}") from e
 
