@@ -22,8 +22,11 @@ _usual: list[int] = []
 """The nice value to go back to, if there was a hurry."""
 
 
-def hurry() -> None:
-    """Called first: take a higher priority if one of the arguments is a mount point of a kind that we serve."""
+def hurry(*started: int) -> None:
+    """Called first: take a higher priority if one of the arguments is a mount point of a kind that we serve.
+
+    `started`: processes of one thread that there are already, which take it, too.
+    """
     try:
         if not _takes_over(sys.argv):
             return
@@ -31,6 +34,8 @@ def hurry() -> None:
         if before > _HURRIED:
             os.setpriority(os.PRIO_PROCESS, 0, _HURRIED)
             _usual.append(before)
+            for pid in started:
+                os.setpriority(os.PRIO_PROCESS, pid, _HURRIED)
     except OSError:
         return
 
@@ -42,10 +47,14 @@ def calm(pids: Iterable[int]) -> None:
     usual = _usual.pop()
     for pid in ("self", *pids):
         try:
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                os.setpriority(os.PRIO_PROCESS, int(thread), usual)
+            threads = os.listdir(f"/proc/{pid}/task")
         except OSError:  # it has ended
             continue
+        for thread in threads:
+            try:
+                os.setpriority(os.PRIO_PROCESS, int(thread), usual)
+            except OSError:  # this one has
+                continue
 
 
 def _takes_over(arguments: list[str]) -> bool:

@@ -18,6 +18,7 @@ import socket
 import sys
 from typing import NamedTuple
 
+from nydusd import priority
 from nydusd.forkserver.__main__ import main as be_fork_server
 from nydusd.forkserver.client import FOR_DAEMON, ForkServer, environment
 from nydusd.ipc.spec import read_spec, write_spec
@@ -62,6 +63,8 @@ def be_born(birth: Birth) -> int:
     theirs.close()
     os.close(birth.folder)
     arguments, given = _read_letter(birth.letter)
+    sys.argv = arguments
+    priority.hurry(pid)
     _tell_environment(ours)
     if not _may_begin(birth.wire):
         return 1
@@ -70,7 +73,6 @@ def be_born(birth: Birth) -> int:
         os.dup2(fd, number)
         os.close(fd)
     set_title("supervisor")
-    sys.argv = arguments
     from nydusd.cli.nydusd import main
 
     status = main(arguments[1:], ForkServer((ours, pid, given)))

@@ -23,7 +23,7 @@ def write_checked(path: Path, content: Json) -> None:
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with open(fd, "w") as file:
-            file.write(f'{{"check":{zlib.crc32(text.encode())},{text[1:]}')
+            file.write(f'{{"check":{zlib.crc32(text.encode())}{"," if content else ""}{text[1:]}')
         points.reach("record: written")
         os.replace(temporary, path)
         points.reach("record: named")

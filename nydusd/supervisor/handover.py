@@ -9,6 +9,7 @@ What holds after SIGKILL in that time: nothing was changed; the predecessor serv
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ import zmq
 from nydusd.errors import NydusError
 from nydusd.ipc import messages
 from nydusd.ipc.messages import Json, decode, encode
-from nydusd.supervisor.sockets import Sockets, drain
+from nydusd.supervisor.sockets import Sockets, drain, guarded
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor
@@ -40,6 +41,8 @@ VERSION, READABLE_BY, OLDEST = 2, 2, 2
 release that can read it, and the oldest that we read. A release that only adds to it counts VERSION up, not READABLE_BY."""
 _LOOK_MS = 20
 _PACKET, _FDS_MOST, _STATE_MOST = 64 << 10, 16, 16 << 20
+_PATIENCE = 5.0
+"""Seconds until all of a state must have come, however it trickles: nobody is served meanwhile."""
 FUSE_DEVICE = os.makedev(10, 229)
 _OPS = ("daemon", "takeover", "start", "exit", "sendfd", "events", "set_log_level")
 """What is answered by a daemon that serves nothing."""
@@ -71,10 +74,13 @@ def receive(wire: socket.socket, device: int) -> Sent:
 
     Raises OSError, or NydusError for what is neither.
     """
+    end = time.monotonic() + _PATIENCE
     data, fds, _, _ = socket.recv_fds(wire, _PACKET, _FDS_MOST, socket.MSG_CMSG_CLOEXEC)
     try:
-        text = data
+        text = bytearray(data)
         while data and len(text) < _STATE_MOST:
+            if time.monotonic() > end:
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
             data = wire.recv(_PACKET)
             text += data
         if not fds or os.fstat(fds[0]).st_rdev != device or not stat.S_ISCHR(os.fstat(fds[0]).st_mode):
@@ -149,12 +155,13 @@ class Handover:
 
     def _turn(self, daemon: Supervisor, wake: int) -> bool:
         """Answer what was asked, look after children; whether we are told to end."""
-        assert self.sockets is not None
+        sockets = self.sockets
+        assert sockets is not None
         events = dict(self._poller.poll(_LOOK_MS))
-        if self.sockets.front in events:
-            for frames in drain(self.sockets.front):
+        if sockets.front in events:
+            for frames in drain(sockets.front):
                 if len(frames) == 4 and frames[1] == messages.CONTROL:
-                    self._answer(daemon, self.sockets, frames)
+                    guarded(lambda frames: self._answer(daemon, sockets, frames), frames)
         now = time.monotonic()
         for child, status in self._family.reap(lambda _child, _identity: None):
             self._family.judge(child, status)

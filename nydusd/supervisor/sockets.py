@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 import zmq
 
 from nydusd.errors import MountError
 from nydusd.ipc import messages
 from nydusd.ipc.messages import Json, encode
+
+log = logging.getLogger(__name__)
 
 _MESSAGES = 256
 """Messages taken from a socket before the others get their turn."""
@@ -61,3 +66,11 @@ def drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
     except zmq.Again:
         pass
     return out
+
+
+def guarded(handle: Callable[[list[bytes]], None], frames: list[bytes]) -> None:
+    """One message must not end the daemon: a bug in its handling costs its sender a deadline, and is logged."""
+    try:
+        handle(frames)
+    except Exception:
+        log.exception("a message of %s failed by a bug of ours", frames[0].decode(errors="backslashreplace"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -10,9 +9,7 @@ from nydusd.ipc import messages
 from nydusd.ipc.messages import Json, decode, encode
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
-from nydusd.supervisor.sockets import Sockets, drain
-
-log = logging.getLogger(__name__)
+from nydusd.supervisor.sockets import Sockets, drain, guarded
 
 
 class Traffic:
@@ -44,7 +41,7 @@ class Traffic:
         for socket, handle in ((self._sockets.front, self._from_front), (self._sockets.work, self._from_work)):
             if socket in ready:
                 for frames in drain(socket):
-                    self._guarded(handle, frames)
+                    guarded(handle, frames)
 
     def _from_front(self, frames: list[bytes]) -> None:
         client, kind, body = frames[0], frames[1], frames[2]
@@ -71,11 +68,3 @@ class Traffic:
             pool.worker_ready(identity)
         elif kind == messages.DONE:
             pool.worker_done(identity, decode(body))
-
-    @staticmethod
-    def _guarded(handle: Callable[[list[bytes]], None], frames: list[bytes]) -> None:
-        """One message must not end the daemon: a bug in its handling costs its reader a deadline, and is logged."""
-        try:
-            handle(frames)
-        except Exception:
-            log.exception("a message of %s failed by a bug of ours", frames[0].decode(errors="backslashreplace"))

@@ -1,0 +1,72 @@
+"""Parts of a supervisor that need no daemon: records, priorities, what a keeper sends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from nydusd import priority
+from nydusd.supervisor import handover
+from nydusd.supervisor.checked import read_checked, write_checked
+from tests.support.discipline import wait_until
+
+
+@pytest.mark.parametrize("content", [{}, {"a": [1]}])
+def test_a_record_is_read_as_it_was_written(tmp_path: Path, content: dict[str, object]) -> None:
+    write_checked(tmp_path / "x.json", content)
+    assert read_checked(tmp_path / "x.json") == content
+
+
+def test_a_hurry_is_of_what_was_started_before_too_and_ends_for_all_threads_that_live(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(priority, "_takes_over", lambda _: True)
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    code = "import threading; e = threading.Event(); threading.Thread(target=e.wait).start(); e.wait()"
+    with subprocess.Popen([sys.executable, "-c", code]) as child:
+        try:
+
+            def threads() -> list[int]:
+                return sorted(map(int, os.listdir(f"/proc/{child.pid}/task")))
+
+            wait_until(lambda: len(threads()) == 2, "a second thread")
+            priority.hurry(*threads())
+            everyone = [0, *threads()]
+            hurried = {os.getpriority(os.PRIO_PROCESS, one) for one in everyone}
+            listed = os.listdir
+            # One ends when it was just listed.
+            monkeypatch.setattr(os, "listdir", lambda path: [str(1 << 22), *listed(path)])
+            priority.calm([child.pid])
+            monkeypatch.setattr(os, "listdir", listed)
+            assert hurried == {-10}
+            assert {os.getpriority(os.PRIO_PROCESS, one) for one in everyone} == {usual}
+        finally:
+            child.send_signal(signal.SIGKILL)
+
+
+def test_a_keeper_whose_state_trickles_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "_PATIENCE", 0.2)
+    ours, theirs = socket.socketpair()
+    over = threading.Event()
+
+    def trickle() -> None:
+        while not over.wait(0.01):
+            theirs.send(b" ")
+
+    with ours, theirs:
+        ours.settimeout(30)
+        sender = threading.Thread(target=trickle)
+        sender.start()
+        try:
+            with pytest.raises(TimeoutError):
+                handover.receive(ours, handover.FUSE_DEVICE)
+        finally:
+            over.set()
+            sender.join()
