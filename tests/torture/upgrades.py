@@ -28,6 +28,8 @@ class Upgrades:
         self._choose = choose
         self._running: threading.Thread | None = None
         self._disturbed = False
+        self._lost = False
+        """Whether nobody has told how the last one ended: it may be under way still."""
 
     def disturb(self) -> None:
         """Something else happens to the daemon now."""
@@ -50,7 +52,8 @@ class Upgrades:
 
     def _upgrade(self, daemon: Daemon) -> None:
         status, told = _ask(daemon, "/api/v1/nydusd/workers/upgrade", None)
-        disturbed = self._disturbed
+        disturbed = self._disturbed or (self._lost and status == 409)
+        self._lost = status == _LOST or (self._lost and status == 409)
         if status == 200:
             self.ended["went well"] += 1
         elif status in (503, _LOST) or disturbed:

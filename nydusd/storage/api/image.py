@@ -15,16 +15,22 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 from nydusd.errors import CacheError, FormatError
 from nydusd.formats import BootstrapKind, detect, open_bootstrap
 from nydusd.formats.blob_id import blob_id_from_path
 from nydusd.formats.model import BlobInfo
+from nydusd.formats.rafs_v6_super import SLOT_SIZE, SLOTS_OFFSET
 from nydusd.formats.superblock import S_IFDIR, S_IFMT
 from nydusd.storage.cache.spec import info_from_json, info_to_json
 
 log = logging.getLogger(__name__)
+
+_DEVICES = Struct("<H")
+_DEVICES_AT = 1024 + 86
+_FILLER = b"x" * 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +124,28 @@ def _metadata(source: str, path_id: str, folders: Sequence[str]) -> tuple[str, b
         def read(offset: int, size: int) -> bytes:
             return os.pread(fd, size, offset)
 
-        content = extract_bootstrap(read, st.st_size, source)
+        content = name_device(extract_bootstrap(read, st.st_size, source), path_id)
     finally:
         os.close(fd)
     return _store(content, f"{path_id}.image.boot", folders), True, identity
+
+
+def name_device(content: bytes, blob_id: str) -> bytes:
+    """A bootstrap that was in this blob, with its id in the device slot where a builder had to write a filler.
+
+    The kernel's cache (fscache) asks for blobs by the names in these slots; nobody else looks at them.
+    """
+    if detect(memoryview(content)[:4096]) is not BootstrapKind.V6:
+        return content
+    (count,) = _DEVICES.unpack_from(content, _DEVICES_AT)
+    for at in range(SLOTS_OFFSET, min(SLOTS_OFFSET + count * SLOT_SIZE, len(content)), SLOT_SIZE):
+        if content[at : at + len(_FILLER)] == _FILLER:
+            return (
+                content[:at]
+                + os.fsencode(blob_id).ljust(len(_FILLER), b"\0")[: len(_FILLER)]
+                + content[at + len(_FILLER) :]
+            )
+    return content
 
 
 def _store(content: bytes, name: str, folders: Sequence[str]) -> str:

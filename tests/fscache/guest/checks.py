@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.support import manifest
-from tests.support.oracle import Image, image
+from tests.support.oracle import Image, image, images
 
 WORK = Path("/tmp/fscache-checks")
 CACHE = Path(os.environ.get("FSCACHE_DIR", "/nonexistent"))
@@ -239,6 +239,19 @@ def what_is_cached_is_read_again_without_a_fetch() -> None:
     assert told[0] == told[1] > 0
 
 
+def every_image_that_no_other_check_reads_shows_its_manifest() -> None:
+    """But tarfs, which is not served. What was read once is in the kernel's cache, and others want theirs to be cold."""
+    others = {FIRST.name, SECOND.name, THIRD.name, "v6-toc", "v6-none-sha256", "v6-tarfs"}
+    for what in images():
+        if "v6" not in what.name or ":" in what.name or what.name in others:
+            continue
+        bind(what.name, what)
+        place = mount(what.name)
+        same(what, place)
+        unmount(place)
+        assert request("DELETE", f"/api/v2/blobs?domain_id={DOMAIN}&blob_id={what.name}")[0] == 204
+
+
 def what_cannot_be_bound_or_mounted_is_refused() -> None:
     for wrong, why in (
         (entry("old", image("v5-zstd-blake3")), "only images of RAFS v6"),
@@ -376,6 +389,7 @@ def a_stop_without_mounts_leaves_nothing() -> None:
 CHECKS = (
     an_image_is_read_cold_while_workers_are_killed,
     what_is_cached_is_read_again_without_a_fetch,
+    every_image_that_no_other_check_reads_shows_its_manifest,
     what_cannot_be_bound_or_mounted_is_refused,
     readers_live_through_a_kill_of_the_supervisor_and_of_the_guard,
     an_image_that_was_bound_before_the_kill_is_bound_after_it,
