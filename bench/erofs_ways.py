@@ -1,9 +1,10 @@
 """`make bench-erofs`: the ways of `nydusd erofs` beside the kernel alone on the complete cache file and a reference over FUSE.
 
 All cache folders are on one ext4 in a file on tmpfs, through a loop device: fanotify needs such a file system, and no disk is
-measured. The image is that of `make bench` and one file more, which nobody reads: so a blob can be all cached where it is
-read, and still be incomplete. One run, contenders in turn, $NYDUSD_BENCH_ROUNDS (2) rounds, medians and ratios. $NYDUSD_REF
-names the reference. Random reads are 4 KiB, over files of more than 64 KiB, each past the reader's page cache.
+measured; $NYDUSD_BENCH_ROOM names a folder of a disk instead, which is cold at each step. The image is that of `make bench`
+and one file more, which nobody reads: so a blob can be all cached where it is read, and still be incomplete. One run,
+contenders in turn, $NYDUSD_BENCH_ROUNDS (2) rounds, medians and ratios. $NYDUSD_REF names the reference. Random reads are
+4 KiB, over files of more than 64 KiB, each past the reader's page cache.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ ROUNDS = int(os.environ.get("NYDUSD_BENCH_ROUNDS", "2"))
 UNREAD = "zz-unread"
 UNREAD_SIZE = 64 << 20
 ROOM = 4 << 30
+PLACE = os.environ.get("NYDUSD_BENCH_ROOM", "")
 HIGHER_IS_BETTER = ("cold MB/s", "warm MB/s", "random 1 job, 1/s", "random 4 jobs, 1/s")
 
 
 def main() -> int:
     """Measure and print the table."""
     image = make_image()
-    with ext4_on_tmpfs() as room:
+    with on_disk(PLACE) if PLACE else ext4_on_tmpfs() as room:
         plain = room / "plain"
         shutil.copyfile(FOLDER / "ways/plain" / f"{image.blob.name}.blob.data", plain)
         contenders: list[tuple[str, Callable[[], Figures]]] = [
@@ -51,8 +53,9 @@ def main() -> int:
             for name, measure in contenders:
                 print(f"round {turn + 1} of {ROUNDS}: {name}", file=sys.stderr)
                 results[name].append(measure())
-    (FOLDER / "erofs-ways.json").write_text(json.dumps(results, indent=1))
-    print(table({name: median(rows) for name, rows in results.items()}))
+    medians = {name: median(rows) for name, rows in results.items()}
+    (FOLDER / f"erofs-ways{'-disk' if PLACE else ''}.json").write_text(json.dumps(medians, indent=1))
+    print(table(medians))
     return 0
 
 
@@ -67,6 +70,13 @@ def make_image() -> Built:
     subprocess.run(["cp", "-al", f"{tree}/.", str(out / "tree")], check=True)
     (out / "tree" / UNREAD).write_bytes(os.urandom(UNREAD_SIZE))
     return build(out / "tree", out, plain=out / "plain")
+
+
+@contextlib.contextmanager
+def on_disk(place: str) -> Iterator[Path]:
+    """A folder on the disk that this one is on."""
+    with tempfile.TemporaryDirectory(prefix="nydusd-bench-", dir=place) as name:
+        yield Path(name)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,14 @@
-"""Line plots as SVG, without a library: a few series over a few points, readable on light and dark pages."""
+"""Plots as SVG, without a library: lines over a few points, or bars; readable on light and dark pages.
+
+`python -m bench.plot erofs` draws the last figures of `make bench-erofs` into docs/erofs.svg.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 360, 260
@@ -42,6 +48,26 @@ def panel(title: str, unit: str, points: Sequence[str], series: Mapping[str, Seq
     return "\n".join(parts)
 
 
+def bars(title: str, unit: str, values: Mapping[str, float]) -> str:
+    """One plot: a bar a name, from the left, with its value behind it."""
+    parts = [
+        f'<text x="{WIDTH / 2}" y="16" text-anchor="middle" font-weight="bold">{escape(title)} ({escape(unit)})</text>'
+    ]
+    most, room, left = max(values.values()), WIDTH - 200, 130
+    for number, (name, value) in enumerate(values.items()):
+        y = TOP + number * (HEIGHT - TOP - 10) / len(values)
+        high = (HEIGHT - TOP - 10) / len(values) - 8
+        colour = (
+            COLOURS[0] if name.startswith(("fanotify", "blobfs", "ours")) else COLOURS[1 + name.startswith("EROFS")]
+        )
+        parts.append(f'<text x="{left - 6}" y="{y + high / 2 + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(
+            f'<rect x="{left}" y="{y:.1f}" width="{room * value / most:.1f}" height="{high:.1f}" fill="{colour}"/>'
+        )
+        parts.append(f'<text x="{left + room * value / most + 5:.1f}" y="{y + high / 2 + 4:.1f}">{value:,.0f}</text>')
+    return "\n".join(parts)
+
+
 def page(panels: Sequence[str]) -> str:
     """The panels beside each other, as the text of an SVG file."""
     moved = [f'<g transform="translate({WIDTH * number} 0)">\n{text}\n</g>' for number, text in enumerate(panels)]
@@ -58,3 +84,27 @@ def _round_up(value: float) -> float:
     while scale > value > 0:
         scale /= 10
     return next(scale * step for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10) if scale * step >= value)
+
+
+def main() -> int:
+    """Draw what `make bench-erofs` has measured last."""
+    from bench.run import FOLDER
+
+    if sys.argv[1:] != ["erofs"]:
+        print("usage: python -m bench.plot erofs", file=sys.stderr)
+        return 1
+    panels = []
+    for name, where in (("erofs-ways.json", "in memory"), ("erofs-ways-disk.json", "cold disk")):
+        path = FOLDER / name
+        if not path.exists():
+            continue
+        figures = json.loads(path.read_text())
+        for key, unit in (("warm MB/s", "MB/s"), ("random 4 jobs, 1/s", "1/s")):
+            title = f"{'sequential' if unit == 'MB/s' else 'random 4 KiB, 4 jobs'}, {where}"
+            panels.append(bars(title, unit, {who: row[key] for who, row in figures.items() if key in row}))
+    (Path(__file__).resolve().parents[1] / "docs/erofs.svg").write_text(page(panels))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
