@@ -382,6 +382,43 @@ class MakeRoom(Shared):
         self.end()
 
 
+class Bare(Daemon):
+    """`nydusd erofs` without an image: nothing is mounted at its mount point."""
+
+    def serves(self) -> bool:
+        if not self.apisock.exists():
+            return False
+        try:
+            answer = self.get("/api/v1/daemon", seconds=2.0)
+        except (OSError, AssertionError):
+            return False
+        return isinstance(answer, dict) and answer.get("state") == "RUNNING"
+
+
+class KernelShared(Shared):
+    """An image is mounted by the API and the kernel, read, unmounted."""
+
+    def make(self) -> Daemon:
+        return Bare(
+            None,
+            self.folder,
+            cache=self.cache,
+            config=self.config(),
+            environment=self.plan.environment,
+            verb="erofs",
+            args=("--driver", "fanotify"),
+        )
+
+    def read_all(self, place: str = "") -> None:
+        for name in FILES:
+            found = read(self.daemon.mountpoint / place / name, direct=False)
+            assert found == self.tree.contents[name], f"{name}: wrong bytes"
+
+    def after(self) -> None:
+        super().after()
+        assert os.listdir(self.daemon.mountpoint) == [], "a folder was left"
+
+
 class Life(Scene):
     """A daemon of one image, from its start to its end."""
 
@@ -496,4 +533,5 @@ SCENES: dict[str, Callable[[Tree, Path], Scene]] = {
     "in the cache of others": OfOthers,
     "EROFS with fanotify": Kernel,
     "its front end is succeeded": KernelSuccessors,
+    "the kernel mounts what the API is told": KernelShared,
 }
