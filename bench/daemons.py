@@ -1,9 +1,9 @@
 """`python -m bench.daemons [N]`: what each of N daemons on one node costs, one image each, as nydus-snapshotter starts them.
 
 For the 1st, 2nd, … daemon: seconds from its start to the end of the first `ls`, and by how many MB of PSS all processes of
-nydusd together have grown when its image has been read. Then how many workers there are while all of them read at once; what
-each of those after the 2nd costs when nothing has been read for a while and workers rest, and how long reads of what is not
-cached take then.
+nydusd together have grown when its image has been read. Then what each of those after the 2nd costs when nothing has been
+read for a while and workers rest, how long reads of what is not cached take then, and how many workers there are while all
+daemons read at once.
 With NYDUSD_NURSERY=off each of them loads all by itself.
 """
 
@@ -54,14 +54,14 @@ def main(argv: list[str]) -> int:
             before = now
             if number == _FIRST:
                 rested = _rest()
-        places = [folder / str(number) / "mnt" for number in range(1, count + 1)]
-        seconds, most = _all_at_once(places)
-        print(f"all {count} reading {_UNREAD >> 20} MiB at once: {seconds:.2f} s, {most} workers at most on the node")
         if count > _FIRST:
             each = (_rest() - rested) / (count - _FIRST)
             print(f"each after the {_FIRST}nd, workers at rest: {each:.1f} MB")
             times = [f"{_miss(folder / str(count) / 'mnt') * 1000:.1f}" for _ in range(_MISSES)]
             print(f"reads of what is not cached, the first one while workers rest, ms: {', '.join(times)}")
+        places = [folder / str(number) / "mnt" for number in range(1, count + 1)]
+        seconds, most = _all_at_once(places)
+        print(f"all {count} reading {_UNREAD >> 20} MiB at once: {seconds:.2f} s, {most} workers at most on the node")
     return 0
 
 

@@ -6,8 +6,8 @@ with: the daemon does, from a memfd, when it has forked off its own fork server 
 
 A request is one packet from `nydusd.nursery.stub`: its identity, and the fds of its stdio, folder, memfd and leash. Who differs
 from this process in what matters (`nydusd.nursery.peers`) gets no answer, and goes on by itself. The nursery is the parent of
-the daemons, and tells the stub of one that a signal has ended. It also keeps the seats of all daemons' workers
-(`nydusd.nursery.desk`).
+the daemons, and tells the stub of one that a signal has ended. Another copy of it, which it replaces when that ends, keeps the
+seats of the daemons' workers (`nydusd.nursery.desk`): here that would write to pages that all copies share.
 
 What holds after SIGKILL: daemons live on; the next one starts by itself, and another nursery after it. Ends when no daemon is
 left on the node: the last one asks for it, and it looks from time to time.
@@ -23,14 +23,14 @@ import signal
 import socket
 import sys
 import time
+from typing import NamedTuple
 
 from nydusd.nursery import place
 from nydusd.nursery.birth import FDS, Birth, be_born
 from nydusd.nursery.client import is_any_alive
-from nydusd.nursery.desk import Desk
+from nydusd.nursery.desk import keep_seats
 from nydusd.nursery.peers import is_like_us, peer_pid
 from nydusd.nursery.rehearsal import rehearse
-from nydusd.nursery.seats import is_ask
 from nydusd.proctitle import set_title
 
 _LOOK = 10.0
@@ -49,8 +49,14 @@ class _Connection:
         self.since = time.monotonic()
 
 
+class Seats(NamedTuple):
+    """What a copy of the nursery is to be that keeps the seats: the line that is closed when the nursery ends."""
+
+    lifeline: int
+
+
 class Nursery:
-    """`serve` is the loop; it ends with what is to be born in a copy of this process, and with None in the nursery."""
+    """`serve` is the loop; it ends with what is to be made of a copy of this process, and with None in the nursery."""
 
     def __init__(self, lock: int, identity: bytes) -> None:
         self._lock = lock
@@ -60,11 +66,13 @@ class Nursery:
         """Connections that have sent nothing yet, by fd."""
         self._daemons: dict[int, tuple[int, socket.socket]] = {}
         """pid and stub of our children, by pidfd."""
+        self._seats = (-1, -1)
+        """pid and pidfd of the copy that keeps the seats."""
+        self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
         self._poll = select.poll()
-        self._desk = Desk(self._poll)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
-    def serve(self) -> Birth | None:
+    def serve(self) -> Birth | Seats | None:
         """Make daemons until none is left on this node. Raises OSError if it cannot listen."""
         part = place.stem(self._identity) + ".new"
         with contextlib.suppress(FileNotFoundError):
@@ -85,13 +93,17 @@ class Nursery:
                     break
                 for fd in [fd for fd, connection in self._waiting.items() if now - connection.since > _DAWDLE]:
                     self._forget(fd)
-            listener = self._listener.fileno()
-            # That one last: what it accepts may have the number of one that has just been closed.
-            for fd, _ in sorted(self._poll.poll(self._timeout() * 1000), key=lambda event: event[0] == listener):
-                if fd == listener:
+                if self._seats[0] < 0 and (seats := self._have_seats_kept()) is not None:
+                    return seats
+            for fd, _ in self._poll.poll(min(_DAWDLE, max(next_look - now, _PAUSE)) * 1000):
+                if fd == self._listener.fileno():
                     self._accept()
-                elif fd in self._desk:
-                    self._desk.hear(fd)
+                elif fd == self._seats[1]:
+                    self._poll.unregister(fd)
+                    os.close(fd)
+                    os.waitpid(self._seats[0], 0)
+                    self._seats = (-1, -1)
+                    next_look = time.monotonic() + _PAUSE
                 elif fd in self._daemons:
                     self._bury(fd)
                 elif fd in self._waiting:
@@ -103,27 +115,22 @@ class Nursery:
                         self._remove()
                         wire.close()
                         return None
-                    if fd in self._waiting:
-                        self._forget(fd)
-            self._desk.settle()
+                    self._forget(fd)
         self._remove()
         return None
 
     def close(self) -> None:
         """Let go of all fds; the files stay."""
-        self._desk.close()
         for connection in self._waiting.values():
             connection.wire.close()
         for pidfd, (_, stub) in self._daemons.items():
             os.close(pidfd)
             stub.close()
         self._listener.close()
-        os.close(self._lock)
-
-    def _timeout(self) -> float:
-        """Seconds until there is something to do in any case."""
-        due = self._desk.due()
-        return _DAWDLE if due is None else min(max(due - time.monotonic(), 0.001), _DAWDLE)
+        for fd in (self._lock, self._lifeline, self._lifeline_end):
+            os.close(fd)
+        if self._seats[1] >= 0:
+            os.close(self._seats[1])
 
     def _is_outdated(self) -> bool:
         """Whether the files of another build have replaced those that we have loaded: then nobody asks us any more."""
@@ -140,6 +147,8 @@ class Nursery:
         ):  # somebody has cleared the folder, and there may be another nursery
             if os.path.samestat(os.fstat(self._lock), os.stat(lock)):
                 os.unlink(self._path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{place.stem(self._identity)}.seats")
                 os.unlink(lock)
 
     def _accept(self) -> None:
@@ -168,11 +177,6 @@ class Nursery:
                 if not is_any_alive():  # our children that are about to end do not count
                     return None, True
                 wire.send(place.IN_USE)
-            elif body == place.LOOK and pid:
-                wire.send(self._desk.facts())
-            elif is_ask(body) and pid:
-                del self._waiting[wire.fileno()]
-                self._desk.admit(wire, body)
             elif body == self._identity and len(fds) == FDS and pid and is_like_us(pid):
                 return self._bear(pid, wire, fds), False
         except OSError:
@@ -192,6 +196,20 @@ class Nursery:
         pidfd = os.pidfd_open(child)
         self._daemons[pidfd] = child, wire.dup()
         self._poll.register(pidfd, select.POLLIN)
+        return None
+
+    def _have_seats_kept(self) -> Seats | None:
+        """Have a copy keep the seats; what it is to be, in the copy. Where there is no room for it, it is tried again."""
+        try:
+            child = os.fork()
+        except OSError:
+            return None
+        if child == 0:
+            lifeline = os.dup(self._lifeline)
+            self.close()
+            return Seats(lifeline)
+        self._seats = child, os.pidfd_open(child)
+        self._poll.register(self._seats[1], select.POLLIN)
         return None
 
     def _bury(self, pidfd: int) -> None:
@@ -215,10 +233,14 @@ def main(argv: list[str]) -> int:
     set_title("nursery")
     rehearse()
     os.chdir("/")  # not before: $PYTHONPATH may be relative
-    birth = Nursery(lock, identity).serve()
-    if birth is None:
+    nursery = Nursery(lock, identity)
+    made = nursery.serve()
+    if made is None:
         return 0
-    return be_born(birth)
+    if isinstance(made, Seats):
+        set_title("seats")
+        return keep_seats(place.stem(identity), made.lifeline)
+    return be_born(made)
 
 
 if __name__ == "__main__":

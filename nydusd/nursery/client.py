@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _END_PATIENCE = 2.0
 """Seconds that a nursery may take to end, or to be there at all, before it is killed."""
 _ANSWER_PATIENCE = 0.5
-_PATH_MAX = 107 - len(".sock")
+_PATH_MAX = 107 - len(".seats")
 
 
 def is_any_alive(without: int = 0) -> bool:
@@ -111,7 +111,8 @@ def _end(path: Path) -> None:
         lock = _take_lock(str(path))
         if lock is not None:  # it has ended, or was killed
             wire_path.unlink(missing_ok=True)
-            path.with_suffix(".new").unlink(missing_ok=True)
+            for suffix in (".new", ".seats", ".seats.new"):
+                path.with_suffix(suffix).unlink(missing_ok=True)
             path.unlink()
             os.close(lock)
             return

@@ -1,7 +1,7 @@
 """Where the nursery is found, and for whom it is. Used by the stub, the nursery, supervisors and API processes; imports
 next to nothing.
 
-`nursery-UID-X.sock` and `nursery-UID-X.lock` in the run-time root (/run/nydusd or $NYDUSD_RUNTIME_DIR). X tells apart what
+`nursery-UID-X.sock`, `.seats` and `.lock` in the run-time root (/run/nydusd or $NYDUSD_RUNTIME_DIR). X tells apart what
 would run differently: another build, interpreter, or what an interpreter takes from its environment when it begins. The lock
 is held as long as the nursery lives, from before its process begins. After SIGKILL the files stay; who gets the lock
 removes them.

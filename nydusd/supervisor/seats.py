@@ -96,7 +96,7 @@ class Seats:
         wire = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         wire.setblocking(False)
         try:
-            self._path = f"{place.stem(place.identity())}.sock"
+            self._path = f"{place.stem(place.identity())}.seats"
             wire.connect(self._path)
             if not peer_pid(wire):
                 raise OSError(errno.EPERM, "it is another user's")

@@ -175,13 +175,19 @@ def test_a_copy_has_the_folder_limits_mask_and_priority_of_what_was_started(nurs
             assert os.getpriority(os.PRIO_PROCESS, pid) == 3
 
 
+def started(daemon: Another) -> list[int]:
+    """Processes with the daemon's command line."""
+    return [pid for pid in descendants(os.getpid()) if f"-M {daemon.mountpoint}" in cmdline(pid)]
+
+
 def test_a_guardian_starts_a_killed_copy_again_as_it_was_started(nursery: int, tmp_path: Path) -> None:
     config = config_for(IMAGE, tmp_path / "cache", nydusd={"guardian": 0.2})
     with Another(config=config, environment={"GIVEN": "to it"}) as daemon:
         killed = daemon.supervisor
         daemon.kill_supervisor()
         wait_until(lambda: daemon.recorded()[:1] not in ([], [killed]), "the next supervisor")
-        (stub,) = [pid for pid in descendants(os.getpid()) if f"-M {daemon.mountpoint}" in cmdline(pid)]
+        wait_until(lambda: len(started(daemon)) == 1, "what stands for it")
+        (stub,) = started(daemon)
         assert b"GIVEN=to it" in Path(f"/proc/{stub}/environ").read_bytes().split(b"\0")
         assert wrong(daemon) == []
         os.kill(stub, signal.SIGTERM)

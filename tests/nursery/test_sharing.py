@@ -15,7 +15,7 @@ import pytest
 from tests.supervisor.lives import IMAGE, config_for, read_direct
 from tests.support import oracle
 from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
-from tests.support.nursery import Another, is_ready, nurseries
+from tests.support.nursery import Another, is_ready, nurseries, seats_kept
 
 SEATS = {"fetch": 1, "decompress": 2}
 DAEMONS = 3
@@ -111,6 +111,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
         yield node
     assert list(runtime.iterdir()) == []
     assert nurseries() == []
+    wait_until(lambda: seats_kept() == [], "the end of what keeps the seats")
 
 
 def test_those_that_read_at_once_share_so_many_workers_and_whoever_is_killed_or_stopped_costs_no_read(
@@ -152,15 +153,16 @@ def who_is_killed_or_stopped_costs_no_read_of_others_and_none_of_its_own_in_the_
                 os.kill(pid, signal.SIGKILL)
         wait_for_reads(readers)
 
-        os.kill(nurseries()[0], signal.SIGKILL)
-        wait_for_reads(readers)
-        wait_until(lambda: bool(nurseries()) and node.shares(), "another nursery", PATIENCE)
-        wait_for_reads(readers)
+        for victims in (seats_kept(), nurseries()):
+            os.kill(victims[0], signal.SIGKILL)
+            wait_for_reads(readers)
+            wait_until(lambda: bool(seats_kept()) and node.shares(), "another one", PATIENCE)
+            wait_for_reads(readers)
 
-        (nursery,) = nurseries()
-        os.kill(nursery, signal.SIGSTOP)
+        (keeper,) = seats_kept()
+        os.kill(keeper, signal.SIGSTOP)
         wait_for_reads(readers)
-        os.kill(nursery, signal.SIGCONT)
+        os.kill(keeper, signal.SIGCONT)
         wait_until(node.shares, "all at one nursery", PATIENCE)
 
         supervisor = victim.supervisor

@@ -140,7 +140,7 @@ class World:
             if hasattr(module, "time"):
                 patch.setattr(module, "time", self)
         patch.setattr(client, "start_if_useful", self.start_desk)
-        self.path = Path(f"{place.stem(place.identity())}.sock")
+        self.path = Path(f"{place.stem(place.identity())}.seats")
         self.desk: Desk | None = None
         self.hung = False
         self.daemons: list[OneDaemon] = []

@@ -63,8 +63,13 @@ def nurseries() -> list[int]:
     return [pid for pid in descendants(os.getpid()) if cmdline(pid) == "nydusd: nursery" and is_running(pid)]
 
 
+def seats_kept() -> list[int]:
+    """What keeps the seats beside a nursery."""
+    return [pid for pid in descendants(os.getpid()) if cmdline(pid) == "nydusd: seats" and is_running(pid)]
+
+
 def is_ready(runtime: Path) -> bool:
-    return bool(list(runtime.glob("nursery-*.sock")))
+    return bool(list(runtime.glob("nursery-*.sock")) and list(runtime.glob("nursery-*.seats")))
 
 
 @contextmanager
@@ -80,6 +85,6 @@ def running_nursery() -> Iterator[int]:
         finally:
             for other in nurseries():  # a daemon that found none has started another
                 os.kill(other, signal.SIGKILL)
-            wait_until(lambda: not nurseries(), "the end of the nurseries")
+            wait_until(lambda: not nurseries() and not seats_kept(), "the end of the nurseries")
             for path in discipline.runtime.glob("nursery-*"):
                 path.unlink()
