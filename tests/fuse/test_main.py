@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,21 @@ def test_a_real_image_opens_mapped_and_not_copied() -> None:
     mount = open_mount(spec(path, bootstrap_size=path.stat().st_size), 0)
     assert mount.ino_of(1) == mount.bootstrap.root_ino
     assert str(path) in Path("/proc/self/maps").read_text()
+
+
+def test_metadata_that_is_let_go_of_takes_no_memory_and_is_there_again_when_it_is_looked_at(tmp_path: Path) -> None:
+    path = shutil.copy(REPO / "tests/data/small/images/v6-zstd-blake3/bootstrap", tmp_path / "bootstrap")
+    mount = open_mount(spec(path, bootstrap_size=path.stat().st_size), 0)
+
+    def resident() -> int:
+        lines = Path("/proc/self/smaps").read_text().partition(str(path))[2].splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+    found = mount.bootstrap.lookup(mount.bootstrap.root_ino, b"sizes")
+    assert found is not None and resident() > 0
+    mount.trim()
+    assert resident() == 0
+    assert mount.bootstrap.lookup(mount.bootstrap.root_ino, b"sizes") == found
 
 
 def test_started_by_hand_it_says_so() -> None:

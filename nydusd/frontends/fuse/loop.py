@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import select
+import time
 from collections.abc import Callable, Sequence
 
 from nydusd import points
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 _SPIN = 24
 """How often the fd is asked again before the loop sleeps, giving way to others in between: 30 to 50 us on an idle core.
 Measured with one job of random 4 KiB reads of cached data, 2 cores: see docs/benchmarks.md."""
+
+_TRIM = 1.0
+"""Seconds after which the pages of metadata are let go of: so what is mapped of many images is what was looked at of late."""
 
 _AGAIN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
 """read(2): the request was interrupted before it was read, we were, or another clone was faster."""
@@ -76,6 +80,7 @@ class FrontEnd:
         self._wake = wake
         self._complaints = Complaints("fuse")
         self._tally = Tally()
+        self._trimmed = 0.0
         self._answers = Answers(fd, self._complaints)
         self._reads = Reads(
             namespace, self._answers, self._tally, self._complaints, journal, connect, read_deadline, board
@@ -129,6 +134,9 @@ class FrontEnd:
     def _block(self, buffers: Sequence[memoryview]) -> int:
         """Sleep until there is a request and take it."""
         self._tally.flush()
+        if (now := time.monotonic()) - self._trimmed > _TRIM:
+            self._trimmed = now
+            self._views.trim()
         os.set_blocking(self._fd, True)
         try:
             self.changes.idle = True

@@ -109,7 +109,9 @@ def open_mount(spec: Mapping[str, Any], row: int, index: int = 0) -> Mount:
     bootstrap = open_bootstrap(view, path, spec["path_id"], extracted=bool(spec["extracted"]))
     device = BlobDevice.from_spec(spec["blobs"], row)
     trace = Trace(str(spec["trace"])) if spec.get("trace") else None
-    return Mount(str(spec["id"]), bootstrap, device, bool(spec["xattr"]), index, Stats.from_spec(spec, row), trace)
+    mapping = view.obj if isinstance(view.obj, mmap.mmap) else None
+    stats = Stats.from_spec(spec, row)
+    return Mount(str(spec["id"]), bootstrap, device, bool(spec["xattr"]), index, stats, trace, mapping)
 
 
 def map_bootstrap(path: str, size: int | None) -> memoryview:

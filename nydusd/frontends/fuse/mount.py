@@ -10,6 +10,7 @@ be. Nothing is stored per inode: numbers are positions in the metadata.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,12 +62,19 @@ class Mount:
     stats: Stats | None = None
     trace: Trace | None = None
     """Where first reads are noted."""
+    mapping: mmap.mmap | None = None
+    """The file of its metadata."""
 
     def close(self) -> None:
         """Give back what it has open: it is unmounted."""
         self.device.close()
         if self.stats is not None:
             self.stats.close()
+
+    def trim(self) -> None:
+        """Let go of the metadata that was looked at: it stays in the page cache, and is mapped again when it is needed."""
+        if self.mapping is not None:
+            self.mapping.madvise(mmap.MADV_DONTNEED)
 
     @property
     def name(self) -> str:

@@ -125,6 +125,12 @@ class Namespace(dict[int, View]):
                 self._cover(images[index], view.operations, view.mount)
         return gone
 
+    def trim(self) -> None:
+        """Let go of what was looked at of the metadata of all images."""
+        for view in self.values():
+            if view.mount is not None:
+                view.mount.trim()
+
     def root_entry(self, index: int) -> tuple[int, ...]:
         """The fields of ENTRY_OUT for the root of an image, to be looked up anew at each use."""
         operations = self[index].operations
