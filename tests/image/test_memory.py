@@ -42,19 +42,19 @@ def peak(tree: Path, out: Path, *options: str) -> int:
 
 def test_data_passes_through_and_is_not_kept(tmp_path: Path) -> None:
     peaks = []
-    for number, size in enumerate((8 << 20, 80 << 20)):
+    for number, size in enumerate((8 << 20, 48 << 20)):
         tree = tmp_path / str(number)
         tree.mkdir()
         with open(tree / "file", "wb") as file:
             for _ in range(size >> 20):
                 file.write(os.urandom(1 << 20))
         peaks.append(peak(tree, tmp_path / f"out{number}", "--compressor", "lz4_block"))
-    assert peaks[1] < peaks[0] + (8 << 20), peaks
+    assert peaks[1] < peaks[0] + (6 << 20), peaks
 
 
-def test_a_name_takes_less_than_a_kilobyte(tmp_path: Path) -> None:
+def test_a_name_takes_little(tmp_path: Path) -> None:
     peaks = []
-    for count in (1000, 11_000):
+    for count in (1000, 6000):
         tree = tmp_path / str(count)
         for number in range(count):
             folder = tree / str(number // 1000)
@@ -62,4 +62,4 @@ def test_a_name_takes_less_than_a_kilobyte(tmp_path: Path) -> None:
                 folder.mkdir(parents=True)
             (folder / f"file-{number}").write_bytes(number.to_bytes(8, "little"))
         peaks.append(peak(tree, tmp_path / f"out{count}"))
-    assert (peaks[1] - peaks[0]) / 10_000 < 1500, peaks
+    assert (peaks[1] - peaks[0]) / 5000 < 1500, peaks
