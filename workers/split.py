@@ -31,7 +31,8 @@ def split_image(_blobs: OpenBlobs, job: Json) -> Json:
     if found is None:
         return {"cuts": None}
     try:
-        fd = borrow(*(int(number) for number in job["file"]))
+        pid, number = map(int, job["file"])
+        fd = borrow(pid, number, lambda: os.getppid() == pid)  # the supervisor that has given us the job
         try:
             os.ftruncate(fd, 0)
             with open(fd, "wb", closefd=False) as out:

@@ -51,7 +51,8 @@ def test_a_real_image_opens_mapped_and_not_copied() -> None:
 
 
 def test_metadata_that_is_let_go_of_takes_no_memory_and_is_there_again_when_it_is_looked_at(tmp_path: Path) -> None:
-    path = shutil.copy(REPO / "tests/data/small/images/v6-zstd-blake3/bootstrap", tmp_path / "bootstrap")
+    path = tmp_path / "bootstrap"
+    shutil.copy(REPO / "tests/data/small/images/v6-zstd-blake3/bootstrap", path)
     mount = open_mount(spec(path, bootstrap_size=path.stat().st_size), 0)
 
     def resident() -> int:
