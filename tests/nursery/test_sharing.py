@@ -110,8 +110,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
         assert [daemon.is_copy() for daemon in node.daemons] == [False, False, True]
         yield node
     assert list(runtime.iterdir()) == []
-    assert nurseries() == []
-    wait_until(lambda: seats_kept() == [], "the end of what keeps the seats")
+    wait_until(lambda: not nurseries() and not seats_kept(), "the end of the nursery", PATIENCE)
 
 
 def test_those_that_read_at_once_share_so_many_workers_and_whoever_is_killed_or_stopped_costs_no_read(
