@@ -362,8 +362,10 @@ class KernelMounts:
         """Things may be taken out of the files that the kernel reads no more."""
         used = [cache for shown in self._shown for cache in shown.caches]
         used += [cache for coming in self._coming for cache in coming.image.caches]
+        # Also by what a former supervisor has unmounted, of which only the files are known.
+        paths = {file.data for mounted in self.table.mounts for file in mounted.files}
         for cache in caches:
-            cache.pinned = cache in used
+            cache.pinned = cache in used or str(cache.spec.data_path) in paths
 
     # --- a takeover -------------------------------------------------------------------------------------------
 
