@@ -136,14 +136,14 @@ def test_the_same_metadata_keeps_its_index_and_other_gets_a_new_one(table: Mount
 def test_what_cannot_be_written_is_not_unmounted(table: MountTable, tmp_path: Path) -> None:
     for place in ("/a", "/b/c/d"):
         table.add(names(place), {}, {"mounted": place})
-    before = seen(table, tmp_path), table.records()
+    before = seen(table, tmp_path), sorted(table.records(), key=str)
     for place in ("/a", "/b/c/d"):
         (tmp_path / "mounts").rename(tmp_path / "away")
         with pytest.raises(CacheError, match="No such file"):
             table.remove(names(place))
         (tmp_path / "away").rename(tmp_path / "mounts")
         table.publish()
-        assert (seen(table, tmp_path), table.records()) == before
+        assert (seen(table, tmp_path), sorted(table.records(), key=str)) == before
     for place in ("/a", "/b/c/d"):
         table.remove(names(place))
     assert seen(table, tmp_path) == {"/": None}
