@@ -89,6 +89,8 @@ class ForkServer:
         """Our end of the line to the copy that was asked for."""
         self._held: list[int] = []
         self._delay = 0.0
+        self._interval = _INTERVAL
+        """Seconds between two that are started now: more and more where none can load what it must."""
         self._next_start = self._next_copy = 0.0
         """When the next one may be started, or a copy asked for, at the soonest."""
         self._given = -1 if made is None else made[2]
@@ -218,6 +220,9 @@ class ForkServer:
         """Without it: its copy takes its place, if there is one."""
         first = server is self._servers[0]
         self._servers.remove(server)
+        if not server.ready and (server.process.poll() or 0) > 0:  # it has failed, and was not killed
+            self._interval = min(2 * self._interval, _INTERVAL_NO_ROOM)
+            self._next_start = time.monotonic() + self._interval
         server.close()
         if first:
             if self._copying is not None:
@@ -317,6 +322,7 @@ class ForkServer:
         """Whether that was none of a request that is waited for."""
         if "ready" in answer:
             server.ready = True
+            self._interval = _INTERVAL
         elif "copy" in answer:
             line, self._copying = self._copying, None
             if line is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nydusd.forkserver import client
 from nydusd.forkserver.client import ForkServer, _send, environment
 from nydusd.forkserver.process import Process
 from nydusd.ipc.spec import write_spec
@@ -218,6 +219,25 @@ def test_what_it_is_to_hold_is_held_under_our_numbers_by_whoever_takes_its_place
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def test_one_that_cannot_load_is_tried_more_and_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while a package is being upgraded. When it can be loaded again, all is as before."""
+    monkeypatch.setattr(client, "_INTERVAL_NO_ROOM", 4 * client._INTERVAL)
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "FOR_DAEMON", ("nothing_of_this_name",))
+        server = ForkServer()
+
+        def is_seldom() -> bool:
+            server.tend()
+            return server._interval == client._INTERVAL_NO_ROOM
+
+        wait_until(is_seldom, "two that failed", 60)
+    try:
+        wait_for_copy(server)
+        assert server._interval == client._INTERVAL
+    finally:
+        server.close()
 
 
 def environments(pid: int) -> list[int]:
