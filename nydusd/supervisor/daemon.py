@@ -276,9 +276,7 @@ class Supervisor:
             if source in self._sources:  # who was called before may have let go of it
                 self._sources[source]()
         if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
-            # What systemd starts again takes over, perhaps as newer code; nobody who reads notices.
-            self.handover.leaving = self._can_leave() and self._notifier.restarts()
-            self.ask_to_stop(unmount=not self.handover.leaving)
+            self._told_to_stop()
         self._reap()
         now = time.monotonic()
         self._family.tend_fork_server(events, now)
@@ -306,6 +304,23 @@ class Supervisor:
         return False
 
     # --- stop -------------------------------------------------------------------------------------------------
+
+    def _told_to_stop(self) -> None:
+        """What systemd starts again takes over, perhaps as newer code; nobody who reads notices. So it is asked first."""
+        answer = self._notifier.ask_for_restart() if self._can_leave() else None
+        if answer is None:
+            self.ask_to_stop()
+        elif answer not in self._sources:
+            self._poller.register(answer, zmq.POLLIN)
+            self._sources[answer] = self._systemd_has_said
+
+    def _systemd_has_said(self) -> None:
+        answer = self._notifier.ask_for_restart()
+        assert answer is not None
+        self._poller.unregister(answer)
+        del self._sources[answer]
+        self.handover.leaving = self._notifier.restarts()
+        self.ask_to_stop(unmount=not self.handover.leaving)
 
     def _can_leave(self) -> bool:
         """Whether there is a mount that goes on without us."""

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 _PATIENCE = 1.0
 """Seconds that systemd may take to take file descriptors: many messages at once may be more than wait there."""
 _ANSWER_PATIENCE = 5.0
-"""Seconds that systemd may take to answer."""
+"""Seconds that systemd may take to answer; readers are served meanwhile."""
+_NOT_SAID = "systemd does not say whether this is a restart, so it is taken for a stop"
 
 
 class Notifier:
@@ -34,22 +35,35 @@ class Notifier:
         self._unit = os.environ.pop("NYDUSD_UNIT", "")
         """The name of our unit, which that says."""
         self._due = 0.0
+        self._asked: subprocess.Popen[str] | None = None
 
     @property
     def active(self) -> bool:
         """Whether somebody is told."""
         return bool(self._address)
 
+    def ask_for_restart(self) -> int | None:
+        """Have systemd asked whether it has us stop only to start us again (`systemctl restart`): it tells nobody.
+
+        Gives the fd that is readable when `restarts` can say it, some seconds later at the latest; None: nobody can be asked.
+        """
+        if self._asked is None and self._address and self._unit:
+            command = ["timeout", str(_ANSWER_PATIENCE), "systemctl", "list-jobs", "--no-legend", "--plain", self._unit]
+            try:
+                self._asked = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                )
+            except OSError as e:
+                log.warning("%s: %s", _NOT_SAID, e)
+        return None if self._asked is None or self._asked.stdout is None else self._asked.stdout.fileno()
+
     def restarts(self) -> bool:
-        """Whether systemd has us stop only to start us again (`systemctl restart`); it tells nobody, and has to be asked."""
-        if not self._address or not self._unit:
-            return False
-        command = ["systemctl", "list-jobs", "--no-legend", "--plain", self._unit]
-        try:
-            jobs = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_PATIENCE, check=True).stdout
-        except (OSError, subprocess.SubprocessError) as e:
-            log.warning("systemd does not say whether this is a restart, so it is taken for a stop: %s", e)
-            return False
+        """What systemd has said."""
+        asked, self._asked = self._asked, None
+        assert asked is not None
+        jobs = asked.communicate()[0]
+        if asked.returncode:
+            log.warning("%s: systemctl ended with status %d", _NOT_SAID, asked.returncode)
         return any(line.split()[1:3] == [self._unit, "restart"] for line in jobs.splitlines())
 
     def send(self, *lines: str, fds: Sequence[int] = ()) -> None:
