@@ -47,9 +47,20 @@ class Stage:
     """The mount, its cache file, its segment, its front ends. A context manager: it leaves nothing."""
 
     def __init__(
-        self, folder: Path, *, lanes: int = 1, filled: bool = True, deadline: float = 30.0, place: str | None = "/"
+        self,
+        folder: Path,
+        *,
+        lanes: int = 1,
+        filled: bool = True,
+        deadline: float = 30.0,
+        place: str | None = "/",
+        program: str = "tests.fuse.serve",
+        cached: bool = True,
     ) -> None:
+        """`program` are the front ends; unless `cached`, the segment is that of a blob that has no cache file."""
         self.folder = folder
+        self.program = program
+        self.cached = cached
         self.tree: Tree = sample()
         self.deadline = deadline
         self.name = f"/nydusd.test-{uuid.uuid4().hex[:12]}"
@@ -111,7 +122,7 @@ class Stage:
         lengths = self.tree.chunk_lengths()
         records = b"".join(RECORD.pack(0, i * CHUNK, n, n, 0, 0, 0, 0) for i, n in enumerate(lengths))
         fd = os.open(self.data, os.O_RDONLY)
-        identity = Identity.of(fd, len(self.tree.blob))
+        identity = Identity.of(fd, len(self.tree.blob)) if self.cached else Identity(0, 0, len(self.tree.blob))
         os.close(fd)
         return Segment.create(
             self.name,
@@ -162,7 +173,7 @@ class Stage:
             "blobs": [{"blob_id": "sample", "handle": HANDLE, "segment": self.name, "data": str(self.data)}],
         }
 
-    def start(self, index: int, program: str = "tests.fuse.serve", crashed: bool = False) -> subprocess.Popen[bytes]:
+    def start(self, index: int, program: str = "", crashed: bool = False) -> subprocess.Popen[bytes]:
         """Start the front end of a lane; its predecessor must be gone."""
         assert self.session is not None
         lane = self.lanes[index]
@@ -183,7 +194,7 @@ class Stage:
             }
         )
         process = subprocess.Popen(
-            [sys.executable, "-m", program, "--spec-fd", str(spec_fd)],
+            [sys.executable, "-m", program or self.program, "--spec-fd", str(spec_fd)],
             cwd=REPO,
             pass_fds=(spec_fd, lane.fd, lane.journal, lane.interrupt_in, *siblings),
             stdin=subprocess.DEVNULL,

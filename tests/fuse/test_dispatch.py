@@ -19,11 +19,11 @@ from nydusd.frontends.fuse import protocol as p
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.journal import Journal, create
 from nydusd.frontends.fuse.loop import FrontEnd
-from nydusd.frontends.fuse.mount import INODE_BITS, INODE_MAX, Mount, runs_of
+from nydusd.frontends.fuse.mount import INODE_BITS, INODE_MAX, Mount
 from nydusd.frontends.fuse.namespace import Namespace, View
 from nydusd.frontends.fuse.ops import FOREVER, Operations
 from nydusd.frontends.fuse.parking import Client
-from nydusd.storage.api.io import BlobIoVec, ChunkRun
+from nydusd.storage.api.io import BlobIoVec, ChunkRun, runs_of
 from tests.fuse.tree import CHUNK, Tree, noise, sample
 
 ALL_FLAGS = (1 << 64) - 1
@@ -47,6 +47,12 @@ class WholeDevice:
 
     def known(self, ino: int, extent: Extent) -> None:
         """It remembers nothing: each read goes the whole way."""
+
+    def settled(self, vec: list[Extent]) -> list[Extent]:
+        return vec
+
+    def runs(self, vec: list[Extent]) -> list[ChunkRun]:
+        raise AssertionError("nothing is ever missing")
 
     def evictions(self, vec: object) -> int:
         return 0

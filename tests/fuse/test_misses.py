@@ -17,6 +17,9 @@ from tests.fuse.harness import HANDLE, Asked, Stage
 from tests.fuse.tree import BIG, CHUNK, noise
 from tests.support.discipline import mounts_under, wait_until
 
+TRIES = 4
+"""How often a read has its chunks fetched anew."""
+
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
@@ -146,19 +149,55 @@ def test_a_cache_file_that_stays_truncated_gives_eio(stage: Stage, expect_log: C
     stage.fill(stage.chunks_of("big"))
     os.truncate(stage.data, 0)
     reader = stage.reader("big", direct=True)
-    stage.answer(stage.asked())
+    for _ in range(TRIES):
+        request = stage.asked()
+        assert request.flags == LOST
+        stage.answer(request)
     assert reader.result() == errno.EIO
 
 
 def test_chunks_reported_but_never_there_give_eio_and_no_zeros(stage: Stage, expect_log: Callable[..., None]) -> None:
-    expect_log("mount /: chunks were reported as fetched, twice, and are not there")
+    expect_log("mount /: chunks were reported as fetched, again and again, and are not there")
     reader = stage.reader("big", direct=True)
-    first = stage.asked()
-    stage.answer(first)
-    second = stage.asked()
-    assert (first.flags, second.flags) == (0, LOST)
-    stage.answer(second)
+    for flags in (0, *[LOST] * TRIES):
+        request = stage.asked()
+        assert request.flags == flags
+        stage.answer(request)
     assert reader.result() == errno.EIO
+
+
+def test_a_blob_whose_cache_file_was_deleted_is_read_from_its_new_one(tmp_path: Path) -> None:
+    """Over blobfs: the front end, which is new, learns only from the new file's segment which chunks it needs."""
+    with Stage(tmp_path, filled=False, program="tests.fuse.serve_blobs") as stage:
+        stage.data.unlink()
+        reader = stage.reader("sample", offset=5 * CHUNK, size=2 * CHUNK, direct=True)
+        for flags in (0, LOST):
+            request = stage.asked()
+            assert (request.first, request.length, request.flags) == (0, 1, flags)
+            if flags:  # what the supervisor does then
+                stage.data.touch()
+                stage.replace_cache()
+                stage.fill([0])
+            stage.answer(request)
+        request = stage.asked()
+        assert (request.first, request.length, request.flags) == (5, 2, 0)
+        stage.serve(request)
+        assert reader.result() == bytes(stage.tree.blob[5 * CHUNK : 7 * CHUNK])
+
+
+def test_a_blob_without_a_cache_file_is_read_from_shared_memory(tmp_path: Path) -> None:
+    """Over blobfs, whose front end learns from the segment which chunks it needs: the folder cannot be written."""
+    with Stage(tmp_path, filled=False, program="tests.fuse.serve_blobs", cached=False) as stage:
+        stage.arena = Arena.create(f"/nydusd.test-{uuid.uuid4().hex[:12]}", 1 << 20)
+        reader = stage.reader("sample", offset=5 * CHUNK, size=4096, direct=True)
+        request = stage.asked()
+        assert (request.first, request.length, request.flags) == (5, 1, 0)
+        at = stage.arena.allocate(CHUNK)
+        assert at is not None
+        stage.arena.view(at, CHUNK)[:] = stage.tree.blob[5 * CHUNK : 6 * CHUNK]
+        slot = {"lease": 40, "arena": stage.arena.name, "handle": HANDLE, "chunks": [(5, at, CHUNK)]}
+        stage.answer(request, slot=slot)
+        assert reader.result() == bytes(stage.tree.blob[5 * CHUNK : 5 * CHUNK + 4096])
 
 
 def test_a_replaced_cache_file_is_opened_anew(stage: Stage) -> None:

@@ -30,19 +30,36 @@ class RangeDevice(BlobDevice):
         """The pieces of a range of a blob, in order, as far as the blob reaches."""
         if not self._is_open(blob):
             return [Extent(blob, 0, offset, 0, length, _UNKNOWN)]
-        return self._cut(blob, offset, length)
+        return self.cut(blob, offset, length)
 
     def missing(self, vec: BlobIoVec, again: bool = False) -> list[ChunkRun]:
         for extent in vec:
             if extent.chunk_len == _UNKNOWN and not self._is_open(extent.blob):
                 return [ChunkRun(extent.blob, 0, 1)]
-        return super().missing([piece for piece in self._known(vec) if piece.chunk_len != _PADDING], again)
+        pieces = self._known(vec)
+        chunks = [piece for piece in pieces if piece.chunk_len != _PADDING]
+        if len(chunks) < len(pieces):  # a blob may have no chunk in it, and is to be looked at all the same
+            for blob in {piece.blob for piece in pieces}:
+                self._is_open(blob)
+        return super().missing(chunks, again)
+
+    def settled(self, vec: list[Extent]) -> list[Extent]:
+        if not any(map(self._can_be_cut, vec)):
+            return vec
+        return [
+            piece
+            for extent in vec
+            for piece in (self.cut(extent.blob, extent.uoff, extent.length) if self._can_be_cut(extent) else [extent])
+        ]
 
     def read_into(self, vec: BlobIoVec, buf: memoryview, pieces: Pieces | None = None) -> int:
-        if pieces is None:  # the cache file has zeros between the chunks: one read for all
-            return super().read_into(self._known(vec), buf)
+        known = self._known(vec)
+        if pieces is None:
+            if all(self._views[extent.blob].fd >= 0 for extent in known):
+                return super().read_into(known, buf)  # the cache file has zeros between the chunks: one read for all
+            pieces = {}
         done = 0
-        for extent in self._known(vec):
+        for extent in known:
             if extent.chunk_len == _PADDING:
                 buf[done : done + extent.length] = bytes(extent.length)
                 done += extent.length
@@ -50,25 +67,21 @@ class RangeDevice(BlobDevice):
                 done += super().read_into([extent], buf[done:], pieces)
         return done
 
-    def runs(self, vec: BlobIoVec) -> list[ChunkRun]:
-        """All chunks of `vec`, whether they are there or not."""
-        return [
-            ChunkRun(piece.blob, piece.chunk, 1)
-            for piece in vec
-            if piece.chunk_len not in (_PADDING, _UNKNOWN) or not self._is_open(piece.blob)
-        ] or [ChunkRun(piece.blob, piece.chunk, 1) for piece in vec[:1]]
-
     def _known(self, vec: BlobIoVec) -> list[Extent]:
-        """The pieces of `vec`, all of whose blobs are open."""
+        """The pieces of `vec`, all of whose blobs are open. Raises StaleCacheError when one is not."""
         pieces = []
         for extent in vec:
             if extent.chunk_len == _UNKNOWN:
-                pieces += self._cut(extent.blob, extent.uoff, extent.length)
+                pieces += self.cut(extent.blob, extent.uoff, extent.length)
             else:
                 pieces.append(extent)
         return pieces
 
-    def _cut(self, blob: int, offset: int, length: int) -> list[Extent]:
+    def cut(self, blob: int, offset: int, length: int) -> list[Extent]:
+        """The same as `extents`, for those who are between `missing` and `read_into`: it takes no look that hides an eviction.
+
+        Raises StaleCacheError when the blob is not open.
+        """
         segment = self._views[blob].segment
         if segment is None:
             raise StaleCacheError(f"blob {self._views[blob].blob_id}: no cache file is open")
@@ -90,6 +103,9 @@ class RangeDevice(BlobDevice):
         if at < end:
             pieces.append(Extent(blob, max(first + count - 1, 0), at, 0, end - at, _PADDING))
         return pieces
+
+    def _can_be_cut(self, extent: Extent) -> bool:
+        return extent.chunk_len == _UNKNOWN and self._views[extent.blob].segment is not None
 
     def _is_open(self, blob: int) -> bool:
         """To be asked before `missing` only: it notes how often chunks were taken away."""

@@ -11,12 +11,12 @@ be. Nothing is stored per inode: numbers are positions in the metadata.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from nydusd.errors import FormatError
 from nydusd.formats.model import Bootstrap, Extent
+from nydusd.frontends.attempt import Chunks
 from nydusd.ipc.trace import Trace
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
 from nydusd.storage.api.known_chunk import KnownChunk
@@ -31,16 +31,13 @@ PSEUDO_INDEX = (1 << (64 - INODE_BITS)) - 1
 """The index of the folders that lead to mount points and are in no image."""
 
 
-class Device(Protocol):
+class Device(Chunks, Protocol):
     """What the front end uses of `nydusd.storage.api.device.BlobDevice`."""
 
     hints: list[ChunkRun]
 
     def handle(self, blob: int) -> int: ...
-    def missing(self, vec: BlobIoVec, again: bool = False) -> list[ChunkRun]: ...
     def known(self, ino: int, extent: Extent) -> KnownChunk | None: ...
-    def evictions(self, vec: BlobIoVec) -> int: ...
-    def refresh(self, vec: BlobIoVec) -> None: ...
     def read_into(
         self, vec: BlobIoVec, buf: memoryview, pieces: dict[tuple[int, int], memoryview] | None = None
     ) -> int: ...
@@ -102,16 +99,3 @@ class Mount:
     def shown(self, ino: int) -> int:
         """The inode number that programs see. C libraries skip directory entries numbered 0."""
         return (self.index << INODE_BITS | ino & INODE_MAX) or INODE_MAX
-
-
-def runs_of(vec: Sequence[Extent]) -> list[ChunkRun]:
-    """All chunks that `vec` touches, as runs of consecutive ones."""
-    runs: list[ChunkRun] = []
-    for extent in vec:
-        if runs:
-            blob, first, count = runs[-1]
-            if blob == extent.blob and first <= extent.chunk <= first + count:
-                runs[-1] = ChunkRun(blob, first, max(count, extent.chunk - first + 1))
-                continue
-        runs.append(ChunkRun(extent.blob, extent.chunk, 1))
-    return runs

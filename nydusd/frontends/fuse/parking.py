@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from nydusd import points
 from nydusd.formats.model import Extent
-from nydusd.ipc.messages import AHEAD, LOST, SlotRef
+from nydusd.frontends.attempt import Ask, Attempt
+from nydusd.ipc.messages import AHEAD, SlotRef
 from nydusd.storage.api.io import ChunkRun
 
 from .journal import Journal
-from .mount import Device, Mount, runs_of
+from .mount import Device, Mount
 from .protocol import READ
 
 if TYPE_CHECKING:
@@ -42,18 +43,15 @@ class Client(Protocol):
     def forget_arenas(self) -> None: ...
 
 
-class Parked:
+class Parked(Attempt):
     """One read that waits since `started` (monotonic ns). `direct`: the file was opened with O_DIRECT; `pid`: who reads.
 
     `place`: where it is in the journal; -1 while it is in the request buffer alone.
     """
 
     __slots__ = (
-        "asked_lost",
         "deadline",
-        "device",
         "direct",
-        "evictions",
         "ino",
         "interrupted",
         "mount",
@@ -64,19 +62,19 @@ class Parked:
         "slots",
         "started",
         "unique",
-        "vec",
     )
+
+    device: Device
 
     def __init__(
         self, unique: int, vec: list[Extent], pid: int, direct: bool, mount: Mount, place: int, ino: int, started: int
     ) -> None:
+        super().__init__(mount.device, vec)
         self.ino = ino
         self.started = started
         self.slot = -1
         self.mount = mount
-        self.device = mount.device
         self.unique = unique
-        self.vec = vec
         self.pid = pid
         self.direct = direct
         self.place = place
@@ -84,16 +82,13 @@ class Parked:
         self.pending: dict[int, tuple[ChunkRun, int]] = {}
         """Unanswered requests: number -> (run with the supervisor's handle, flags)."""
         self.slots: list[SlotRef] = []
-        self.asked_lost = False
         self.interrupted = False
-        self.evictions = 0
-        """The device's number when the chunks were asked for."""
 
 
 class Parking:
     """The parked reads of one front end. `finish(read, errno)` is called when a read's wait is over.
 
-    `finish` may call `ask_lost` to send a read back into waiting; once it is answered it must call `let_go`.
+    `finish` may call `again` to send a read back into waiting; once it is answered it must call `let_go`.
     """
 
     def __init__(
@@ -123,7 +118,7 @@ class Parking:
             self._client = self._connect()
         return self._client
 
-    def park(self, read: Parked, missing: list[ChunkRun]) -> None:
+    def park(self, read: Parked, ask: Ask) -> None:
         """Ask for what is missing and remember the read. A second copy of a read (after a kill) replaces the first."""
         self.forget(read.unique)
         if read.place < 0:
@@ -136,8 +131,7 @@ class Parking:
         self.reads[read.unique] = read
         if self._board is not None:
             read.slot = self._board.begin(read.unique, read.ino, READ)
-        read.evictions = read.device.evictions(read.vec)
-        self._ask(read, missing, 0)
+        self._ask(read, ask)
         points.reach("fuse: miss asked for")
 
     def hint(self, hints: list[ChunkRun]) -> None:
@@ -146,23 +140,10 @@ class Parking:
             self.client.request(run, AHEAD)
         hints.clear()
 
-    def ask_lost(self, read: Parked, why: int = LOST) -> bool:
-        """Have the chunks of a read fetched anew, because the cache file lacks what the map promises; once per read.
-
-        `why` is LOST, or UNREADABLE: the file has them, and its disk does not give them.
-        """
-        if read.asked_lost:
-            return False
-        read.asked_lost = True
+    def again(self, read: Parked, ask: Ask) -> None:
+        """What a read has got was not enough: have it wait once more, for this."""
         self.reads[read.unique] = read
-        self._ask(read, runs_of(read.vec), why)
-        return True
-
-    def ask_again(self, read: Parked) -> None:
-        """Some chunks of a read were taken away before it got them: have it wait for all of them once more."""
-        read.evictions = read.device.evictions(read.vec)
-        self.reads[read.unique] = read
-        self._ask(read, runs_of(read.vec), 0)
+        self._ask(read, ask)
 
     def forget(self, unique: int) -> None:
         """Give up a parked read without an answer, if there is such a one."""
@@ -205,7 +186,7 @@ class Parking:
                 self._client.request(run, flags, number)
             if read.slots:
                 read.slots.clear()
-                self._ask(read, runs_of(read.vec), 0)
+                self._ask(read, read.ask(read.device.runs(read.vec)))
         self._client.forget_arenas()
 
     def service(self) -> float:
@@ -224,10 +205,10 @@ class Parking:
                         client.request(run, flags, number)
         return max(0.0, self._tick - now)
 
-    def pieces(self, read: Parked) -> dict[tuple[int, int], memoryview] | None:
-        """The chunks of a read that came in shared memory, None if none did. Drop them before `let_go`."""
+    def pieces(self, read: Parked) -> dict[tuple[int, int], memoryview]:
+        """The chunks of a read that came in shared memory. Drop them before `let_go`."""
         if not read.slots:
-            return None
+            return {}
         blobs = {read.device.handle(blob): blob for blob in {extent.blob for extent in read.vec}}
         found: dict[tuple[int, int], memoryview] = {}
         for slot in read.slots:
@@ -246,11 +227,11 @@ class Parking:
             points.reach("fuse: slot given back")
         read.slots.clear()
 
-    def _ask(self, read: Parked, runs: list[ChunkRun], flags: int) -> None:
-        for blob, first, count in runs:
+    def _ask(self, read: Parked, ask: Ask) -> None:
+        for blob, first, count in ask.runs:
             run = ChunkRun(read.device.handle(blob), first, count)
-            number = self.client.request(run, flags)
-            read.pending[number] = (run, flags)
+            number = self.client.request(run, ask.flags)
+            read.pending[number] = (run, ask.flags)
             self._owners[number] = read
 
     def _take(self, reply: Reply) -> None:

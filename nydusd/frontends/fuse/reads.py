@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 from nydusd import points
 from nydusd.errors import EvictedError, StaleCacheError, UnreadableError
+from nydusd.frontends.attempt import Ask
 from nydusd.ipc.inflight import InflightRow
-from nydusd.ipc.messages import LOST, UNREADABLE
 
 from . import protocol as p
 from .answers import Answers
 from .complaints import Complaints
 from .journal import Journal
-from .mount import INODE_BITS, runs_of
+from .mount import INODE_BITS
 from .namespace import Namespace
 from .parking import Client, Parked, Parking
 from .stats import OPERATION, Tally
@@ -82,7 +82,7 @@ class Reads:
         missing = device.missing(vec)
         if mount.trace is not None:
             mount.trace.note(ino, vec, bool(missing))
-        lost = 0
+        failed: EvictedError | StaleCacheError | UnreadableError | None = None
         if not missing:
             try:
                 got = device.read_into(vec, self._answers.data)
@@ -94,17 +94,12 @@ class Reads:
                 if len(vec) == 1 and got < vec[0].chunk_len:
                     view.learn(node, offset)
                 return
-            except EvictedError:
-                missing = runs_of(vec)
-            except (StaleCacheError, UnreadableError) as e:
-                self._complaints.log("%s: fetching it again", e, subject=mount.name)
-                lost = LOST if isinstance(e, StaleCacheError) else UNREADABLE
+            except (EvictedError, StaleCacheError, UnreadableError) as e:
+                failed = e
         if unique & p.UNIQUE_RESEND:
             self.parking.forget(unique ^ p.UNIQUE_RESEND)
         read = Parked(unique, vec, pid, bool(flags & os.O_DIRECT), mount, place, ino, started)
-        self.parking.park(read, missing)
-        if lost:
-            self.parking.ask_lost(read, lost)
+        self.parking.park(read, read.ask(missing) if failed is None else self._after(read, failed))
 
     def _finish(self, read: Parked, code: int) -> None:
         """The wait of a parked read is over: answer it, or let it wait for chunks that the cache file lost."""
@@ -124,27 +119,16 @@ class Reads:
         self.parking.let_go(read)
 
     def _retry(self, read: Parked) -> bool:
-        """Read and answer what was fetched. True when the read is parked once more. Raises StaleCacheError."""
-        vec, device = read.vec, read.device
+        """Read and answer what was fetched. True when the read is parked once more. Raises CacheError."""
         pieces = self.parking.pieces(read)
-        if self._absent(read, pieces):
-            if device.evictions(vec) != read.evictions:
-                self.parking.ask_again(read)
-                return True
-            device.refresh(vec)
-            if self._absent(read, pieces):
-                if self.parking.ask_lost(read):
-                    return True
-                raise StaleCacheError("chunks were reported as fetched, twice, and are not there")
-        try:
-            length = device.read_into(vec, self._answers.data, pieces)
-        except EvictedError:
-            self.parking.ask_again(read)
-            return True
-        except (StaleCacheError, UnreadableError) as e:
-            if not self.parking.ask_lost(read, LOST if isinstance(e, StaleCacheError) else UNREADABLE):
-                raise
-            self._complaints.log("%s: fetching it again", e, subject=read.mount.name)
+        ask = read.check(pieces)
+        if ask is None:
+            try:
+                length = read.device.read_into(read.vec, self._answers.data, pieces or None)
+            except (EvictedError, StaleCacheError, UnreadableError) as e:
+                ask = self._after(read, e)
+        if ask is not None:
+            self.parking.again(read, ask)
             return True
         points.reach("fuse: before a miss is answered")
         self._answers.data_of(read.unique, self._answers.part(length), length)
@@ -152,11 +136,9 @@ class Reads:
             self._tally.count_read(read.mount.stats, read.ino, length, read.started)
         return False
 
-    def _absent(self, read: Parked, pieces: dict[tuple[int, int], memoryview] | None) -> bool:
-        """Whether a chunk of the read is neither ready nor among `pieces`."""
-        known = pieces or {}
-        return any(
-            (blob, chunk) not in known
-            for blob, first, count in read.device.missing(read.vec, again=True)
-            for chunk in range(first, first + count)
-        )
+    def _after(self, read: Parked, error: EvictedError | StaleCacheError | UnreadableError) -> Ask:
+        """What to ask for after reading what was there has failed. Raises `error` when that was so too often."""
+        ask = read.failed(error)
+        if ask.flags:
+            self._complaints.log("%s: fetching it again", error, subject=read.mount.name)
+        return ask

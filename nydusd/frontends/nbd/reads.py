@@ -11,12 +11,13 @@ import os
 import time
 from collections.abc import Callable
 
-from nydusd.errors import EvictedError, NydusError, StaleCacheError
+from nydusd.errors import EvictedError, NydusError, StaleCacheError, UnreadableError
 from nydusd.formats.model import Extent
+from nydusd.frontends.attempt import Ask, Attempt
 from nydusd.frontends.blobfs.device import RangeDevice
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
-from nydusd.ipc.messages import AHEAD, LOST, SlotRef
+from nydusd.ipc.messages import AHEAD, SlotRef
 from nydusd.storage.api.io import ChunkRun
 
 from .connection import Connection
@@ -25,22 +26,19 @@ from .protocol import Request
 
 log = logging.getLogger(__name__)
 
-_ROUNDS = 20
-"""How often a read may have to ask: chunks may be taken away again before it gets them."""
-_LOST_ROUND = 4
 
-
-class _Waiting:
+class _Waiting(Attempt):
     """A read: what it needs of blobs, and what it has asked for."""
 
-    __slots__ = ("asked", "connection", "deadline", "pending", "rounds", "slots", "vec")
+    __slots__ = ("asked", "connection", "deadline", "pending", "slots")
 
-    def __init__(self, connection: Connection, asked: Request, vec: list[Extent], deadline: float) -> None:
+    def __init__(
+        self, connection: Connection, asked: Request, device: RangeDevice, vec: list[Extent], deadline: float
+    ) -> None:
+        super().__init__(device, vec)
         self.connection = connection
         self.asked = asked
-        self.vec = vec
         self.deadline = deadline
-        self.rounds = 0
         self.pending: dict[int, tuple[ChunkRun, int]] = {}
         self.slots: list[SlotRef] = []
 
@@ -66,27 +64,27 @@ class Reads:
         for piece in self._layout.pieces(asked.offset, asked.length):
             if piece.blob >= 0:
                 vec += self._device.extents(piece.blob, piece.start, piece.length)
-        waiting = _Waiting(connection, asked, vec, time.monotonic() + self._patience)
-        self._proceed(waiting)
+        waiting = _Waiting(connection, asked, self._device, vec, time.monotonic() + self._patience)
+        self._proceed(waiting, first=True)
 
-    def _proceed(self, waiting: _Waiting) -> None:
+    def _proceed(self, waiting: _Waiting, first: bool = False) -> None:
         """Ask for what a read lacks, or answer it."""
         pieces = self._pieces(waiting)
-        again = waiting.rounds > 0
         try:
-            lacking = [
-                run
-                for run in self._device.missing(waiting.vec, again)
-                if any((run.blob, chunk) not in pieces for chunk in range(run.first, run.first + run.count))
-            ]
-            if not lacking:
-                self._finish(waiting, 0, self._put_together(waiting, pieces))
+            if first:
+                missing = self._device.missing(waiting.vec)
+                ask = waiting.ask(missing) if missing else None
             else:
-                self._ask(waiting, lacking)
-        except StaleCacheError:
-            self._ask(waiting, self._device.runs(waiting.vec), lost=True)
-        except EvictedError:
-            self._ask(waiting, self._device.runs(waiting.vec))
+                ask = waiting.check(pieces)
+            if ask is None:
+                try:
+                    self._finish(waiting, 0, self._put_together(waiting, pieces))
+                except (EvictedError, StaleCacheError, UnreadableError) as e:
+                    ask = waiting.failed(e)
+                    if ask.flags:
+                        self._complaints.log("%s: fetching it again", e)
+            if ask is not None:
+                self._ask(waiting, ask)
         except NydusError as e:
             self._fail(waiting, e.errno, str(e))
         if self._device.hints and self.client is not None:
@@ -95,14 +93,16 @@ class Reads:
         self._device.hints.clear()
 
     def _put_together(self, waiting: _Waiting, pieces: dict[tuple[int, int], memoryview]) -> memoryview:
-        """Raises StaleCacheError, EvictedError, CacheError."""
+        """The answer. `missing` has just said that all of it is there, and no other look may come between: it would hide that
+        something was taken away since. Raises StaleCacheError, EvictedError, UnreadableError.
+        """
         out = memoryview(bytearray(waiting.asked.length))
         at = 0
         for blob, start, length in self._layout.pieces(waiting.asked.offset, waiting.asked.length):
             if blob == METADATA:
                 out[at : at + length] = self._layout.metadata[start : start + length]
             elif blob != NOTHING:
-                vec = self._device.extents(blob, start, length)
+                vec = self._device.cut(blob, start, length)
                 self._device.read_into(vec, out[at : at + length], pieces or None)
             at += length
         return out
@@ -118,21 +118,16 @@ class Reads:
                 found[blobs[slot.handle], chunk] = view
         return found
 
-    def _ask(self, waiting: _Waiting, runs: list[ChunkRun], lost: bool = False) -> None:
-        waiting.rounds += 1
-        if waiting.rounds > _ROUNDS:
-            self._fail(waiting, errno.EIO, "chunks were reported as fetched, again and again, and are not there")
-            return
+    def _ask(self, waiting: _Waiting, ask: Ask) -> None:
         if self.client is None:
             self.client = self._connect()
         if not self._waiting:
             self._tick = time.monotonic() + ASK_AGAIN
         self._waiting[id(waiting)] = waiting
-        flags = LOST if lost or waiting.rounds == _LOST_ROUND else 0
-        for blob, first, count in runs:
+        for blob, first, count in ask.runs:
             run = ChunkRun(self._device.handle(blob), first, count)
-            number = self.client.request(run, flags)
-            waiting.pending[number] = (run, flags)
+            number = self.client.request(run, ask.flags)
+            waiting.pending[number] = (run, ask.flags)
             self._owners[number] = waiting
 
     def service(self) -> float | None:

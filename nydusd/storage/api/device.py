@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 from nydusd.errors import CorruptChunkError, EvictedError, StaleCacheError, UnreadableError
 from nydusd.formats.model import Extent
-from nydusd.storage.api.io import BlobIoVec, ChunkRun
+from nydusd.storage.api.io import BlobIoVec, ChunkRun, runs_of
 from nydusd.storage.api.known_chunk import KnownChunk
 from nydusd.storage.state.segment import EMPTY, READY, RECORD, RETIRED, Segment
 
@@ -77,11 +77,14 @@ class BlobView:
         self.looked = 0  # and from where on to look again whether enough is there for it
 
     def open(self) -> bool:
-        """Map the segment if it is there; the cache file must be the one that the segment speaks of."""
+        """Map the segment if it is there; the cache file must be the one that the segment speaks of.
+
+        There may be none for the time being (the cache folder cannot be written): then nothing is ever ready in it.
+        """
         segment = Segment.open(self.segment_name)
         if segment is None:
             return False
-        if self.data_path is not None:
+        if self.data_path is not None and segment.identity.ino:
             try:
                 self.fd = os.open(self.data_path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
@@ -212,6 +215,14 @@ class BlobDevice:
         """The chunk of file `ino` that `extent` covers, for reads to come. `missing` has just said of it that it is there."""
         view = self._views[extent.blob]
         return None if view.segment is None else KnownChunk(view, ino, extent, self.hints)
+
+    def settled(self, vec: list[Extent]) -> list[Extent]:
+        """`vec` itself, or better pieces if more is known of these blobs by now."""
+        return vec
+
+    def runs(self, vec: list[Extent]) -> list[ChunkRun]:
+        """All chunks of `vec`, whether they are there or not."""
+        return runs_of(self.settled(vec))
 
     def evictions(self, vec: BlobIoVec) -> int:
         """A number that has changed when chunks of these blobs were taken away, or their segments replaced, since."""

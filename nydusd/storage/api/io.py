@@ -21,3 +21,16 @@ class ChunkRun(NamedTuple):
     blob: int
     first: int
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+
+
+def runs_of(vec: Sequence[Extent]) -> list[ChunkRun]:
+    """All chunks that `vec` touches, as runs of consecutive ones."""
+    runs: list[ChunkRun] = []
+    for extent in vec:
+        if runs:
+            blob, first, count = runs[-1]
+            if blob == extent.blob and first <= extent.chunk <= first + count:
+                runs[-1] = ChunkRun(blob, first, max(count, extent.chunk - first + 1))
+                continue
+        runs.append(ChunkRun(extent.blob, extent.chunk, 1))
+    return runs
