@@ -159,6 +159,10 @@ def test_what_nobody_serves_any_more_is_refused(tree: Tree, hub: Hub, expect_log
         os.kill(front_end, signal.SIGKILL)
         reader.communicate(timeout=60)
         assert reader.returncode == errno.EIO
+        # The guard, which does it, has the cache files open as before: so no other daemon takes anything out of them.
+        (alone,) = own("erofs")
+        used = [os.readlink(entry) for entry in Path(f"/proc/{alone}/fd").iterdir()]
+        assert [path for path in held.daemon.cache.glob("*.blob.data") if str(path) not in used] == []
         held.gate.set()
         held.daemon.start()
         held.right(held.read(NAMES[0]), NAMES[0])

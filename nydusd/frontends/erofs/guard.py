@@ -18,6 +18,7 @@ import fcntl
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from nydusd.frontends.guard import begin_guard
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         if alone_since is None:
             alone_since = now
         if now - alone_since >= float(spec["patience"]) or known.ended:
-            _become_front_end(spec)
+            _become_front_end(spec, files.values())
 
 
 def _keep_open(files: dict[str, int], wanted: set[str]) -> None:
@@ -75,9 +76,10 @@ def _is_idle(journal: int) -> bool:
     return True
 
 
-def _become_front_end(spec: Json) -> None:
-    for name in ("group", "journal", "table"):
-        os.set_inheritable(int(spec[name]), True)
+def _become_front_end(spec: Json, files: Iterable[int]) -> None:
+    """`files` stay open as well: nobody else says any more that the cache files are used."""
+    for fd in (*(int(spec[name]) for name in ("group", "journal", "table")), *files):
+        os.set_inheritable(fd, True)
     successor = write_spec(spec["successor"] | {"alone": True})
     os.set_inheritable(successor, True)
     os.execv(sys.executable, [sys.executable, "-P", "-m", "nydusd.frontends.erofs", "--spec-fd", str(successor)])
