@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from nydusd.errors import CacheError, NydusError, StaleCacheError
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import map_file
 from nydusd.storage.state.eviction import punch, used_by_others
-from nydusd.storage.state.segment import READY, RECORD, Segment
+from nydusd.storage.state.segment import READY, Segment
 from workers.blobs import OpenBlobs
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class _Victim(NamedTuple):
 
 
 def survey(_blobs: OpenBlobs, job: Json) -> Json:
-    """Job: folder, limit, target (bytes), unused (remove all that is unused), mounted {blob id: {handle, segment}}, now, keep
-    (seconds), instance, pids.
+    """Job: folder, limit, target (bytes), unused (remove all that is unused), mounted {blob id: [{handle, segment}, ...]}, now,
+    keep (seconds), strays, pids.
 
     Answer: used (bytes, after what was removed), removed (blob ids), freed (bytes), victims {handle: chunks}.
     """
@@ -75,7 +75,7 @@ def survey(_blobs: OpenBlobs, job: Json) -> Json:
     for file in sorted(files, key=lambda file: file.used):
         if file.blob_id in job["mounted"] or not (job["unused"] or used > job["limit"]):
             continue
-        if _remove(folder, file.blob_id, job["instance"], job["pids"]):
+        if _remove(folder, file.blob_id, job["strays"], job["pids"]):
             removed.append(file.blob_id)
             freed += file.size
             used -= file.size
@@ -107,8 +107,8 @@ def _files(folder: Path) -> list[_File]:
     return found
 
 
-def _remove(folder: Path, blob_id: str, instance: str, pids: Collection[int]) -> bool:
-    """Remove the files of a blob that no mount of ours uses. False if somebody else uses it."""
+def _remove(folder: Path, blob_id: str, strays: Mapping[str, int], pids: Collection[int]) -> bool:
+    """Remove the files of a blob that no mount used when the job was ordered. False if somebody uses it now."""
     path = folder / f"{blob_id}{_DATA}"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -116,7 +116,7 @@ def _remove(folder: Path, blob_id: str, instance: str, pids: Collection[int]) ->
         return False
     try:
         map_file.lock(fd)
-        user = used_by_others(str(path), instance, pids)
+        user = used_by_others(str(path), pids, strays)
         if user:
             log.info("cache file %s stays: it is used by %s", path, user)
             return False
@@ -134,37 +134,53 @@ def _remove(folder: Path, blob_id: str, instance: str, pids: Collection[int]) ->
 
 def _victims(job: Json) -> Iterator[_Victim]:
     """Chunks of mounted blobs that nobody has asked for in the last `keep` seconds."""
-    newest = int(job["now"]) - int(job["keep"])
-    for entry in job["mounted"].values():
-        try:
-            segment = Segment.open(entry["segment"])
-        except NydusError as e:
-            log.warning("%s; nothing is taken out of its blob", e)
-            continue
-        if segment is None:
-            continue
-        try:
-            touched = segment.touched.tolist()
-            idle = max(touched, default=0) < int(job["now"]) - _IDLE
-            sizes = [fields[3] for fields in RECORD.iter_unpack(segment.records)]
-            for chunk, state in enumerate(bytes(segment.state)):
-                if state == READY and touched[chunk] <= newest:
-                    yield _Victim(0 if idle else 1, touched[chunk], entry["handle"], chunk, sizes[chunk])
-        finally:
-            segment.close()
+    newest, long_ago = int(job["now"]) - int(job["keep"]), int(job["now"]) - _IDLE
+    for entries in job["mounted"].values():
+        with contextlib.ExitStack() as opened:
+            files: dict[tuple[int, int], list[tuple[int, Segment]]] = {}
+            for entry in entries:
+                try:
+                    segment = Segment.open(entry["segment"])
+                except NydusError as e:
+                    log.warning("%s; nothing is taken out of its blob", e)
+                    continue
+                if segment is not None:
+                    opened.callback(segment.close)
+                    file = (segment.identity.dev, segment.identity.ino)
+                    files.setdefault(file, []).append((entry["handle"], segment))
+            for users in files.values():
+                yield from _victims_of(users, newest, long_ago)
 
 
-def _room_of(segment: Segment, chunk: int) -> tuple[int, int]:
-    """Offset and length of what a chunk takes in the file: with the rest of its last block, unless another begins there."""
+def _victims_of(users: Sequence[tuple[int, Segment]], newest: int, long_ago: int) -> Iterator[_Victim]:
+    """Those of one data file: each once, and as old as for the one who has asked for it last."""
+    touched = list(map(max, zip(*(segment.touched.tolist() for _, segment in users), strict=False)))
+    group = 0 if max(touched, default=0) < long_ago else 1
+    states = [(handle, bytes(segment.state), segment) for handle, segment in users]
+    for chunk, last in enumerate(touched):
+        if last <= newest:
+            for handle, state, segment in states:
+                if state[chunk] == READY:
+                    yield _Victim(group, last, handle, chunk, segment.record(chunk).usize)
+                    break
+
+
+def _room_of(segment: Segment, chunk: int, alone: bool) -> tuple[int, int]:
+    """Offset and length of what a chunk takes in the file: with the rest of its last block, unless another begins there.
+
+    Where segments of other images speak of the file, too, they may know of one: then without.
+    """
     record = segment.record(chunk)
-    following = segment.record(chunk + 1).uoff if chunk + 1 < segment.count else segment.identity.size
     end = record.uoff + record.usize
-    return record.uoff, max(end, min(following, -(-end // _BLOCK) * _BLOCK)) - record.uoff
+    if alone:
+        following = segment.record(chunk + 1).uoff if chunk + 1 < segment.count else segment.identity.size
+        end = max(end, min(following, -(-end // _BLOCK) * _BLOCK))
+    return record.uoff, end - record.uoff
 
 
 def evict(blobs: OpenBlobs, job: Json) -> Json:
-    """Take job["chunks"] out of the cache file. Job: instance, pids. Answer: stored (chunks in the map), evicted, bytes;
-    or kept (who else uses the file), and nothing was done.
+    """Take job["chunks"] out of the cache file. Job: covered (in which segments they are claimed), strays, pids. Answer: stored
+    (chunks in the map), evicted, bytes; or kept (who else uses the file), and nothing was done.
     """
     blob = blobs.get(job)
     path, segment = blob.spec.data_path, blob.segment
@@ -177,13 +193,13 @@ def evict(blobs: OpenBlobs, job: Json) -> Json:
         map_file.lock(fd)
         if not segment.is_current() or not segment.identity.is_of(fd):
             raise StaleCacheError(f"cache file {path} was replaced")
-        user = used_by_others(str(path), job["instance"], job["pids"])
+        user = used_by_others(str(path), job["pids"], job["strays"], job["covered"])
         if user:
             return {"kept": user}
         points.reach("evict: data file locked")
         stored = map_file.clear(blob.spec.map_path, job["chunks"], segment.count, segment.identity)
         points.reach("evict: map cleared")
-        punch(fd, [_room_of(segment, chunk) for chunk in job["chunks"]])
+        punch(fd, [_room_of(segment, chunk, len(job["covered"]) == 1) for chunk in job["chunks"]])
     except OSError as e:
         raise CacheError(f"cache file {path}: {e.strerror}", e.errno) from e
     finally:

@@ -7,6 +7,7 @@ point it leaves nothing that a reader could see: files are renamed into place, t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -27,6 +28,7 @@ from nydusd.storage.cache.load import load_ci, meta_file_bytes, parse_meta_file
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state import map_file
 from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY, Identity, Segment, boot_id
+from nydusd.storage.state.sharing import contradiction, is_same, segments_of
 from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs, map_bootstrap
 
 log = logging.getLogger(__name__)
@@ -56,8 +58,10 @@ def prepare(blobs: OpenBlobs, job: Json) -> Json:
     return {"count": table.count, "size": table.uncompressed_size, "ready": count}
 
 
-def _publish(spec: BlobSpec, table: ChunkTable, identity: Identity, state: bytearray) -> int:
-    """Make the segment known; gives how many chunks are ready."""
+def _publish(
+    spec: BlobSpec, table: ChunkTable, identity: Identity, state: bytearray, old_view: Segment | None = None
+) -> int:
+    """Make the segment known, in place of `old_view`; gives how many chunks are ready."""
     segment = Segment.create(
         spec.segment,
         generation=spec.generation,
@@ -68,6 +72,7 @@ def _publish(spec: BlobSpec, table: ChunkTable, identity: Identity, state: bytea
         dict_offset=table.dict_offset,
         dict_size=table.dict_size,
         state=bytes(state),
+        old_view=old_view,
     )
     segment.close()
     return state.count(READY)
@@ -96,13 +101,13 @@ def _chunk_table(blob: OpenBlob) -> tuple[ChunkTable, bytes]:
             with open(path, "rb") as f:
                 content = f.read(info.ci_uncompressed_size + 3 * 4096)
             header, ci = parse_meta_file(content, info, str(path))
-            known = _with_layout(build_from_ci(info, ci, header, _raw_chunks(spec)))
+            known = _with_layout(build_from_ci(info, ci, header, _raw_chunks(spec), mark=spec.cookie is None))
         except FileNotFoundError:
             continue
         except (OSError, FormatError) as e:
             log.warning("blob metadata: %s; fetching it again", str(e))
             continue
-        if map_file.recorded_layout(spec.map_path) in ("", known[1].hex()):
+        if map_file.recorded_layout(spec.map_path) in ("", known[1].hex()) or _is_vouched_for(spec, known[0]):
             return known
         # Sound in itself, and another one than that which was used: a bit may have been flipped.
         log.warning("blob metadata %s: it is not what the chunk map was stored for; fetching it again", path)
@@ -115,11 +120,20 @@ def _chunk_table(blob: OpenBlob) -> tuple[ChunkTable, bytes]:
             raise
         return doubtful
     points.reach("prepare: metadata fetched")
-    table = build_from_ci(info, ci, header, _raw_chunks(spec))
+    table = build_from_ci(info, ci, header, _raw_chunks(spec), mark=spec.cookie is None)
     stored = _store_meta(blob, meta_file_bytes(header, ci))
     if not stored and table.dict_size:
         raise CacheError(f"blob metadata of {info.blob_id} could not be stored, and its dictionaries are needed")
     return _with_layout(table)
+
+
+def _is_vouched_for(spec: BlobSpec, table: ChunkTable) -> bool:
+    """Whether a segment of the same data file has this table, but for what its image lists: then no bit was flipped."""
+    try:
+        facts = os.stat(spec.data_path or "")
+    except OSError:
+        return False
+    return any(not contradiction(segment, table) for segment in segments_of(facts.st_dev, facts.st_ino))
 
 
 def _with_layout(table: ChunkTable) -> tuple[ChunkTable, bytes]:
@@ -186,29 +200,35 @@ def _is_still(path: Path, fd: int) -> bool:
 
 def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable, layout: bytes) -> int:
     """Open or make the cache file, tell what is in it, and publish that, while nobody takes anything out of it."""
-    earlier = _earlier_segment(spec)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, whole = _open_data(path, table.uncompressed_size, earlier)
+    with contextlib.ExitStack() as opened:
         try:
-            map_file.lock(fd)
-            points.reach("prepare: data file locked")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd, whole, earlier = _open_data(spec, path, table, layout, opened)
             identity, state = _judge(spec, fd, whole, table, layout, earlier)
             points.reach("prepare: map judged")
-            ready = _publish(spec, table, identity, state)
             # A front end may go on with an old file, but not with an old view of this one: chunks are taken out by the new.
-            if earlier is not None and (earlier.identity.dev, earlier.identity.ino) == (identity.dev, identity.ino):
-                points.reach("prepare: published")
-                earlier.retire()
-                points.reach("prepare: former retired")
+            old_view = earlier if earlier is not None and earlier.identity.file == identity.file else None
+            ready = _publish(spec, table, identity, state, old_view)
+            points.reach("prepare: published")
             return ready
-        finally:
-            os.close(fd)
-    except OSError as e:
-        raise CacheError(f"cache file {path}: {e.strerror}", e.errno) from e
-    finally:
-        if earlier is not None:
-            earlier.close()
+        except OSError as e:
+            raise CacheError(f"cache file {path}: {e.strerror}", e.errno) from e
+
+
+def _lock(fd: int, path: Path) -> None:
+    """Wait for a data file's lock. Raises CacheError when somebody keeps it: the blob goes on without the file meanwhile."""
+    try:
+        map_file.lock(fd)
+    except BlockingIOError as e:
+        raise CacheError(f"cache file {path}: another process keeps its lock", errno.ENOBUFS) from e
+
+
+def _check_others(spec: BlobSpec, fd: int, table: ChunkTable) -> None:
+    """Raises CacheError when somebody uses the file with a table that contradicts ours: one would overwrite the other's."""
+    facts = os.fstat(fd)
+    for segment in segments_of(facts.st_dev, facts.st_ino):
+        if segment.name != spec.segment and (why := contradiction(segment, table)):
+            raise CacheError(f"the metadata of another image, which uses it, differs: {why}", errno.ENOBUFS)
 
 
 def _cookie(spec: BlobSpec, cookie: tuple[int, int], table: ChunkTable) -> int:
@@ -228,31 +248,41 @@ def _cookie(spec: BlobSpec, cookie: tuple[int, int], table: ChunkTable) -> int:
     return _publish(spec, table, Identity(0, 0, table.uncompressed_size), state)
 
 
-def _open_data(path: Path, size: int, earlier: Segment | None) -> tuple[int, bool]:
-    """The cache file, now of `size` bytes, and whether it was before: else nothing is in it. Raises OSError.
+def _open_data(
+    spec: BlobSpec, path: Path, table: ChunkTable, layout: bytes, opened: contextlib.ExitStack
+) -> tuple[int, bool, Segment | None]:
+    """The cache file, locked, of the right size now, and whether it was before: else nothing is in it. And our earlier segment.
 
     A file that was used and has another size is put aside, never made longer: front ends may still read it, believing the
-    segment that spoke of it, and a hole there would give them zeros where a short file gives an error.
+    segment that spoke of it, and a hole there would give them zeros where a short file gives an error. All is closed with
+    `opened`. Raises OSError, and CacheError when the file cannot be used now.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    for _ in range(_TRIES):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        opened.callback(os.close, fd)
+        _lock(fd, path)
+        points.reach("prepare: data file locked")
+        if not _is_still(path, fd):
+            continue
+        earlier = _earlier_segment(spec)
+        if earlier is not None:
+            opened.callback(earlier.close)
+        _check_others(spec, fd, table)
+        # Before a byte can be written by this table: what the record says must stay true, whatever is killed when.
+        if map_file.recorded_layout(spec.map_path) not in ("", layout.hex()):
+            map_file.forget_layout(spec.map_path)
         st = os.fstat(fd)
-        if st.st_size == size:
-            return fd, True
-        used = earlier is not None and (earlier.identity.dev, earlier.identity.ino) == (st.st_dev, st.st_ino)
-        if st.st_size or used:
-            bad = path.with_name(path.name + ".bad")
-            log.warning("cache file %s has %d bytes, %d expected; renamed to %s", path, st.st_size, size, bad.name)
-            os.replace(path, bad)
-            fresh = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            os.close(fd)
-            fd = fresh
-        points.reach("prepare: data file made")
-        os.ftruncate(fd, size)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd, False
+        if st.st_size == table.uncompressed_size:
+            return fd, True, earlier
+        if not st.st_size and not any(True for _ in segments_of(st.st_dev, st.st_ino)):
+            points.reach("prepare: data file made")
+            os.ftruncate(fd, table.uncompressed_size)
+            return fd, False, earlier
+        bad = path.with_name(path.name + ".bad")
+        expected = table.uncompressed_size
+        log.warning("cache file %s has %d bytes, %d expected; renamed to %s", path, st.st_size, expected, bad.name)
+        os.replace(path, bad)
+    raise OSError(errno.EBUSY, "others keep replacing it")
 
 
 def _judge(
@@ -265,8 +295,11 @@ def _judge(
         if any(state):
             map_file.set_aside(spec.map_path, "the cache file that it speaks of is gone")
         return identity, bytearray(table.count)
-    if earlier is not None:
-        _inherit(earlier, identity, state)
+    if earlier is not None and earlier.identity == identity:
+        _inherit(earlier, state, table)
+    for segment in segments_of(identity.dev, identity.ino):
+        if segment.name != spec.segment and segment.identity.file == identity.file:
+            _inherit(segment, state, table)
     if spec.always_verify:
         state = state.replace(bytes([READY]), bytes([VERIFY]))
     if any(state):
@@ -289,9 +322,14 @@ def _earlier_segment(spec: BlobSpec) -> Segment | None:
         return None
 
 
-def _inherit(earlier: Segment, identity: Identity, state: bytearray) -> None:
-    """Chunks that a segment of this same file knows as ready are ready: it saw their writes return."""
-    if earlier.identity == identity and earlier.count == len(state) and earlier.boot_id == boot_id():
-        for chunk, value in enumerate(bytes(earlier.state)):
-            if value == READY:
-                state[chunk] = READY
+def _inherit(segment: Segment, state: bytearray, table: ChunkTable) -> None:
+    """Chunks that a segment of this same file knows as ready are ready, if it says the same of them: they were written.
+
+    The segment is ours from before, or one of another image or daemon.
+    """
+    if segment.count != len(state) or segment.boot_id != boot_id():
+        return
+    same = segment.digests == table.digests and segment.records == table.records
+    for chunk, value in enumerate(bytes(segment.state)):
+        if value == READY and (same or is_same(segment, table, chunk)):
+            state[chunk] = READY

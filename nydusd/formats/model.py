@@ -56,7 +56,11 @@ class BlobFeature(IntFlag):
 
 
 class ChunkFlag(IntFlag):
-    """Flags of a `ChunkRecord` (ours, not a format's)."""
+    """Flags of a `ChunkRecord` (ours, not a format's).
+
+    UNLISTED: the blob has the chunk, but no file of this image refers to it, so there is no digest to check it by. It may be
+    another image's, which has one: it is never written to a cache file that others use, too.
+    """
 
     COMPRESSED = 0x1
     ENCRYPTED = 0x2
@@ -64,6 +68,7 @@ class ChunkFlag(IntFlag):
     ZRAN = 0x8
     CRC = 0x10
     DIGEST = 0x20
+    UNLISTED = 0x40
 
 
 class ChunkRecord(NamedTuple):

@@ -18,10 +18,11 @@ from nydusd.formats.blob_id import blob_id_from_path
 from nydusd.formats.model import BlobFeature, BlobInfo, Bootstrap, ChunkFlag, ChunkRecord
 from nydusd.image.errors import ImageError
 from nydusd.storage.backend.base import BlobBackend
-from nydusd.storage.cache.chunk_table import RECORD, ChunkTable, build_from_ci, build_from_raw, build_tarfs
+from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_from_raw, build_tarfs
 from nydusd.storage.cache.decode import ChunkDecoder
 from nydusd.storage.cache.load import extract_bootstrap, load_ci, load_digest_array
 from nydusd.storage.cache.stored import fetch_range
+from nydusd.storage.state.segment import RECORD
 
 _GROUPED = ChunkFlag.BATCH | ChunkFlag.ZRAN
 _KEPT_BYTES = 32 << 20

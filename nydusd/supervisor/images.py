@@ -53,7 +53,9 @@ class Image:
         cache_config = _cache_config(config, domain)
         names: Sequence[Former | None] = former or [None] * len(facts.blobs)
         self.caches = [
-            factory.new_blob_cache(cache_config, info, facts.bootstrap, facts.path_id, facts.extracted, name)
+            factory.new_blob_cache(
+                cache_config, info, facts.identity, facts.bootstrap, facts.path_id, facts.extracted, name
+            )
             for info, name in zip(facts.blobs, names, strict=True)
         ]
 

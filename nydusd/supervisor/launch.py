@@ -13,6 +13,7 @@ from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.segment import VERIFY
+from nydusd.supervisor.kin import FOLLOW, Kin
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.slots import SlotTable
 from nydusd.supervisor.transfers import Transfers
@@ -43,7 +44,9 @@ class Launch:
         count: Done,
         amplify: int,
         deadline: float,
+        kin: Kin,
     ) -> None:
+        self._kin = kin
         self._decompress = decompress
         self._slots = slots
         self._prefetch = prefetch
@@ -72,9 +75,9 @@ class Launch:
         """Submit jobs for an idle worker, if there is anything to prefetch; else the blobs that must be open for that."""
         while (batch := self._prefetch.take(time.monotonic(), self._may_prefetch)) is not None:
             cache, wanted = batch
-            before = len(cache.jobs)
+            before = self._decompress.queued()
             self._start(cache, _hopeful(cache, wanted), Priority.PREFETCH)
-            if len(cache.jobs) > before and not cache.remote:
+            if self._decompress.queued() > before and not cache.remote:
                 return ()
         return list(self._prefetch.aside())
 
@@ -83,7 +86,11 @@ class Launch:
 
     def promote(self, job: Job) -> None:
         """A reader waits for this job now."""
-        if job.kind == "fetch":
+        if job.kind == FOLLOW:
+            job.priority = Priority.USER
+            if (leader := self._kin.leader(job)) is not None:
+                self.promote(leader)
+        elif job.kind == "fetch":
             self.transfers.promote(job)
         else:
             self._decompress.promote(job)
@@ -97,8 +104,15 @@ class Launch:
         self.transfers.retry()
 
     def _start(self, cache: BlobCache, chunks: Iterable[int], priority: Priority) -> None:
-        """Make jobs of those chunks that nobody fetches, and of what is decoded with them."""
+        """Make jobs of those chunks that nobody fetches, and of what is decoded with them.
+
+        Chunks that no file of the image refers to are left out: they cannot be checked, and others may have them in the file.
+        """
         free = cache.meta.with_units(chunk for chunk in chunks if chunk not in cache.jobs)
+        if not cache.pinned:
+            free = [chunk for chunk in free if cache.meta.is_listed(chunk)]
+        self._kin.take(cache, free)
+        self._kin.follow(cache, free, priority)
         free = [chunk for chunk in free if chunk not in cache.jobs and not cache.chunk_map.is_ready(chunk)]
         if not cache.remote:
             for part in cache.meta.split(free, _JOB_BYTES):

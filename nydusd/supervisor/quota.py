@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nydusd.ipc.messages import Json
+from nydusd.storage.cache.manager import SEGMENT_DIGITS
 from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.storage.state.segment import inode_of, names
 
 if TYPE_CHECKING:
     from nydusd.config.model import Tuning
@@ -65,7 +67,6 @@ class Quota:
         pools: tuple[WorkerPool, WorkerPool],
         evictions: Evictions,
     ) -> None:
-        self._instance = instance
         self._factory = factory
         self._images = images
         self._pids = pids
@@ -73,6 +74,7 @@ class Quota:
         self._evictions = evictions
         self._folders: dict[str, _Folder] = {}
         self._next = 0.0
+        self._left = _segments(instance)
 
     def tick(self, now: float) -> None:
         """Survey what is due. Called by the supervisor's loop, each turn."""
@@ -129,14 +131,10 @@ class Quota:
             "limit": limit,
             "target": int(limit * _LOW) if target is None else target,
             "unused": order is not None,
-            "mounted": {
-                cache.spec.info.blob_id: {"handle": cache.handle, "segment": cache.spec.segment}
-                for cache in self._factory.blobs()
-                if cache.spec.work_dir == path
-            },
+            "mounted": self._mounted(path),
             "now": now,
             "keep": folder.keep if target is None else min(folder.keep, _KEEP_ORDERED),
-            "instance": self._instance,
+            "strays": self._strays(),
             "pids": self._pids(),
         }
 
@@ -154,12 +152,27 @@ class Quota:
 
         self._fetch.submit(Job("survey", None, Priority.AHEAD, payload, done))
 
+    def _mounted(self, folder: str) -> Json:
+        """The segments of each blob that an image uses, with their handles: of other images and configurations, too."""
+        found: dict[str, list[Json]] = {}
+        for cache in self._factory.blobs():
+            if cache.spec.work_dir == folder:
+                row = {"handle": cache.handle, "segment": cache.spec.segment}
+                found.setdefault(cache.spec.info.blob_id, []).append(row)
+        return found
+
+    def _strays(self) -> dict[str, int]:
+        """Segments that a life of this daemon before ours has left, and that no image uses, with their inodes."""
+        for cache in self._factory.blobs():
+            self._left.pop(cache.spec.segment, None)
+        return self._left
+
     def _take_out(self, folder: _Folder, victims: dict[str, list[int]]) -> None:
         for handle, chunks in victims.items():
             cache = self._factory.get(int(handle))
             if cache is None:
                 continue
-            payload: Json = {"instance": self._instance, "pids": self._pids()}
+            payload: Json = {"strays": self._strays(), "pids": self._pids()}
             if self._evictions.start(cache, chunks, payload, lambda answer: self._evicted(folder, answer)):
                 folder.evicting += 1
 
@@ -188,3 +201,10 @@ class Quota:
             }
             for path, folder in self._folders.items()
         }
+
+
+def _segments(instance: str) -> dict[str, int]:
+    """The blob segments of this daemon that there are, with their inodes."""
+    prefix = f"/nydusd.{instance}."
+    found = (name for name in names(prefix[1:]) if len(name) == len(prefix) + SEGMENT_DIGITS)
+    return {name: inode for name in found if (inode := inode_of(name))}

@@ -27,6 +27,7 @@ from nydusd.storage.cache.requests import Answer, Job, Priority, Request
 from nydusd.storage.cache.spec import NO_COOKIE
 from nydusd.supervisor.checkpoints import Checkpoints
 from nydusd.supervisor.evictions import Evictions
+from nydusd.supervisor.kin import Kin
 from nydusd.supervisor.launch import Launch
 from nydusd.supervisor.openings import Openings
 from nydusd.supervisor.outages import Outages
@@ -71,7 +72,10 @@ class Router:
         self._prefetch = prefetch
         self._reply = reply
         self._requests: dict[tuple[bytes, int], Request] = {}
-        self._launch = Launch(fetch, decompress, slots, stage, prefetch, self._filled, self._count, amplify, deadline)
+        self._kin = Kin(self._filled)
+        self._launch = Launch(
+            *(fetch, decompress, slots, stage, prefetch, self._filled, self._count, amplify, deadline, self._kin)
+        )
         self._room = Room(slots, self._launch.cut, self._launch.start_in)
         self._checkpoints = Checkpoints(factory, fetch, self._reopen)
         self.evictions = Evictions(fetch, self._again, self._reopen)
@@ -132,7 +136,8 @@ class Router:
                 self._openings.open(cache)
 
     def tick(self) -> None:
-        """Serve requests again that were put off until now."""
+        """Serve requests again that were put off until now, and those for which others' jobs have ended."""
+        self._kin.settle()
         for request in self.outages.due():
             self._serve_if_alive(request)
 
@@ -225,11 +230,12 @@ class Router:
         if request.chunks[-1] >= cache.chunk_map.count:
             self._finish(request, errno.EIO)
             return
+        self._kin.take(cache, request.chunks)
         missing = [chunk for chunk in request.chunks if not cache.chunk_map.is_ready(chunk)]
         failure = 0 if request.put_off else next(filter(None, map(cache.failure, missing)), 0)
         if failure or not missing:
             self._finish(request, failure)
-        elif cache.uses_slots:
+        elif cache.uses_slots or not (cache.pinned or all(map(cache.meta.is_listed, missing))):
             self._admit_by_slot(request, missing)
         else:
             self._wait_for(request, missing)

@@ -10,8 +10,8 @@ import pytest
 
 from nydusd.errors import CacheError, FormatError
 from nydusd.ipc.borrow import borrow
-from nydusd.storage.cache.chunk_table import RECORD, ChunkTable
-from nydusd.storage.state.segment import EMPTY, READY
+from nydusd.storage.cache.chunk_table import ChunkTable
+from nydusd.storage.state.segment import EMPTY, READY, RECORD
 from workers.blobs import OpenBlobs
 from workers.cookie import PAGE, copy_bootstrap, cull, lent, survey, write_pages
 

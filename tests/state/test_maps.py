@@ -56,12 +56,13 @@ class _TwoMappings(RuleBasedStateMachine):
     @rule(side=st.integers(0, 1), first=_CHUNKS, last=_CHUNKS)
     def claim_range(self, side: int, first: int, last: int) -> None:
         first, last = sorted((first, last))
-        owned = self.ranges[side].check_range_ready_and_mark_pending(100 * first + 99, 100 * (last - first) + 1)
+        start, count = self.ranges[side].chunks_of(100 * first + 99, 100 * (last - first) + 1)
+        owned = self.maps[side].check_ready_and_mark_pending(range(start, start + count))
         assert owned == self._claim(range(first, last + 1))
 
     @rule(side=st.integers(0, 1), chunk=_CHUNKS)
     def ready(self, side: int, chunk: int) -> None:
-        self.maps[side].set_ready_and_clear_pending(chunk)
+        self.maps[side].set_ready(chunk)
         self.model[chunk] = READY
 
     @rule(side=st.integers(0, 1), chunk=_CHUNKS, to=st.sampled_from([EMPTY, FAILED, VERIFY]))
@@ -105,11 +106,10 @@ class _TwoMappings(RuleBasedStateMachine):
         for chunks, ranges in zip(self.maps, self.ranges, strict=True):
             assert list(chunks.states()) == self.model
             assert [chunks.is_ready(i) for i in range(COUNT)] == [s == READY for s in self.model]
-            assert [chunks.is_pending(i) for i in range(COUNT)] == [s == PENDING for s in self.model]
             assert chunks.ready_count() == self.model.count(READY)
-            assert chunks.is_all_ready() == ranges.is_range_all_ready() == (set(self.model) == {READY})
+            assert chunks.is_all_ready() == (set(self.model) == {READY})
             assert sum(chunks.counts().values()) == COUNT
-            assert ranges.is_range_ready(500, 700) == (self.model[5:12] == [READY] * 7)
+            assert ranges.chunks_of(500, 700) == (5, 7)
 
 
 def test_two_mappings_of_one_segment_agree_with_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_each_chunk_is_claimed_by_one_process(name: str) -> None:
         for first in range(0, 2000, 10):
             mine += chunks.check_ready_and_mark_pending(range(first, first + 10))
         for chunk in mine:
-            chunks.set_ready_and_clear_pending(chunk)
+            chunks.set_ready(chunk)
         os.write(into, len(mine).to_bytes(4, "little"))
 
     children = [in_child(claimer) for _ in range(3)]
@@ -172,10 +172,6 @@ def test_range_means_exactly_the_chunks_that_touch_it(places: list[Place], at: i
             first, count = ranges.chunks_of(at, size)
             found = [i for i in range(first, first + count) if places[i].usize]
             assert found == touching
-            assert ranges.is_range_ready(at, size) == (count == 0)
-            for i in range(first, first + count):
-                segment.state[i] = READY
-            assert ranges.is_range_ready(at, size)
         segment.close()
 
 
@@ -191,5 +187,5 @@ def test_blob_without_chunks_is_all_ready(name: str) -> None:
     segment = make_segment(name, 0)
     assert ChunkMap(segment).is_all_ready()
     with pytest.raises(CacheError):
-        RangeMap(segment).is_range_ready(0, 1)
+        RangeMap(segment).chunks_of(0, 1)
     segment.close()

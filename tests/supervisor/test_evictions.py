@@ -19,8 +19,8 @@ class _Map:
         self.state = [READY] * 4
         self.count = 4
 
-    def states(self) -> list[int]:
-        return list(self.state)
+    def is_ready(self, chunk: int) -> bool:
+        return self.state[chunk] == READY
 
     def claim_ready(self, chunks: list[int]) -> None:
         for chunk in chunks:
@@ -42,7 +42,8 @@ def test_chunks_that_others_use_stay_ready_unless_a_worker_died_over_them(
     chunk_map = _Map()
     cache = SimpleNamespace(
         state="ready",
-        segment=SimpleNamespace(epoch=[0]),
+        segment=SimpleNamespace(epoch=[0], name="/segment", inode=7, records=bytes(160), digests=bytes(128)),
+        others=list,
         checkpointing=False,
         pinned=False,
         jobs={},
@@ -55,6 +56,7 @@ def test_chunks_that_others_use_stay_ready_unless_a_worker_died_over_them(
     answers: list[Answer] = []
     assert evictions.start(cast(Any, cache), [1, 2], {}, answers.append) == 2
     (job,) = jobs
+    assert job.payload["covered"] == {"/segment": 7}
     assert chunk_map.state == [READY, PENDING, PENDING, READY]
     job.attempts, job.kills = attempts, kills
     job.done(job, {"kept": "process 1"})

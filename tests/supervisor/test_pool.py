@@ -195,7 +195,7 @@ def test_workers_are_told_to_forget_what_they_have_open_and_is_used_no_more() ->
     factory = BlobFactory("forget", "/nonexistent")
     config = CacheConfig("localfs", {}, "/cache", False)
     first, second = (
-        factory.new_blob_cache(config, replace(blob_info(), blob_id=name), "/boot", "", False) for name in "ab"
+        factory.new_blob_cache(config, replace(blob_info(), blob_id=name), "image", "/boot", "", False) for name in "ab"
     )
     pool.worker_ready(b"w")
     for cache in (first, second, None, second):

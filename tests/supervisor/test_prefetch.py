@@ -50,7 +50,7 @@ def drain(world: World) -> list[int]:
 
 
 def test_fetches_all_that_is_wanted_and_missing_in_order(world: World) -> None:
-    world.plain.chunk_map.set_ready_and_clear_pending(2)
+    world.plain.chunk_map.set_ready(2)
     world.prefetch.want(world.plain, 10, 2)
     world.prefetch.want(world.plain, 0, -1)
     fetched = drain(world)

@@ -8,6 +8,7 @@ import pytest
 
 from nydusd.ipc.messages import LOST
 from nydusd.storage.cache.requests import Priority
+from nydusd.storage.state.segment import PENDING
 from tests.supervisor.world import CHUNKS, World
 
 A, B = b"fuse-0-1", b"fuse-1-1"
@@ -224,7 +225,7 @@ class TestLostCacheFile:
         world.pump()
         assert 0 in world.sent[b"new"]["chunks"]
         world.filled(b"old")
-        assert world.plain.chunk_map.is_pending(0)
+        assert world.plain.chunk_map.states()[0] == PENDING
         assert (A, 1) in world.open
         world.settle()
         assert sorted(codes(world)) == [(1, 0), (2, 0)]

@@ -114,9 +114,9 @@ class World:
         config = CacheConfig(backend, {"secret": "of the test"}, work_dir, False)
         info = replace(blob_info(), blob_id=name)
         if name not in former:
-            return self.factory.new_blob_cache(config, info, "/boot", "", False)
+            return self.factory.new_blob_cache(config, info, "image", "/boot", "", False)
         names_of = Former(former[name].handle, former[name].spec.segment)
-        cache = self.factory.new_blob_cache(config, info, "/boot", "", False, names_of)
+        cache = self.factory.new_blob_cache(config, info, "image", "/boot", "", False, names_of)
         cache.take_over()
         return cache
 
@@ -256,7 +256,7 @@ class World:
             # A job of an earlier generation writes to the segment of that generation, which nobody sees any more.
             if not job.cancelled:
                 for chunk in chunks:
-                    cache.chunk_map.set_ready_and_clear_pending(chunk)
+                    cache.chunk_map.set_ready(chunk)
             return []
         at, placed = message["slot"]["offset"], []
         for chunk in chunks:

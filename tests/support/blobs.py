@@ -19,10 +19,11 @@ from nydusd.formats.model import (
 )
 from nydusd.storage.backend import make_backend
 from nydusd.storage.backend.base import BlobBackend
-from nydusd.storage.cache.chunk_table import RECORD, ChunkTable, build_from_ci, build_from_raw, build_tarfs
+from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_from_raw, build_tarfs
 from nydusd.storage.cache.decode import ChunkDecoder
 from nydusd.storage.cache.load import extract_bootstrap, load_ci
 from nydusd.storage.cache.stored import fetch_range
+from nydusd.storage.state.segment import RECORD
 from tests.support import oracle
 
 V2 = int(BlobFeature.CHUNK_INFO_V2)

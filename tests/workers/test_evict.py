@@ -6,15 +6,16 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from nydusd.errors import StaleCacheError
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import map_file
-from nydusd.storage.state.segment import EMPTY, PENDING, READY, Identity, Segment, remove
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, Identity, Segment, inode_of, remove
 from tests.support.segments import make_segment
 from tests.workers.harness import Jobs, jobs
 from workers.evict import evict, survey
@@ -38,11 +39,17 @@ def take_out(made: Jobs, chunks: list[int]) -> Json:
         for chunk in chunks:
             segment.state[chunk] = PENDING
         segment.epoch[0] += 1
-    answer = evict(made.open, made._take(chunks=chunks, instance="own", pids=[os.getpid()]))
+    answer = evict(made.open, evict_job(made, chunks))
     with made.segment() as segment:
         for chunk in chunks:
             segment.state[chunk] = READY if "kept" in answer else EMPTY
     return answer
+
+
+def evict_job(made: Jobs, chunks: list[int], strays: Mapping[str, int] = MappingProxyType({})) -> Json:
+    """The job for chunks that are claimed in the segment that there is now, and in no other."""
+    covered = {made.prefix: inode_of(made.prefix)}
+    return made._take(chunks=chunks, covered=covered, strays=dict(strays), pids=[os.getpid()])
 
 
 def stored(made: Jobs) -> set[int]:
@@ -107,7 +114,7 @@ class TestEvict:
         with filled.segment() as segment:
             for chunk in chunks:
                 segment.state[chunk] = PENDING
-        evict(filled.open, filled._take(chunks=chunks, instance="own", pids=[os.getpid()]))
+        evict(filled.open, evict_job(filled, chunks))
         filled.new_daemon(same_boot=True)
         assert filled.prepare()["ready"] == len(every) - len(chunks)
         filled.fill_all()
@@ -141,7 +148,7 @@ class TestEvict:
     def test_segment_that_was_replaced_takes_nothing_out(self, filled: Jobs) -> None:
         """A worker of a daemon that was killed, while its successor has begun."""
         before = filled.data.stat().st_blocks
-        job = filled._take(chunks=[1, 2], instance="own", pids=[os.getpid()])
+        job = evict_job(filled, [1, 2])
         assert filled.open._blobs[7].segment
         with filled.segment() as segment:
             fresh = Segment.create(
@@ -174,9 +181,9 @@ class TestEvict:
 
 class TestSurvey:
     def ask(self, made: Jobs, limit: int, *, mounted: bool = True, **more: object) -> Json:
-        own = {made.info.blob_id: {"handle": 7, "segment": made.prefix}} if mounted else {}
+        own = {made.info.blob_id: [{"handle": 7, "segment": made.prefix}]} if mounted else {}
         job: Json = {"folder": str(made.work_dir), "limit": limit, "target": limit, "unused": False, "mounted": own}
-        return survey(made.open, job | {"now": 1000, "keep": 10, "instance": "own", "pids": [os.getpid()]} | more)
+        return survey(made.open, job | {"now": 1000, "keep": 10, "strays": {}, "pids": [os.getpid()]} | more)
 
     def other(self, made: Jobs, name: str, used: int) -> Path:
         data = made.work_dir / f"{name}.blob.data"

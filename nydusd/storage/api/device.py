@@ -113,7 +113,8 @@ class BlobView:
             if not self.open():
                 return False
         self.before = self.epoch[0]
-        return True
+        # One that is retired and has its name still: a worker was killed over the next one, which is made when it is asked for.
+        return bool(self.before != RETIRED)
 
     def lacks(self, at: int) -> bool:
         """A reader is at this offset: whether it goes on sequentially, and what it will come to is not fetched yet."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from itertools import count
+from pathlib import Path
 
 from nydusd.formats.model import BlobInfo
 from nydusd.storage.cache.blob_cache import BlobCache
@@ -19,17 +20,19 @@ class BlobFactory:
         self._managers: dict[str, BlobCacheMgr] = {}
         self._handles = count(1)
         self._by_handle: dict[int, BlobCache] = {}
+        self._by_file: dict[Path, list[BlobCache]] = {}
 
     def new_blob_cache(
         self,
         config: CacheConfig,
         info: BlobInfo,
+        image: str,
         bootstrap: str,
         path_id: str,
         extracted: bool,
         former: Former | None = None,
     ) -> BlobCache:
-        """The cache of a blob under this configuration; one more user of it.
+        """The cache of a blob of the image with this identity, under this configuration; one more user of it.
 
         `former`: how the blob is called by front ends that a former daemon has left; it keeps these names for its life.
         """
@@ -39,13 +42,16 @@ class BlobFactory:
             manager = _kind(config)(config, self._instance, self._run_dir, lambda: next(self._handles))
             self._managers[key] = manager
         # What a former daemon opened under this configuration may be an image's whose credentials are others now.
-        names = (manager.segment_of(info), None if former is None else former.segment)
+        names = (manager.segment_of(info, image), None if former is None else former.segment)
         known = next((cache for cache in self._by_handle.values() if cache.spec.segment in names), None)
         if known is not None:
             known.users += 1
             return known
-        cache = manager.get_blob_cache(info, bootstrap, path_id, extracted, former)
+        cache = manager.get_blob_cache(info, image, bootstrap, path_id, extracted, former)
         self._by_handle[cache.handle] = cache
+        if (path := cache.spec.data_path) is not None:
+            cache.kin = self._by_file.setdefault(path, [])
+            cache.kin.append(cache)
         return cache
 
     def begin(self, first: int) -> None:
@@ -67,6 +73,9 @@ class BlobFactory:
                 del self._managers[key]
         for cache in dropped:
             del self._by_handle[cache.handle]
+            cache.kin.remove(cache)
+            if (path := cache.spec.data_path) is not None and not cache.kin:
+                del self._by_file[path]
         return dropped
 
     def close(self) -> None:

@@ -38,7 +38,11 @@ class PrefetchCounts:
 
 
 class BlobCache:
-    """A blob of some image; images that share a cache manager share it (`users` counts the images)."""
+    """A blob as one image's metadata describes it; mounts of that image share it (`users` counts them).
+
+    `kin` are all caches of this daemon that use the same cache file, this one included: other images' with the same blob, and
+    those under another configuration.
+    """
 
     def __init__(self, spec: BlobSpec) -> None:
         self.spec = spec
@@ -62,6 +66,8 @@ class BlobCache:
         self.prefetch_at = self.prefetch_delay = 0.0  # not before, because the backend could not be reached
         self.no_room_until = 0.0  # 0: the cache folder could be used the last time
         self.no_room_why = ""
+        self.kin: list[BlobCache] = [self]
+        self.followers: dict[int, list[Job]] = {}  # jobs of kin that wait for a chunk that is fetched for this one
         self.ahead = ReadAhead()
         self._failures: dict[int, tuple[int, float, float]] = {}
         self.retry_at = 0.0  # when a failed blob may be opened again
@@ -86,12 +92,23 @@ class BlobCache:
         """Whether data must travel in shared memory now: dummy cache, or no room in the cache folder."""
         return not self.caches or time.monotonic() < self.no_room_until
 
+    def others(self) -> list[BlobCache]:
+        """The kin that is open and has the very same cache file now."""
+        if len(self.kin) == 1 or self.state != "ready" or self.segment is None:
+            return []
+        file = self.segment.identity.file
+        found = (c for c in self.kin if c is not self and c.state == "ready" and c.segment is not None)
+        return [c for c in found if c.segment is not None and file[1] and c.segment.identity.file == file]
+
     def opened(self) -> None:
         """The job `prepare` has published the segment. Raises NydusError or OSError when it cannot be mapped."""
         segment = Segment.open(self.spec.segment)
         if segment is None:
             raise InternalError(f"segment {self.spec.segment} was reported and is not there")
         if self.segment is not None:
+            # Its maker does so as well; but a worker may have been killed over a segment that this one has replaced since.
+            if self.segment.inode != segment.inode and self.segment.identity.file == segment.identity.file:
+                self.segment.retire()
             self.segment.close()
         segment.clock[0] = int(time.monotonic())  # what is asked for from now on is not old
         self.segment = segment
@@ -105,13 +122,15 @@ class BlobCache:
     def take_over(self) -> None:
         """Go on with the segment of a daemon that was killed: what it had claimed is free. All its workers are gone.
 
-        One that is missing or cannot be used stays to be prepared, like that of a new blob.
+        One that is missing, retired or cannot be used stays to be prepared, like that of a new blob.
         """
         try:
             self.opened()
         except (NydusError, OSError):
             return
         assert self.segment is not None
+        if self.segment.retired:
+            self.state = "new"  # a worker was about to replace it
         self.spec = replace(self.spec, generation=self.segment.generation)
         self.chunk_map.end_claims()
 

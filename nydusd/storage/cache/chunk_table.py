@@ -19,11 +19,7 @@ from nydusd.errors import FormatError
 from nydusd.formats import blob_meta
 from nydusd.formats.blob_meta import MAX_CHUNK_SIZE, MAX_CHUNKS, CiHeader
 from nydusd.formats.model import TARFS_GRID, BlobFeature, BlobInfo, ChunkFlag, Cipher, Compressor, RawChunk
-
-RECORD = struct.Struct("<QQIIIIII")
-"""`model.ChunkRecord`: coff, uoff, csize, usize, flags, ctx, ctx_off, crc."""
-
-DIGEST_SIZE = 32
+from nydusd.storage.state.segment import DIGEST_SIZE, RECORD
 
 _PLACE = struct.Struct("<II")
 _PLACE_AT = 16  # csize, usize
@@ -36,6 +32,7 @@ _COMPRESSED = int(ChunkFlag.COMPRESSED)
 _ENCRYPTED = int(ChunkFlag.ENCRYPTED)
 _DIGEST = int(ChunkFlag.DIGEST)
 _CRC = int(ChunkFlag.CRC)
+_UNLISTED = int(ChunkFlag.UNLISTED)
 
 
 def gzip_bound(usize: int) -> int:
@@ -75,12 +72,14 @@ def build_from_ci(
     header: CiHeader,
     raw_chunks: Iterable[RawChunk],
     digest_array: bytes | None = None,
+    mark: bool = False,
 ) -> ChunkTable:
     """The table of a v6 blob with chunk information `ci` (unpacked).
 
     Digests, and the CRCs that 16-byte records have no room for, are taken from `raw_chunks` (those of other blobs are
-    skipped) and from `digest_array` (32 bytes a chunk) if given. Raises `FormatError` if a rule of the format is
-    broken or if two sources disagree about a chunk.
+    skipped) and from `digest_array` (32 bytes a chunk) if given. `mark`: chunks that are not in `raw_chunks` get the flag
+    UNLISTED, unless none of this blob are. Raises `FormatError` if a rule of the format is broken or if two sources disagree
+    about a chunk.
     """
     where = _where(info)
     blob_meta.validate_header(header, info, where)
@@ -96,9 +95,16 @@ def build_from_ci(
         at += size
     if digest_array is not None:
         _set_digests(records, digests, digest_array, count, where)
+    listed = bytearray(count)
     for raw in raw_chunks:
         if raw.blob_index == info.index:
             _merge(records, digests, raw, count, where)
+            listed[raw.index] = 1
+    if mark and any(listed):
+        chunk = listed.find(0)
+        while chunk >= 0:
+            _set_flag(records, chunk, _UNLISTED)
+            chunk = listed.find(0, chunk + 1)
     zran = bool(info.features & BlobFeature.ZRAN)
     contexts = blob_meta.context_bytes(info, header, ci)
     return ChunkTable(
@@ -225,8 +231,12 @@ def _set_digests(records: bytearray, digests: bytearray, array: bytes, count: in
     digests[:] = array
     for index in range(count):
         if array[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE] != _NO_DIGEST:
-            at = index * RECORD.size + _FLAGS_AT
-            _U32.pack_into(records, at, _U32.unpack_from(records, at)[0] | _DIGEST)
+            _set_flag(records, index, _DIGEST)
+
+
+def _set_flag(records: bytearray, chunk: int, flag: int) -> None:
+    at = chunk * RECORD.size + _FLAGS_AT
+    _U32.pack_into(records, at, _U32.unpack_from(records, at)[0] | flag)
 
 
 def _merge(records: bytearray, digests: bytearray, raw: RawChunk, count: int, where: str) -> None:

@@ -1,4 +1,8 @@
-"""Cache managers: one for each (backend, cache) configuration, holding the blobs that images share through it."""
+"""Cache managers: one for each (backend, cache) configuration, holding the blobs of the images that are mounted with it.
+
+Each image's metadata has its own view of a blob (`BlobCache`): images with a layer in common list different parts of its
+chunks, and one may say what is not true. What they agree on, they share through the cache file (`storage/state/sharing.py`).
+"""
 
 from __future__ import annotations
 
@@ -45,14 +49,14 @@ class Former(NamedTuple):
 
 
 class BlobCacheMgr(ABC):
-    """Blobs of one configuration, by blob id."""
+    """Blobs of one configuration, by blob id and image."""
 
     def __init__(self, config: CacheConfig, instance: str, run_dir: str, next_handle: Callable[[], int]) -> None:
         self._config = config
         self._instance = instance
         self._run_dir = run_dir
         self._next_handle = next_handle
-        self.blobs: dict[str, BlobCache] = {}
+        self.blobs: dict[tuple[str, str], BlobCache] = {}
 
     cookie: tuple[int, int] | None = None
     """`BlobSpec.cookie` of a new blob."""
@@ -63,12 +67,13 @@ class BlobCacheMgr(ABC):
         """The cache folder, None if nothing is stored."""
 
     def get_blob_cache(
-        self, info: BlobInfo, bootstrap: str, path_id: str, extracted: bool, former: Former | None = None
+        self, info: BlobInfo, image: str, bootstrap: str, path_id: str, extracted: bool, former: Former | None = None
     ) -> BlobCache:
-        """The cache of a blob; made when first asked for. Each call is one more user."""
-        cache = self.blobs.get(info.blob_id)
+        """The cache of a blob of the image with this identity; made when first asked for. Each call is one more user."""
+        key = self._key(info, image)
+        cache = self.blobs.get(key)
         if cache is None:
-            handle, segment = former if former is not None else (self._next_handle(), self.segment_of(info))
+            handle, segment = former if former is not None else (self._next_handle(), self.segment_of(info, image))
             cache = BlobCache(
                 BlobSpec(
                     handle=handle,
@@ -86,22 +91,28 @@ class BlobCacheMgr(ABC):
                     cookie=self.cookie,
                 )
             )
-            self.blobs[info.blob_id] = cache
+            self.blobs[key] = cache
         cache.users += 1
         return cache
 
-    def segment_of(self, info: BlobInfo) -> str:
-        """The name of a blob's segment, the same in each daemon of this instance and configuration."""
-        place = f"{self._config.key()}\0{info.blob_id}".encode()
+    def _key(self, info: BlobInfo, image: str) -> tuple[str, str]:
+        """In a domain of fscache the kernel has one file a blob, and does not say for which image it asks."""
+        return info.blob_id, image if self._config.domain is None else ""
+
+    def segment_of(self, info: BlobInfo, image: str) -> str:
+        """The name of a blob's segment, the same in each daemon of this instance and configuration for the same image."""
+        place = "\0".join((self._config.key(), *self._key(info, image))).encode()
         return f"/nydusd.{self._instance}.{sha256(place).hexdigest()[:SEGMENT_DIGITS]}"
 
     def gc(self, ended: Collection[BlobCache] | None = None) -> list[BlobCache]:
         """Drop blobs that no image uses (only those in `ended`, if given); gives them, closed. Cache files stay."""
-        unused = [cache for cache in self.blobs.values() if cache.users <= 0 and (ended is None or cache in ended)]
-        for cache in unused:
-            del self.blobs[cache.spec.info.blob_id]
+        unused = [
+            (key, cache) for key, cache in self.blobs.items() if cache.users <= 0 and (ended is None or cache in ended)
+        ]
+        for key, cache in unused:
+            del self.blobs[key]
             cache.close()
-        return unused
+        return [cache for _, cache in unused]
 
 
 class FileCacheMgr(BlobCacheMgr):

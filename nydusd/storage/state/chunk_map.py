@@ -30,9 +30,6 @@ class ChunkMap:
         """The state bytes themselves, to be looked at."""
         return self._state
 
-    def is_pending(self, chunk: int) -> bool:
-        return bool(self._state[chunk] == PENDING)
-
     def check_ready_and_mark_pending(self, chunks: Sequence[int]) -> list[int]:
         """Claim those of `chunks` that are neither ready nor claimed; gives the ids the caller now owns.
 
@@ -51,8 +48,8 @@ class ChunkMap:
             for chunk in chunks:
                 self._state[chunk] = PENDING
 
-    def set_ready_and_clear_pending(self, chunk: int) -> None:
-        """The chunk's bytes are in the cache file: the pwrite has returned."""
+    def set_ready(self, chunk: int) -> None:
+        """The chunk's bytes are in the cache file, as another segment of the same file tells."""
         self._state[chunk] = READY
 
     def clear_pending(self, chunk: int, to: int = EMPTY) -> None:

@@ -1,7 +1,8 @@
 """Taking chunks out of a cache file, so that no reader ever sees the hole: the protocol, and the steps that touch files.
 
-1. The supervisor claims the chunks (READY to PENDING), as for a fill: until the eviction is over, nobody can fill them anew.
-2. It adds 1 to the segment's `epoch`.
+1. The supervisor claims the chunks (READY to PENDING), as for a fill, in each of its segments that speak of the data file:
+   until the eviction is over, nobody can fill them anew.
+2. It adds 1 to the `epoch` of each of these segments.
 3. A worker, holding the lock of the data file, clears their bits in the stored map and syncs it (`map_file.clear`).
 4. It punches the holes. When it has reported, the supervisor ends the claims (PENDING to EMPTY).
 
@@ -11,9 +12,10 @@ came before the first of them, so step 1 before its look at the state bytes. The
 filled anew, which begins after step 4: then it has read the new bytes. `tests/state/test_eviction_model.py` walks through
 all orders of these steps.
 
-The cache folder may be shared with other daemons of this implementation. Each has a segment that names the inode of the
-data file, published under the data file's lock (`workers/prepare.py`), so whoever holds the lock sees in /dev/shm
-whether another daemon uses the file: then nothing is taken out. A reference daemon has no segment, but has the file open.
+Whoever uses the data file has a segment that names its inode, published under the data file's lock (`workers/prepare.py`):
+other daemons in the cache folder, and other images and configurations of our own. So whoever holds the lock sees in /dev/shm
+whether there is one in which the chunks were not claimed, be it only a moment old: then nothing is taken out. A reference
+daemon has no segment, but has the file open.
 
 What holds after SIGKILL: between 3 and 4 the map knows fewer chunks than the file has; before that nothing has changed.
 """
@@ -23,15 +25,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from nydusd import points
-from nydusd.errors import CacheError, FormatError
-from nydusd.storage.state.segment import Segment
+from nydusd.errors import CacheError
+from nydusd.storage.state.segment import remove
+from nydusd.storage.state.sharing import segments_of
 
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
-_SHM = Path("/dev/shm")
 
 
 def punch(fd: int, ranges: Sequence[tuple[int, int]]) -> None:
@@ -44,37 +46,29 @@ def punch(fd: int, ranges: Sequence[tuple[int, int]]) -> None:
         points.reach("evict: one hole punched")
 
 
-def used_by_others(path: str, instance: str, own: Collection[int]) -> str:
-    """Who else uses a data file: a segment's name or a pid, "" if nobody does. `own` are the pids of our own daemon; those that
-    it has started since are told by their parent, which is also this worker's.
+def used_by_others(path: str, own: Collection[int], strays: Mapping[str, int], covered: Mapping[str, int] = {}) -> str:
+    """Who uses a data file, beside the segments that are `covered`: a segment's name or a pid, "" if nobody does.
+
+    Segments are told by name and inode: one that was opened anew meanwhile is another. `strays` were left by an earlier life of
+    our own daemon, and no image of it uses them now: they end here, lest somebody believe them later. `own` are the pids of
+    our own daemon; those that it has started since are told by their parent, which is also this worker's.
 
     The caller holds the data file's lock: no daemon of this implementation begins to use the file meanwhile.
     """
     facts = os.stat(path)
-    for segment in _segments(instance):
-        if (segment.identity.dev, segment.identity.ino) == (facts.st_dev, facts.st_ino):
-            return segment.name
-    wanted = os.path.realpath(path)
+    for segment in segments_of(facts.st_dev, facts.st_ino):
+        if covered.get(segment.name) == segment.inode:
+            continue
+        if strays.get(segment.name) == segment.inode:
+            remove(segment.name)
+            continue
+        return segment.name
     for entry in os.listdir("/proc"):
-        if not entry.isdecimal() or int(entry) in own or wanted not in _open_files(entry):
+        if not entry.isdecimal() or int(entry) in own or not _has_open(entry, facts):
             continue
         if _parent(entry) != os.getppid():
             return f"process {entry}"
     return ""
-
-
-def _segments(instance: str) -> Iterator[Segment]:
-    """The segments of other daemons."""
-    for path in _SHM.glob("nydusd.*.*"):
-        if path.name.startswith(f"nydusd.{instance}.") or path.name.endswith((".arena", ".stage")):
-            continue
-        try:
-            segment = Segment.open(f"/{path.name}")
-        except (CacheError, FormatError):
-            continue  # no segment, or one of another version, whose daemon has the file open
-        if segment is not None:
-            yield segment
-            segment.close()
 
 
 def _parent(pid: str) -> int:
@@ -85,10 +79,11 @@ def _parent(pid: str) -> int:
         return 0
 
 
-def _open_files(pid: str) -> set[str]:
-    found: set[str] = set()
-    with contextlib.suppress(OSError):  # it has ended, or is not ours to look at
-        for fd in os.scandir(f"/proc/{pid}/fd"):
+def _has_open(pid: str, facts: os.stat_result) -> bool:
+    """Whether a process has this very file open, by whatever path it came to it."""
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as fds:  # it has ended, or is not ours to look at
+        for fd in fds:
             with contextlib.suppress(OSError):
-                found.add(os.readlink(fd.path))
-    return found
+                if os.path.samestat(os.stat(fd.path), facts):
+                    return True
+    return False

@@ -85,6 +85,20 @@ def forget_deleted(path: Path) -> None:
         log.warning("%s cannot be removed: %s", record_path(path), e.strerror)
 
 
+def forget_layout(path: Path) -> None:
+    """Remove the record of a map, on disk when this returns: the data file is about to be written by another table of chunks.
+
+    Raises OSError. What the map claims is believed from then on after its digest was checked only.
+    """
+    record_path(path).unlink(missing_ok=True)
+    points.reach("map: record removed")
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def load(path: Path, count: int, identity: Identity) -> bytearray:
     """The state of each chunk as the stored map tells it: EMPTY, READY, or VERIFY.
 

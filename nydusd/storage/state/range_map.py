@@ -37,15 +37,3 @@ class RangeMap:
         first = bisect_right(ids, offset, key=lambda chunk: sum(self._place(chunk)))
         end = bisect_left(ids, offset + size, key=lambda chunk: self._place(chunk)[0])
         return first, max(end - first, 0)
-
-    def is_range_all_ready(self) -> bool:
-        return self._chunks.is_all_ready()
-
-    def is_range_ready(self, offset: int, size: int) -> bool:
-        first, count = self.chunks_of(offset, size)
-        return all(self._chunks.is_ready(i) for i in range(first, first + count))
-
-    def check_range_ready_and_mark_pending(self, offset: int, size: int) -> list[int]:
-        """Claim the chunks of a range that are neither ready nor claimed; gives the ids the caller now owns."""
-        first, count = self.chunks_of(offset, size)
-        return self._chunks.check_ready_and_mark_pending(range(first, first + count))

@@ -27,6 +27,7 @@ import posix_ipc
 
 from nydusd import points
 from nydusd.errors import CacheError, FormatError, InternalError
+from nydusd.formats.blob_meta import CONTEXT_SIZE
 from nydusd.formats.model import ChunkRecord
 from nydusd.storage.state.lock import BlobLock
 
@@ -47,10 +48,12 @@ EMPTY, PENDING, READY, FAILED, VERIFY = range(5)
 """Values of a state byte. VERIFY: bytes are in the cache file but not ours; check their digest before use."""
 
 RECORD = struct.Struct("<QQIIIIII")
+"""`model.ChunkRecord`: coff, uoff, csize, usize, flags, ctx, ctx_off, crc."""
 DIGEST_SIZE = 32
-CONTEXT_SIZE = 40
 
 _HEADER = struct.Struct("<8sIIQQQQQ16sQQQQQQQQQ32sQ")
+_HEAD = struct.Struct("<8sIIQQQQ")
+"""The beginning of it: up to device and inode of the data file."""
 _CHECK = struct.Struct("<II")
 """1, and the checksum of the header in front of it; zeros in a segment of a release that had none."""
 _GETVERSION = 0x80087601  # FS_IOC_GETVERSION
@@ -83,6 +86,11 @@ class Identity:
         with contextlib.suppress(OSError):  # ENOTTY: tmpfs and others have none
             birth = int.from_bytes(fcntl.ioctl(fd, _GETVERSION, bytes(8)), "little")
         return cls(st.st_dev, st.st_ino, size, birth, layout)
+
+    @property
+    def file(self) -> tuple[int, int, int]:
+        """What tells the file from others: device, inode (0: there is none), birth."""
+        return self.dev, self.ino, self.birth
 
     def is_of(self, fd: int) -> bool:
         """Whether this is the identity of the open file."""
@@ -133,10 +141,10 @@ class Segment:
         self._view = view
         self.state = view[state : state + self.count]
         self.records = view[records : records + self.count * RECORD.size]
-        self._digests = view[digests : digests + self.count * DIGEST_SIZE]
+        self.digests = view[digests : digests + self.count * DIGEST_SIZE]
         self.contexts = view[contexts : contexts + self.context_count * CONTEXT_SIZE]
         touched_view = view[touched : touched + self.count * 4]
-        lengths = [len(area) for area in (self.state, self.records, self._digests, touched_view, self.contexts)]
+        lengths = [len(area) for area in (self.state, self.records, self.digests, touched_view, self.contexts)]
         if lengths != [self.count * n for n in (1, RECORD.size, DIGEST_SIZE, 4)] + [self.context_count * CONTEXT_SIZE]:
             raise FormatError(name, "header", f"areas of {lengths} bytes for {self.count} chunks")
         self.touched = touched_view.cast("I")
@@ -160,8 +168,13 @@ class Segment:
         dict_offset: int,
         dict_size: int,
         state: bytes,
+        old_view: Segment | None = None,
     ) -> Segment:
-        """Build a segment and give it its name. Raises CacheError when shared memory is full."""
+        """Build a segment and give it its name. Raises CacheError when shared memory is full.
+
+        `old_view`, which has the name now and speaks of the same file, is retired before: killed between the two, there is none
+        to be used, and the next worker makes another.
+        """
         count = len(state)
         if len(records) != count * RECORD.size or len(digests) != count * DIGEST_SIZE or len(contexts) % CONTEXT_SIZE:
             raise InternalError(f"{name}: areas do not fit {count} chunks")
@@ -216,6 +229,9 @@ class Segment:
         for at, part in ((state_at, state), (records_at, records), (digests_at, digests), (contexts_at, contexts)):
             mapping[at : at + len(part)] = part
         points.reach("segment: written")
+        if old_view is not None:
+            old_view.retire()
+            points.reach("segment: former retired")
         _unlink_lock(name)
         points.reach("segment: lock of the former removed")
         os.rename(_SHM / temporary[1:], _SHM / name[1:])
@@ -257,7 +273,7 @@ class Segment:
 
     def digest(self, chunk: int) -> bytes:
         """32 bytes; meaningful only if the record has the DIGEST flag."""
-        return bytes(self._digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE])
+        return bytes(self.digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE])
 
     def counters(self, row: int) -> memoryview:
         """A row of 6 u64 counters: hits, hit bytes, misses, miss bytes, errors, spare. One process writes a row.
@@ -273,24 +289,51 @@ class Segment:
         return [sum(rows[field::COUNTER_FIELDS]) for field in range(COUNTER_FIELDS)]
 
     def retire(self) -> None:
-        """Another segment has taken the place of this one: front ends that map this one look for the other."""
+        """Another segment takes the place of this one: front ends that map this one look for the other."""
         self.epoch[0] = RETIRED
+
+    @property
+    def retired(self) -> bool:
+        return bool(self.epoch[0] == RETIRED)
+
+    @property
+    def inode(self) -> int:
+        """Tells this very segment from others that have or had its name."""
+        return self._inode
 
     def is_current(self) -> bool:
         """Whether the segment of this name is this very one."""
-        try:
-            return (_SHM / self.name[1:]).stat().st_ino == self._inode
-        except FileNotFoundError:
-            return False
+        return inode_of(self.name) == self._inode
 
     def close(self) -> None:
         """Give the mapping back; views handed out by `counters` must be gone."""
         if self._lock is not None:
             self._lock.close()
-        mapped = (self.state, self.records, self._digests, self.contexts, self.touched, self.clock, self.epoch)
+        mapped = (self.state, self.records, self.digests, self.contexts, self.touched, self.clock, self.epoch)
         for view in (*mapped, self._view):
             view.release()
         self._map.close()
+
+
+def inode_of(name: str) -> int:
+    """The inode of the segment that has this name now, 0 if there is none."""
+    try:
+        return (_SHM / name[1:]).stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def file_of(path: Path) -> tuple[int, int] | None:
+    """Device and inode of the data file of which the segment at this path speaks, None if it is none. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        head = os.pread(fd, _HEAD.size, 0)
+    finally:
+        os.close(fd)
+    if len(head) < _HEAD.size:
+        return None
+    magic, _version, _flags, _count, _generation, dev, ino = _HEAD.unpack(head)
+    return (dev, ino) if magic == MAGIC else None
 
 
 def _unlink(name: str) -> None:

@@ -1,0 +1,95 @@
+"""Several segments over one data file: which there are, and whether their chunk tables may use the file side by side.
+
+A data file has a segment for each bootstrap and each configuration of a backend under which images use its blob, in this daemon
+and in others that share the cache folder. Bootstraps of images with a layer in common list different parts of its chunks
+(files that upper layers removed or replaced), and what they list they agree on. So chunks that two tables both list, with all
+that is said of them, digest included, are the same: whoever fetched and checked such a chunk did it for the other, too.
+Tables that contradict each other must not share a file: each would write its own bytes, verified, over those of the other.
+
+Segments are published under the data file's lock (`workers/prepare.py`): whoever holds it sees all that use the file. One
+of a daemon that was killed counts as well, for its successor believes it. Runs in workers; `is_same` in the supervisor, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nydusd.errors import CacheError, FormatError
+from nydusd.formats.model import ChunkFlag
+from nydusd.storage.state.segment import DIGEST_SIZE, RECORD, Segment, file_of
+
+if TYPE_CHECKING:
+    from nydusd.storage.cache.chunk_table import ChunkTable
+
+_SHM = Path("/dev/shm")
+_KIND = int(ChunkFlag.COMPRESSED | ChunkFlag.ENCRYPTED | ChunkFlag.BATCH | ChunkFlag.ZRAN)
+_UNLISTED = int(ChunkFlag.UNLISTED)
+
+
+def segments_of(dev: int, ino: int) -> Iterator[Segment]:
+    """All segments that speak of this data file, each open until the next is asked for."""
+    for path in _SHM.glob("nydusd.*.*"):
+        if path.name.endswith((".arena", ".stage")):
+            continue
+        try:
+            # What another user has put there is believed in nothing.
+            if path.lstat().st_uid not in (0, os.geteuid()) or file_of(path) != (dev, ino):
+                continue
+            segment = Segment.open(f"/{path.name}")
+        except (OSError, CacheError, FormatError):
+            continue  # gone, no segment, or one of another version, whose daemon has the file open
+        if segment is not None:
+            try:
+                yield segment
+            finally:
+                segment.close()
+
+
+def contradiction(segment: Segment, table: ChunkTable) -> str:
+    """Why a table must not use the data file of a segment; "" if both may."""
+    if (segment.count, segment.identity.size) != (table.count, table.uncompressed_size):
+        return (
+            f"{segment.count} chunks in {segment.identity.size} bytes there, "
+            f"{table.count} in {table.uncompressed_size} here"
+        )
+    if segment.contexts != table.contexts:
+        return "other contexts of batches or compressed streams"
+    same_digests = segment.digests == table.digests
+    if same_digests and segment.records == table.records:
+        return ""
+    end = 0
+    pairs = zip(RECORD.iter_unpack(segment.records), RECORD.iter_unpack(table.records), strict=True)
+    for chunk, (there, here) in enumerate(pairs):
+        known = here if here[3] else there
+        if known[3]:
+            # Each table has its own chunks side by side; both together must have, too.
+            if known[1] < end:
+                return f"chunk {chunk} lies over the one before it"
+            end = known[1] + known[3]
+        if not here[3] or not there[3]:
+            continue
+        if _place(there) != _place(here):
+            return f"chunk {chunk} is in another place"
+        # Who does not list a chunk never writes it to the file.
+        if (there[4] | here[4]) & _UNLISTED:
+            continue
+        at = slice(chunk * DIGEST_SIZE, (chunk + 1) * DIGEST_SIZE)
+        if there != here or (not same_digests and segment.digests[at] != table.digests[at]):
+            return f"chunk {chunk} is checked by another digest or checksum"
+    return ""
+
+
+def _place(record: tuple[int, ...]) -> tuple[int, ...]:
+    """All of a record but how the chunk is checked."""
+    coff, uoff, csize, usize, flags, ctx, ctx_off, _crc = record
+    return coff, uoff, csize, usize, flags & _KIND, ctx, ctx_off
+
+
+def is_same(one: Segment, other: Segment | ChunkTable, chunk: int) -> bool:
+    """Whether two tables of one data file say the same of a chunk: if it is ready by the one, it is so by the other."""
+    record = slice(chunk * RECORD.size, (chunk + 1) * RECORD.size)
+    digest = slice(chunk * DIGEST_SIZE, (chunk + 1) * DIGEST_SIZE)
+    return bool(one.records[record] == other.records[record] and one.digests[digest] == other.digests[digest])

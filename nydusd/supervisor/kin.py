@@ -1,0 +1,87 @@
+"""Kin: caches of one file, of several images or configurations. What is fetched for one of them, the others need not fetch.
+
+Used by the router; tables of the supervisor, no I/O. Only chunks of which both say the same, digest included, are taken
+over. One that is ready for another is ready; one that is being fetched for another is waited for, by a job that no worker gets.
+What holds after SIGKILL of the supervisor: each segment's state bytes are true; who waited asks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.storage.state.sharing import is_same
+
+FOLLOW = "follow"
+"""The kind of a job that waits for the job of another cache."""
+
+
+class Kin:
+    """`ended(job, answer)` is called when a chunk that was waited for has come, or has not."""
+
+    def __init__(self, ended: Callable[[Job, Answer], None]) -> None:
+        self._ended = ended
+        self._leaders: dict[BlobCache, None] = {}
+
+    def take(self, cache: BlobCache, chunks: Iterable[int]) -> None:
+        """Mark those chunks ready that others have in the file."""
+        others = cache.others()
+        if others:
+            for chunk in chunks:
+                if chunk not in cache.jobs and not cache.chunk_map.is_ready(chunk):
+                    for other in others:
+                        if other.chunk_map.is_ready(chunk) and _same(cache, other, chunk):
+                            cache.chunk_map.set_ready(chunk)
+                            break
+
+    def follow(self, cache: BlobCache, chunks: Iterable[int], priority: Priority) -> None:
+        """Have those chunks waited for that are on their way into the file for others."""
+        others = [other for other in cache.others() if other.jobs]
+        if others:
+            for chunk in chunks:
+                if chunk not in cache.jobs and not cache.chunk_map.is_ready(chunk):
+                    for other in others:
+                        job = other.jobs.get(chunk)
+                        if job is not None and _stores(job) and _same(cache, other, chunk):
+                            self._wait(cache, other, chunk, priority)
+                            break
+
+    def _wait(self, cache: BlobCache, leader: BlobCache, chunk: int, priority: Priority) -> None:
+        job = Job(FOLLOW, cache, priority, {"leader": leader}, self._ended, [chunk])
+        cache.jobs[chunk] = job
+        leader.followers.setdefault(chunk, []).append(job)
+        self._leaders[leader] = None
+
+    def leader(self, job: Job) -> Job | None:
+        """The job that a job of kind FOLLOW waits for."""
+        leader: BlobCache = job.payload["leader"]
+        return leader.jobs.get(job.chunks[0])
+
+    def settle(self) -> None:
+        """End those waits that are over. To be called after whatever may have ended a job."""
+        for leader in list(self._leaders):
+            for chunk in [chunk for chunk in leader.followers if chunk not in leader.jobs]:
+                for job in leader.followers.pop(chunk):
+                    self._end(job, leader, chunk)
+            if not leader.followers:
+                del self._leaders[leader]
+
+    def _end(self, job: Job, leader: BlobCache, chunk: int) -> None:
+        cache = job.cache
+        assert cache is not None
+        if cache.jobs.get(chunk) is not job:
+            return  # its blob was opened anew
+        if leader in cache.others() and leader.chunk_map.is_ready(chunk) and _same(cache, leader, chunk):
+            cache.chunk_map.set_ready(chunk)
+        self._ended(job, {})
+
+
+def _stores(job: Job) -> bool:
+    """Whether a job brings chunks into the cache file."""
+    return job.kind in ("fetch", "fill") and job.slot is None
+
+
+def _same(cache: BlobCache, other: BlobCache, chunk: int) -> bool:
+    assert cache.segment is not None and other.segment is not None
+    return is_same(cache.segment, other.segment, chunk)

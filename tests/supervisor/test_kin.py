@@ -1,0 +1,158 @@
+"""Two images (or configurations) of one blob in one cache file: what is fetched for one is there for both, or gone for both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.cache.manager import CacheConfig
+from nydusd.storage.cache.requests import Job
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, Segment
+from nydusd.supervisor.evictions import Evictions
+from tests.supervisor.world import CHUNKS, World
+from tests.support.blobs import blob_info
+
+A, B = b"fuse-0-1", b"fuse-1-1"
+
+
+@pytest.fixture
+def pair(world: World) -> Iterator[tuple[World, BlobCache, BlobCache]]:
+    """`plain`, and the same blob as another image has it."""
+    config = CacheConfig("localfs", {"secret": "of the test"}, "/cache", False)
+    info = replace(blob_info(), blob_id="plain")
+    twin = world.factory.new_blob_cache(config, info, "another image", "/boot2", "", False)
+    assert twin is not world.plain and twin.kin == [world.plain, twin]
+    world.worker("fetch", b"opener")
+    world.router.open_blob(twin)
+    world.pump()
+    world.prepared(b"opener")
+    world.kill(b"opener")
+    world.dispatched.clear()
+    world.worker("decompress", b"w")
+    yield world, world.plain, twin
+
+
+def codes(world: World) -> list[tuple[bytes, int, int]]:
+    return [(client, number, code) for client, number, code, _slot in world.answers]
+
+
+def test_same_image_is_one_cache_and_another_one_is_not(world: World) -> None:
+    config = CacheConfig("localfs", {"secret": "of the test"}, "/cache", False)
+    info = replace(blob_info(), blob_id="plain")
+    assert world.factory.new_blob_cache(config, info, "image", "/boot", "", False) is world.plain
+    world.plain.users -= 1
+
+
+def test_chunk_that_another_image_has_is_not_fetched(pair: tuple[World, BlobCache, BlobCache]) -> None:
+    world, plain, twin = pair
+    world.ask(A, 1, plain, 3, 2)
+    world.settle()
+    jobs = len(world.dispatched)
+    world.ask(B, 1, twin, 3, 2)
+    assert codes(world) == [(A, 1, 0), (B, 1, 0)]
+    assert len(world.dispatched) == jobs
+    assert twin.chunk_map.is_ready(3) and twin.chunk_map.is_ready(4)
+
+
+def test_chunk_on_its_way_for_another_image_is_waited_for(pair: tuple[World, BlobCache, BlobCache]) -> None:
+    world, plain, twin = pair
+    world.ask(A, 1, plain, 0, 1)
+    world.ask(B, 1, twin, 0, 1)
+    assert all(job.kind == "follow" for job in twin.jobs.values())
+    while world.sent or world.decompress.queued():
+        world.fill_next()
+        world.router.tick()
+    assert codes(world) == [(A, 1, 0), (B, 1, 0)]
+    fetched = [chunk for message in world.dispatched for chunk in message["chunks"]]
+    assert len(fetched) == len(set(fetched))
+
+
+def test_who_waited_for_another_image_in_vain_has_it_fetched(pair: tuple[World, BlobCache, BlobCache]) -> None:
+    """The other one's cache file turns out to be another, or its chunk is damaged."""
+    world, plain, twin = pair
+    world.ask(A, 1, plain, 0, 1)
+    world.ask(B, 1, twin, 0, 1)
+    world.fill_next(failed=[0])
+    world.router.tick()
+    world.settle()
+    assert [(client, code != 0) for client, _, code in codes(world)] == [(A, True), (B, False)]
+    world.router.tick()
+    assert not plain.followers
+
+
+def test_chunks_that_are_not_listed_are_fetched_for_nobody_else(pair: tuple[World, BlobCache, BlobCache]) -> None:
+    """Read-ahead leaves them out; who asks for one gets it in shared memory."""
+    world, plain, _twin = pair
+    assert plain.segment is not None
+    record = plain.segment.record(1)
+    at = 40 + 24
+    plain.segment.records[at : at + 4] = (record.flags | 0x40).to_bytes(4, "little")
+    world.ask(A, 1, plain, 0, 1)
+    world.settle()
+    assert plain.chunk_map.is_ready(0) and plain.chunk_map.is_ready(2) and not plain.chunk_map.is_ready(1)
+    world.ask(A, 2, plain, 1, 1)
+    world.settle()
+    assert codes(world) == [(A, 1, 0), (A, 2, 0)] and not plain.chunk_map.is_ready(1)
+
+
+class TestEviction:
+    def start(self, world: World, cache: BlobCache, chunks: list[int]) -> tuple[int, Job]:
+        jobs: list[Job] = []
+        evictions = Evictions(cast(Any, SimpleNamespace(submit=jobs.append)), lambda _: None, lambda *_: None)
+        count = evictions.start(cache, chunks, {}, lambda _: None)
+        return count, jobs[0] if jobs else cast(Any, None)
+
+    def test_takes_chunks_from_all_who_have_them(self, pair: tuple[World, BlobCache, BlobCache]) -> None:
+        world, plain, twin = pair
+        assert plain.segment is not None and twin.segment is not None
+        for cache, chunks in ((plain, (5, 6)), (twin, (5,))):
+            for chunk in chunks:
+                cache.chunk_map.set_ready(chunk)
+        before = plain.segment.epoch[0], twin.segment.epoch[0]
+        count, job = self.start(world, plain, [5, 6])
+        assert count == 2
+        assert [plain.segment.state[5], plain.segment.state[6], twin.segment.state[5]] == [PENDING] * 3
+        assert (plain.segment.epoch[0], twin.segment.epoch[0]) == (before[0] + 1, before[1] + 1)
+        assert job.payload["covered"] == {s.name: s.inode for s in (plain.segment, twin.segment)}
+        job.done(job, {"stored": 0, "evicted": 2, "bytes": 1})
+        assert [plain.segment.state[5], plain.segment.state[6], twin.segment.state[5]] == [EMPTY] * 3
+        assert not plain.jobs and not twin.jobs and not plain.checkpointing and not twin.checkpointing
+
+    def test_leaves_what_is_worked_on_for_another(self, pair: tuple[World, BlobCache, BlobCache]) -> None:
+        world, plain, twin = pair
+        world.ask(B, 1, twin, 5, 1)
+        plain.chunk_map.set_ready(5)
+        assert self.start(world, plain, [5])[0] == 0
+        plain.chunk_map.forget(5)
+        world.settle()
+
+    def test_blob_that_was_opened_anew_meanwhile_keeps_what_it_knows(
+        self, pair: tuple[World, BlobCache, BlobCache]
+    ) -> None:
+        world, plain, twin = pair
+        plain.chunk_map.set_ready(5)
+        twin.chunk_map.set_ready(5)
+        _, job = self.start(world, plain, [5])
+        twin.reopen()
+        segment = twin.segment
+        assert segment is not None
+        fresh = Segment.create(
+            segment.name,
+            generation=2,
+            identity=segment.identity,
+            records=bytes(segment.records),
+            digests=bytes(segment.digests),
+            contexts=b"",
+            dict_offset=0,
+            dict_size=0,
+            state=bytes([READY]) * CHUNKS,
+        )
+        fresh.close()
+        twin.opened()
+        job.done(job, {"kept": "its segment"})
+        assert twin.chunk_map.is_ready(5) and plain.chunk_map.is_ready(5)
