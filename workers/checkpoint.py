@@ -1,14 +1,19 @@
 """The job `checkpoint`: write the stored chunk map of a blob. Runs in a fetch worker; the order is in `map_file`.
 
 It takes the map's own lock and not the segment's: the supervisor claims chunks under that one, and must not wait for a disk.
+
+What holds after SIGKILL: a map with true bits (`map_file`). The kernel says once that it has lost written data: a worker
+that is killed where it may have heard that leaves `syncing` set, and the next one doubts all that is ready before it stores it.
 """
 
 from __future__ import annotations
 
+from nydusd import points
 from nydusd.formats.model import ChunkFlag
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import map_file
-from nydusd.storage.state.segment import EMPTY, READY, VERIFY, Segment
+from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY, Segment
+from nydusd.storage.state.sharing import ready_in, segments_of
 from workers.blobs import OpenBlobs
 
 
@@ -17,18 +22,51 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
     blob = blobs.get(job)
     fd = blob.data_fd()
     segment = blob.segment
+    if segment.syncing[0]:
+        _doubt(segment)
     # The copy is taken before the fdatasync: only what was written by then may be claimed.
-    ready = [chunk for chunk, state in enumerate(bytes(segment.state)) if state == READY]
+    states = bytes(segment.state)
+    ready = _claimed(segment, states)
+
+    def synced() -> None:
+        segment.syncing[0] = 0
+
+    segment.syncing[0] = 1
+    points.reach("checkpoint: syncing")
     try:
-        map_file.checkpoint(blob.spec.map_path, fd, ready, segment.count, segment.identity)
+        map_file.checkpoint(blob.spec.map_path, fd, ready, segment.count, segment.identity, synced)
     except map_file.UnsyncedError:
-        _doubt(segment, ready)
+        _doubt(segment)
         raise
-    return {"stored": len(ready)}
+    return {"stored": states.count(READY)}
 
 
-def _doubt(segment: Segment, chunks: list[int]) -> None:
-    """The kernel may have dropped written pages, and will not say so again: nothing is ready before its digest was checked."""
-    for chunk in chunks:
-        checkable = segment.record(chunk).flags & (ChunkFlag.DIGEST | ChunkFlag.CRC)
-        segment.state[chunk] = VERIFY if checkable else EMPTY
+def _claimed(segment: Segment, states: bytes) -> list[int]:
+    """The chunks that are in the data file: for this image, or for another that says the same of them.
+
+    Not those of 0 bytes, which the image does not describe: there may be such chunks, for others.
+    """
+    found = {chunk for chunk, state in enumerate(states) if state == READY}
+    for other in segments_of(segment.identity.dev, segment.identity.ino):
+        if other.name != segment.name and other.identity.file == segment.identity.file and not other.syncing[0]:
+            found.update(ready_in(other, segment))
+    return [chunk for chunk, record in enumerate(RECORD.iter_unpack(segment.records)) if record[3] and chunk in found]
+
+
+def _doubt(segment: Segment) -> None:
+    """The kernel may have dropped written pages, and will not say so again: nothing is ready before its digest was checked.
+
+    That goes for all who use the file.
+    """
+    _doubt_in(segment)
+    for other in segments_of(segment.identity.dev, segment.identity.ino):
+        if other.identity.file == segment.identity.file:
+            _doubt_in(other)
+    segment.syncing[0] = 0
+
+
+def _doubt_in(segment: Segment) -> None:
+    for chunk, state in enumerate(bytes(segment.state)):
+        if state == READY:
+            checkable = segment.record(chunk).flags & (ChunkFlag.DIGEST | ChunkFlag.CRC)
+            segment.state[chunk] = VERIFY if checkable else EMPTY

@@ -27,8 +27,8 @@ from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_fr
 from nydusd.storage.cache.load import load_ci, meta_file_bytes, parse_meta_file
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state import map_file
-from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY, Identity, Segment, boot_id
-from nydusd.storage.state.sharing import contradiction, is_same, segments_of
+from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY, Identity, Segment
+from nydusd.storage.state.sharing import contradiction, ready_in, segments_of
 from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs, map_bootstrap
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable, layout: bytes) ->
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd, whole, earlier = _open_data(spec, path, table, layout, opened)
-            identity, state = _judge(spec, fd, whole, table, layout, earlier)
+            identity, state = _judge(spec, fd, whole, table, layout)
             points.reach("prepare: map judged")
             # A front end may go on with an old file, but not with an old view of this one: chunks are taken out by the new.
             old_view = earlier if earlier is not None and earlier.identity.file == identity.file else None
@@ -285,21 +285,15 @@ def _open_data(
     raise OSError(errno.EBUSY, "others keep replacing it")
 
 
-def _judge(
-    spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, layout: bytes, earlier: Segment | None
-) -> tuple[Identity, bytearray]:
-    """The cache file's identity, and the state of each chunk: what the stored map and an earlier segment may be believed."""
+def _judge(spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, layout: bytes) -> tuple[Identity, bytearray]:
+    """The cache file's identity, and the state of each chunk: what the stored map and other segments may be believed."""
     identity = Identity.of(fd, table.uncompressed_size, layout)
     state = map_file.load(spec.map_path, table.count, identity)
     if not whole:
         if any(state):
             map_file.set_aside(spec.map_path, "the cache file that it speaks of is gone")
         return identity, bytearray(table.count)
-    if earlier is not None and earlier.identity == identity:
-        _inherit(earlier, state, table)
-    for segment in segments_of(identity.dev, identity.ino):
-        if segment.name != spec.segment and segment.identity.file == identity.file:
-            _inherit(segment, state, table)
+    _inherit(identity, state, table)
     if spec.always_verify:
         state = state.replace(bytes([READY]), bytes([VERIFY]))
     if any(state):
@@ -322,14 +316,14 @@ def _earlier_segment(spec: BlobSpec) -> Segment | None:
         return None
 
 
-def _inherit(segment: Segment, state: bytearray, table: ChunkTable) -> None:
-    """Chunks that a segment of this same file knows as ready are ready, if it says the same of them: they were written.
-
-    The segment is ours from before, or one of another image or daemon.
-    """
-    if segment.count != len(state) or segment.boot_id != boot_id():
-        return
-    same = segment.digests == table.digests and segment.records == table.records
-    for chunk, value in enumerate(bytes(segment.state)):
-        if value == READY and (same or is_same(segment, table, chunk)):
-            state[chunk] = READY
+def _inherit(identity: Identity, state: bytearray, table: ChunkTable) -> None:
+    """What segments of this same file know as ready: ours from before, and those of other images and daemons."""
+    found: set[int] = set()
+    value = READY
+    for segment in segments_of(identity.dev, identity.ino):
+        if segment.identity.file == identity.file:
+            found.update(ready_in(segment, table))
+            if segment.syncing[0]:
+                value = VERIFY  # who was killed over that may have heard that some of it was lost
+    for chunk in found:
+        state[chunk] = value

@@ -295,7 +295,12 @@ class RafsV5:
             else:
                 high = middle
         pieces: list[Extent] = []
+        most = max(_PIECES_MOST, (end - offset) // _PIECE_LEAST)
         while offset < end:
+            if len(pieces) == most:
+                raise self._bad(
+                    ino, "chunk.uncompressed_size", f"more than {most} chunks for {end - offset} more bytes"
+                )
             if low == node.number:
                 raise self._bad(ino, "chunk.file_offset", f"no chunk covers the bytes from {offset}")
             blob, usize, uoff, start, index = CHUNK_PLACE.unpack_from(self._buf, node.chunks + CHUNK_INFO_SIZE * low)
@@ -310,6 +315,12 @@ class RafsV5:
             offset += length
             low += 1
         return pieces
+
+
+_PIECES_MOST, _PIECE_LEAST = 4096, 256
+"""Chunks that one read may need where their lengths are free: that many, or one for so many bytes, if that is more.
+
+A hostile file may have one for each byte, and who reads a megabyte of it must not keep others waiting for seconds."""
 
 
 def _chunk_fits(limit: tuple[int, int], index: int, end: int) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nydusd.errors import FormatError
-from nydusd.formats import BootstrapKind, detect, open_bootstrap
+from nydusd.formats import BootstrapKind, detect, open_bootstrap, rafs_v5
 from nydusd.formats.model import Compressor, Digester
 from nydusd.formats.rafs_v5_super import MAX_BLOBS, V5Super, read_blobs
 from nydusd.formats.rafs_v5_xattr import read_xattrs
@@ -45,6 +45,21 @@ def test_chunks_of_a_file_with_holes_may_be_of_any_length(v5: PatchedV5) -> None
     v5.put(infos + 80 + 64, "Q", 1000)
     pieces = v5.open().extents(ino, 990, 100)
     assert [(piece.offset, piece.length, piece.chunk_len) for piece in pieces] == [(990, 10, 1000), (0, 1, 1)]
+
+
+def test_read_of_more_tiny_chunks_than_any_image_has_is_refused(v5: PatchedV5, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = b"sizes/1048577"
+    ino = v5.ino(path)
+    infos = v5.after_name(path)
+    v5.put(v5.record_at(path) + 80, "Q", 8)
+    v5.put(v5.record_at(path) + 64, "Q", 1001)
+    v5.put(infos + 44, "I", 1000)
+    v5.put(infos + 80 + 64, "Q", 1000)
+    monkeypatch.setattr(rafs_v5, "_PIECES_MOST", 1)
+    image = v5.open()
+    assert len(image.extents(ino, 0, 1000)) == 1
+    with pytest.raises(FormatError, match="more than 1 chunks"):
+        image.extents(ino, 990, 100)
 
 
 def test_bytes_that_no_chunk_covers_are_refused_and_not_made_up(v5: PatchedV5) -> None:

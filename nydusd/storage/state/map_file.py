@@ -25,7 +25,7 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nydusd import points
@@ -154,8 +154,17 @@ def drop_holes(fd: int, state: bytearray, ranges: Iterable[tuple[int, int]], siz
     return dropped
 
 
-def checkpoint(path: Path, data_fd: int, ready: list[int], count: int, identity: Identity) -> None:
+def checkpoint(
+    path: Path,
+    data_fd: int,
+    ready: list[int],
+    count: int,
+    identity: Identity,
+    synced: Callable[[], None] = lambda: None,
+) -> None:
     """Store that these chunks are in the data file. Bits that the file has gained from others since are kept.
+
+    `synced` is called when the data is on its disk.
 
     Raises CacheError; UnsyncedError when the data itself is in doubt. Killed at any instant, the map holds old bits, new
     bits, or some of the new bits: each of them true.
@@ -165,6 +174,7 @@ def checkpoint(path: Path, data_fd: int, ready: list[int], count: int, identity:
     except OSError as e:
         raise UnsyncedError(f"data file of {path}: {e.strerror}", e.errno) from e
     points.reach("map: data synced")
+    synced()
     own = _pack(ready, count)
     try:
         fd, raw = _open_locked(path, count)

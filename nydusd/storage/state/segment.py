@@ -40,6 +40,7 @@ CHECK_OFFSET = 256
 LOCK_OFFSET = 512
 EPOCH_OFFSET = 640
 CLOCK_OFFSET = 648
+SYNC_OFFSET = 656
 
 RETIRED = 1 << 63
 """Value of `epoch` when another segment has taken this one's place."""
@@ -153,6 +154,8 @@ class Segment:
         """Seconds, in one item, set by the supervisor now and then; 0 if nobody needs it."""
         self.epoch = view[EPOCH_OFFSET : EPOCH_OFFSET + 8].cast("Q")
         """How often chunks were taken away, in one item (see `storage/state/eviction.py`)."""
+        self.syncing = view[SYNC_OFFSET : SYNC_OFFSET + 4].cast("I")
+        """1, in one item, while a worker has the data file synced: killed there, it may have been told of lost data."""
         self._lock: BlobLock | None = None
 
     @classmethod
@@ -309,7 +312,16 @@ class Segment:
         """Give the mapping back; views handed out by `counters` must be gone."""
         if self._lock is not None:
             self._lock.close()
-        mapped = (self.state, self.records, self.digests, self.contexts, self.touched, self.clock, self.epoch)
+        mapped = (
+            self.state,
+            self.records,
+            self.digests,
+            self.contexts,
+            self.touched,
+            self.clock,
+            self.epoch,
+            self.syncing,
+        )
         for view in (*mapped, self._view):
             view.release()
         self._map.close()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from nydusd.errors import CacheError, FormatError
 from nydusd.formats.model import ChunkFlag
-from nydusd.storage.state.segment import DIGEST_SIZE, RECORD, Segment, file_of
+from nydusd.storage.state.segment import DIGEST_SIZE, READY, RECORD, Segment, boot_id, file_of
 
 if TYPE_CHECKING:
     from nydusd.storage.cache.chunk_table import ChunkTable
@@ -31,9 +31,7 @@ _UNLISTED = int(ChunkFlag.UNLISTED)
 
 def segments_of(dev: int, ino: int) -> Iterator[Segment]:
     """All segments that speak of this data file, each open until the next is asked for."""
-    for path in _SHM.glob("nydusd.*.*"):
-        if path.name.endswith((".arena", ".stage")):
-            continue
+    for path in _SHM.glob("nydusd.*"):
         try:
             # What another user has put there is believed in nothing.
             if path.lstat().st_uid not in (0, os.geteuid()) or file_of(path) != (dev, ino):
@@ -86,6 +84,19 @@ def _place(record: tuple[int, ...]) -> tuple[int, ...]:
     """All of a record but how the chunk is checked."""
     coff, uoff, csize, usize, flags, ctx, ctx_off, _crc = record
     return coff, uoff, csize, usize, flags & _KIND, ctx, ctx_off
+
+
+def ready_in(segment: Segment, table: Segment | ChunkTable) -> Iterator[int]:
+    """Chunks that a segment of the same data file knows as ready, and of which a table says the same.
+
+    They were written, and read right for as long as the kernel lives.
+    """
+    if segment.count != table.count or segment.boot_id != boot_id():
+        return
+    same = segment.digests == table.digests and segment.records == table.records
+    for chunk, value in enumerate(bytes(segment.state)):
+        if value == READY and (same or is_same(segment, table, chunk)):
+            yield chunk
 
 
 def is_same(one: Segment, other: Segment | ChunkTable, chunk: int) -> bool:

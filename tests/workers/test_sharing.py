@@ -1,0 +1,269 @@
+"""Several tables of chunks over one cache file: those that agree share it, others do not touch it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nydusd import points
+from nydusd.formats.model import ChunkFlag
+from nydusd.storage.state import map_file
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Segment, inode_of, remove
+from tests.workers.harness import Jobs, jobs
+from workers.evict import evict, survey
+
+NAME = "v6-zstd-blake3"
+UNLISTED = int(ChunkFlag.UNLISTED)
+
+
+@pytest.fixture
+def made(folder: Path) -> Iterator[Jobs]:
+    with jobs(NAME, folder) as image:
+        image.prepare()
+        image.fill_all()
+        yield image
+
+
+@contextlib.contextmanager
+def twin(
+    made: Jobs, chunk: int | None = None, record: dict[str, int] | None = None, digest: bytes | None = None
+) -> Iterator[Segment]:
+    """The segment of another image in the same cache file; of one chunk it says something else."""
+    with made.segment() as segment:
+        records, digests = bytearray(segment.records), bytearray(segment.digests)
+        if chunk is not None:
+            if record is not None:
+                RECORD.pack_into(records, chunk * 40, *segment.record(chunk)._replace(**record))
+            if digest is not None:
+                digests[chunk * 32 : chunk * 32 + 32] = digest
+        name = f"/nydusd.other{os.getpid()}.0123456789abcdef"
+        other = Segment.create(
+            name,
+            generation=1,
+            identity=segment.identity,
+            records=bytes(records),
+            digests=bytes(digests),
+            contexts=bytes(segment.contexts),
+            dict_offset=0,
+            dict_size=0,
+            state=bytes([EMPTY]) * segment.count,
+        )
+    try:
+        yield other
+    finally:
+        other.close()
+        remove(name)
+
+
+def again(made: Jobs) -> str:
+    """The blob is prepared as by a daemon that knows nothing; why it goes without the cache file, if so."""
+    remove(made.prefix)
+    made.generation += 1
+    return str(made.prepare().get("uncached", ""))
+
+
+@pytest.mark.parametrize(
+    ("record", "digest", "why"),
+    [
+        (None, None, ""),
+        ({"usize": 0, "csize": 0, "flags": 0}, None, ""),
+        ({"coff": 1}, None, "another place"),
+        ({"flags": 0}, None, "another digest|another place"),
+        (None, b"d" * 32, "another digest"),
+        ({"uoff": 0}, None, "over the one before|another place"),
+    ],
+)
+def test_only_tables_that_agree_share_a_file(
+    made: Jobs, record: dict[str, int] | None, digest: bytes | None, why: str
+) -> None:
+    with twin(made, 7, record, digest):
+        said = again(made)
+    assert not said if not why else any(part in said for part in why.split("|"))
+
+
+def test_chunk_over_another_ones_place_is_a_contradiction(made: Jobs) -> None:
+    """A table may leave out a chunk and give its place to the next."""
+    with made.segment() as segment:
+        before, after = segment.record(7), segment.record(8)
+    record = {"uoff": before.uoff, "usize": after.usize}
+    with twin(made, 7, {"usize": 0, "csize": 0, "flags": 0}), twin_of(made, 8, record):
+        assert again(made)
+
+
+@contextlib.contextmanager
+def twin_of(made: Jobs, chunk: int, record: dict[str, int]) -> Iterator[None]:
+    """Of the other image's segment, one chunk more."""
+    other = Segment.open(f"/nydusd.other{os.getpid()}.0123456789abcdef")
+    assert other is not None
+    RECORD.pack_into(other.records, chunk * 40, *other.record(chunk)._replace(**record))
+    with made.segment() as own:
+        RECORD.pack_into(own.records, chunk * 40, *own.record(chunk)._replace(usize=0))
+    yield
+    other.close()
+
+
+def test_chunks_that_another_image_has_are_ready_and_those_of_other_digests_are_not(made: Jobs) -> None:
+    with made.segment() as segment:
+        flags = segment.record(3).flags & ~int(ChunkFlag.DIGEST | ChunkFlag.CRC) | UNLISTED
+    with twin(made, 3, {"flags": flags, "crc": 0}, bytes(32)) as other:
+        for chunk in (2, 3, 4):
+            other.state[chunk] = READY
+        assert again(made) == ""
+        assert [made.states()[chunk] for chunk in (1, 2, 3, 4)] == [EMPTY, READY, EMPTY, READY]
+
+
+def test_record_of_another_table_is_gone_before_the_file_can_be_written(made: Jobs) -> None:
+    """As a hostile image's daemon, killed before its first checkpoint, would leave it to the next."""
+    made.checkpoint()
+    record = map_file.record_path(made.spec.map_path)
+    raw = record.read_bytes()
+    layout = map_file.recorded_layout(made.spec.map_path)
+    assert layout
+    head, _, bits = raw.partition(b"\n")
+    record.write_bytes(head.replace(layout.encode(), b"ab" * 32) + b"\n" + bits)
+    again(made)
+    assert not record.exists()
+    assert set(made.states()) == {VERIFY}
+
+
+def test_lock_that_somebody_keeps_costs_the_cache_file_and_no_read(made: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(map_file, "_LOCK_PATIENCE", 0.05)
+    fd = os.open(made.data, os.O_RDWR)
+    fcntl.fcntl(fd, 37, struct.Struct("hhqqi4x").pack(fcntl.F_WRLCK, 0, 0, 0, 0))
+    try:
+        assert "keeps its lock" in again(made)
+    finally:
+        os.close(fd)
+    assert again(made) == ""
+
+
+class _KilledError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("point", ["segment: former retired", "segment: named", "prepare: published"])
+def test_worker_killed_over_a_new_segment_leaves_no_old_view(
+    made: Jobs, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    device = made.device()
+    ino = made.files()[b"sizes/4097"]
+    vec = made.bootstrap.extents(ino, 0, 4097)
+    assert device.missing(vec) == []
+    made.generation = 2
+
+    def killed(name: str) -> None:
+        if name == point:
+            raise _KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(points, "reach", killed)
+        with pytest.raises(_KilledError):
+            made.prepare()
+    made.prepare()
+    made.fill_all()
+    chunk = vec[0].chunk
+    with made.segment() as segment:
+        segment.state[chunk] = PENDING
+        segment.epoch[0] += 1
+    covered = {made.prefix: inode_of(made.prefix)}
+    assert "evicted" in evict(made.open, made._take(chunks=[chunk], covered=covered, strays={}, pids=[os.getpid()]))
+    assert device.missing(vec) != []
+    device.close()
+    for path in Path("/dev/shm").glob(f"{made.prefix[1:]}.*"):
+        path.unlink()
+
+
+def test_retired_segment_that_has_its_name_still_is_not_read_from(made: Jobs) -> None:
+    device = made.device()
+    ino = made.files()[b"sizes/4097"]
+    vec = made.bootstrap.extents(ino, 0, 4097)
+    with made.segment() as segment:
+        segment.retire()
+    assert device.missing(vec) != []
+    device.close()
+
+
+class TestEvictionBesideOthers:
+    def job(self, made: Jobs, *covered: str, strays: tuple[str, ...] = ()) -> dict[str, object]:
+        names = {name: inode_of(name) for name in (made.prefix, *covered)}
+        return made._take(
+            chunks=[1], covered=names, strays={name: inode_of(name) for name in strays}, pids=[os.getpid()]
+        )
+
+    def test_segment_of_our_own_in_which_nothing_was_claimed_keeps_the_chunks(self, made: Jobs) -> None:
+        """Another configuration's: its readers would read the hole."""
+        with twin(made) as other:
+            assert evict(made.open, self.job(made))["kept"] == other.name
+            assert evict(made.open, self.job(made, other.name))["evicted"] == 1
+
+    def test_segment_that_was_opened_anew_since_keeps_them(self, made: Jobs) -> None:
+        with twin(made) as other:
+            job = self.job(made, other.name)
+            remove(other.name)
+            with twin(made) as fresh:
+                assert evict(made.open, job)["kept"] == fresh.name
+
+    def test_segment_that_an_earlier_life_left_does_not_and_ends(self, made: Jobs) -> None:
+        with twin(made) as other:
+            assert evict(made.open, self.job(made, strays=(other.name,)))["evicted"] == 1
+            assert inode_of(other.name) == 0
+
+    def test_blob_mounted_since_the_survey_was_ordered_stays(self, made: Jobs) -> None:
+        job = {"folder": str(made.work_dir), "limit": 1, "target": 0, "unused": True, "mounted": {}}
+        answer = survey(made.open, job | {"now": 10**6, "keep": 0, "strays": {}, "pids": [os.getpid()]})
+        assert answer["removed"] == [] and made.data.exists()
+
+    def test_process_that_has_the_file_by_another_path_keeps_it(self, made: Jobs) -> None:
+        link = made.work_dir / "link"
+        os.link(made.data, link)
+        code = "import sys; f = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(link)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as strange:
+            assert strange.stdout is not None
+            strange.stdout.readline()
+            answer = evict(made.open, self.job(made))
+            strange.communicate()
+        assert answer["kept"] == f"process {strange.pid}"
+
+
+def test_sync_that_nobody_heard_the_end_of_makes_all_doubtful(made: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker is killed when the kernel had told it, and nobody else ever, that data was lost."""
+
+    def killed(_fd: int) -> None:
+        raise _KilledError
+
+    with twin(made) as other:
+        other.state[5] = READY
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", killed)
+            with pytest.raises(_KilledError):
+                made.checkpoint()
+        assert made.checkpoint() == {"stored": 0}
+        assert set(made.states()) == {VERIFY} and other.state[5] == VERIFY
+
+
+def test_checkpoint_tells_of_what_others_have_in_the_file(made: Jobs) -> None:
+    made.checkpoint()
+    with twin(made) as other:
+        other.state[5] = READY
+        with made.segment() as segment:
+            segment.state[5] = EMPTY
+        made.checkpoint()
+        with made.segment() as segment:
+            assert map_file.load(made.spec.map_path, segment.count, segment.identity)[5] == READY
+
+
+def test_published_without_a_file_it_has_none(made: Jobs) -> None:
+    with twin(made, 7, {"coff": 1}):
+        again(made)
+        with made.segment() as segment:
+            assert segment.identity.ino == 0
