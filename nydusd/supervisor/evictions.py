@@ -17,7 +17,7 @@ from nydusd import points
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority, Request
 from nydusd.storage.state.segment import EMPTY, READY
-from nydusd.storage.state.sharing import is_same
+from nydusd.storage.state.sharing import is_same_place
 from nydusd.supervisor.pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -109,11 +109,15 @@ class Evictions:
 
 
 def _is_free(users: Sequence[BlobCache], chunk: int) -> bool:
-    """Whether nobody works on a chunk, and it is the same for all who know it as ready."""
+    """Whether nobody works on a chunk, and it has the same place for all who know it as ready."""
     first = users[0].segment
     assert first is not None
     return not any(
         chunk in user.jobs
-        or (user.segment is not None and user.chunk_map.is_ready(chunk) and not is_same(first, user.segment, chunk))
+        or (
+            user.segment is not None
+            and user.chunk_map.is_ready(chunk)
+            and not is_same_place(first, user.segment, chunk)
+        )
         for user in users
     )

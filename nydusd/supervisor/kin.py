@@ -1,7 +1,8 @@
 """Kin: caches of one file, of several images or configurations. What is fetched for one of them, the others need not fetch.
 
 Used by the router; tables of the supervisor, no I/O. Only chunks of which both say the same, digest included, are taken
-over. One that is ready for another is ready; one that is being fetched for another is waited for, by a job that no worker gets.
+over (`storage/state/sharing.py`). One that is ready for another is ready; one that is being fetched for another is waited
+for, by a job that no worker gets.
 What holds after SIGKILL of the supervisor: each segment's state bytes are true; who waited asks again.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority
-from nydusd.storage.state.sharing import is_same
+from nydusd.storage.state.sharing import vouches
 
 FOLLOW = "follow"
 """The kind of a job that waits for the job of another cache."""
@@ -31,7 +32,7 @@ class Kin:
             for chunk in chunks:
                 if chunk not in cache.jobs and not cache.chunk_map.is_ready(chunk):
                     for other in others:
-                        if other.chunk_map.is_ready(chunk) and _same(cache, other, chunk):
+                        if other.chunk_map.is_ready(chunk) and _vouches(other, cache, chunk):
                             cache.chunk_map.set_ready(chunk)
                             break
 
@@ -43,7 +44,7 @@ class Kin:
                 if chunk not in cache.jobs and not cache.chunk_map.is_ready(chunk):
                     for other in others:
                         job = other.jobs.get(chunk)
-                        if job is not None and _stores(job) and _same(cache, other, chunk):
+                        if job is not None and _stores(job) and _vouches(other, cache, chunk):
                             self._wait(cache, other, chunk, priority)
                             break
 
@@ -72,7 +73,7 @@ class Kin:
         assert cache is not None
         if cache.jobs.get(chunk) is not job:
             return  # its blob was opened anew
-        if leader in cache.others() and leader.chunk_map.is_ready(chunk) and _same(cache, leader, chunk):
+        if leader in cache.others() and leader.chunk_map.is_ready(chunk) and _vouches(leader, cache, chunk):
             cache.chunk_map.set_ready(chunk)
         self._ended(job, {})
 
@@ -82,6 +83,6 @@ def _stores(job: Job) -> bool:
     return job.kind in ("fetch", "fill") and job.slot is None
 
 
-def _same(cache: BlobCache, other: BlobCache, chunk: int) -> bool:
+def _vouches(other: BlobCache, cache: BlobCache, chunk: int) -> bool:
     assert cache.segment is not None and other.segment is not None
-    return is_same(cache.segment, other.segment, chunk)
+    return vouches(other.segment, cache.segment, chunk)

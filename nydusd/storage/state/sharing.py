@@ -7,7 +7,8 @@ that is said of them, digest included, are the same: whoever fetched and checked
 Tables that contradict each other must not share a file: each would write its own bytes, verified, over those of the other.
 
 Segments are published under the data file's lock (`workers/prepare.py`): whoever holds it sees all that use the file. One
-of a daemon that was killed counts as well, for its successor believes it. Runs in workers; `is_same` in the supervisor, too.
+of a daemon that was killed counts as well, for its successor believes it. Runs in workers; `vouches` and `is_same_place` in
+the supervisor, too.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _place(record: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def ready_in(segment: Segment, table: Segment | ChunkTable) -> Iterator[int]:
-    """Chunks that a segment of the same data file knows as ready, and of which a table says the same.
+    """Chunks that a segment of the same data file knows as ready, and that are so by another table.
 
     They were written, and read right for as long as the kernel lives.
     """
@@ -95,12 +96,26 @@ def ready_in(segment: Segment, table: Segment | ChunkTable) -> Iterator[int]:
         return
     same = segment.digests == table.digests and segment.records == table.records
     for chunk, value in enumerate(bytes(segment.state)):
-        if value == READY and (same or is_same(segment, table, chunk)):
+        if value == READY and (same or vouches(segment, table, chunk)):
             yield chunk
 
 
-def is_same(one: Segment, other: Segment | ChunkTable, chunk: int) -> bool:
-    """Whether two tables of one data file say the same of a chunk: if it is ready by the one, it is so by the other."""
-    record = slice(chunk * RECORD.size, (chunk + 1) * RECORD.size)
-    digest = slice(chunk * DIGEST_SIZE, (chunk + 1) * DIGEST_SIZE)
-    return bool(one.records[record] == other.records[record] and one.digests[digest] == other.digests[digest])
+def vouches(segment: Segment, table: Segment | ChunkTable, chunk: int) -> bool:
+    """Whether a chunk that is ready by a segment is ready by another table of the same data file, too.
+
+    So it is if both say the same of it; or if the other one does not list it, and so knows nothing to check it by.
+    """
+    there, here = _record(segment, chunk), _record(table, chunk)
+    if here[4] & _UNLISTED:
+        return _place(there) == _place(here)
+    at = slice(chunk * DIGEST_SIZE, (chunk + 1) * DIGEST_SIZE)
+    return there == here and bool(segment.digests[at] == table.digests[at])
+
+
+def is_same_place(one: Segment, other: Segment, chunk: int) -> bool:
+    """Whether a chunk has the same place by two segments of a data file."""
+    return _place(_record(one, chunk)) == _place(_record(other, chunk))
+
+
+def _record(table: Segment | ChunkTable, chunk: int) -> tuple[int, ...]:
+    return RECORD.unpack_from(table.records, chunk * RECORD.size)
