@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nydusd.forkserver.process import Process
@@ -57,6 +57,10 @@ FOR_DAEMON = (
 """What the children of any daemon need: loaded while the supervisor loads its own."""
 
 
+class LoadingError(OSError):
+    """There is a fork server, or will be, and it is not ready: ask again when it is."""
+
+
 class _Server:
     """One process, and our end of the line to it. Raises OSError when it cannot be held."""
 
@@ -91,8 +95,14 @@ class ForkServer:
         self._delay = 0.0
         self._interval = _INTERVAL
         """Seconds between two that are started now: more and more where none can load what it must."""
+        self._unguarded = False
+        """The one that is asked could not be told to guard us."""
         self._next_start = self._next_copy = 0.0
         """When the next one may be started, or a copy asked for, at the soonest."""
+        self.waits = True
+        """Whether a child may wait for a fork server that is loading: else `spawn` raises LoadingError."""
+        self.started: Callable[[], None] = lambda: None
+        """Called when there is another one, before it holds anything: so that a successor ends it."""
         self._given = -1 if made is None else made[2]
         """What holds the environment that we were given, where /proc/self/environ does not."""
         if made is None:
@@ -123,11 +133,14 @@ class ForkServer:
     def spawn(self, module: str, fds: Sequence[int], load: Sequence[str] = ()) -> Process:
         """Have a child run `module`, the first of `fds` being its spec's; it has these fds under the numbers that we have them.
 
-        `load`: modules that the fork server is to have loaded before. Raises OSError when none does it.
+        `load`: modules that the fork server is to have loaded before. Raises OSError when none does it, LoadingError when
+        none is ready and that is not waited for.
         """
         _take_in_orphans()
         request = json.dumps({"module": module, "fds": list(fds), "load": list(load)}).encode()
         for tries_left in (2, 1, 0):  # a fork server, its copy, and another
+            if not self.waits and not self.ready:
+                raise LoadingError(errno.EAGAIN, "the fork server is loading")
             gate, key = os.pipe2(os.O_CLOEXEC)
             try:
                 answer = self._ask(request, [*fds, gate])
@@ -165,11 +178,22 @@ class ForkServer:
             return self._next_start
         if not self._servers[0].ready:
             return self._servers[0].since + _FIRST_PATIENCE
-        return self._next_copy if len(self._servers) == 1 and self._copying is None else math.inf
+        return self._next_copy if self._unguarded or (len(self._servers) == 1 and self._copying is None) else math.inf
 
     def tend(self) -> bool:
-        """Replace those that have ended, have a copy made; whether there are others now. Does not wait for anybody."""
+        """Replace those that have ended, have a copy made; whether there are others now. Does not wait for anybody.
+
+        What there is no room for is tried again.
+        """
         before = self.pids
+        try:
+            self._replace()
+        except OSError as e:
+            self._no_room(e)
+        return self.pids != before
+
+    def _replace(self) -> None:
+        """What `tend` does. Raises OSError when there is no room for it."""
         for server in [server for server in self._servers if server.process.poll() is not None]:
             log.warning("the fork server (pid %d) is gone", server.process.pid)
             self._drop(server)
@@ -180,13 +204,15 @@ class ForkServer:
             self._drop(self._servers[0])
         if not self._servers:
             if now >= self._next_start:
-                try:
-                    self._start()
-                except OSError as e:
-                    log.error("no fork server can be started: %s; trying again", e.strerror)
+                self._start()
+        elif now >= self._next_copy and self._unguarded:
+            self._have_guarded()
         elif now >= self._next_copy and len(self._servers) == 1 and self._servers[0].ready and self._copying is None:
             self._ask_for_copy()
-        return self.pids != before
+
+    def _no_room(self, error: OSError) -> None:
+        log.error("no fork server can be started, copied or made a guardian: %s; trying again", error.strerror)
+        self._next_copy = time.monotonic() + _INTERVAL_NO_ROOM
 
     def trade_places(self, other: ForkServer) -> None:
         """Have the processes of this one be the other's, and the other's this one's."""
@@ -256,6 +282,7 @@ class ForkServer:
                 raise
         server = _Server(ours, pid, commit_on_disk(), ready=False)
         self._servers.append(server)
+        self.started()
         self._have_held(server)
         self._have_guarded()
 
@@ -268,21 +295,23 @@ class ForkServer:
                 )  # it is counted on to have them: without them, better another
 
     def _have_guarded(self) -> None:
-        """By the one that is asked.
+        """By the one that is asked; where there is no room for what it needs, later.
 
         The environment that we were given stays in a memfd until it is needed: no process has it in its memory.
         """
         if not self._delay or not self._servers:
             return
-        environ = os.memfd_create("nydusd-environment", os.MFD_CLOEXEC)
         try:
-            # As it was: secrets were taken out of `os.environ`.
-            with open("/proc/self/environ" if self._given < 0 else f"/proc/self/fd/{self._given}", "rb") as given:
-                os.write(environ, given.read())
-            command = [sys.executable, "-P", "-m", "nydusd", *sys.argv[1:]]
-            _send(self._servers[0], {"guard": {"delay": self._delay, "command": command}}, [environ])
-        finally:
-            os.close(environ)
+            with open(os.memfd_create("nydusd-environment", os.MFD_CLOEXEC), "wb", buffering=0) as environ:
+                # As it was: secrets were taken out of `os.environ`.
+                with open("/proc/self/environ" if self._given < 0 else f"/proc/self/fd/{self._given}", "rb") as given:
+                    environ.write(given.read())
+                command = [sys.executable, "-P", "-m", "nydusd", *sys.argv[1:]]
+                _send(self._servers[0], {"guard": {"delay": self._delay, "command": command}}, [environ.fileno()])
+            self._unguarded = False
+        except OSError as e:
+            self._unguarded = True
+            self._no_room(e)
 
     def _ask_for_copy(self) -> None:
         _take_in_orphans()

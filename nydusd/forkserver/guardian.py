@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 from typing import Any
 
 _MOST = 60.0
@@ -24,6 +25,9 @@ def guard(session: int, task: dict[str, Any]) -> None:
         rows = os.pread(task["environment"], os.fstat(task["environment"]).st_size, 0).split(b"\0")
         environ = dict(row.split(b"=", 1) for row in rows if b"=" in row)
         default = [signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ]
-        pid = os.posix_spawn(task["command"][0], task["command"], environ, setsigdef=default)
-        os.waitpid(pid, 0)  # it could not start: if it can, it ends us
+        try:
+            pid = os.posix_spawn(task["command"][0], task["command"], environ, setsigdef=default)
+            os.waitpid(pid, 0)  # it could not start: if it can, it ends us
+        except OSError as e:  # no room for it now; and what we hold may be held by nobody else
+            print(f"{task['command'][0]}: {e.strerror}; trying again", file=sys.stderr)
         delay = min(delay * 2, _MOST)

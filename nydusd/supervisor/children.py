@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nydusd.errors import NydusError
-from nydusd.forkserver.client import ForkServer, environment
+from nydusd.forkserver.client import ForkServer, LoadingError, environment
 from nydusd.forkserver.process import Process
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import write_spec
@@ -51,6 +51,8 @@ class Child:
         self.module = module
         self.generation = 0
         self.turns = Turns()
+        self.mark = ""
+        """Of a process that is to end with this supervisor: tells it from one of another's that is slow to end."""
         self.commit = ""
         """Which build its process runs: that of its fork server."""
         self.process: Process | None = None
@@ -76,7 +78,7 @@ class Child:
     @property
     def identity(self) -> bytes:
         """Its ZeroMQ identity: a successor has another one, so nothing meant for the dead reaches it."""
-        return f"{self.role}-{self.index}-{self.generation}".encode()
+        return f"{self.role}-{self.index}-{self.generation}{self.mark}".encode()
 
     @property
     def leaving(self) -> bool:
@@ -94,7 +96,8 @@ class Child:
     def start(self, server: ForkServer, spec: Json, fds: Sequence[int]) -> None:
         """Start a process; `fds` are inherited under the numbers that the spec names.
 
-        Raises NydusError when the system has no room for another process; `restart_at` then says when to try again.
+        Where the fork server is loading and does not wait, there is none yet, and `restart_at` is now. Raises NydusError
+        when the system has no room for another process; `restart_at` then says when to try again.
         """
         try:
             spec_fd = self.write_spec(spec)
@@ -102,6 +105,8 @@ class Child:
                 self.begin(server.spawn(self.module, [spec_fd, *fds], self.load), server.commit)
             finally:
                 os.close(spec_fd)
+        except LoadingError:
+            self.restart_at = time.monotonic()
         except OSError as e:
             self._back_off()
             raise NydusError(f"{self.name} cannot be started: {e.strerror or e}") from e

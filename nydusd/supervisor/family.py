@@ -40,10 +40,16 @@ log = logging.getLogger(__name__)
 
 _BOOT = 3.0
 """Seconds in which a child that ends by itself means that the daemon cannot start."""
+_OUTLIVING = ("fuse", "erofs", "guard")
+"""Roles of children that the next supervisor may find, and must know by their names."""
 _HOLDERS = 8
 """Front ends that hold the fds of a lane."""
 _END_PATIENCE = 2.0
 """Seconds that children may take to end; there is nothing that they could lose."""
+
+
+class CannotStartError(NydusError):
+    """What children are to run does not run: the daemon that has just been started is of no use."""
 
 
 class Family:
@@ -58,6 +64,8 @@ class Family:
         """ZeroMQ identities of those that run."""
         self.session: Session | None = None
         self.mounts: Mounts | None = None
+        self.inherited = False
+        """Whether what is served was so before us: then it stays, whatever fails, and what fails is tried again."""
         self.guarded = False
         """Whether the fork server may have to start us again: nobody else does."""
         self.wanted: dict[str, int] = {}
@@ -87,10 +95,12 @@ class Family:
         """Whose fds the fork server holds, too."""
         self._fork_fds: set[int] = set()
         self._turns: dict[tuple[str, int], Turns] = {}
+        self._mark = f"-{os.urandom(4).hex()}"
         self._watch = Watch(config.nydusd.worker_patience)
         # What fetch workers share (tokens, redirects, which host is down): in memory, inherited by them alone.
         self._shared = os.memfd_create("nydusd-backend", os.MFD_CLOEXEC)
         self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
+        fork_server.started = self.remember
         self._watch_fork_server()
 
     @property
@@ -106,8 +116,10 @@ class Family:
             self.launch(child)
 
     def prepare(self, child: Child) -> None:
-        """Have a child share the numbers of its place with whoever was there before, and may be there still."""
+        """Have a child be called like nobody who was in its place before, and may be there still."""
         child.turns = self._turns.setdefault((child.role, child.index), child.turns)
+        if child.role not in _OUTLIVING:
+            child.mark = self._mark
 
     def count(self, role: str) -> int:
         """How many workers of a role there are to be."""
@@ -147,7 +159,10 @@ class Family:
         self._poller.register(child.pidfd, zmq.POLLIN)
 
     def launch(self, child: Child) -> None:
-        """Start the process of a place. Raises NydusError when there is no room for another; it is tried again then."""
+        """Start the process of a place; later when no fork server is ready, if that is not to be waited for.
+
+        Raises NydusError when there is no room for another; it is tried again then.
+        """
         spec, fds = self.spec_of(child)
         points.reach("start: before a child")
         try:
@@ -155,7 +170,8 @@ class Family:
         finally:
             self._watch_fork_server()  # at once: it may be another, and numbers of its fds be the child's
         points.reach("start: child not noted")
-        self.begin(child)
+        if child.process is not None:
+            self.begin(child)
 
     def begin(self, child: Child) -> None:
         """The process of a place is there."""
@@ -280,10 +296,10 @@ class Family:
         return found
 
     def judge(self, child: Child, status: int) -> None:
-        """A child has ended and nobody told it to. Raises NydusError when that means that the daemon cannot start."""
-        if status > 0 and time.monotonic() - self._started < _BOOT:
+        """A child has ended and nobody told it to. Raises CannotStartError when that means that the daemon cannot start."""
+        if status > 0 and not self.inherited and time.monotonic() - self._started < _BOOT:
             # By itself, not by a signal: starting it again would fail again, behind a mount that hangs.
-            raise NydusError(f"{child.name} could not start (exit status {status}); the log says why")
+            raise CannotStartError(f"{child.name} could not start (exit status {status}); the log says why")
         log.warning("%s ended with status %d; starting it again", child.name, status)
 
     def restart(self, now: float) -> None:

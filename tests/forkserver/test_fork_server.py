@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import resource
 import select
 import signal
+import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nydusd.forkserver import client
-from nydusd.forkserver.client import ForkServer, _send, environment
+from nydusd.forkserver.client import ForkServer, LoadingError, _send, environment
+from nydusd.forkserver.guardian import guard
 from nydusd.forkserver.process import Process
 from nydusd.ipc.spec import write_spec
-from nydusd.supervisor.children import reap_strays
+from nydusd.supervisor.children import Child, reap_strays
 from tests.support.discipline import wait_until
 from tests.support.fork_server import fork_server
 
@@ -366,3 +372,106 @@ def test_what_a_worker_had_started_is_let_go_of_when_both_have_ended() -> None:
 
         wait_until(is_gone, "the end of what became our child")
         assert server.pid in before
+
+
+@contextlib.contextmanager
+def no_room() -> Iterator[None]:
+    """No file descriptor is left for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_where_there_is_no_room_for_a_copy_or_a_guardian_it_is_made_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the daemon goes on."""
+    monkeypatch.setattr("nydusd.forkserver.client._INTERVAL_NO_ROOM", 0.1)
+    with fork_server() as server:
+        assert select.select([server._servers[0].line], [], [], 60)[0]
+        server._hear(server._servers[0])
+        assert server.ready
+        with no_room():
+            server.guard(1000)
+            server.tend()
+            assert server.due() < math.inf
+        first, copy = wait_for_copy(server)
+        assert not server._unguarded
+        process = server._servers[0].process
+        process.send_signal(signal.SIGKILL)
+        wait_until(lambda: process.poll() is not None, "it is gone", 60)
+        with no_room():
+            server.tend()
+            assert server._unguarded
+        assert wait_for_copy(server)[0] == copy != first
+        assert not server._unguarded
+
+
+def test_one_that_is_started_is_known_of_before_it_holds_anything() -> None:
+    """A successor ends it then, whenever its supervisor is killed; what it is to hold lies in its line from then on."""
+    reader, writer = os.pipe()
+    known: list[tuple[list[int], list[int]]] = []
+    with open(reader, "rb"), open(writer, "wb"), fork_server() as server:
+        server.hold([reader])
+        before = wait_for_copy(server)
+        send = socket.send_fds
+
+        def sent(*args: object) -> int:
+            known.append((server.pids, list(noted)))
+            return send(*args)  # type: ignore[arg-type]
+
+        noted: list[int] = []
+        server.started = lambda: noted.extend(server.pids)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(socket, "send_fds", sent)
+            process, _ = spawn(server)
+        assert process.wait(10) == 0
+        process.close()
+        assert server.pid not in before
+        assert noted == server.pids[:1]
+        assert all(pids == noted for pids, noted in known if pids and pids[0] not in before)
+
+
+def test_nobody_waits_for_one_that_is_loading_if_that_is_not_wanted() -> None:
+    with fork_server() as server:
+        server.waits = False
+        with pytest.raises(LoadingError):
+            spawn(server)
+        pids = wait_for_copy(server)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(LoadingError):
+            spawn(server)
+        child = Child("child", 0, "child")
+        child.start(server, {"out": 1}, [])
+        assert child.process is None
+        assert child.restart_at is not None
+        wait_for_copy(server)
+        process, _ = spawn(server)
+        assert process.wait(10) == 0
+        process.close()
+
+
+def test_a_guardian_that_cannot_start_the_command_goes_on_trying(capfd: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    environment_fd = os.memfd_create("environment")
+    task = {"delay": 0.01, "command": ["/nonexistent/python"], "environment": environment_fd}
+    with open(reader, "rb"), open(environment_fd, "rb"):
+        guardian = threading.Thread(target=guard, args=(reader, task))
+        guardian.start()
+        told: list[str] = []
+
+        def has_tried_twice() -> bool:
+            told.append(capfd.readouterr().err)
+            return "".join(told).count("/nonexistent/python: No such file or directory; trying again") > 1
+
+        try:
+            wait_until(lambda: has_tried_twice() or not guardian.is_alive(), "two tries", 60)
+            assert guardian.is_alive()
+        finally:
+            os.close(writer)  # the mount is over
+            guardian.join(60)
+        assert not guardian.is_alive()
