@@ -19,7 +19,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -291,13 +291,20 @@ def _strangers(record: _Record, known: Sequence[int]) -> list[Orphan]:
     for name in os.listdir("/proc"):
         if not name.isdecimal() or int(name) in known or int(name) == os.getpid():
             continue
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{name}/comm").read_bytes().startswith(b"nydusd: ") and any(
-                os.readlink(fd.path).startswith(journal.LINK) and os.stat(fd.path).st_ino in inodes
-                for fd in os.scandir(f"/proc/{name}/fd")
-            ):
+        with contextlib.suppress(OSError):  # it has ended
+            if Path(f"/proc/{name}/comm").read_bytes().startswith(b"nydusd: ") and _holds(int(name), inodes):
                 found.append(Orphan(int(name), start_time(int(name))))
     return found
+
+
+def _holds(pid: int, inodes: Collection[int]) -> bool:
+    """Whether a process has one of these journals. Raises OSError when it has ended."""
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):  # that one was closed meanwhile
+            path = f"/proc/{pid}/fd/{fd}"
+            if os.readlink(path).startswith(journal.LINK) and os.stat(path).st_ino in inodes:
+                return True
+    return False
 
 
 def _end_strangers(record: _Record, known: Sequence[int]) -> None:

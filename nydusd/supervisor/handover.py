@@ -116,7 +116,7 @@ class Handover:
         self.waiting = False
         """We are to take over and cannot yet."""
         self.leaving = False
-        """The next one is there, or comes at once: all stays as it is."""
+        """The next one is there, or is to come: all stays as it is."""
         self.sent: Sent | None = None
         self.told_to_start = False
 
@@ -196,10 +196,13 @@ class Handover:
             self.sent = None
 
     def bind(self) -> Sockets:
-        """The daemon's sockets: where the API process found us meanwhile we can be found by all others, too."""
+        """The daemon's sockets: where the API process found us meanwhile we can be found by all others, too.
+
+        Once more in the same place, if nothing was taken over: then `Runtime.claim` has emptied it.
+        """
         runtime = self._runtime
         if self.sockets is None:
             self.sockets = Sockets(runtime.front, runtime.work)
-        elif self._place != runtime.folder:
+        elif self._place != runtime.folder or not (runtime.folder / "front").exists():
             self.sockets.bind(runtime.front, runtime.work)
         return self.sockets

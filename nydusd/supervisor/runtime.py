@@ -20,7 +20,7 @@ import select
 import shutil
 import signal
 import stat
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -77,11 +77,14 @@ class Runtime:
         """The first number of leases, handles and shared memory that no former supervisor has given out."""
         return (self.term << 32) + 1
 
-    def claim(self, take: Callable[[Json], Collection[int] | None] = lambda _record: None) -> None:
+    def claim(
+        self, take: Callable[[Json], Collection[int] | None] = lambda _record: None, ours: Sequence[int] = ()
+    ) -> None:
         """Make the folder ours. Raises MountError when a live daemon has it; ends what a dead one left running.
 
         `take` is given the dead one's record, {} if there is none, and gives the pids of processes that are taken over, None if
-        nothing is: they and what they need stay, and so does the record, until `record` replaces it.
+        nothing is: they and what they need stay, and so does the record, until `record` replaces it. `ours`: pids of children
+        that we have: from now on the record names them, so that they are ended before they hold anything if we are killed.
         """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +107,10 @@ class Runtime:
             points.reach("start: cleared")
         except OSError as e:
             raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
-        if kept is None:
-            self.record([])
+        if kept is None or "processes" not in record:
+            self.record(ours)
+        else:
+            self._write(record | {"processes": [*record["processes"], *([pid, start_time(pid)] for pid in ours)]})
 
     def _clear(self, keep: bool) -> None:
         """Remove what nobody uses any more; unless `keep`, all but the state of blobs."""
@@ -123,8 +128,7 @@ class Runtime:
         """Make the folder `waiting`, for a daemon that waits for its predecessor's end. Raises MountError."""
         try:
             self.waiting.parent.mkdir(parents=True, exist_ok=True)
-            self._line = os.open(self._line_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(self._line, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._line = _locked(self._line_path)
             _make_folder(self.waiting)
         except BlockingIOError:
             raise MountError(
@@ -176,21 +180,12 @@ class Runtime:
 
     def _take_lock(self) -> None:
         """One daemon a mount point. The kernel ends the lock with its holder, whatever ends that; children don't get it."""
-        while True:
-            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                pid = next(iter(_processes(self._read())), (0, 0))[0]
-                who = f"nydusd with pid {pid}" if pid else "another nydusd"
-                raise MountError(f"{self._mountpoint}: {who} serves this mount point already") from None
-            # Its holder may have removed it between our open and our lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(self._lock_path)):
-                    self._lock = fd
-                    return
-            os.close(fd)
+        try:
+            self._lock = _locked(self._lock_path)
+        except BlockingIOError:
+            pid = next(iter(_processes(self._read())), (0, 0))[0]
+            who = f"nydusd with pid {pid}" if pid else "another nydusd"
+            raise MountError(f"{self._mountpoint}: {who} serves this mount point already") from None
 
     def _read(self) -> Json:
         """The record of the last daemon here; of one that was damaged or is of another release, its processes at most."""
@@ -214,8 +209,11 @@ class Runtime:
         pids = [os.getpid(), *children]
         record: Json = {"version": 0, "mountpoint": self._mountpoint, "term": self.term}
         record["processes"] = [[pid, start_time(pid)] for pid in pids]
+        self._write(record | (more or {}))
+
+    def _write(self, record: Json) -> None:
         try:
-            write_checked(self._state, record | (more or {}))
+            write_checked(self._state, record)
         except CacheError as e:
             log.warning("%s; a successor will not find our processes", e)
 
@@ -232,6 +230,22 @@ class Runtime:
         self._lock_path.unlink(missing_ok=True)
         os.close(self._lock)
         self._lock = -1
+
+
+def _locked(path: Path) -> int:
+    """A lock on a file, which is made. Raises BlockingIOError when another process has it, OSError when it cannot be made."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its holder may have removed it between our open and our lock.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
+                    return fd
+        except OSError:
+            os.close(fd)
+            raise
+        os.close(fd)
 
 
 def _make_folder(folder: Path) -> None:

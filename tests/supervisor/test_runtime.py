@@ -8,12 +8,18 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import zmq
 
+from nydusd.cli.options import FuseOptions
+from nydusd.config import Config
 from nydusd.errors import MountError, NydusError
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.children import Child, end_all
+from nydusd.supervisor.family import Family
+from nydusd.supervisor.handover import Handover
 from nydusd.supervisor.listener import Listener
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.sockets import Sockets
@@ -119,6 +125,65 @@ class TestRuntime:
         runtime.record([1, 2])
         assert "state.json" in caplog.text
         runtime.remove()
+
+
+class TestLine:
+    def test_of_which_the_lock_is_removed_meanwhile_is_joined_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The one that waited has taken over in that moment: its successor must be seen by it, and no third one wait."""
+        before, runtime, third, predecessor = (Runtime("/mnt/image") for _ in range(4))
+        before.wait_in_line()
+        opened = os.open
+
+        def slow(path: Path, *args: int) -> int:
+            fd = opened(path, *args)
+            monkeypatch.setattr(os, "open", opened)
+            before.leave_line()
+            return fd
+
+        monkeypatch.setattr(os, "open", slow)
+        runtime.wait_in_line()
+        assert predecessor.has_successor()
+        with pytest.raises(MountError, match="another nydusd waits already"):
+            third.wait_in_line()
+        third.leave_line()
+        assert predecessor.has_successor()
+        runtime.leave_line()
+        assert not predecessor.has_successor()
+
+
+def test_sockets_of_a_daemon_that_has_waited_and_takes_nothing_over_are_bound_again(tmp_path: Path) -> None:
+    runtime = Runtime("/mnt/image")
+
+    def take(_record: object) -> None:
+        handover._place = runtime.folder  # as `wait_for_session` does
+        handover.sockets = Sockets(runtime.front, runtime.work)
+
+    handover = Handover("/mnt/image", runtime, cast(Any, None), zmq.Poller(), cast(Any, None))
+    runtime.claim(take)
+    sockets = handover.bind()
+    for served, endpoint in ((sockets.front, runtime.front), (sockets.work, runtime.work)):
+        with zmq.Context() as context, context.socket(zmq.DEALER) as client:
+            client.setsockopt(zmq.IDENTITY, b"client")
+            client.connect(endpoint)
+            client.send(b"hello")
+            assert served.poll(60_000)
+            assert served.recv_multipart() == [b"client", b"hello"]
+    sockets.close()
+    runtime.remove()
+
+
+def test_workers_of_two_supervisors_have_different_names_and_front_ends_have_not() -> None:
+    """A worker that is slow to end must not be taken for one of the next supervisor's."""
+    with fork_server() as server:
+        names = []
+        for _ in range(2):
+            family = Family(FuseOptions(mountpoint="/mnt/image"), Config(), server, Runtime("/mnt/image"), zmq.Poller())
+            children = [Child(role, 0, "none") for role in ("fetch", "decompress", "api", "fuse")]
+            for child in children:
+                family.prepare(child)
+            names.append({child.identity for child in children})
+            family.close()
+        assert names[0] & names[1] == {b"fuse-0-0"}
 
 
 def test_endpoint_that_is_too_long_is_an_error_that_says_so(tmp_path: Path) -> None:
