@@ -116,7 +116,7 @@ class Supervisor:
     def _begin(self, rows: int) -> None:
         """What comes first in any daemon; `rows` is the number of front ends."""
         self.catch_signals()
-        self._runtime.claim(self._take_all)
+        self._runtime.claim(self._take_all, self.fork_server.pids)
         self.factory.begin(self._runtime.first)
         self._know_mounts(rows)
 
@@ -208,6 +208,7 @@ class Supervisor:
     def _ready(self, what: str) -> None:
         points.reach("start: before READY")
         self.state = self._first_state
+        self.fork_server.waits = False  # from now on the loop waits for nobody
         self._family.add_fetch_workers()
         self._store.keep(self._family.session)
         self._status.ready(what)
@@ -336,8 +337,15 @@ class Supervisor:
         self.stopping = True
         self._unmount = self._unmount and unmount
 
+    def fail(self) -> None:
+        """It ends by an error: a mount that was served, or taken over, is left as a SIGKILL would leave it."""
+        if (self._family.inherited or self.state != "INIT") and self._can_leave():
+            log.error("%s stays mounted, for the next daemon here to take it over", self.options.serves)
+            self.handover.leaving = True
+            self.ask_to_stop(unmount=False)
+
     def _leaves_all(self) -> bool:
-        """Whether a stop leaves everything as it is to the next one: it waits, or we cannot serve what we took over."""
+        """Whether a stop leaves everything as it is to the next one."""
         return self.handover.waiting or self.handover.leaving
 
     def stop(self) -> None:

@@ -68,13 +68,6 @@ class ErofsDaemon(Supervisor):
 
     def start(self) -> None:
         """Everything up to RUNNING: the image of the command line is mounted then. Raises NydusError."""
-        try:
-            self._start()
-        except NydusError:
-            self.handover.leaving = self._found is not None  # what we took over and cannot serve is the next one's
-            raise
-
-    def _start(self) -> None:
         options = self.options
         assert isinstance(options, FuseOptions)
         self._begin(1)
@@ -169,6 +162,7 @@ class ErofsDaemon(Supervisor):
             self._abandon(found)
             return None
         self._found, self._former = found, (images, records)
+        self._family.inherited = True
         return []
 
     def _check_image(self, records: Sequence[Recorded]) -> None:
@@ -265,14 +259,14 @@ class ErofsDaemon(Supervisor):
     # --- stop -------------------------------------------------------------------------------------------------
 
     def _can_leave(self) -> bool:
-        return self._kernel is not None
+        return self._kernel is not None or self._found is not None
 
     def stop(self) -> None:
         """Unmount before anything is closed; what somebody uses still, or all in a restart, is left to front end and guard."""
         kernel = self._kernel
-        gone = True
+        gone = not self.handover.leaving
         if kernel is not None:
-            gone = self._unmount and not self.handover.leaving and kernel.hide_all()
+            gone = gone and self._unmount and kernel.hide_all()
             if not gone:
                 if not self.handover.leaving:
                     log.warning("%s is used still; front end and guard stay until it is not", self.options.serves)

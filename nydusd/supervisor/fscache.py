@@ -96,6 +96,8 @@ class FscacheDaemon(Singleton):
         self._kernel: KernelFiles | None = None
         """Who answers the kernel, once there are sockets."""
         self._guard = Child("guard", 0, "nydusd.frontends.fscache.guard")
+        self._kept = False
+        """Whether what there is of the cache is left to the next daemon, mounted or not."""
         self._family.own_spec, self._family.started = self._own_spec, self._started
 
     # --- start ------------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ class FscacheDaemon(Singleton):
         self._table.repeated, self._table.cull = self._repeated, self._cull
         found = self._files.take(self._store.given(self._stored).get("device"))
         if found is not None:
-            self._device = CacheDevice(found[0])
+            self._device, self._family.inherited = CacheDevice(found[0]), True
             log.warning("%s: the cache of a daemon that has ended is taken over", self._folder)
         else:
             self._begin_cache()
@@ -153,7 +155,7 @@ class FscacheDaemon(Singleton):
             super().take_sent(sent)
             return
         os.set_blocking(sent.fd, False)
-        self._device = CacheDevice(sent.fd)
+        self._device, self._family.inherited = CacheDevice(sent.fd), True
         self._recall(list(sent.state.get("images", ())))
         self._serve(self._device)
 
@@ -246,8 +248,11 @@ class FscacheDaemon(Singleton):
         return [{"entry": json.loads(bound.entry.text), "dropped": bound.dropped} for bound in self._bound.values()]
 
     def _note(self) -> None:
-        """Write down what the guard and a successor need; a full disk costs that, no more."""
-        if self._guard.pid is None or self._device is None:
+        """Write down what the guard and a successor need; a full disk costs that, no more.
+
+        Not before our guard is there: until then the record names the former one, which ends when it is named no more.
+        """
+        if not self._guard.pid or self._device is None:
             return
         sizes = {}
         for bound in self._bound.values():
@@ -329,9 +334,14 @@ class FscacheDaemon(Singleton):
 
     # --- stop -------------------------------------------------------------------------------------------------
 
+    def fail(self) -> None:
+        """Nothing is removed of what the next daemon needs, and the guard, ours or a former one's, goes on."""
+        self._kept = self._family.inherited or self.state != "INIT"
+
     def stop(self) -> None:
         """Images that are mounted are left to the guard, for the next daemon."""
-        used = self._device is not None and any(bound.is_mounted for bound in self._bound.values())
+        mounted = any(bound.is_mounted for bound in self._bound.values())
+        used = self._device is not None and (self._kept or mounted)
         if used:
             log.warning("images are mounted still; the guard keeps the cache for the next daemon")
             self.children[:] = [child for child in self.children if child is not self._guard]

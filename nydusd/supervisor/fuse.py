@@ -145,6 +145,7 @@ class FuseDaemon(Supervisor):
         self.handover.forget()
         if former is None:
             return None
+        self._family.inherited = True
         runtime.term = former.term
         return [*(frontend.process.pid for frontend in former.frontends), *(pid for pid, _ in former.keepers)]
 
@@ -198,8 +199,4 @@ class FuseDaemon(Supervisor):
         return child.role == "fuse" and (status == 0 or (session is not None and session.is_over()))
 
     def _can_leave(self) -> bool:
-        return self._family.session is not None
-
-    def _leaves_all(self) -> bool:
-        """Also what we took over and cannot serve."""
-        return self._former is not None or super()._leaves_all()
+        return self._family.session is not None or self._former is not None

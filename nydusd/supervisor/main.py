@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nydusd.cli.options import BlobfsOptions, ErofsOptions, FuseOptions, NbdOptions, Options, SingletonOptions
 from nydusd.nursery import client as nursery
+from nydusd.supervisor.family import CannotStartError
 from nydusd.supervisor.fuse import FuseDaemon
 
 if TYPE_CHECKING:
@@ -45,12 +46,20 @@ def run(options: Options, config: Config, entries: list[BlobEntry], fork_server:
 
 
 def _run(supervisor: Supervisor) -> int:
-    """Run a daemon until it is told to stop. Raises NydusError when it cannot start; nothing is left behind then."""
+    """Run a daemon until it is told to stop. Raises NydusError when it cannot start; nothing of it is left behind then.
+
+    One that has served, or has taken over, ends by an error as by a SIGKILL: its mount is the next one's.
+    """
     logging.getLogger().addHandler(supervisor.errors)
     try:
         supervisor.start()
         nursery.start_if_useful()
         supervisor.run()
+    except CannotStartError:
+        raise
+    except BaseException:
+        supervisor.fail()
+        raise
     finally:
         supervisor.stop()
         nursery.end_if_last()

@@ -61,7 +61,7 @@ class TarfsDaemon(Supervisor):
                 raise MountError(f"{mountpoint}: an EROFS is mounted here already: unmount it first")
             if left == facts:
                 log.warning("%s: the mount of a daemon that was killed is taken over", mountpoint)
-                self._mounted = True
+                self._mounted = self._family.inherited = True
                 return
             log.warning("%s: a daemon that was killed has left another image mounted; it is detached", mountpoint)
             detach(mountpoint)

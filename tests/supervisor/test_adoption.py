@@ -24,6 +24,7 @@ from tests.supervisor.lives import (
     config_for,
     configure,
     crash,
+    not_started,
     read_direct,
     run_to_end,
     wrong,
@@ -79,6 +80,17 @@ def start_and_die(daemon: Daemon, step: str) -> None:
     with open(daemon.log, "ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT)
     assert process.wait(30) == -signal.SIGKILL, step
+
+
+@pytest.mark.parametrize(
+    "step", ["nydusd.forkserver.client:ForkServer.hold", "nydusd.supervisor.fuse:Session.open_lanes"]
+)
+def test_a_start_that_is_killed_before_it_has_noted_a_mount_is_no_obstacle_to_the_next(step: str) -> None:
+    """Its fork server, which may have the session by then, is ended by that."""
+    with not_started(IMAGE.bootstrap, IMAGE.blobs) as daemon:
+        start_and_die(daemon, step)
+        daemon.start()
+        assert wrong(daemon) == []
 
 
 def start_again(daemon: Daemon, frontends: list[int]) -> None:

@@ -1,0 +1,61 @@
+"""What a daemon notes of the kernel's cache for its guard and its successor, at each step of a takeover."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from nydusd.cli.options import SingletonOptions
+from nydusd.frontends.fscache.device import CacheDevice
+from nydusd.frontends.fscache.left import Held
+from nydusd.storage.state.lock import start_time
+from nydusd.supervisor.fscache import FscacheDaemon
+from tests.support.fork_server import fork_server
+
+IMAGES = [{"entry": 1}, {"entry": 2}]
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FscacheDaemon]:
+    """One that takes over from a guard that lives, which is this process, and has not started its own."""
+    monkeypatch.setenv("NYDUSD_RUNTIME_DIR", str(tmp_path))
+    with fork_server() as server:
+        daemon = FscacheDaemon(SingletonOptions(fscache=str(tmp_path)), [], cast(Any, server))
+        held = Held((os.getpid(), start_time(os.getpid())), 5, {"d/a": 1}, ["a", "b"])
+        daemon._files.write(held, cast(Any, IMAGES))
+        daemon._device = CacheDevice(os.memfd_create("device"))
+        daemon._family.inherited = True
+        yield daemon
+
+
+def taken(daemon: FscacheDaemon) -> tuple[int, list[Any]]:
+    held = daemon._files.read()
+    assert held is not None
+    return held.holder[0], daemon._files._images()
+
+
+def test_the_former_guard_stays_noted_until_there_is_another(daemon: FscacheDaemon) -> None:
+    """It ends when it is not, and until then nobody else would be left if the daemon were killed."""
+    daemon._note()
+    assert taken(daemon) == (os.getpid(), IMAGES)
+    daemon._guard.process = cast(Any, type("Process", (), {"pid": os.getppid()}))
+    daemon._note()
+    assert taken(daemon) == (os.getppid(), [])
+    daemon.stop()
+
+
+def test_a_takeover_that_fails_removes_nothing_of_what_the_next_one_needs(daemon: FscacheDaemon) -> None:
+    daemon.fail()
+    daemon.stop()
+    assert taken(daemon) == (os.getpid(), IMAGES)
+
+
+def test_a_daemon_that_has_not_served_and_fails_leaves_nothing(daemon: FscacheDaemon) -> None:
+    daemon._family.inherited = False
+    daemon.fail()
+    daemon.stop()
+    assert daemon._files.read() is None
