@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
 
@@ -128,16 +129,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     return Tree(NAMES, tmp_path_factory.mktemp("tree"))
 
 
-@pytest.fixture
-def jumping(tree: Tree, tmp_path: Path) -> Iterator[Jumping]:
+@contextmanager
+def jumping(tree: Tree, tmp_path: Path, **workers: float) -> Iterator[Jumping]:
+    """`workers`: how they are looked after."""
     clock, signs = Clock(tmp_path), Signs(tmp_path)
-    tuning: dict[str, object] = {
-        "cache_quota": QUOTA,
-        "cache_keep": 0,
-        "worker_idle": 0.3,
-        "worker_patience": 1.0,
-        "front_ends": 2,
-    }
+    tuning: dict[str, object] = {"cache_quota": QUOTA, "cache_keep": 0, "front_ends": 2, **workers}
     with faulty() as server:
         hub = Hub(tree, server)
         environment = clock.environment | signs.environment
@@ -173,25 +169,26 @@ def jump(this: Jumping, days: int) -> None:
     reader.go_on()
 
 
-def test_readers_quota_rest_watchdog_and_retries_go_on(jumping: Jumping) -> None:
-    daemon, reader = jumping.mounted.daemon, jumping.reader
-    jumping.goes_on("reading", lambda: reader.rounds)
-    front_ends = daemon.pids("fuse")
-    for days in JUMPS:
-        jump(jumping, days)
-    assert daemon.pids("fuse") == front_ends
-    log = jumping.mounted.log()
+def test_readers_quota_rest_watchdog_and_retries_go_on(tree: Tree, tmp_path: Path) -> None:
+    with jumping(tree, tmp_path, worker_idle=0.3, worker_patience=60.0) as this:
+        this.goes_on("reading", lambda: this.reader.rounds)
+        front_ends = this.mounted.daemon.pids("fuse")
+        for days in JUMPS:
+            jump(this, days)
+        assert this.mounted.daemon.pids("fuse") == front_ends
+        log = this.mounted.log()
     years = {time.gmtime(time.time() + days * 86400).tm_year for days in JUMPS}
     assert years <= {int(line[1:5]) for line in log.splitlines() if line[1:5].isdecimal()}, "the clock did not jump"
     assert "hung" not in log, "nobody hung"
 
 
-def test_worker_that_hangs_is_found_out(jumping: Jumping) -> None:
+def test_worker_that_hangs_is_found_out(tree: Tree, tmp_path: Path) -> None:
     """The clock is put back just when it is stopped. That nobody is taken for hung when it is put forth is shown above."""
-    daemon, reader = jumping.mounted.daemon, jumping.reader
-    jumping.goes_on("reading", lambda: reader.rounds)
-    (pid,) = daemon.pids("decompress")
-    os.kill(pid, signal.SIGSTOP)
-    jumping.clock.put(-40)
-    wait_for_role(daemon, "decompress", 1, without=pid, seconds=SECONDS)
-    jumping.goes_on("reading", lambda: reader.rounds)
+    with jumping(tree, tmp_path, worker_idle=0, worker_patience=2.0) as this:
+        this.goes_on("reading", lambda: this.reader.rounds)
+        wait_for_role(this.mounted.daemon, "decompress", 1, seconds=SECONDS)
+        (pid,) = this.mounted.daemon.pids("decompress")
+        os.kill(pid, signal.SIGSTOP)
+        this.clock.put(-40)
+        wait_for_role(this.mounted.daemon, "decompress", 1, without=pid, seconds=SECONDS)
+        this.goes_on("reading", lambda: this.reader.rounds)

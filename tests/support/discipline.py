@@ -127,6 +127,7 @@ class LogBook:
     grace: float = GRACE_SECONDS
     offsets: dict[Path, int] = field(default_factory=dict)
     expected: list[re.Pattern[str]] = field(default_factory=list)
+    allowed: list[re.Pattern[str]] = field(default_factory=list)
     _ended: set[Path] = field(default_factory=set)
     _unread: list[str] = field(default_factory=list)
 
@@ -141,6 +142,10 @@ class LogBook:
     def expect(self, *patterns: str) -> None:
         """Announce lines: each pattern excuses what it matches, and must match at least once in this test."""
         self.expected += [re.compile(pattern) for pattern in patterns]
+
+    def allow(self, *patterns: str) -> None:
+        """Excuse lines that may come in this test or not, as the kernel likes."""
+        self.allowed += [re.compile(pattern) for pattern in patterns]
 
     def _collect(self) -> list[str]:
         for path, offset in list(self.offsets.items()):
@@ -167,7 +172,7 @@ class LogBook:
         found = [
             "\n  ".join([f"unannounced in a log: {line}", *(_after(lines, number) if "Traceback" in line else ())])
             for number, line in enumerate(lines)
-            if SUSPICIOUS.search(line) and not any(pattern.search(line) for pattern in self.expected)
+            if SUSPICIOUS.search(line) and not any(pattern.search(line) for pattern in (*self.expected, *self.allowed))
         ]
         found += [
             f"announced with expect_log, but never logged: {pattern.pattern}"
@@ -175,6 +180,7 @@ class LogBook:
             if not any(pattern.search(line) for line in lines)
         ]
         self.expected.clear()
+        self.allowed.clear()
         self._unread.clear()
         for path in self._ended:
             self.offsets.pop(path, None)

@@ -44,7 +44,14 @@ class MemoryGroup:
         try:
             wait_until(lambda: not self.pids(), "the end of all in a control group", 60)
         finally:
+            wait_until(self._is_removed, "the end of a control group", 60)
+
+    def _is_removed(self) -> bool:
+        try:
             os.rmdir(self._path)
+        except OSError:  # the kernel is not done with somebody who was in it
+            return False
+        return True
 
     def command(self, command: list[str], score: int) -> list[str]:
         """A command that does the same, and is in the group from its beginning on.
@@ -68,14 +75,22 @@ class MemoryGroup:
         name = "memory.limit_in_bytes" if self._is_v1 else "memory.max"
         (self._path / name).write_text(unlimited if size is None else str(size))
 
-    def exhaust(self, kills: int = 1) -> None:
-        """Take and hold memory of the group until the kernel has killed so many others of it."""
+    def exhaust(self, spare: int, kills: int = 1) -> None:
+        """Bound the group to so many bytes more than it has, take those, and hold them until so many of it were killed."""
         wanted = self.killed() + kills
+        wait_until(lambda: self._bound(spare), "a bound for a control group", 60)
         while self.killed() < wanted:
             taking = [sys.executable, "-c", _TAKE, str(self._path / self._events), str(wanted)]
             status = subprocess.run(self.command(taking, 0), timeout=60, check=False).returncode
             assert status in (0, -signal.SIGKILL)
             wanted += status != 0  # nobody else was left
+
+    def _bound(self, spare: int) -> bool:
+        try:
+            self.limit(self.used() + spare)
+        except OSError:  # it has grown meanwhile
+            return False
+        return True
 
     def killed(self) -> int:
         """How many processes the kernel has killed for want of memory."""
