@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nydusd.errors import FormatError
-from nydusd.formats.model import BlobFeature, BlobInfo, ChunkFlag, Cipher, Compressor
+from nydusd.formats.model import MAX_CHUNKS, BlobFeature, BlobInfo, ChunkFlag, Cipher, Compressor
 
 CI_HEADER_SIZE = 4096
 CONTEXT_SIZE = 40
-MAX_CHUNKS = 1 << 24
 MAX_CHUNK_SIZE = 1 << 24
 MAX_DICTIONARY = 32768
 MAX_CONTEXT_INPUT = 2 * MAX_CHUNK_SIZE

@@ -198,6 +198,9 @@ class Extent(NamedTuple):
     chunk_len: int
 
 
+MAX_CHUNKS = 1 << 24
+"""Chunks of a blob at most: v6 numbers them with 24 bits."""
+
 TARFS_GRID = 1 << 20
 """A tarfs blob has no chunk table: ours cuts the tar into pieces of this size, the last one shorter."""
 

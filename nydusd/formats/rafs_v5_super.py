@@ -12,7 +12,7 @@ from typing import NamedTuple
 from nydusd.errors import FormatError
 from nydusd.formats.blob_id import check_blob_id, takes_path_id
 from nydusd.formats.detect import V5_MAGIC, V5_VERSION
-from nydusd.formats.model import BlobFeature, BlobInfo, Cipher, Compressor
+from nydusd.formats.model import MAX_CHUNKS, BlobFeature, BlobInfo, Cipher, Compressor
 from nydusd.formats.superblock import (
     TIMEOUT_FACT,
     SuperFlag,
@@ -29,7 +29,6 @@ SUPERBLOCK_SIZE = 8192
 MAX_SIZE = 0x80000000
 MAX_BLOBS = 4096
 """The format has no limit, an image has at most some hundred; each becomes an object in every process."""
-MAX_CHUNKS = 1 << 24
 EXT_ENTRY_SIZE = 64
 
 _SUPER = Struct("<IIIIQQQQQIIIIQ")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from nydusd.errors import FormatError
 from nydusd.formats.chunk_info import CHUNK_INFO_SIZE, read_chunk_info
 from nydusd.formats.model import (
+    MAX_CHUNKS,
     TARFS_GRID,
     BlobFeature,
     BlobInfo,
@@ -26,7 +27,7 @@ from nydusd.formats.model import (
     RawChunk,
 )
 from nydusd.formats.rafs_v6_dir import Directory
-from nydusd.formats.rafs_v6_super import MAX_CHUNKS, facts, read_blobs, read_super
+from nydusd.formats.rafs_v6_super import facts, read_blobs, read_super
 from nydusd.formats.rafs_v6_xattr import read_xattrs
 from nydusd.formats.superblock import (
     DEVICES,

@@ -13,7 +13,7 @@ from nydusd.errors import FormatError
 from nydusd.formats.blob_id import check_blob_id, takes_path_id
 from nydusd.formats.chunk_info import CHUNK_INFO_SIZE
 from nydusd.formats.detect import V6_MAGIC, V6_SUPERBLOCK_OFFSET
-from nydusd.formats.model import BlobFeature, BlobInfo, Cipher, Compressor, Digester
+from nydusd.formats.model import MAX_CHUNKS, BlobFeature, BlobInfo, Cipher, Compressor, Digester
 from nydusd.formats.superblock import (
     TIMEOUT_FACT,
     Require,
@@ -32,7 +32,6 @@ SLOTS_OFFSET = 1408
 SLOT_SIZE = 128
 BLOB_ENTRY_SIZE = 256
 MAX_BLOBS = 255
-MAX_CHUNKS = 1 << 24
 COMPAT_RAFS = 0x40000000
 INCOMPAT = 0xC  # chunked files and a device table
 

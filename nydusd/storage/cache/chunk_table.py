@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from nydusd.errors import FormatError
 from nydusd.formats import blob_meta
-from nydusd.formats.blob_meta import MAX_CHUNK_SIZE, MAX_CHUNKS, CiHeader
-from nydusd.formats.model import TARFS_GRID, BlobFeature, BlobInfo, ChunkFlag, Cipher, Compressor, RawChunk
+from nydusd.formats.blob_meta import MAX_CHUNK_SIZE, CiHeader
+from nydusd.formats.model import MAX_CHUNKS, TARFS_GRID, BlobFeature, BlobInfo, ChunkFlag, Cipher, Compressor, RawChunk
 from nydusd.storage.state.segment import DIGEST_SIZE, RECORD
 
 _PLACE = struct.Struct("<II")

@@ -16,7 +16,6 @@ from nydusd.errors import FormatError
 from nydusd.formats import toc
 from nydusd.formats.blob_meta import (
     CI_HEADER_SIZE,
-    MAX_CHUNKS,
     CiHeader,
     align_page,
     check_ci_sizes,
@@ -24,7 +23,7 @@ from nydusd.formats.blob_meta import (
     parse_header,
     validate_header,
 )
-from nydusd.formats.model import BlobInfo, Cipher
+from nydusd.formats.model import MAX_CHUNKS, BlobInfo, Cipher
 
 Read = Callable[[int, int], Buffer]
 

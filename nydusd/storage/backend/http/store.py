@@ -107,14 +107,6 @@ class SharedStore:
             self._save(table)
             return result
 
-    def drop_all(self, prefix: str) -> None:
-        """Remove all entries whose key begins with `prefix`."""
-        with self._locked():
-            table = self._load()
-            kept = {key: slot for key, slot in table.items() if not key.startswith(prefix)}
-            if len(kept) < len(table):
-                self._save(kept)
-
     @contextlib.contextmanager
     def lock(self, key: str, deadline: float) -> Iterator[bool]:
         """Hold the lock of a key, so that one process does what all need. False if `deadline` came first.
