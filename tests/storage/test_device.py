@@ -403,6 +403,13 @@ class TestEviction:
             blob.device.read_into([_extent(0)], memoryview(bytearray(SIZE)))
         old.close()
 
+    def test_retired_segment_that_has_its_name_still_is_believed_nowhere_in_a_read(self, blob: Blob) -> None:
+        """The first blob comes twice; the worker that was to publish its next segment was killed."""
+        self.ready(blob)
+        blob.segments[0].retire()
+        missing = blob.device.missing([_extent(0), _extent(1, blob=1), _extent(2)])
+        assert missing == [ChunkRun(0, 0, 1), ChunkRun(0, 2, 1)]
+
     def test_what_is_asked_for_is_marked_with_the_clock(self, blob: Blob) -> None:
         self.ready(blob)
         blob.segments[0].clock[0] = 77

@@ -182,7 +182,7 @@ class BlobDevice:
             if blob != previous:
                 previous, view = blob, self._views[blob]
                 # Once a call, and before the first state byte: what is taken away from here on is noticed.
-                is_open = view.look() if view.turn != turn or view.segment is None else True
+                is_open = view.look() if view.turn != turn or view.segment is None else view.before != RETIRED
                 view.turn = turn
             if is_open:
                 if not 0 <= chunk < view.count:
