@@ -68,8 +68,8 @@ def test_one_that_hangs_costs_a_start_some_time_and_makes_no_second_daemon_later
         os.kill(nursery, signal.SIGCONT)
         with Another() as next_one:
             assert next_one.is_copy()
-            wait_until(lambda: len(daemons_of(nursery)) == 1, "the end of the copy that came too late")
-        wait_until(lambda: not daemons_of(nursery), "the end of the copies")
+            wait_until(lambda: len(daemons_of(nursery)) == 1, "the end of the copy that came too late", 60)
+        wait_until(lambda: not daemons_of(nursery), "the end of the copies", 60)
         assert wrong(daemon) == []
 
 
