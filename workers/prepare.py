@@ -34,6 +34,7 @@ from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs, map_bootstrap
 log = logging.getLogger(__name__)
 
 _TRIES = 5
+_NO_FILE = (0, 0, 0)
 _CHECKABLE = int(ChunkFlag.DIGEST | ChunkFlag.CRC)
 
 
@@ -53,7 +54,7 @@ def prepare(blobs: OpenBlobs, job: Json) -> Json:
             if e.cause_errno not in NO_ROOM:
                 raise
             # Without a file: whoever is to store something there finds it stale, so the blob is opened again.
-            count = _publish(spec, table, Identity(0, 0, table.uncompressed_size), bytearray(table.count))
+            count = _without_file(spec, spec.data_path, table)
             return {"count": table.count, "size": table.uncompressed_size, "ready": count, "uncached": str(e)}
     return {"count": table.count, "size": table.uncompressed_size, "ready": count}
 
@@ -207,12 +208,36 @@ def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable, layout: bytes) ->
             identity, state = _judge(spec, fd, whole, table, layout)
             points.reach("prepare: map judged")
             # A front end may go on with an old file, but not with an old view of this one: chunks are taken out by the new.
-            old_view = earlier if earlier is not None and earlier.identity.file == identity.file else None
+            file = identity.file
+            old_view = earlier if earlier is not None and earlier.identity.file in (file, _NO_FILE) else None
             ready = _publish(spec, table, identity, state, old_view)
             points.reach("prepare: published")
             return ready
         except OSError as e:
             raise CacheError(f"cache file {path}: {e.strerror}", e.errno) from e
+
+
+def _without_file(spec: BlobSpec, path: Path, table: ChunkTable) -> int:
+    """Publish that there is no cache file now. Front ends may go on with one that is deleted: nobody takes chunks out of it."""
+    earlier = _earlier_segment(spec)
+    try:
+        old_view = earlier if earlier is not None and _is_there(path, earlier.identity) else None
+        none = Identity(0, 0, table.uncompressed_size)
+        return _publish(spec, table, none, bytearray(table.count), old_view)
+    finally:
+        if earlier is not None:
+            earlier.close()
+
+
+def _is_there(path: Path, identity: Identity) -> bool:
+    """Whether the file that a segment speaks of may be at this path still."""
+    try:
+        st = os.stat(path)
+    except FileNotFoundError:
+        return not identity.ino
+    except OSError:
+        return True
+    return not identity.ino or (st.st_dev, st.st_ino) == (identity.dev, identity.ino)
 
 
 def _lock(fd: int, path: Path) -> None:

@@ -262,6 +262,19 @@ def test_checkpoint_tells_of_what_others_have_in_the_file(made: Jobs) -> None:
             assert map_file.load(made.spec.map_path, segment.count, segment.identity)[5] == READY
 
 
+def test_old_view_of_a_file_that_cannot_be_used_now_is_retired(made: Jobs) -> None:
+    """Others take chunks out of it meanwhile, and so do we when it can be used again."""
+    device = made.device()
+    ino = made.files()[b"sizes/4097"]
+    vec = made.bootstrap.extents(ino, 0, 4097)
+    assert device.missing(vec) == []
+    with twin(made, 7, {"coff": 1}):
+        made.generation += 1
+        assert "uncached" in made.prepare()
+        assert device.missing(vec) != []
+    device.close()
+
+
 def test_published_without_a_file_it_has_none(made: Jobs) -> None:
     with twin(made, 7, {"coff": 1}):
         again(made)

@@ -106,7 +106,7 @@ class BlobCache:
         if segment is None:
             raise InternalError(f"segment {self.spec.segment} was reported and is not there")
         if self.segment is not None:
-            # Its maker does so as well; but a worker may have been killed over a segment that this one has replaced since.
+            # Its maker did so before; but one of another release, killed over a segment that this one has replaced since, not.
             if self.segment.inode != segment.inode and self.segment.identity.file == segment.identity.file:
                 self.segment.retire()
             self.segment.close()
