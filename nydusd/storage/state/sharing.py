@@ -30,21 +30,39 @@ _KIND = int(ChunkFlag.COMPRESSED | ChunkFlag.ENCRYPTED | ChunkFlag.BATCH | Chunk
 _UNLISTED = int(ChunkFlag.UNLISTED)
 
 
+_known: dict[tuple[str, int], tuple[int, int] | None] = {}
+"""By name and inode of what is in shared memory: of which data file it speaks. That never changes; there may be thousands."""
+
+
 def segments_of(dev: int, ino: int) -> Iterator[Segment]:
     """All segments that speak of this data file, each open until the next is asked for."""
-    for path in _SHM.glob("nydusd.*"):
+    for name in _names_of(dev, ino):
         try:
-            # What another user has put there is believed in nothing.
-            if path.lstat().st_uid not in (0, os.geteuid()) or file_of(path) != (dev, ino):
-                continue
-            segment = Segment.open(f"/{path.name}")
-        except (OSError, CacheError, FormatError):
-            continue  # gone, no segment, or one of another version, whose daemon has the file open
+            segment = Segment.open(f"/{name}")
+        except (CacheError, FormatError):
+            continue  # one of another version, whose daemon has the file open
         if segment is not None:
             try:
                 yield segment
             finally:
                 segment.close()
+
+
+def _names_of(dev: int, ino: int) -> list[str]:
+    global _known
+    with os.scandir(_SHM) as entries:
+        here = [(entry.name, entry.inode()) for entry in entries if entry.name.startswith("nydusd.")]
+    _known = {key: _known[key] if key in _known else _file_of(key[0]) for key in here}
+    return [name for (name, _), file in _known.items() if file == (dev, ino)]
+
+
+def _file_of(name: str) -> tuple[int, int] | None:
+    path = _SHM / name
+    try:
+        # What another user has put there is believed in nothing.
+        return file_of(path) if path.lstat().st_uid in (0, os.geteuid()) else None
+    except OSError:
+        return None
 
 
 def contradiction(segment: Segment, table: ChunkTable) -> str:
