@@ -15,7 +15,7 @@ import pytest
 
 from nydusd.frontends.fuse import journal
 from nydusd.supervisor import adoption
-from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, read_direct, wrong
+from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, not_started, read_direct, wrong
 from tests.support import oracle
 from tests.support.daemon import Daemon
 from tests.support.discipline import becomes_true, is_running, wait_until
@@ -110,7 +110,7 @@ def test_a_daemon_that_has_served_and_ends_by_an_error_leaves_its_mount_to_the_n
 ) -> None:
     expect_log("stays mounted", "of the test", "Traceback")
     bug = tmp_path / "bug"
-    with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config) as daemon:
+    with not_started(IMAGE.bootstrap, IMAGE.blobs, config=config) as daemon:
         command = daemon.command
         daemon.command = [sys.executable, "-c", FAILING, str(bug), *command[3:]]
         daemon.start()
@@ -120,7 +120,6 @@ def test_a_daemon_that_has_served_and_ends_by_an_error_leaves_its_mount_to_the_n
             wait_for_failure(daemon)
             assert all(map(is_running, frontends))
             daemon.command = command
-            daemon._process = None
             daemon.start()
             assert device_of(daemon) == before
             assert becomes_true(lambda: set(frontends) <= set(daemon.pids("fuse")), 60)

@@ -151,7 +151,8 @@ class TestLine:
         assert not predecessor.has_successor()
 
 
-def test_sockets_of_a_daemon_that_has_waited_and_takes_nothing_over_are_bound_again(tmp_path: Path) -> None:
+def test_sockets_come_back() -> None:
+    """Those of a daemon that has waited for what it was to take over, and takes nothing over."""
     runtime = Runtime("/mnt/image")
 
     def take(_record: object) -> None:
