@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,19 +93,25 @@ def not_started(
 
 
 def run_to_end(daemon: Daemon, environment: dict[str, str] | None = None) -> tuple[int, list[str]]:
-    """Exit status and stderr, without what is logged, of a daemon that is expected to end by itself."""
-    done = subprocess.run(
-        daemon.command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        cwd=ROOT,
-        env=os.environ | (environment or {}),
-        check=False,
-    )
-    assert done.stdout == ""
-    return done.returncode, [line for line in done.stderr.splitlines() if not line.startswith("[")]
+    """Exit status and stderr, without what is logged, of a daemon that is expected to end by itself.
+
+    What it leaves to the next one may have its stderr still.
+    """
+    with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as errors:
+        done = subprocess.run(
+            daemon.command,
+            stdin=subprocess.DEVNULL,
+            stdout=told,
+            stderr=errors,
+            timeout=30,
+            cwd=ROOT,
+            env=os.environ | (environment or {}),
+            check=False,
+        )
+        for file in (told, errors):
+            file.seek(0)
+        assert told.read() == ""
+        return done.returncode, [line for line in errors.read().splitlines() if not line.startswith("[")]
 
 
 def configure(daemon: Daemon, **keys: object) -> None:
