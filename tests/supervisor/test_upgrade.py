@@ -24,6 +24,7 @@ from bench.image import Built, build
 from nydusd.codec.compress import decompress
 from nydusd.codec.digest import digest
 from nydusd.formats.model import Compressor, Digester
+from nydusd.ipc.messages import PROTOCOL
 from nydusd.supervisor import trial
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import is_running, wait_until
@@ -196,7 +197,7 @@ BROKEN = {
     "jobs that fail": Broken(
         "workers/fill.py", "    result = _Result()\n", "    raise OSError(7, 'x')\n", "internal error"
     ),
-    "another protocol": Broken("nydusd/ipc/messages.py", "PROTOCOL = 1", "PROTOCOL = 77", "protocol 77"),
+    "another protocol": Broken("nydusd/ipc/messages.py", f"PROTOCOL = {PROTOCOL}", "PROTOCOL = 77", "protocol 77"),
 }
 
 

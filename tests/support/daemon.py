@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import itertools
 import json
@@ -241,10 +242,12 @@ class Daemon:
         found: list[int] = []
         while new := [pid for pid in (self.pid, *self.family()) if pid not in found and is_running(pid)]:
             for pid in new:
-                os.kill(pid, signal.SIGSTOP)
+                with contextlib.suppress(ProcessLookupError):  # one that is there for a moment only
+                    os.kill(pid, signal.SIGSTOP)
             found += new
         for pid in found:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.kill_supervisor()
         wait_until(lambda: not any(map(is_running, found)), f"the end of {list(map(cmdline, found))}", START_SECONDS)
 
