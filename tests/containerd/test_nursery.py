@@ -27,4 +27,8 @@ def test_containers_run_from_daemons_of_a_nursery_also_after_one_was_killed(shop
         node.watch_daemon_logs()
         node.nerdctl("rmi", reference)
         wait_until(lambda: node.daemons() == [], "the end of the daemon")
-        wait_until(lambda: descendants(nursery) == [], "the end of all of its processes")
+        wait_until(
+            lambda: {cmdline(child) for child in descendants(nursery)} <= {"nydusd: seats"},
+            "the end of all of its processes",
+            60.0,
+        )
