@@ -268,14 +268,15 @@ class KernelMounts:
                 try:
                     os.close(mount_api.open_below(base, path))
                 except FileNotFoundError:
+                    # Noted first: one that nobody knows of would stay for ever.
+                    made = (*self.table.folders, f"{self._base.rstrip('/')}/{path}")
+                    self.table = replace(self.table, folders=made)
+                    self._write(*self.table.mounts)
                     parent = mount_api.open_below(base, above or ".")
                     try:
                         os.mkdir(name, _FOLDER_MODE, dir_fd=parent)
                     finally:
                         os.close(parent)
-                    made = (*self.table.folders, f"{self._base.rstrip('/')}/{path}")
-                    self.table = replace(self.table, folders=made)
-                    self._write(*self.table.mounts)
             return mount_api.open_below(base, path or ".")
         finally:
             os.close(base)

@@ -18,7 +18,7 @@ from nydusd import points
 from nydusd.formats.model import ChunkFlag
 from nydusd.storage.state import map_file
 from nydusd.storage.state.chunk_map import ChunkMap
-from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, names
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, inode_of, names
 from tests.support.segments import in_child, join
 from tests.workers.harness import Jobs, jobs
 from workers.evict import evict, survey
@@ -56,7 +56,8 @@ def make_room(made: Jobs) -> None:
     with made.segment() as segment:
         ChunkMap(segment).claim_ready(GONE)
         segment.epoch[0] += 1
-        job = made._take(chunks=GONE, instance="own", pids=[os.getpid(), os.getppid()])
+        covered = {made.prefix: inode_of(made.prefix)}
+        job = made._take(chunks=GONE, covered=covered, strays={}, pids=[os.getpid(), os.getppid()])
         assert "stored" in evict(made.open, job)
         for chunk in GONE:
             ChunkMap(segment).clear_pending(chunk)
@@ -70,7 +71,7 @@ def again(made: Jobs) -> None:
     made.prepare()
     made.new_daemon()
     job = {"folder": str(made.work_dir), "limit": 0, "target": 0, "unused": True, "mounted": {}, "now": 0, "keep": 0}
-    answer = survey(made.open, job | {"instance": "own", "pids": [os.getpid(), os.getppid()]})
+    answer = survey(made.open, job | {"strays": {}, "pids": [os.getpid(), os.getppid()]})
     assert answer["removed"] == [made.info.blob_id]
 
 

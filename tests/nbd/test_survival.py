@@ -15,7 +15,7 @@ from bench.image import Built, build
 from nydusd.frontends.nbd import protocol
 from tests.killing.plan import Plan, all_points
 from tests.nbd.test_export import Export, answered, command, exactly, is_closed, read, serving
-from tests.support.daemon import image_config, wait_for_role
+from tests.support.daemon import image_config
 from tests.support.discipline import is_running, wait_until
 from tests.support.oracle import Image
 from tests.support.trees import random_tree
@@ -55,8 +55,14 @@ def disk(export: Export, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def front_end(export: Export) -> int:
-    wait_for_role(export, "nbd", 1, seconds=60)
-    return export.pids("nbd")[0]
+    found: list[int] = []
+
+    def is_there() -> bool:
+        found[:] = export.pids("nbd")
+        return len(found) == 1
+
+    wait_until(is_there, "a front end", 60)
+    return found[0]
 
 
 def read_all_at_once(export: Export, disk: bytes) -> None:
