@@ -133,7 +133,8 @@ def test_trace_of_a_daemon_makes_the_next_start_need_no_backend(
         def ready() -> bool:
             metrics = daemon.get("/api/v1/metrics/blobcache")
             assert isinstance(metrics, dict)
-            return bool(metrics["entries_count"] >= count)
+            # A read is counted when its worker reports it, a moment after the chunks are there.
+            return bool(metrics["entries_count"] >= count and daemon.backend_reads())
 
         wait_until(ready, "the blob to be read ahead", 60)
         before = daemon.backend_reads()
