@@ -6,7 +6,6 @@ that the supervisor has open: after SIGKILL in the middle nothing stays.
 
 from __future__ import annotations
 
-import mmap
 import os
 
 from nydusd.errors import CacheError
@@ -16,14 +15,13 @@ from nydusd.formats.write.rafs_v6_split import split_devices
 from nydusd.ipc.borrow import borrow
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.image import ImageFacts
-from workers.blobs import OpenBlobs
+from workers.blobs import OpenBlobs, map_bootstrap
 
 
 def split_image(_blobs: OpenBlobs, job: Json) -> Json:
     """Job: image (plain data), file (pid and number of an fd), least, most. Answer: `cuts`, None if it is not to be split."""
     facts = ImageFacts.from_json(job["image"])
-    with open(facts.bootstrap, "rb") as f:
-        view = memoryview(mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ))
+    view = map_bootstrap(facts.bootstrap)
     image = open_bootstrap(view, facts.bootstrap, facts.path_id, extracted=facts.extracted)
     found = (
         split_devices(view, image, facts.bootstrap, job["least"], job["most"]) if isinstance(image, RafsV6) else None

@@ -29,13 +29,7 @@ class Many(Daemon):
         super().__init__(None, Path("/"), verb="erofs", args=("--driver", "fanotify", *args))
 
     def serves(self) -> bool:
-        if not self.apisock.exists():
-            return False
-        try:
-            answer = self.get("/api/v1/daemon", seconds=2.0)
-        except (OSError, AssertionError):
-            return False
-        return isinstance(answer, dict) and answer["state"] == "RUNNING"
+        return self.says_running()
 
     def at(self, place: str) -> Path:
         return self.mountpoint / place.lstrip("/")

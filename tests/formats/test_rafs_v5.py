@@ -35,7 +35,8 @@ def test_file_with_holes_flag_is_read_by_file_offsets(v5: PatchedV5) -> None:
     assert [v5.open().extents(ino, *wanted) for wanted in ranges] == plain
 
 
-def test_chunks_of_a_file_with_holes_may_be_of_any_length(v5: PatchedV5) -> None:
+def put_holes(v5: PatchedV5) -> int:
+    """Make a file one "with holes", of a chunk of 1,000 bytes and one of 1 byte; its inode number."""
     path = b"sizes/1048577"
     ino = v5.ino(path)
     infos = v5.after_name(path)
@@ -43,18 +44,17 @@ def test_chunks_of_a_file_with_holes_may_be_of_any_length(v5: PatchedV5) -> None
     v5.put(v5.record_at(path) + 64, "Q", 1001)
     v5.put(infos + 44, "I", 1000)
     v5.put(infos + 80 + 64, "Q", 1000)
+    return ino
+
+
+def test_chunks_of_a_file_with_holes_may_be_of_any_length(v5: PatchedV5) -> None:
+    ino = put_holes(v5)
     pieces = v5.open().extents(ino, 990, 100)
     assert [(piece.offset, piece.length, piece.chunk_len) for piece in pieces] == [(990, 10, 1000), (0, 1, 1)]
 
 
 def test_read_of_more_tiny_chunks_than_any_image_has_is_refused(v5: PatchedV5, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = b"sizes/1048577"
-    ino = v5.ino(path)
-    infos = v5.after_name(path)
-    v5.put(v5.record_at(path) + 80, "Q", 8)
-    v5.put(v5.record_at(path) + 64, "Q", 1001)
-    v5.put(infos + 44, "I", 1000)
-    v5.put(infos + 80 + 64, "Q", 1000)
+    ino = put_holes(v5)
     monkeypatch.setattr(rafs_v5, "_PIECES_MOST", 1)
     image = v5.open()
     assert len(image.extents(ino, 0, 1000)) == 1

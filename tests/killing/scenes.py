@@ -386,13 +386,7 @@ class Bare(Daemon):
     """`nydusd erofs` without an image: nothing is mounted at its mount point."""
 
     def serves(self) -> bool:
-        if not self.apisock.exists():
-            return False
-        try:
-            answer = self.get("/api/v1/daemon", seconds=2.0)
-        except (OSError, AssertionError):
-            return False
-        return isinstance(answer, dict) and answer.get("state") == "RUNNING"
+        return self.says_running()
 
 
 class KernelShared(Shared):

@@ -39,13 +39,7 @@ class Export(Daemon):
         self.command[place : place + 2] = ["-S", str(self.socket)]
 
     def serves(self) -> bool:
-        if not self.apisock.exists():
-            return False
-        try:
-            answer = self.get("/api/v1/daemon", seconds=2.0)
-        except (OSError, AssertionError):
-            return False
-        return isinstance(answer, dict) and answer["state"] == "RUNNING"
+        return self.says_running()
 
     def client(self, *command: str) -> str:
         uri = f"nbd+unix:///?socket={self.socket}"

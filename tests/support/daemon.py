@@ -149,7 +149,11 @@ class Daemon:
 
     def serves(self) -> bool:
         """Whether the mount is there and the API says RUNNING."""
-        if str(self.mountpoint) not in mounts_under(self.folder) or not self.apisock.exists():
+        return str(self.mountpoint) in mounts_under(self.folder) and self.says_running()
+
+    def says_running(self) -> bool:
+        """Whether the API says RUNNING: all there is to see of a daemon at whose mount point nothing is mounted."""
+        if not self.apisock.exists():
             return False
         try:
             answer = self.get("/api/v1/daemon", seconds=2.0)

@@ -18,11 +18,18 @@ from typing import NamedTuple
 
 from nydusd import points
 from nydusd.errors import MountError
-from nydusd.frontends.fuse.session import MS_NOATIME, MS_NODEV, MS_NOSUID, MS_RDONLY, resolve_mountpoint
+from nydusd.frontends.fuse.session import (
+    MNT_DETACH,
+    MS_NOATIME,
+    MS_NODEV,
+    MS_NOSUID,
+    MS_RDONLY,
+    resolve_mountpoint,
+    umount,
+)
 
 from . import fanotify, journal, mount_api, table
 
-MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -87,16 +94,16 @@ def unmount_erofs(mountpoint: str) -> None:
     """Unmount the EROFS at this path, lazily when somebody uses it; none there is no error. Raises MountError."""
     if not top_is_erofs(mountpoint):
         return
-    code = _umount(resolve_mountpoint(mountpoint), 0)
+    code = umount(resolve_mountpoint(mountpoint), 0)
     if code == errno.EBUSY:
-        code = _umount(resolve_mountpoint(mountpoint), MNT_DETACH)
+        code = umount(resolve_mountpoint(mountpoint), MNT_DETACH)
     if code not in (0, errno.EINVAL, errno.ENOENT):
         raise MountError(f"{mountpoint}: umount: {os.strerror(code)}")
 
 
 def detach(mountpoint: str) -> None:
     """Take the mount at this path out of sight, whoever uses it. Raises MountError."""
-    code = _umount(resolve_mountpoint(mountpoint), MNT_DETACH)
+    code = umount(resolve_mountpoint(mountpoint), MNT_DETACH)
     if code:
         raise MountError(f"{mountpoint}: umount: {os.strerror(code)}")
 
@@ -127,8 +134,3 @@ def top_mount(mountpoint: str) -> str | None:
             if len(fields) > 4 and fields[4] == wanted:
                 top = fields[2] if right.startswith("erofs ") else None
     return top
-
-
-def _umount(mountpoint: str, flags: int) -> int:
-    """umount2(2); 0 or the errno."""
-    return 0 if _libc.umount2(os.fsencode(mountpoint), flags | UMOUNT_NOFOLLOW) == 0 else ctypes.get_errno()

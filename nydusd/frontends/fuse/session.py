@@ -103,7 +103,7 @@ class Session:
                 negotiated = _exchange_init(fd)
                 device = _our_device(mountpoint)
             except BaseException:
-                _umount(mountpoint, MNT_DETACH)
+                umount(mountpoint, MNT_DETACH)
                 raise
         except BaseException:
             os.close(fd)
@@ -141,9 +141,9 @@ class Session:
         # The number of the device of a mount that is gone may be given to the next.
         if self.is_over() or top is None or top.device != self.device:
             return
-        code = _umount(self.mountpoint, 0)
+        code = umount(self.mountpoint, 0)
         if code == errno.EBUSY:
-            code = _umount(self.mountpoint, MNT_DETACH)
+            code = umount(self.mountpoint, MNT_DETACH)
         if code not in (0, errno.EINVAL, errno.ENOENT):
             raise MountError(f"{self.mountpoint}: umount: {os.strerror(code)}")
 
@@ -235,7 +235,7 @@ def clear_stale_mount(mountpoint: str, *, patience: float = 2.0) -> bool:
             )
         if state not in (errno.ENOTCONN, errno.ECONNABORTED):
             raise MountError(f"{mountpoint}: the FUSE file system mounted here: {os.strerror(state)}")
-        code = _umount(mountpoint, MNT_DETACH)
+        code = umount(mountpoint, MNT_DETACH)
         if code not in (0, errno.EINVAL, errno.ENOENT):
             raise MountError(f"{mountpoint}: cannot detach the dead mount: {os.strerror(code)}")
         log.warning("%s: detached a dead FUSE mount", mountpoint)
@@ -267,8 +267,8 @@ def _mount(mountpoint: str, fd: int) -> None:
         raise MountError(f"{mountpoint}: mount: {os.strerror(code)}")
 
 
-def _umount(mountpoint: str, flags: int) -> int:
-    """umount2(2); 0 or the errno."""
+def umount(mountpoint: str, flags: int) -> int:
+    """umount2(2), of no symbolic link; 0 or the errno."""
     return 0 if _libc.umount2(os.fsencode(mountpoint), flags | UMOUNT_NOFOLLOW) == 0 else ctypes.get_errno()
 
 

@@ -5,7 +5,6 @@ Which chunks must be decoded together (a batch, a zran context), and which neigh
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Sequence
 
 from nydusd.formats.model import ChunkFlag, ChunkRecord
@@ -14,8 +13,6 @@ from nydusd.storage.state.segment import READY, RECORD, Segment
 
 _GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
 _UNLISTED = int(ChunkFlag.UNLISTED)
-_FLAGS, _FLAGS_AT = struct.Struct("<I"), 24
-"""That field of a record."""
 _MANY = 4096
 """Chunks that are looked at or joined at most. Real batches and windows hold fewer; a hostile table may hold chunks of one
 byte, and the supervisor must not count millions of them for one read. What is left out is only fetched later."""
@@ -35,8 +32,7 @@ class BlobMetaInfo:
 
     def is_listed(self, chunk: int) -> bool:
         """Whether the image's metadata describes the chunk, not the blob's alone."""
-        flags: int = _FLAGS.unpack_from(self._records, chunk * RECORD.size + _FLAGS_AT)[0]
-        return not flags & _UNLISTED
+        return not self.record(chunk).flags & _UNLISTED
 
     def unit(self, chunk: int) -> range:
         """The chunks that one decoding of `chunk` gives: its batch, its zran context, or itself."""
