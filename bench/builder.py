@@ -1,6 +1,7 @@
 """Part of `make bench`: how fast images are made and how large they are, beside a reference if $NYDUS_IMAGE_REF names one.
 
-The tree is that of `bench.run`, once as a folder and once as a tar; files are in the page cache, output goes to the same disk.
+The tree is a Debian root file system of about 250 MB ($NYDUSD_BENCH_TREE: another), once as a folder and once as a tar; files
+are in the page cache, output goes to the same disk.
 Builders take turns, several rounds, medians. Seconds are what a user waits (wall clock) and what all processes of the command
 took of the CPUs; a ratio above 1 is better for us. The last line is memory: a tree of many names, whose content is nothing.
 """
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.run import FOLDER, ROUNDS, prepare
+from bench.run import FOLDER, ROUNDS, root_file_system
 
 OURS = [sys.executable, "-m", "nydusd.cli.nydus_image"]
 TAR = ("--type", "tar-rafs")
@@ -30,6 +31,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "a tar, zstd": TAR,
     "a tar, lz4_block": (*TAR, "--compressor", "lz4_block"),
 }
+PACKAGES = "python3,ca-certificates"
 NAMES = int(os.environ.get("NYDUSD_BENCH_NAMES", "300000"))
 PER_FOLDER = 1000
 
@@ -45,9 +47,7 @@ class Row(NamedTuple):
 
 def main() -> int:
     """Measure and print the tables."""
-    tree = Path(os.environ.get("NYDUSD_BENCH_TREE", FOLDER / "rootfs"))
-    if not tree.exists():
-        prepare()
+    tree = root_file_system("rootfs-small", PACKAGES)
     builders = {"ours": OURS}
     if reference := os.environ.get("NYDUS_IMAGE_REF"):
         builders["reference"] = [reference]

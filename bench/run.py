@@ -57,17 +57,23 @@ def main() -> int:
 def prepare() -> Built:
     """The image, made if it is not there yet; `plain` beside it is the complete cache file for EROFS."""
     out = FOLDER / "image"
-    tree = Path(os.environ.get("NYDUSD_BENCH_TREE", FOLDER / "rootfs"))
-    if not tree.exists():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        print("making a root file system with debootstrap, once", file=sys.stderr)
-        part = FOLDER / "rootfs.part"
-        command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(part)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        part.rename(tree)
+    tree = root_file_system("rootfs", PACKAGES)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     return build(tree, out, plain=out / "plain")
+
+
+def root_file_system(name: str, packages: str) -> Path:
+    """$NYDUSD_BENCH_TREE, or a Debian root file system of this name below FOLDER, made if it is not there yet."""
+    tree = Path(os.environ.get("NYDUSD_BENCH_TREE", FOLDER / name))
+    if not tree.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        print("making a root file system with debootstrap, once", file=sys.stderr)
+        part = FOLDER / f"{name}.part"
+        command = ["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(part)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        part.rename(tree)
+    return tree
 
 
 def drop_caches() -> None:

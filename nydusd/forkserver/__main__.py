@@ -227,6 +227,7 @@ def _fork() -> int:
         raise
     if middle == 0:
         os.close(reader)
+        points.reach("fork server: between it and a child")
         try:
             pid = os.fork()
         except OSError as e:
@@ -234,6 +235,7 @@ def _fork() -> int:
         if pid == 0:
             os.close(writer)
             return 0
+        points.reach("fork server: before a child's pid is told")
         with contextlib.suppress(OSError):  # killed, who wanted to know; and this one must not go on in its place
             os.write(writer, _PID.pack(pid))
         os._exit(0)

@@ -144,12 +144,15 @@ class ForkServer:
             gate, key = os.pipe2(os.O_CLOEXEC)
             try:
                 answer = self._ask(request, [*fds, gate])
-                if answer is not None:
-                    if "pid" not in answer:
-                        raise OSError(answer["errno"], answer["error"])
+                if answer is not None and "pid" in answer:
                     process = Process(answer["pid"])
                     os.write(key, b"g")
                     return process
+                if answer is not None:
+                    if answer["errno"] != errno.EINTR or not tries_left:
+                        raise OSError(answer["errno"], answer["error"])
+                    # Who made the child was killed before it could tell. The child may be there, and ends with its gate.
+                    continue
             finally:
                 os.close(gate)
                 os.close(key)

@@ -38,7 +38,8 @@ from nydusd.supervisor.fd_store import FdStore
 from nydusd.supervisor.handover import FUSE_DEVICE, Handover
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener, metrics_socket
-from nydusd.supervisor.mounts import Mounts, Request, first_request
+from nydusd.supervisor.mount_request import Request, first_request
+from nydusd.supervisor.mounts import Mounts
 from nydusd.supervisor.notify import Notifier
 from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.staff import wanted_of

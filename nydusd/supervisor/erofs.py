@@ -15,6 +15,7 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,9 +30,10 @@ from nydusd.supervisor import control_ops
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.kernel_mounts import KernelMounts
+from nydusd.supervisor.kernel_places import is_inside
 from nydusd.supervisor.mount_records import Recorded, readable
+from nydusd.supervisor.mount_request import first_request
 from nydusd.supervisor.mount_table import MountTable
-from nydusd.supervisor.mounts import first_request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,22 +100,25 @@ class ErofsDaemon(Supervisor):
             self._ready(f"{shown} is mounted at {options.mountpoint}")
 
     def _show(self, images: Sequence[Image]) -> None:
-        """Until these are mounted. Raises NydusError when one cannot be; in a takeover it is let go then."""
-        assert self._kernel is not None
+        """Until these are mounted. Raises NydusError when one cannot be; in a takeover it is let go, with what is in it."""
+        ended: dict[str, NydusError | None] = {}
         for image in images:
-            errors: list[NydusError] = []
-
-            def shown(error: NydusError | None, errors: list[NydusError] = errors) -> None:
-                errors += [] if error is None else [error]
-
-            self._kernel.show(image, shown)
-            while self._kernel.busy and not self.stopping:
-                self._turn(self._timeout())
-            if errors and self._found is None:
-                raise errors[0]
-            if errors:
-                log.error("%s cannot be mounted at %s again: %s", image.source, image.place, errors[0])
-                self.mounts.umount(image.place)
+            self.mounts.show_again(image, partial(ended.__setitem__, image.place))
+        while len(ended) < len(images) and not self.stopping:
+            self._turn(self._timeout())
+        for image in images:
+            error = ended.get(image.place)
+            if error is None:
+                continue
+            if self._found is None:
+                raise error
+            log.error("%s cannot be mounted at %s again: %s", image.source, image.place, error)
+            inside = [place for place in self.images if place == image.place or is_inside(place, image.place)]
+            for place in sorted(inside, key=len, reverse=True):
+                try:
+                    self.mounts.umount(place)
+                except NydusError as e:
+                    log.error("%s: %s", place, e)
 
     def _start_processes(self, fds: Fds) -> None:
         """All but the front end, which must not be there before the former one has ended."""

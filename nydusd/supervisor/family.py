@@ -250,6 +250,7 @@ class Family:
     def _frontend_spec(self, index: int) -> tuple[list[int], Json]:
         assert self.session is not None
         assert self.mounts is not None
+        assert isinstance(self._options, FuseOptions)
         lanes = self.session.lanes
         lane = lanes[index]
         spec: Json = {
@@ -260,6 +261,8 @@ class Family:
             "interrupt_out": [other.interrupt_out for i, other in enumerate(lanes) if i != index],
             "front": self._runtime.front,
             "read_deadline": self._config.nydusd.read_deadline,
+            "failover_policy": self._options.failover_policy,
+            "device": self.session.device,
             "mounts": self.mounts.table.spec(),
             "inflight": self.mounts.board_name,
         }

@@ -26,7 +26,7 @@ from nydusd.supervisor import control_ops
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.handover import EndedError
-from nydusd.supervisor.mounts import first_request
+from nydusd.supervisor.mount_request import first_request
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options

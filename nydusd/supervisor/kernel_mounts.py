@@ -11,7 +11,6 @@ and is attached nowhere, which is gone. The next supervisor goes on with the for
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
@@ -27,11 +26,12 @@ from nydusd.frontends.erofs.table import Mounted, Table
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.supervisor.kernel_images import check, files_of, is_of, ranges_of
+from nydusd.supervisor.kernel_places import is_inside, open_folder, path_of, remove_unused
 
 if TYPE_CHECKING:
     from nydusd.storage.cache.blob_cache import BlobCache
     from nydusd.supervisor.images import Image
-    from nydusd.supervisor.mounts import Done
+    from nydusd.supervisor.mount_request import Done
     from nydusd.supervisor.pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -40,15 +40,17 @@ _LEAST, _MOST = 4 << 20, 512
 """Bytes of a range of a blob, and ranges of an image."""
 _LOOK = 2.0
 """Seconds between looks whether mounts are there still."""
-_FOLDER_MODE = 0o755
 
 
 @dataclass(eq=False, slots=True)
 class _Coming:
-    """An image that is to be shown in the place of `old`, if that is given. `asked`: a worker is at it."""
+    """An image that is to be shown in the place of `old`, if that is given. `asked`: a worker is at it.
+
+    `done`: all who are to be told how it ended.
+    """
 
     image: Image
-    done: Done
+    done: list[Done]
     old: Image | None
     asked: bool = False
 
@@ -103,12 +105,14 @@ class KernelMounts:
         check(image)
         for cache in image.caches:
             cache.pinned = True
-        self._coming.append(_Coming(image, done, old))
+        self._coming.append(_Coming(image, [done], old))
 
-    @property
-    def busy(self) -> bool:
-        """Whether an image is about to be shown."""
-        return bool(self._coming)
+    def join(self, image: Image, done: Done) -> bool:
+        """Whether this image is about to be shown; then `done` is told, too, how that ended."""
+        coming = next((coming for coming in self._coming if coming.image is image), None)
+        if coming is not None:
+            coming.done.append(done)
+        return coming is not None
 
     def tick(self) -> None:
         """Called in each turn of the loop: go on with what waits; look now and then whether what is mounted is there still."""
@@ -117,7 +121,7 @@ class KernelMounts:
             failed = next((cache for cache in caches if cache.state == "failed"), None)
             if failed is not None:
                 self._end(coming, MountError(f"blob {failed.spec.info.blob_id} cannot be opened: {failed.reason}"))
-            elif all(cache.state == "ready" for cache in caches):
+            elif all(cache.state == "ready" for cache in caches) and not self._has_outer(coming):
                 self._split(coming)
         if (now := time.monotonic()) >= self._next_look:
             self._next_look = now + _LOOK
@@ -129,6 +133,11 @@ class KernelMounts:
             self._submitted = False
             return 0.0
         return timeout if not self._shown else max(0.0, min(timeout, self._next_look - time.monotonic()))
+
+    def _has_outer(self, coming: _Coming) -> bool:
+        """Whether an image is to come in which this one is mounted: it would hide this one."""
+        place = coming.image.place
+        return any(is_inside(place, other.image.place) for other in self._coming if other is not coming)
 
     def _split(self, coming: _Coming) -> None:
         """Have the copy of the metadata made that the kernel is to mount."""
@@ -176,15 +185,15 @@ class KernelMounts:
         except NydusError as e:
             self._end(coming, e)
         except OSError as e:
-            self._end(coming, MountError(f"{self._path(image.place)}: {e.filename or ''} {e.strerror}"))
+            self._end(coming, MountError(f"{path_of(self._base, image.place)}: {e.filename or ''} {e.strerror}"))
         else:
-            log.info("%s is mounted at %s by the kernel", image.source, self._path(image.place))
+            log.info("%s is mounted at %s by the kernel", image.source, path_of(self._base, image.place))
             self._end(coming, None)
 
     def _make(self, image: Image, bootstrap: str, cuts: Sequence[Sequence[int]], old: Image | None) -> None:
         """Raises NydusError, OSError; nothing is mounted then."""
-        path = self._path(image.place)
-        place = self._open_place(image.place)
+        path = path_of(self._base, image.place)
+        place = open_folder(self._base, image.place, self._note_folder)
         try:
             former = -1 if old is None else self._index_of(old)
             beneath = former >= 0 and _is_seen(self._mounted(former))
@@ -207,6 +216,9 @@ class KernelMounts:
             except NydusError:
                 self._forget(index)
                 raise
+        except (NydusError, OSError):
+            self._remove_folders()
+            raise
         finally:
             os.close(place)
         known.set_read_ahead(incomplete=True)
@@ -248,52 +260,8 @@ class KernelMounts:
         self._coming.remove(coming)
         if error is not None:
             self._unpin(coming.image.caches)
-        coming.done(error)
-
-    # --- places -----------------------------------------------------------------------------------------------
-
-    def _path(self, place: str) -> str:
-        return self._base if place == "/" else self._base.rstrip("/") + place
-
-    def _open_place(self, place: str) -> int:
-        """The folder to mount on, made if it is not there, and never outside of the base: no symbolic link is followed.
-
-        Raises MountError, OSError.
-        """
-        base = os.open(self._base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            path = ""
-            for name in place.split("/")[1:] if place != "/" else ():
-                above, path = path, f"{path}/{name}".lstrip("/")
-                try:
-                    os.close(mount_api.open_below(base, path))
-                except FileNotFoundError:
-                    # Noted first: one that nobody knows of would stay for ever.
-                    made = (*self.table.folders, f"{self._base.rstrip('/')}/{path}")
-                    self.table = replace(self.table, folders=made)
-                    self._write(*self.table.mounts)
-                    parent = mount_api.open_below(base, above or ".")
-                    try:
-                        os.mkdir(name, _FOLDER_MODE, dir_fd=parent)
-                    finally:
-                        os.close(parent)
-            return mount_api.open_below(base, path or ".")
-        finally:
-            os.close(base)
-
-    def _remove_folders(self) -> None:
-        """Those that were made and nobody needs any more."""
-        used = [mounted.mountpoint for mounted in self.table.mounts if not mounted.gone]
-        left = []
-        for folder in sorted(self.table.folders, key=len, reverse=True):
-            if any(place == folder or place.startswith(folder + "/") for place in used):
-                left.append(folder)
-                continue
-            with contextlib.suppress(OSError):  # an operator has put something there
-                os.rmdir(folder)
-        if len(left) != len(self.table.folders):
-            self.table = replace(self.table, folders=tuple(left))
-            self._write(*self.table.mounts)
+        for done in coming.done:
+            done(error)
 
     # --- hide -------------------------------------------------------------------------------------------------
 
@@ -412,6 +380,19 @@ class KernelMounts:
 
     def _forget(self, index: int) -> None:
         self._write(*(each for each in self.table.mounts if each.index != index))
+
+    def _note_folder(self, folder: str) -> None:
+        """It is made for a mount: noted first, since one that nobody knows of would stay for ever."""
+        self.table = replace(self.table, folders=(*self.table.folders, folder))
+        self._write(*self.table.mounts)
+
+    def _remove_folders(self) -> None:
+        """Those that were made and nobody needs any more."""
+        used = [mounted.mountpoint for mounted in self.table.mounts if not mounted.gone]
+        left = remove_unused(self.table.folders, used)
+        if len(left) != len(self.table.folders):
+            self.table = replace(self.table, folders=left)
+            self._write(*self.table.mounts)
 
     def _write(self, *mounts: Mounted) -> None:
         self.table = Table(mounts, self.table.folders, self.table.ended)

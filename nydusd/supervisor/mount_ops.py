@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from nydusd.errors import ConfigError, NydusError, UnsupportedError
 from nydusd.ipc.messages import Json
 from nydusd.supervisor.control_ops import NotHereError
+from nydusd.supervisor.mount_request import Request
 from nydusd.supervisor.mount_table import PlaceError
-from nydusd.supervisor.mounts import Request
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor

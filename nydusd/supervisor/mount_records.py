@@ -21,7 +21,7 @@ from nydusd.supervisor.images import Image
 
 if TYPE_CHECKING:
     from nydusd.config import Config
-    from nydusd.supervisor.mounts import Request
+    from nydusd.supervisor.mount_request import Request
 
 
 def record_of(image: Image, request: Request) -> Json:

@@ -32,40 +32,16 @@ from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.segment import names, remove
 from nydusd.supervisor.images import Image, metadata_folders
 from nydusd.supervisor.mount_records import Recorded, record_of
+from nydusd.supervisor.mount_request import Done, Request, WorkFailedError
 from nydusd.supervisor.mount_table import MountTable, PlaceError, parse_place
 from nydusd.supervisor.planner import plan_prefetch
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
 
 if TYPE_CHECKING:
-    from nydusd.cli.options import FuseOptions
-    from nydusd.config import Config
     from nydusd.supervisor.kernel_mounts import KernelMounts
 
 log = logging.getLogger(__name__)
-
-Done = Callable[[NydusError | None], None]
-"""Told how an operation ended: None for well."""
-
-
-class WorkFailedError(NydusError):
-    """A worker could not do what a mount needs; the message is the worker's."""
-
-
-class Request:
-    """What a mount or a remount asks for. `files` is the prefetch list, None for the image's own.
-
-    `text` is what the configuration was read from; None for that of the command line.
-    """
-
-    def __init__(
-        self, place: str, source: str, config: Config, files: Sequence[bytes] | None, text: str | None = None
-    ) -> None:
-        self.text = text
-        self.place, self.names = parse_place(place)
-        self.source = source
-        self.config = config
-        self.files = files
 
 
 class Mounts:
@@ -151,11 +127,15 @@ class Mounts:
     def mount(self, request: Request, done: Done) -> None:
         """Mount an image. The same image at the same place once more is no error: whoever lost an answer may repeat."""
         present = self.images.get(request.place)
-        if present is not None and self.kernel is not None and request.place in self._under_way:
-            raise PlaceError("another mount or remount of it is under way")
-        if present is not None and (present.source, present.config) == (request.source, request.config):
-            done(None)
-            return
+        if present is not None:
+            same = (present.source, present.config) == (request.source, request.config)
+            if same and self.kernel is not None and self.kernel.join(present, done):
+                return
+            if self.kernel is not None and request.place in self._under_way:
+                raise PlaceError("another mount or remount of it is under way")
+            if same:
+                done(None)
+                return
 
         def inspected(facts: ImageFacts) -> None:
             inside = self.table.under(request.names)
@@ -164,6 +144,7 @@ class Mounts:
                 return
             index, depth = inside
             outer = next(image for image in self.images.values() if image.index == index)
+            self._check_settled(outer)
             self._under_way.add(request.place)
 
             def found(answer: Answer) -> None:
@@ -171,6 +152,7 @@ class Mounts:
                     raise PlaceError(f"the image at {outer.place} has no such folder to mount upon")
                 if outer.released:
                     raise PlaceError(f"the image at {outer.place} was unmounted meanwhile")
+                self._check_settled(outer)
                 self._mount(request, facts, done)
 
             path = [name.hex() for name in request.names[depth:]]
@@ -178,6 +160,25 @@ class Mounts:
             self._ask("find_folder", request.place, job, found, done)
 
         self._inspect(request, inspected, done)
+
+    def _check_settled(self, outer: Image) -> None:
+        """Raises PlaceError for an image to mount upon that the kernel does not have yet, or is to have another for."""
+        if self.kernel is not None and outer.place in self._under_way:
+            raise PlaceError(f"a mount or remount of the image at {outer.place} is under way")
+
+    def show_again(self, image: Image, done: Done) -> None:
+        """Have the kernel show an image that is known: that of the command line, or what a supervisor that was killed knew."""
+        assert self.kernel is not None
+        self._under_way.add(image.place)
+
+        def shown(error: NydusError | None) -> None:
+            self._under_way.discard(image.place)
+            done(error)
+
+        try:
+            self.kernel.show(image, shown)
+        except NydusError as e:
+            shown(e)
 
     def _mount(self, request: Request, facts: ImageFacts, done: Done) -> None:
         image = self._add(request, facts)
@@ -394,15 +395,3 @@ class Mounts:
 
     def close(self) -> None:
         self.table.close()
-
-
-def first_request(options: FuseOptions, config: Config) -> Request | None:
-    """The image of the command line. Raises ConfigError for a prefetch list that cannot be read."""
-    if options.bootstrap is None:
-        return None
-    files = None
-    if options.prefetch_files is not None:
-        from nydusd.cli.prefetch_list import read_prefetch_list
-
-        files = read_prefetch_list(options.prefetch_files)
-    return Request(options.virtual_mountpoint, options.bootstrap, config, files)

@@ -22,6 +22,7 @@ from nydusd.forkserver.guardian import guard
 from nydusd.forkserver.process import Process
 from nydusd.ipc.spec import write_spec
 from nydusd.supervisor.children import Child, reap_strays
+from tests.killing.plan import Plan
 from tests.support.discipline import wait_until
 from tests.support.fork_server import fork_server
 
@@ -475,3 +476,21 @@ def test_a_guardian_that_cannot_start_the_command_goes_on_trying(capfd: pytest.C
             os.close(writer)  # the mount is over
             guardian.join(60)
         assert not guardian.is_alive()
+
+
+@pytest.mark.parametrize("point", ["fork server: between it and a child", "fork server: before a child's pid is told"])
+def test_whoever_is_killed_while_a_child_is_made_costs_the_child_nothing(
+    point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(tmp_path / "plan")
+    plan.begin(point, 1)
+    path = f"{tmp_path}:{plan.environment['PYTHONPATH']}"
+    for name, value in (plan.environment | {"PYTHONPATH": path}).items():
+        monkeypatch.setenv(name, value)
+    with fork_server() as server:
+        pid = server.pid
+        process, _ = spawn(server, status=5)
+        assert process.wait(10) == 5
+        process.close()
+        assert server.pid == pid
+    assert plan.end()[0]

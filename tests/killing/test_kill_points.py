@@ -13,6 +13,7 @@ from tests.support.mounted import Tree
 SAMPLE = {
     "an image comes and goes": ("fill: written", "fuse: before a miss is answered", "map: record written"),
     "a daemon's life": ("stop: unmounted",),
+    "the kernel mounts what the API is told": ("erofs: written down", "erofs: mounted"),
 }
 
 

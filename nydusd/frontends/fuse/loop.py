@@ -29,6 +29,7 @@ from . import protocol as p
 from .answers import GONE, Answers
 from .changes import Changes
 from .complaints import Complaints
+from .failover import Failover
 from .journal import REQUEST_SIZE, Journal
 from .mount import INODE_BITS
 from .namespace import Namespace
@@ -56,7 +57,7 @@ class FrontEnd:
     `flags` are those that INIT settled. `connect` opens the line to the supervisor at the first miss. A read waits
     `read_deadline` seconds for its chunks at most, then fails with ETIMEDOUT. `interrupt_in` and `interrupt_out` are pipes
     from and to the front ends on the session's other clones (see `session.Lane`). `wake` becomes readable at a signal. Reads
-    that wait are shown on `board`.
+    that wait are shown on `board`. `failover`: for a journal of another version.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class FrontEnd:
         interrupt_out: Sequence[int] = (),
         wake: int = -1,
         board: InflightRow | None = None,
+        failover: Failover | None = None,
     ) -> None:
         self._fd = fd
+        self._failover = failover or Failover("resend", "")
         self._journal = journal
         self._views = namespace
         self._interrupt_in = interrupt_in
@@ -215,8 +218,8 @@ class FrontEnd:
     def _recover(self) -> None:
         """Answer, or park again, what a predecessor had taken and not answered."""
         journal = self._journal
-        if not journal.intact:
-            self._ask_again()
+        if not journal.intact and (why := self._failover.ask(self._fd)) is not None:
+            self._complaints.log("what a predecessor had taken is lost: %s", why)
         for place, request, interrupted in journal.left():
             points.reach("fuse: successor takes up a read")
             _, _, unique, node, pid = p.REQUEST.unpack_from(request)
@@ -242,13 +245,6 @@ class FrontEnd:
         self._complaints.log("opcode %d, node %d: front ends die of this request: it is failed", opcode, node)
         self._answers.fail(unique, errno.EIO)
         return False
-
-    def _ask_again(self) -> None:
-        """Have the kernel send again what any front end has taken. A living one's first answer is then refused: no harm."""
-        try:
-            os.write(self._fd, p.OUT_HEADER.pack(p.OUT_HEADER.size, p.NOTIFY_RESEND, 0))
-        except OSError as e:
-            self._complaints.log("what a predecessor had taken is lost: FUSE_NOTIFY_RESEND: %s", e.strerror)
 
     def _ask_view(self, opcode: int, node: int, body: memoryview) -> bytes | int | None:
         """The answer of an image or of the pseudo file system, counted."""

@@ -9,7 +9,8 @@ The spec: `index` (of this front end), `identity` (its ZeroMQ name, optional), `
 `read_deadline` (seconds), `log` {`level`, `file`}, `mounts` {`folder`, `shared`}: where the supervisor publishes the table
 of mounts, see `nydusd.supervisor.mount_table`. The spec of a mount there: {`id`, `bootstrap`, `bootstrap_size` (optional),
 `path_id`, `extracted` (both for `open_bootstrap`), `xattr`, `blobs` (for `BlobDevice.from_spec`), `counters` and `files`
-(optional, for `Stats.from_spec`)}. `inflight` (optional): the board of reads that wait.
+(optional, for `Stats.from_spec`)}. `inflight` (optional): the board of reads that wait. `failover_policy` and `device` (both
+optional): see `failover.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from nydusd.ipc.trace import Trace
 from nydusd.proctitle import set_title
 from nydusd.storage.api.device import BlobDevice
 
+from .failover import Failover
 from .journal import Journal
 from .loop import FrontEnd
 from .mount import Mount
@@ -81,6 +83,7 @@ def main(argv: list[str], opener: Opener | None = None) -> int:
         interrupt_out=[int(fd) for fd in spec.get("interrupt_out", [])],
         wake=wake,
         board=open_board(spec.get("inflight"), index),
+        failover=Failover(str(spec.get("failover_policy", "resend")), str(spec.get("device", ""))),
     )
     # Before this handler is there, SIGURG is ignored, as is every process's default.
     signal.signal(signal.SIGURG, lambda *_: front_end.changes.look())
