@@ -156,9 +156,9 @@ def longest_read(progress: Path) -> float:
     return max((row[1] for row in _rows(progress)), default=0) / 1e9
 
 
-def longest_began(progress: Path) -> datetime:
-    """When that one began."""
-    return datetime.fromtimestamp(max((row[1:] for row in _rows(progress)), default=(0, 0))[1] / 1e9)
+def longest_reads(progress: Path) -> list[tuple[datetime, float]]:
+    """Of each process its longest read: when that began, and how many seconds it took."""
+    return [(datetime.fromtimestamp(began / 1e9), took / 1e9) for _, took, began in _rows(progress)]
 
 
 def _rows(progress: Path) -> list[tuple[int, ...]]:

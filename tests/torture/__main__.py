@@ -23,7 +23,7 @@ from bench.image import Built, build
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import discipline
 from tests.support.keeper import Keeper
-from tests.support.readers import PIECE, longest_began, longest_read, pieces_read
+from tests.support.readers import PIECE, longest_reads, pieces_read
 from tests.support.trees import half_random_tree
 from tests.support.verifying import Verifying
 from tests.torture.acts import Counts, Round
@@ -83,6 +83,12 @@ class Trial:
                 self._tell()
         self.problems += [line for line in discipline.logs.problems() if "workers died" not in line]
 
+    def longest(self) -> tuple[float, list[str]]:
+        """Seconds of the longest read, and what was done around it."""
+        return max(
+            ((took, self.round.around(began, took)) for began, took in longest_reads(self.progress)), default=(0.0, [])
+        )
+
     def _tell(self) -> None:
         """How it came to that."""
         for when, kind in self.round.history:
@@ -98,7 +104,7 @@ def main() -> int:
     counts = Counts()
     problems: list[str] = []
     first = int(os.environ.get("TORTURE_ROUND", "1")) - 1
-    pieces, longest, rounds = 0, 0.0, first
+    pieces, longest, rounds = 0, (0.0, list[str]()), first
     try:
         tree = discipline.folder / "tree"
         tree.mkdir()
@@ -114,13 +120,13 @@ def main() -> int:
             this.run(min(end, time.monotonic() + ROUND_SECONDS))
             problems += this.problems + [f"left behind: {what}" for what in discipline.leftovers(before)]
             pieces += pieces_read(this.progress)
-            longest = max(longest, longest_read(this.progress))
+            took, around = this.longest()
+            longest = max(longest, (took, around))
             rounds += 1
             print(
                 f"round {rounds}: {'cache' if this.cached else 'no cache'}, {'kept' if this.keeper else 'restarted'},"
                 f" {counts.acts.total() - acts} acts, {counts.kills.total() - kills} kills,"
-                f" {pieces_read(this.progress):,} reads, longest {longest_read(this.progress):.2f} s"
-                f" {this.round.before(longest_began(this.progress))}",
+                f" {pieces_read(this.progress):,} reads, longest {took:.2f} s (around: {', '.join(around) or 'nothing'})",
                 flush=True,
             )
             shutil.rmtree(folder)
@@ -132,7 +138,7 @@ def main() -> int:
     gib = pieces * PIECE / 2**30
     print(
         f"{counts.acts.total()} acts, {counts.kills.total()} kills, {pieces:,} reads ({gib:.1f} GiB),"
-        f" longest {longest:.2f} s, {len(problems)} problems (of reads, in logs, left behind)"
+        f" longest {longest[0]:.2f} s around {len(longest[1])} acts, {len(problems)} problems (of reads, in logs, left behind)"
     )
     for problem in problems[:50]:
         print(problem, file=sys.stderr)

@@ -15,12 +15,15 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from tests.support.daemon import Daemon
 from tests.support.discipline import discipline, is_running, wait_until
 from tests.support.keeper import Keeper, succeed, upgrade
 from tests.torture.upgrades import Upgrades
+
+_RECENT = timedelta(seconds=1)
+"""What was done so long before a read began may have to do with it."""
 
 
 class Round:
@@ -47,11 +50,11 @@ class Round:
         ACTS[kind][0](self)
         self.counts.acts[kind] += 1
 
-    def before(self, moment: datetime) -> str:
-        """What was done last before a moment and first after it."""
-        around = [kind for when, kind in self.history if when <= moment][-2:]
-        around += [kind for when, kind in self.history if when > moment][:1]
-        return f"(at: {', '.join(around)})"
+    def around(self, began: datetime, seconds: float) -> list[str]:
+        """What was done while a read waited: the act before it, if that was not long ago, and those until its end."""
+        end = began + timedelta(seconds=seconds)
+        before = [kind for when, kind in self.history if timedelta(0) <= began - when < _RECENT][-1:]
+        return before + [kind for when, kind in self.history if began < when < end]
 
     def kill(self, role: str, pids: Iterable[int]) -> None:
         for pid in pids:
