@@ -76,8 +76,8 @@ FAMILIES: Final = (
     Family(
         "nydusd_cache_free_bytes", "gauge", "bytes", ("folder",), "Free space of the file system of a cache folder."
     ),
-    Family("nydusd_cache_partial_hits", "gauge", "reads", _IMAGE, "Hits of a part of a chunk, ever.", kept=True),
-    Family("nydusd_cache_whole_hits", "gauge", "reads", _IMAGE, "Reads that were hits as a whole, ever.", kept=True),
+    Family("nydusd_cache_partial_hits", "gauge", "reads", _IMAGE, "Reads that missed nothing, ever.", kept=True),
+    Family("nydusd_cache_whole_hits", "gauge", "reads", _IMAGE, "Always 0: they are in the partial hits.", kept=True),
     Family("nydusd_cache_total_requests", "gauge", "reads", _IMAGE, "Reads of the cache, ever.", kept=True),
     Family("nydusd_cache_entries_count", "gauge", "chunks", _IMAGE, "Chunks that are ready.", kept=True),
     Family("nydusd_cache_prefetch_data_bytes", "gauge", "bytes", _IMAGE, "Bytes prefetched, ever.", kept=True),

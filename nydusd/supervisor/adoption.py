@@ -251,7 +251,7 @@ def _take_over(
     if session.device != record.session.device or session.is_over():
         raise MountError("another file system is mounted here now")
     table = MountTable.take_over(folder / "mounts", f"{prefix}mounts")
-    records = readable(table.records(), config)
+    records = readable(table, config, None if options.bootstrap is None else options.virtual_mountpoint)
     _check_image(records)
     session.lanes = lanes
     if alone:

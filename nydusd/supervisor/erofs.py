@@ -159,7 +159,9 @@ class ErofsDaemon(Supervisor):
             if known.ended:  # it was stopped, and those who use it still are served to their end
                 raise MountError("its daemon was stopped")
             images = MountTable.take_over(self._runtime.folder / "mounts", f"{self._runtime.prefix}mounts")
-            records = readable(images.records(), self.config)
+            options = self.options
+            assert isinstance(options, FuseOptions)
+            records = readable(images, self.config, None if options.bootstrap is None else options.virtual_mountpoint)
             self._check_image(records)
             self._runtime.term = int(record.get("term", 0)) + 1
         except NydusError as e:

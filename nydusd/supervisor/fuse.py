@@ -92,7 +92,8 @@ class FuseDaemon(Supervisor):
                     self._family.add(child)
         if self._former is not None:
             for recorded in self._former.records:
-                self.mounts.serve(self.images[recorded.place], recorded.files)
+                if recorded.place in self.images:
+                    self.mounts.serve(self.images[recorded.place], recorded.files)
             self._former = None
         elif first is not None and image is not None:
             self.mounts.serve(image, first.files)

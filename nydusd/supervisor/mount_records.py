@@ -7,21 +7,25 @@ readable for the daemon's user only, as the client's own file is (`checked.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, ConfigError
 from nydusd.ipc.messages import Json
+from nydusd.ipc.mount_counters import make_counters
 from nydusd.ipc.shared_block import map_block
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.api.image import ImageFacts
 from nydusd.storage.cache.manager import Former
 from nydusd.supervisor.images import Image
+from nydusd.supervisor.mount_table import MountTable, parse_place
 
 if TYPE_CHECKING:
     from nydusd.config import Config
     from nydusd.supervisor.mount_request import Request
+
+log = logging.getLogger(__name__)
 
 
 def record_of(image: Image, request: Request) -> Json:
@@ -65,20 +69,40 @@ class Recorded:
         for secret in secret_values(self.config):
             register_secret(secret)
 
-    def image(self, factory: BlobFactory) -> Image:
-        """The image, mounted: with its counters, its blobs open. Raises CacheError when its shared memory is gone."""
+    def image(self, factory: BlobFactory, rows: int) -> Image:
+        """The image, mounted: with its counters for so many front ends, its blobs open. Raises NydusError.
+
+        Counters that are gone, with what they had counted, are made anew.
+        """
         image = Image(self.place, self.source, self.config, self.facts, factory, self._caches)
         image.index, image.given = self.index, self.given
         image.mounted_at = self._mounted_at
         image.counters, image.files, image.trace = self._counters, self._files, self._trace
         if image.counters is not None:
-            image.block = map_block(image.counters)
+            try:
+                image.block = map_block(image.counters)
+            except CacheError as e:
+                log.error("the image at %s is counted from 0 again: %s", self.place, e)
+                image.block = make_counters(image.counters, rows)
         for cache in image.caches:
             if cache.state == "new":
                 cache.take_over()
         return image
 
 
-def readable(records: Sequence[tuple[int, str, Json]], given: Config) -> list[Recorded]:
-    """All records of a table. Raises CacheError or ConfigError when one cannot be used."""
-    return [Recorded(index, place, raw, given) for index, place, raw in records]
+def readable(table: MountTable, given: Config, needed: str | None) -> list[Recorded]:
+    """The records of a table that can be used. An image whose record cannot be is taken out of the table, and the others stay.
+
+    Raises CacheError or ConfigError when it is the image at `needed`, that of the command line.
+    """
+    found = []
+    for index, place in table.mounted():
+        _, names = parse_place(place)
+        try:
+            found.append(Recorded(index, place, table.record(names), given))
+        except (CacheError, ConfigError) as e:
+            if place == needed:
+                raise
+            log.error("the image at %s cannot be taken over: %s; it is unmounted", place, e)
+            table.forget(names)
+    return found

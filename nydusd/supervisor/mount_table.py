@@ -117,13 +117,18 @@ class MountTable:
         table._shared = map_number(name, to_write=True)
         return table
 
-    def records(self) -> list[tuple[int, str, Json]]:
-        """Of each mounted image its index, its mount point and what `add` or `replace` was given last. Raises CacheError."""
-        return [
-            (place.index, _path(place), read_checked(self._folder / f"{place.index}.{place.revision}.record"))
-            for place in self._root.below()
-            if place.index is not None
-        ]
+    def mounted(self) -> list[tuple[int, str]]:
+        """Of each mounted image its index and its mount point."""
+        return [(place.index, _path(place)) for place in self._root.below() if place.index is not None]
+
+    def record(self, names: Sequence[bytes]) -> Json:
+        """What `add` or `replace` was given last for the image that is mounted here. Raises CacheError."""
+        place = self._mounted(names)
+        return read_checked(self._folder / f"{place.index}.{place.revision}.record")
+
+    def forget(self, names: Sequence[bytes]) -> None:
+        """Unmount an image, whatever is mounted inside it. That is known once it is published."""
+        self._clear(self._mounted(names))
 
     def begin_term(self, term: int) -> None:
         """Publish a table that was taken over, and that another supervisor does so; remove files that it does not name."""
@@ -221,14 +226,8 @@ class MountTable:
         place = self._mounted(names)
         before = place, place.index, place.children
         old = f"{place.index}.{place.revision}"
-        place.index, place.children = None, {}
-        place.changed = time.time_ns()
-        removed = []
-        while place.parent is not None and place.index is None and not place.children:
-            removed.append(place)
-            del place.parent.children[place.name]
-            place = place.parent
-            place.changed = time.time_ns()
+        place.children = {}
+        removed = self._clear(place)
         try:
             self.publish()
         except CacheError:
@@ -238,6 +237,19 @@ class MountTable:
             place, place.index, place.children = before
             raise
         self._remove(old)
+
+    @staticmethod
+    def _clear(place: _Place) -> list[_Place]:
+        """No image is mounted here any more; gives the folders that led to it alone, which are taken out of the tree."""
+        place.index = None
+        place.changed = time.time_ns()
+        removed = []
+        while place.parent is not None and place.index is None and not place.children:
+            removed.append(place)
+            del place.parent.children[place.name]
+            place = place.parent
+            place.changed = time.time_ns()
+        return removed
 
     def close(self) -> None:
         """Give the shared number back; its name goes with the run-time folder."""

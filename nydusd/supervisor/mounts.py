@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nydusd import points
-from nydusd.errors import NydusError
+from nydusd.errors import CacheError, NydusError
 from nydusd.ipc.inflight import make_board
 from nydusd.ipc.messages import Json
 from nydusd.ipc.mount_counters import make_counters
@@ -66,7 +67,7 @@ class Mounts:
         self.rows = rows
         """Front ends: each has a row in the shared memory in which they count."""
         self.board_name = f"{prefix}inflight"
-        self.board = map_block(self.board_name) if table is not None else make_board(self.board_name, rows)
+        self.board = self._board(anew=table is None)
         self._prefix = prefix
         self._serial = count(first)
         self.images: dict[str, Image] = {}
@@ -79,6 +80,13 @@ class Mounts:
         self._under_way: set[str] = set()
         self._leaving: list[BlobCache] = []
 
+    def _board(self, *, anew: bool) -> mmap.mmap:
+        """Where front ends show reads that wait: what is there, if that can be had."""
+        if not anew:
+            with contextlib.suppress(CacheError):
+                return map_block(self.board_name)
+        return make_board(self.board_name, self.rows)
+
     def start(self, fetch: WorkerPool, router: Router) -> None:
         """Give what is needed once the daemon has workers."""
         self._fetch = fetch
@@ -90,11 +98,22 @@ class Mounts:
         return self._add(request, inspect(request.source, folders))
 
     def restore(self, records: Sequence[Recorded]) -> None:
-        """Know again what a supervisor that was killed had mounted. Raises CacheError when its shared memory is gone."""
+        """Know again what a supervisor that was killed had mounted. One image that cannot be had is no obstacle to the others.
+
+        Raises NydusError when it is that of the command line.
+        """
         for recorded in records:
-            image = self.images[recorded.place] = recorded.image(self._factory)
-            if image.given:
-                image.use(image.config)
+            try:
+                image = recorded.image(self._factory, self.rows)
+                if image.given:
+                    image.use(image.config)
+            except NydusError as e:
+                if recorded.given:
+                    raise
+                log.error("the image at %s cannot be taken over: %s; it is unmounted", recorded.place, e)
+                self.table.forget(parse_place(recorded.place)[1])
+                continue
+            self.images[recorded.place] = image
             log.info("%s is still mounted at %s", image.source, image.place)
         self._remove_strays()
 

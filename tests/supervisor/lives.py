@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.support import oracle
 from tests.support.daemon import Daemon, image_config
-from tests.support.discipline import wait_until
+from tests.support.discipline import discipline, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = oracle.image("v6-zstd-blake3")
@@ -156,3 +156,8 @@ def copy_blobs(image: oracle.Image, folder: Path) -> Path:
     """A copy of an image's blobs, to be damaged."""
     shutil.copytree(image.blobs, folder)
     return folder
+
+
+def state_file(daemon: Daemon) -> Path:
+    (path,) = (path for path in discipline.runtime.glob("*/state.json") if str(daemon.mountpoint) in path.read_text())
+    return path

@@ -27,11 +27,12 @@ from tests.supervisor.lives import (
     not_started,
     read_direct,
     run_to_end,
+    state_file,
     wrong,
 )
 from tests.support import oracle
 from tests.support.daemon import Daemon, image_config, wait_for_role
-from tests.support.discipline import discipline, is_running, mounts_under, wait_until
+from tests.support.discipline import is_running, mounts_under, wait_until
 
 ExpectLog = Callable[..., None]
 TRUTH = oracle.truth(IMAGE.name)
@@ -168,11 +169,6 @@ def noted_keepers(daemon: Daemon) -> set[int]:
     """Who holds the mount beside the front ends, as the state tells a successor."""
     record = json.loads(state_file(daemon).read_bytes())
     return {row["pid"] for row in record["holders"] if row["role"] == "keeper" and is_running(row["pid"])}
-
-
-def state_file(daemon: Daemon) -> Path:
-    (path,) = (path for path in discipline.runtime.glob("*/state.json") if str(daemon.mountpoint) in path.read_text())
-    return path
 
 
 @pytest.fixture
