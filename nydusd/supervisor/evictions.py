@@ -1,8 +1,9 @@
 """Evictions: chunks that are being taken out of cache files, to make room. The supervisor's side; no I/O.
 
-The order of steps is that of `storage/state/eviction.py`. While it lasts, the chunks are claimed, as for a fill: who asks for
-one of them waits, and is served when it is over. No checkpoint of the blob runs meanwhile: it could store as ready what is
-being taken away.
+The order of steps is that of `storage/state/eviction.py`. While it lasts, the chunks are claimed, as for a fill, for all who
+use the file, whether a chunk is ready for them or not: who asks for one of them waits, and is served when it is over. If
+one could fill meanwhile what it does not have, that would be punched behind its back. No checkpoint of the blob runs
+meanwhile: it could store as ready what is being taken away.
 
 What holds after SIGKILL of the supervisor: claims die with the segment; the worker finishes its job, or finds that another
 segment has taken the place of its own and does nothing.
@@ -12,25 +13,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from nydusd import points
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority, Request
-from nydusd.storage.state.segment import EMPTY, READY
+from nydusd.storage.state.segment import READY, Segment
 from nydusd.storage.state.sharing import is_same_place
 from nydusd.supervisor.pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
 
-class _Claim:
-    """Chunks that were claimed in the segment that a cache had then."""
+class _User(NamedTuple):
+    """A cache from which chunks are taken out, and the segment that it had when they were claimed."""
 
-    def __init__(self, cache: BlobCache, chunks: list[int]) -> None:
-        assert cache.segment is not None
-        self.cache = cache
-        self.segment = cache.segment
-        self.chunks = chunks
+    cache: BlobCache
+    segment: Segment
 
 
 class Evictions:
@@ -50,35 +49,36 @@ class Evictions:
         """
         if cache.state != "ready" or cache.segment is None:
             return 0
-        users = [cache, *cache.others()]
-        if any(user.checkpointing or user.pinned or user.chunk_map.count != cache.chunk_map.count for user in users):
+        users = [_User(user, user.segment) for user in (cache, *cache.others()) if user.segment is not None]
+        if any(
+            user.checkpointing or user.pinned or user.chunk_map.count != cache.chunk_map.count
+            for user, _segment in users
+        ):
             return 0
         chosen = [c for c in chunks if c < cache.chunk_map.count and cache.chunk_map.is_ready(c) and _is_free(users, c)]
         if not chosen:
             return 0
-        claims = []
-        for user in users:
-            claims.append(_Claim(user, [c for c in chosen if user.chunk_map.is_ready(c)]))
+        for user, _segment in users:
             user.checkpointing = True
-            user.chunk_map.claim_ready(claims[-1].chunks)
+            user.chunk_map.claim_ready([chunk for chunk in chosen if user.chunk_map.is_ready(chunk)])
             points.reach("evict: claimed")
         covered = {}
-        for claim in claims:
-            claim.segment.epoch[0] += 1
-            covered[claim.segment.name] = claim.segment.inode
+        for _user, segment in users:
+            segment.epoch[0] += 1
+            covered[segment.name] = segment.inode
             points.reach("evict: epoch raised")
 
         def ended(job: Job, answer: Answer) -> None:
-            self._ended(job, answer, claims)
+            self._ended(job, answer, users)
             done(answer)
 
         job = Job("evict", cache, Priority.AHEAD, payload | {"covered": covered}, ended, chosen)
-        for claim in claims:
-            claim.cache.jobs.update(dict.fromkeys(claim.chunks, job))
+        for user, _segment in users:
+            user.jobs.update(dict.fromkeys(chosen, job))
         self._fetch.submit(job)
         return len(chosen)
 
-    def _ended(self, job: Job, answer: Answer, claims: Sequence[_Claim]) -> None:
+    def _ended(self, job: Job, answer: Answer, users: Sequence[_User]) -> None:
         cache = job.cache
         assert cache is not None
         points.reach("evict: reported")
@@ -86,17 +86,20 @@ class Evictions:
         # which may have punched holes before the others came.
         untouched = "kept" in answer and not job.attempts and not job.kills
         requests: dict[Request, None] = {}
-        for claim in claims:
-            claim.cache.checkpointing = False
-            if claim.cache.segment is not claim.segment:
+        for user, segment in users:
+            user.checkpointing = False
+            if user.segment is not segment:
                 continue  # it was opened anew, and knows from the file and its map what is there
-            for chunk in claim.chunks:
-                if claim.cache.jobs.get(chunk) is job:
-                    del claim.cache.jobs[chunk]
-                    claim.cache.chunk_map.clear_pending(chunk, READY if untouched else EMPTY)
-                    requests.update(dict.fromkeys(claim.cache.waiters.pop(chunk, ())))
+            for chunk in job.chunks:
+                if user.jobs.get(chunk) is job:
+                    del user.jobs[chunk]
+                    if untouched:
+                        user.chunk_map.clear_pending(chunk, READY)
+                    else:
+                        user.chunk_map.taken_out(chunk)
+                    requests.update(dict.fromkeys(user.waiters.pop(chunk, ())))
             if not untouched:
-                claim.cache.stored = answer.get("stored", -1) if claim.cache is cache else -1
+                user.stored = answer.get("stored", -1) if user is cache else -1
         name = cache.spec.info.blob_id
         if "kept" in answer:
             log.info("blob %s: nothing is taken out: %s uses it, too", name, answer["kept"])
@@ -108,16 +111,10 @@ class Evictions:
             self._again(request)
 
 
-def _is_free(users: Sequence[BlobCache], chunk: int) -> bool:
+def _is_free(users: Sequence[_User], chunk: int) -> bool:
     """Whether nobody works on a chunk, and it has the same place for all who know it as ready."""
     first = users[0].segment
-    assert first is not None
     return not any(
-        chunk in user.jobs
-        or (
-            user.segment is not None
-            and user.chunk_map.is_ready(chunk)
-            and not is_same_place(first, user.segment, chunk)
-        )
-        for user in users
+        chunk in user.jobs or (user.chunk_map.is_ready(chunk) and not is_same_place(first, segment, chunk))
+        for user, segment in users
     )

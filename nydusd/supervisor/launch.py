@@ -47,6 +47,7 @@ class Launch:
         kin: Kin,
     ) -> None:
         self._kin = kin
+        self._fetch = fetch
         self._decompress = decompress
         self._slots = slots
         self._prefetch = prefetch
@@ -92,6 +93,8 @@ class Launch:
                 self.promote(leader)
         elif job.kind == "fetch":
             self.transfers.promote(job)
+        elif job.kind == "evict":
+            self._fetch.promote(job)
         else:
             self._decompress.promote(job)
 

@@ -153,7 +153,9 @@ class Router:
             self._openings.wait_for(request)
 
     def _again(self, request: Request) -> None:
-        """Start over: what the request waited for came to nothing."""
+        """Start over: what the request waited for came to nothing. One that has ended meanwhile does not."""
+        if self._requests.get(request.key) is not request:
+            return
         self._detach(request)
         request.rounds += 1
         if request.rounds < _ROUNDS:

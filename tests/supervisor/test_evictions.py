@@ -29,6 +29,9 @@ class _Map:
     def clear_pending(self, chunk: int, to: int) -> None:
         self.state[chunk] = to
 
+    def taken_out(self, chunk: int) -> None:
+        self.state[chunk] = EMPTY
+
 
 def _never(*_: object) -> None:
     raise AssertionError("nobody waits, and the file is the same")

@@ -11,8 +11,8 @@ import pytest
 
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.manager import CacheConfig
-from nydusd.storage.cache.requests import Job
-from nydusd.storage.state.segment import EMPTY, PENDING, READY, Segment
+from nydusd.storage.cache.requests import Job, Priority
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, VERIFY, Segment
 from nydusd.supervisor.evictions import Evictions
 from tests.supervisor.world import CHUNKS, World
 from tests.support.blobs import blob_info
@@ -122,6 +122,71 @@ class TestEviction:
         job.done(job, {"stored": 0, "evicted": 2, "bytes": 1})
         assert [plain.segment.state[5], plain.segment.state[6], twin.segment.state[5]] == [EMPTY] * 3
         assert not plain.jobs and not twin.jobs and not plain.checkpointing and not twin.checkpointing
+
+    @pytest.mark.parametrize("before", [EMPTY, VERIFY])
+    def test_chunk_that_another_image_asks_for_meanwhile_is_filled_after_it(
+        self, pair: tuple[World, BlobCache, BlobCache], before: int
+    ) -> None:
+        """The other one does not have it: what it had stored now would be punched, and be ready all the same."""
+        world, plain, twin = pair
+        assert plain.segment is not None and twin.segment is not None
+        plain.chunk_map.set_ready(6)
+        twin.segment.state[6] = before
+        world.router.evictions.start(plain, [6], {}, lambda _: None)
+        for number, asked in enumerate((twin, plain, twin)):
+            world.ask(B, number, asked, 6, 1)
+        world.worker("fetch", b"evictor")
+        world.pump()
+        assert all(6 not in message["chunks"] for message in world.dispatched if message["kind"] == "fill")
+        assert not world.answers
+        world.done(b"evictor", {"stored": 0, "evicted": 1, "bytes": 1})
+        assert plain.segment.state[6] != READY and twin.segment.state[6] != READY
+        world.settle()
+        assert sorted(codes(world)) == [(B, number, 0) for number in range(3)]
+        filled = [chunk for message in world.dispatched if message["kind"] == "fill" for chunk in message["chunks"]]
+        assert filled.count(6) == 1 and not any(message.get("verify") for message in world.dispatched)
+        assert plain.chunk_map.is_ready(6) and twin.chunk_map.is_ready(6)
+        assert not plain.jobs and not twin.jobs and not plain.waiters and not twin.waiters
+
+    def test_reader_is_not_behind_other_work_when_it_waits_for_one(
+        self, pair: tuple[World, BlobCache, BlobCache]
+    ) -> None:
+        world, plain, twin = pair
+        plain.chunk_map.set_ready(6)
+        world.router.evictions.start(plain, [6], {}, lambda _: None)
+        job = twin.jobs[6]
+        world.ask(B, 1, twin, 6, 1)
+        assert job in world.fetch._queues[Priority.USER]
+        world.settle()
+        assert codes(world) == [(B, 1, 0)]
+
+    def test_where_nothing_was_taken_out_each_has_what_it_had(self, pair: tuple[World, BlobCache, BlobCache]) -> None:
+        world, plain, twin = pair
+        assert plain.segment is not None and twin.segment is not None
+        plain.chunk_map.set_ready(6)
+        plain.chunk_map.set_ready(7)
+        twin.segment.state[7] = VERIFY
+        _, job = self.start(world, plain, [6, 7])
+        job.done(job, {"kept": "process 1"})
+        assert [plain.segment.state[6], twin.segment.state[6]] == [READY, EMPTY]
+        assert [plain.segment.state[7], twin.segment.state[7]] == [READY, VERIFY]
+        assert not plain.jobs and not twin.jobs
+
+    def test_request_that_has_ended_meanwhile_does_not_start_over(
+        self, pair: tuple[World, BlobCache, BlobCache]
+    ) -> None:
+        """It waits for two chunks: the file turns out to be another, so it starts over for the one, and fails by that."""
+        world, plain, _twin = pair
+        plain.chunk_map.set_ready(6)
+        world.router.evictions.start(plain, [6], {}, lambda _: None)
+        world.ask(A, 1, plain, 6, 2)
+        (request,) = world.router._requests.values()
+        request.rounds = 19
+        world.worker("fetch", b"evictor")
+        world.pump()
+        world.stale(b"evictor")
+        assert [(client, number) for client, number, _ in codes(world)] == [(A, 1)]
+        world.settle()
 
     def test_leaves_what_is_worked_on_for_another(self, pair: tuple[World, BlobCache, BlobCache]) -> None:
         world, plain, twin = pair

@@ -310,6 +310,8 @@ class World:
             self.prepared(identity)
         elif kind == "checkpoint":
             self.done(identity, {"stored": self.cache_of(identity).chunk_map.ready_count()})
+        elif kind == "evict":
+            self.done(identity, {"stored": 0, "evicted": len(self.sent[identity]["chunks"]), "bytes": 1})
         elif kind == "fetch":
             self.fetched(identity)
         else:
@@ -335,6 +337,7 @@ class World:
             while self.leases:
                 self.router.release(self.leases.pop())
             self.pump()
+            self.router.tick()
             wait = self.router.outages.wait(self.clock.now)
             if not self.sent and wait is not None:
                 self.clock.now += wait

@@ -57,6 +57,11 @@ class ChunkMap:
         if self._state[chunk] == PENDING:
             self._state[chunk] = to
 
+    def taken_out(self, chunk: int) -> None:
+        """The cache file has lost what was claimed by `claim_ready`, and what another image would have checked there."""
+        if self._state[chunk] in (PENDING, VERIFY):
+            self._state[chunk] = EMPTY
+
     def end_claims(self) -> None:
         """End all claims: whoever made them is dead, and so is every worker that had a job for one."""
         state = bytes(self._state)

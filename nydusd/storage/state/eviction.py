@@ -1,7 +1,7 @@
 """Taking chunks out of a cache file, so that no reader ever sees the hole: the protocol, and the steps that touch files.
 
-1. The supervisor claims the chunks (READY to PENDING), as for a fill, in each of its segments that speak of the data file:
-   until the eviction is over, nobody can fill them anew.
+1. The supervisor claims the chunks, as for a fill, in each of its segments that speak of the data file (READY to PENDING; in
+   its tables alone where a chunk is not ready): until the eviction is over, nobody can fill them anew, for any image.
 2. It adds 1 to the `epoch` of each of these segments.
 3. A worker, holding the lock of the data file, clears their bits in the stored map and syncs it (`map_file.clear`).
 4. It punches the holes. When it has reported, the supervisor ends the claims (PENDING to EMPTY).
