@@ -72,7 +72,7 @@ class Router:
         self._prefetch = prefetch
         self._reply = reply
         self._requests: dict[tuple[bytes, int], Request] = {}
-        self._kin = Kin(self._filled)
+        self._kin = Kin(self._filled, lambda job: self._launch.promote(job))
         self._launch = Launch(
             *(fetch, decompress, slots, stage, prefetch, self._filled, self._count, amplify, deadline, self._kin)
         )

@@ -30,7 +30,11 @@ def note_room(cache: BlobCache, why_none: str) -> None:
 
 
 def note_unreadable(cache: BlobCache, first: int, count: int) -> None:
-    """The disk did not give these chunks, which are said to be in the cache file: they are not there any more."""
-    for chunk in range(first, min(first + count, cache.chunk_map.count)):
-        cache.chunk_map.forget(chunk)
-    note_room(cache, "chunks cannot be read from the cache file")
+    """The disk did not give these chunks, which are said to be in the cache file: they are not there any more.
+
+    Nor for others who use the file: else they would be taken over from them at once.
+    """
+    for user in (cache, *cache.others()):
+        for chunk in range(first, min(first + count, user.chunk_map.count)):
+            user.chunk_map.forget(chunk)
+        note_room(user, "chunks cannot be read from the cache file")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from nydusd.formats.model import ChunkFlag
+from nydusd.ipc.messages import UNREADABLE
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.manager import CacheConfig
 from nydusd.storage.cache.requests import Job, Priority
-from nydusd.storage.state.segment import EMPTY, PENDING, READY, VERIFY, Segment
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Segment
 from nydusd.supervisor.evictions import Evictions
 from tests.supervisor.world import CHUNKS, World
 from tests.support.blobs import blob_info
@@ -20,21 +21,28 @@ from tests.support.blobs import blob_info
 A, B = b"fuse-0-1", b"fuse-1-1"
 
 
-@pytest.fixture
-def pair(world: World) -> Iterator[tuple[World, BlobCache, BlobCache]]:
-    """`plain`, and the same blob as another image has it."""
-    config = CacheConfig("localfs", {"secret": "of the test"}, "/cache", False)
-    info = replace(blob_info(), blob_id="plain")
+def twin_of(world: World, *, of: BlobCache | None = None, verify: bool = False) -> BlobCache:
+    """The blob `plain` or another one as a second image has it, opened; `verify`: with `digest_validate`."""
+    first = world.plain if of is None else of
+    config = CacheConfig(first.spec.backend, {"secret": "of the test"}, "/cache", verify)
+    info = replace(blob_info(), blob_id=first.spec.info.blob_id)
     twin = world.factory.new_blob_cache(config, info, "another image", "/boot2", "", False)
-    assert twin is not world.plain and twin.kin == [world.plain, twin]
+    assert twin is not first and twin.kin == [first, twin]
     world.worker("fetch", b"opener")
     world.router.open_blob(twin)
     world.pump()
     world.prepared(b"opener")
     world.kill(b"opener")
     world.dispatched.clear()
+    return twin
+
+
+@pytest.fixture
+def pair(world: World) -> tuple[World, BlobCache, BlobCache]:
+    """`plain`, and the same blob as another image has it."""
+    twin = twin_of(world)
     world.worker("decompress", b"w")
-    yield world, world.plain, twin
+    return world, world.plain, twin
 
 
 def codes(world: World) -> list[tuple[bytes, int, int]]:
@@ -98,6 +106,102 @@ def test_chunks_that_are_not_listed_are_fetched_for_nobody_else(pair: tuple[Worl
     world.ask(A, 2, plain, 1, 1)
     world.settle()
     assert codes(world) == [(A, 1, 0), (A, 2, 0)] and not plain.chunk_map.is_ready(1)
+
+
+def test_chunk_that_cannot_be_read_is_not_taken_from_another_image(pair: tuple[World, BlobCache, BlobCache]) -> None:
+    """It lies at the same place of the same disk."""
+    world, plain, twin = pair
+    for cache in (plain, twin):
+        cache.chunk_map.set_ready(5)
+    world.ask(A, 1, plain, 5, 1, UNREADABLE)
+    world.settle()
+    ((client, number, code, slot),) = world.answers
+    assert (client, number, code) == (A, 1, 0) and slot is not None
+    assert not plain.chunk_map.is_ready(5) and not twin.chunk_map.is_ready(5)
+    world.ask(B, 1, twin, 5, 1)
+    world.settle()
+    assert codes(world)[1:] == [(B, 1, 0)] and world.answers[1][3] is not None
+    world.clock.now += 31
+    world.ask(A, 2, plain, 5, 1)
+    world.settle()
+    assert codes(world)[2:] == [(A, 2, 0)] and plain.chunk_map.is_ready(5)
+
+
+def test_who_has_digests_checked_believes_no_other_who_has_not(world: World) -> None:
+    twin = twin_of(world, verify=True)
+    world.worker("decompress", b"w")
+    assert twin.segment is not None
+    world.plain.chunk_map.set_ready(4)
+    twin.segment.state[4] = VERIFY
+    world.ask(B, 1, twin, 4, 1)
+    assert not world.answers
+    world.pump()
+    assert world.dispatched[0]["verify"] == [4]
+    world.settle()
+    assert codes(world) == [(B, 1, 0)] and twin.chunk_map.is_ready(4)
+
+
+def test_what_another_has_stored_since_is_checked_in_the_file_and_not_fetched(world: World) -> None:
+    twin = twin_of(world, verify=True)
+    for cache in (world.plain, twin):
+        assert cache.segment is not None
+        at = 4 * RECORD.size + 24
+        cache.segment.records[at : at + 4] = int(ChunkFlag.DIGEST).to_bytes(4, "little")
+    world.plain.chunk_map.set_ready(4)
+    world.ask(B, 1, twin, 4, 1)
+    world.worker("decompress", b"w")
+    world.pump()
+    assert world.dispatched[0]["verify"] == [4]
+    world.settle()
+    assert codes(world) == [(B, 1, 0)]
+    # The other way round nothing is in doubt.
+    twin.chunk_map.set_ready(20)
+    world.ask(A, 1, world.plain, 20, 1)
+    assert codes(world)[1:] == [(A, 1, 0)]
+
+
+def test_what_comes_for_one_who_checks_nothing_is_checked_for_who_waits_for_it(world: World) -> None:
+    twin = twin_of(world, verify=True)
+    for cache in (world.plain, twin):
+        assert cache.segment is not None
+        at = 8 * RECORD.size + 24
+        cache.segment.records[at : at + 4] = int(ChunkFlag.DIGEST).to_bytes(4, "little")
+    world.ask(A, 1, world.plain, 8, 1)
+    world.ask(B, 1, twin, 8, 1)
+    assert twin.jobs[8].kind == "follow"
+    world.settle()
+    assert sorted(codes(world)) == [(A, 1, 0), (B, 1, 0)]
+    assert [message["verify"] for message in world.dispatched if 8 in message["chunks"]] == [[], [8]]
+
+
+def test_reader_of_another_image_makes_a_job_urgent_that_nobody_has_waited_for(
+    pair: tuple[World, BlobCache, BlobCache],
+) -> None:
+    world, plain, twin = pair
+    world.kill(b"w")
+    world.router._launch._start(plain, [8], Priority.PREFETCH)
+    assert plain.jobs[8].priority is Priority.PREFETCH
+    world.ask(B, 1, twin, 8, 1)
+    assert (twin.jobs[8].kind, plain.jobs[8].priority) == ("follow", Priority.USER)
+    assert plain.jobs[8] in world.decompress._queues[Priority.USER]
+    world.settle()
+    assert codes(world) == [(B, 1, 0)]
+
+
+def test_what_takes_the_place_of_a_job_that_is_waited_for_is_urgent_too(world: World) -> None:
+    """Nobody waits for what was fetched but the reader of another image."""
+    twin = twin_of(world, of=world.far)
+    world.router._launch._start(world.far, [8], Priority.PREFETCH)
+    world.ask(B, 1, twin, 8, 1)
+    assert (world.far.jobs[8].kind, world.far.jobs[8].priority) == ("fetch", Priority.USER)
+    world.worker("fetch", b"f")
+    world.pump()
+    world.fetched(b"f")
+    assert world.far.jobs[8].kind == "fill"
+    world.router.tick()
+    assert world.far.jobs[8] in world.decompress._queues[Priority.USER]
+    world.settle()
+    assert codes(world) == [(B, 1, 0)]
 
 
 class TestEviction:

@@ -52,6 +52,11 @@ class ChunkMap:
         """The chunk's bytes are in the cache file, as another segment of the same file tells."""
         self._state[chunk] = READY
 
+    def doubt(self, chunk: int) -> None:
+        """The cache file may hold the chunk's bytes: its digest is to be checked before it is fetched."""
+        if self._state[chunk] in (EMPTY, FAILED):
+            self._state[chunk] = VERIFY
+
     def clear_pending(self, chunk: int, to: int = EMPTY) -> None:
         """End a claim without data. A chunk that became ready meanwhile stays ready."""
         if self._state[chunk] == PENDING:
