@@ -20,6 +20,7 @@ from nydusd.frontends.erofs import table
 from nydusd.frontends.erofs.session import detach, mount_erofs, top_is_erofs, unmount_erofs
 from nydusd.frontends.fuse.session import clear_stale_mount
 from nydusd.ipc.messages import Json
+from nydusd.supervisor import left_by_erofs
 from nydusd.supervisor.fuse import FuseDaemon
 from nydusd.supervisor.kernel_images import check
 
@@ -42,10 +43,12 @@ class BlobfsDaemon(FuseDaemon):
 class ErofsOnBlobfs(BlobfsDaemon):
     """EROFS, the blobs of which are files of a FUSE file system of ours that nobody else sees."""
 
+    own_note = left_by_erofs.BLOBFS
+
     def __init__(self, options: Options, config: Config, fork_server: ForkServer, why: str) -> None:
         super().__init__(options, config, fork_server)
         self.front_end = ("EROFS over blobfs", why)
-        self._blobs = Path(self.run_dir).with_suffix(".blobs")
+        self._blobs = Path(self.run_dir).with_suffix(left_by_erofs.BLOBFS)
         self._mounted = self._kept = False
 
     def fuse_mountpoint(self) -> str:

@@ -26,7 +26,7 @@ from nydusd.frontends.erofs.session import Fds, detach, is_seen, top_is_erofs
 from nydusd.frontends.fuse.session import clear_stale_mount
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.image import identity_of
-from nydusd.supervisor import control_ops
+from nydusd.supervisor import control_ops, left_by_erofs
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.kernel_mounts import KernelMounts
@@ -61,7 +61,7 @@ class ErofsDaemon(Supervisor):
         self._former: tuple[MountTable, list[Recorded]] | None = None
         """Its table of images, until that is served again."""
         self._front_end = Child("erofs", 0, "nydusd.frontends.erofs")
-        self._left = Path(self.run_dir).with_suffix(".erofs.json")
+        self._left = Path(self.run_dir).with_suffix(left_by_erofs.FANOTIFY)
         self._stored = f"nydusd-erofs-{self._runtime.instance}-"
         """What the names of our fds in systemd's store begin with."""
         self._family.own_spec, self._family.started = self._own_spec, self._started
@@ -72,6 +72,7 @@ class ErofsDaemon(Supervisor):
         """Everything up to RUNNING: the image of the command line is mounted then. Raises NydusError."""
         options = self.options
         assert isinstance(options, FuseOptions)
+        left_by_erofs.refuse(self.run_dir, options.mountpoint, left_by_erofs.FANOTIFY)
         self._begin(1)
         clear_stale_mount(options.mountpoint)
         if self._found is None:
@@ -91,6 +92,7 @@ class ErofsDaemon(Supervisor):
         missing = self._kernel.go_on(list(self.images.values()))
         if self._found is not None:
             left.end(self._found.holders)
+            self._found = self._found._replace(holders=[], noted=[])
         self._family.add(self._front_end)
         for image in list(self.images.values()):
             self.mounts.serve(image, lists.get(image.place))
@@ -148,6 +150,13 @@ class ErofsDaemon(Supervisor):
     # --- a takeover -------------------------------------------------------------------------------------------
 
     def _take(self, record: Json) -> list[int] | None:
+        try:
+            return self._take_found(record)
+        except NydusError:
+            self.handover.leaving = True  # what is there must stay as it is
+            raise
+
+    def _take_found(self, record: Json) -> list[int] | None:
         """What outlived a killed supervisor, if its table of images can be had."""
         found = left.take(self._left)
         if found is None:
@@ -186,15 +195,29 @@ class ErofsDaemon(Supervisor):
                     raise MountError(f"{wanted} is another image than the one that is mounted")
 
     def _abandon(self, found: left.Left) -> None:
-        """Take out of sight what is mounted. Its guard and its front end serve those who use it still."""
+        """Take out of sight what is mounted. Its guard and its front end serve those who use it still.
+
+        Where neither lives, and only systemd has the fds, which it is about to let go: a guard of its own, before that.
+        """
         self._front_end.generation = found.generation
         ended = table.read(found.fds.table)
         table.write(found.fds.table, replace(ended, ended=True))
         for place, device in left.mounted(self._left):
             if is_seen(place, device):
                 detach(place)
+        if not found.holders:
+            self._leave_to_guard(found.fds)
         found.fds.close()
         left.let_be(found.holders)
+
+    def _leave_to_guard(self, fds: Fds) -> None:
+        """Have a guard that is nobody's hold these: it refuses what is not cached, and ends with the file systems."""
+        guard = Child("guard", 1, "nydusd.frontends.erofs.guard", ("nydusd.frontends.erofs.main",))
+        spec = self._guard_spec(self._front_spec(fds, 0, crashed=False))
+        guard.start(self.fork_server, spec | {"log": self._family.log_spec()}, list(fds))
+        if guard.process is None:
+            raise MountError(f"{guard.name} cannot be started")
+        guard.process.close()
 
     def _know_mounts(self, rows: int, table: MountTable | None = None) -> None:
         super()._know_mounts(rows, None if self._former is None else self._former[0])
@@ -216,20 +239,25 @@ class ErofsDaemon(Supervisor):
         if child.role not in _OWN or self._kernel is None:
             return None
         fds = self._kernel.fds
-        spec: Json = fds._asdict() | {
+        if child.role == "guard":
+            return list(fds), self._guard_spec(self._front_spec(fds, self.pid, crashed=False))
+        return list(fds), self._front_spec(fds, self.pid, crashed=child.crashed)
+
+    def _front_spec(self, fds: Fds, supervisor: int, *, crashed: bool) -> Json:
+        return fds._asdict() | {
             "front": self._runtime.front,
             "read_deadline": self.config.nydusd.read_deadline,
-            "supervisor": self.pid,
-            "crashed": child.crashed,
+            "supervisor": supervisor,
+            "crashed": crashed,
         }
-        if child.role == "guard":
-            spec = fds._asdict() | {
-                "left": str(self._left),
-                "patience": self.config.nydusd.read_deadline,
-                "supervisor": self.pid,
-                "successor": spec | {"crashed": False, "log": self._family.log_spec(), "index": 0},
-            }
-        return list(fds), spec
+
+    def _guard_spec(self, front: Json) -> Json:
+        """`front`: the spec of the front end that it may become."""
+        return {name: front[name] for name in (*Fds._fields, "supervisor")} | {
+            "left": str(self._left),
+            "patience": self.config.nydusd.read_deadline,
+            "successor": front | {"log": self._family.log_spec(), "index": 0},
+        }
 
     def _started(self, child: Child) -> None:
         """A guard or a front end is there: note it for a successor."""
@@ -242,7 +270,8 @@ class ErofsDaemon(Supervisor):
             return
         holders = [each.pid for each in self.children if each.role in _OWN and each.pid]
         seen = [(each.mountpoint, each.device) for each in self._kernel.table.mounts if not each.gone]
-        left.write(self._left, holders, self._kernel.fds, self._front_end.generation, seen)
+        former = [] if self._found is None else self._found.noted
+        left.write(self._left, holders, self._kernel.fds, self._front_end.generation, seen, former)
 
     # --- while it serves --------------------------------------------------------------------------------------
 
@@ -281,6 +310,6 @@ class ErofsDaemon(Supervisor):
         super().stop()
         if kernel is not None:
             kernel.fds.close()
-        if gone:
-            self._store.drop()
-            self._left.unlink(missing_ok=True)
+            if gone:
+                self._store.drop()
+                self._left.unlink(missing_ok=True)

@@ -12,17 +12,15 @@ from __future__ import annotations
 import logging
 import signal
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nydusd import points
 from nydusd.cli.options import FuseOptions
-from nydusd.errors import MountError
 from nydusd.frontends.fuse.kernel_cache import forget_attributes, forget_names
 from nydusd.frontends.fuse.protocol import ROOT_ID
 from nydusd.frontends.fuse.session import Session, clear_stale_mount, is_held
 from nydusd.ipc.messages import Json
-from nydusd.supervisor import control_ops
+from nydusd.supervisor import control_ops, left_by_erofs
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.handover import EndedError
@@ -43,6 +41,8 @@ class FuseDaemon(Supervisor):
 
     fuse_module = "nydusd.frontends.fuse"
     """What front ends run."""
+    own_note = ""
+    """The suffix of what we keep beside the run-time folder for a mount of EROFS (`left_by_erofs.py`)."""
 
     def __init__(self, options: Options, config: Config, fork_server: ForkServer) -> None:
         super().__init__(options, config, fork_server)
@@ -54,6 +54,7 @@ class FuseDaemon(Supervisor):
         options = self.options
         assert isinstance(options, FuseOptions)
         count = self.config.front_end_count(options.fuse_threads)
+        left_by_erofs.refuse(self.run_dir, options.serves, self.own_note)
         try:
             if options.upgrade and not self._runtime.is_free():
                 self.handover.wait_for_predecessor(self)
@@ -66,7 +67,6 @@ class FuseDaemon(Supervisor):
         if self._former is None:
             mountpoint = self.fuse_mountpoint()
             clear_stale_mount(mountpoint)
-            self._refuse_erofs(mountpoint)
             image = None if first is None else self.mounts.mount_first(first)
             session = self._family.session = Session.mount(mountpoint, read_ahead_kib=1024)
             points.reach("start: mounted")
@@ -99,17 +99,6 @@ class FuseDaemon(Supervisor):
             self.mounts.serve(image, first.files)
         shown = ", ".join(image.source for image in self.images.values()) or "an empty folder"
         self._ready(f"{shown} is mounted at {options.mountpoint}")
-
-    def _refuse_erofs(self, mountpoint: str) -> None:
-        """Raises MountError where a killed `nydusd erofs` has left its mount: one above it would hide, not end it."""
-        left = Path(self.run_dir)
-        if any(left.with_suffix(suffix).exists() for suffix in (".erofs.json", ".tarfs.json", ".blobs")):
-            from nydusd.frontends.erofs.session import top_is_erofs
-
-            if top_is_erofs(mountpoint):
-                raise MountError(
-                    f"{mountpoint}: a `nydusd erofs` that was killed has left its mount here: start that again, or unmount it"
-                )
 
     def fuse_mountpoint(self) -> str:
         """Where the FUSE session is mounted."""

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from nydusd.errors import MountError, UnsupportedError
 from nydusd.formats import BootstrapKind, detect
 from nydusd.frontends.erofs import fanotify
+from nydusd.supervisor import left_by_erofs
+from nydusd.supervisor.runtime import Runtime
 
 if TYPE_CHECKING:
     from nydusd.cli.options import ErofsOptions
@@ -39,10 +41,12 @@ def daemon_for(options: ErofsOptions, config: Config, fork_server: ForkServer) -
 
     work_dir = config.cache.work_dir if config.cache else None
     local = config.backend is not None and config.backend.type == "localfs"
+    # What is mounted needs no more of the kernel and the folder than it has.
+    left = left_by_erofs.seen(str(Runtime(options.serves).folder)) is not None
     if options.bootstrap is None:
-        taken, why = choose_without_image(options.driver)
+        taken, why = choose_without_image(options.driver, left=left)
     else:
-        taken, why = choose(options.driver, options.bootstrap, work_dir, local=local)
+        taken, why = choose(options.driver, options.bootstrap, work_dir, local=local, left=left)
     daemon: Supervisor
     if taken == "tarfs":
         daemon = TarfsDaemon(options, config, fork_server, why)
@@ -57,8 +61,11 @@ def daemon_for(options: ErofsOptions, config: Config, fork_server: ForkServer) -
     return daemon
 
 
-def choose(asked: str, bootstrap: str, work_dir: str | None, *, local: bool = False) -> tuple[str, str]:
-    """The way to take, and why. `local`: the blobs are files of this machine.
+def choose(
+    asked: str, bootstrap: str, work_dir: str | None, *, local: bool = False, left: bool = False
+) -> tuple[str, str]:
+    """The way to take, and why. `local`: the blobs are files of this machine; `left`: a killed daemon has left a mount with
+    fanotify, to be taken over whether another could be made now or not.
 
     Raises UnsupportedError when the one that was asked for is not there.
     """
@@ -71,7 +78,7 @@ def choose(asked: str, bootstrap: str, work_dir: str | None, *, local: bool = Fa
         if asked == "tarfs":
             raise UnsupportedError(f"--driver tarfs: {no_tars}; use another, or `auto`")
     no_erofs = _why_no_erofs(bootstrap, work_dir)
-    reasons = {"fanotify": no_erofs or _why_no_fanotify(str(work_dir)), "blobfs": no_erofs}
+    reasons = {"fanotify": no_erofs or (None if left else _why_no_fanotify(str(work_dir))), "blobfs": no_erofs}
     if asked != "auto":
         if reasons[asked] is not None:
             raise UnsupportedError(f"--driver {asked}: {reasons[asked]}; use `nydusd fuse`")
@@ -84,7 +91,7 @@ def choose(asked: str, bootstrap: str, work_dir: str | None, *, local: bool = Fa
     return "fuse", "; ".join(passed if reasons["fanotify"] != no_erofs else [f"not EROFS: {no_erofs}"])
 
 
-def choose_without_image(asked: str) -> tuple[str, str]:
+def choose_without_image(asked: str, *, left: bool = False) -> tuple[str, str]:
     """The same for a daemon whose images come by the API. Raises UnsupportedError."""
     if asked in ("tarfs", "blobfs"):
         raise UnsupportedError(
@@ -93,7 +100,7 @@ def choose_without_image(asked: str) -> tuple[str, str]:
     if asked == "fuse":
         return asked, "it was asked for"
     reason = _why_no_erofs_here()
-    if reason is None:
+    if reason is None and not left:
         try:
             os.close(fanotify.open_group())
         except MountError as e:

@@ -17,6 +17,7 @@ from nydusd.cli.options import FuseOptions
 from nydusd.errors import CacheError, MountError, NydusError, UnsupportedError
 from nydusd.frontends.erofs.session import detach, mount_erofs, top_is_erofs, unmount_erofs
 from nydusd.ipc.messages import Json
+from nydusd.supervisor import left_by_erofs
 from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.supervisor.daemon import Supervisor
 
@@ -37,13 +38,14 @@ class TarfsDaemon(Supervisor):
     def __init__(self, options: Options, config: Config, fork_server: ForkServer, why: str) -> None:
         super().__init__(options, config, fork_server)
         self.front_end = ("EROFS over tars", why)
-        self._left = Path(self.run_dir).with_suffix(".tarfs.json")
+        self._left = Path(self.run_dir).with_suffix(left_by_erofs.TARFS)
         self._mounted = False
 
     def start(self) -> None:
         """Everything up to RUNNING. Raises NydusError."""
         options = self.options
         assert isinstance(options, FuseOptions)
+        left_by_erofs.refuse(self.run_dir, options.mountpoint, left_by_erofs.TARFS)
         image, _first = self._begin_with_image()
         self._bind()
         self._mount(options.mountpoint, image)

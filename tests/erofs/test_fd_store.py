@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -9,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.erofs.test_kills import NAMES, Held
+from tests.erofs.test_kills import NAMES, Held, own
 from tests.supervisor.test_adoption import Stored
 from tests.support import manifest
 from tests.support.daemon import Daemon
-from tests.support.discipline import cmdline, descendants, detach_mount, is_running, wait_until
+from tests.support.discipline import cmdline, descendants, is_running, wait_until
 from tests.support.faulty_server import faulty
-from tests.support.mounted import Hub, Tree
+from tests.support.mounted import CHUNK, Hub, Tree
 from tests.support.oracle import image
 
 
@@ -88,15 +89,33 @@ def test_a_restart_by_systemd_keeps_the_mount(name: str, driver: str, tmp_path: 
         assert "is taken over" in daemon.log_tail()
 
 
-def test_fuse_does_not_mount_above_what_a_killed_erofs_daemon_has_left(expect_log: Callable[..., None]) -> None:
-    what = image("v6-zstd-blake3")
-    with Daemon(what.bootstrap, what.blobs, verb="erofs", args=("--driver", "fanotify")) as daemon:
-        erofs, fuse = daemon.command, [*daemon.command[:-2]]
-        fuse[fuse.index("erofs")] = "fuse"
-        daemon.kill_supervisor()
-        daemon.command = fuse
-        with pytest.raises(AssertionError, match="has left its mount here"):
+def test_readers_of_a_mount_that_cannot_be_taken_over_get_an_error_and_no_hole(
+    stored: Stored, tmp_path: Path, expect_log: Callable[..., None]
+) -> None:
+    """Nobody but systemd has the fds, and it is told to let go of them: a guard of theirs has them before."""
+    expect_log("a read failed: .*(the daemon was stopped|nobody has fetched it in time)")
+    tree = Tree(NAMES, tmp_path)
+    with faulty() as server:
+        held = Held(tree, Hub(tree, server))
+        daemon = held.daemon
+        daemon._environment |= stored.environment
+        command = daemon.command
+        with held.mounted:
+            stored.until_ready()
+            reader = held.waiting_reader(NAMES[0])
+            late = os.open(daemon.mountpoint / NAMES[1], os.O_RDONLY)
+            kill_all(daemon)
+            os.utime(tree.bootstrap)  # it is another image now
+            held.gate.set()
+            daemon.command = stored.giving(command)
             daemon.start()
-        detach_mount(str(daemon.mountpoint))
-        daemon.command = erofs
-        daemon.start()
+            stored.until_ready()
+            reader.communicate(timeout=60)
+            assert reader.returncode == errno.EIO
+            with pytest.raises(OSError) as failure:
+                os.pread(late, CHUNK, 0)
+            assert failure.value.errno == errno.EIO
+            os.close(late)
+            held.right(held.read(NAMES[2]), NAMES[2])
+            wait_until(lambda: len(own("erofs")) == 1 and len(own("guard")) == 1, "the end of its guard", 60)
+            daemon.command = command

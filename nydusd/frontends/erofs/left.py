@@ -1,8 +1,8 @@
 """What a killed supervisor has left of its EROFS mounts: where the next one finds it, and how it gets its fds.
 
 A file beside the run-time folder names who holds its fds, guard and front end, by pid and start time, and the numbers of the
-fds. Written by the supervisor before mount(2) and whenever it started one of them, removed once no file
-system is left.
+fds. Written by the supervisor before a mount is seen and whenever it started one of them, removed once no file system is left.
+While one supervisor takes over from another, it names the holders of both: whoever is killed, the next one finds all.
 """
 
 from __future__ import annotations
@@ -19,18 +19,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nydusd.errors import MountError
+from nydusd.frontends.fuse.session import resolve_mountpoint
 from nydusd.ipc.borrow import copy_of
 from nydusd.storage.state.lock import start_time
 
-from .session import Fds
+from .session import Fds, top_mount
 
 log = logging.getLogger(__name__)
 
 _END_SECONDS = 5.0
 
 
+class Holder(NamedTuple):
+    """A process that holds the fds, as it is noted: pid, start time, the numbers of the fds in it."""
+
+    pid: int
+    start: int
+    numbers: list[int]
+
+
 class Left(NamedTuple):
-    """`holders` are pidfds of processes that hold `fds`, copies of which are ours.
+    """`holders` are pidfds of processes that hold `fds`, copies of which are ours; `noted` are those of them that were noted.
 
     `generation`: of the next front end, one that no front end of theirs had.
     """
@@ -38,12 +47,21 @@ class Left(NamedTuple):
     holders: list[int]
     fds: Fds
     generation: int
+    noted: list[Holder]
 
 
-def write(path: Path, holders: Sequence[int], fds: Fds, generation: int, seen: Sequence[tuple[str, str]] = ()) -> None:
+def write(
+    path: Path,
+    holders: Sequence[int],
+    fds: Fds,
+    generation: int,
+    seen: Sequence[tuple[str, str]] = (),
+    former: Sequence[Holder] = (),
+) -> None:
     """Note who holds what, the generation of the front end, and what is mounted: place and device (`major:minor`).
 
-    Raises MountError: without it a kill of the supervisor could not be made good.
+    `former`: holders that another supervisor has left, and that are not ended yet. Raises MountError: without the note a kill
+    of the supervisor could not be made good.
     """
     content = {
         "version": 2,
@@ -52,6 +70,8 @@ def write(path: Path, holders: Sequence[int], fds: Fds, generation: int, seen: S
         "fds": list(fds),
         "mounts": [list(each) for each in seen],
     }
+    if former:
+        content["others"] = [list(holder) for holder in former]
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(json.dumps(content | {"check": _check(content)}))
@@ -79,6 +99,11 @@ def mounted(path: Path) -> list[tuple[str, str]]:
         return []
 
 
+def seen(path: Path) -> str | None:
+    """A place at which what was mounted is on top still. The kind is looked at, too: its number may be another's by now."""
+    return next((place for place, device in mounted(path) if top_mount(resolve_mountpoint(place)) == device), None)
+
+
 def take(path: Path) -> Left | None:
     """What is held, None when nobody holds anything. The holders go on: `end` them when all is taken over.
 
@@ -88,32 +113,32 @@ def take(path: Path) -> Left | None:
         raw = json.loads(path.read_text())
         if raw.pop("check", None) not in (_check(raw), None):  # None: of a release that wrote none
             raise ValueError("its checksum is wrong: it was damaged")
-        processes = [(int(pid), int(start)) for pid, start in raw["holders"]]
         if raw["version"] != 2:
             raise ValueError(f"it is of version {raw['version']}")
-        numbers = [int(number) for number in Fds(*raw["fds"])]
+        rows = [(pid, start, raw["fds"]) for pid, start in raw["holders"]] + list(raw.get("others", ()))
+        noted = [Holder(int(pid), int(start), list(map(int, Fds(*numbers)))) for pid, start, numbers in rows]
         generation = int(raw["generation"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         log.warning("%s cannot be read: %s", path, e)
         return None
-    holders = [holder for pid, start in processes if (holder := _living(pid, start)) >= 0]
+    living = {pidfd: holder for holder in noted if (pidfd := _living(holder.pid, holder.start)) >= 0}
     why = ""
-    for holder in holders:
+    for pidfd, holder in living.items():
         copies: list[int] = []
         try:
-            for number in numbers:
-                copies.append(copy_of(holder, number))
+            for number in holder.numbers:
+                copies.append(copy_of(pidfd, number))
         except OSError as e:
             why = str(e.strerror)
             for fd in copies:
                 os.close(fd)
             continue
         fds = Fds(*copies)
-        known = [pid for pid, _ in processes]
-        return Left([*holders, *_unnoted(fds.journal, numbers[1], known)], fds, generation + 1)
-    let_be(holders)
+        unnoted = _unnoted(fds.journal, [holder.pid for holder in living.values()])
+        return Left([*living, *unnoted], fds, generation + 1, list(living.values()))
+    let_be(list(living))
     if why:
         raise MountError(f"{path}: what a killed daemon has mounted cannot be taken over: {why}")
     return None
@@ -126,7 +151,7 @@ def stored(path: Path, fds: dict[str, int]) -> Left | None:
     """
     try:
         raw = json.loads(path.read_text())
-        return Left([], Fds(*(fds[name] for name in Fds._fields)), int(raw["generation"]) + 1)
+        return Left([], Fds(*(fds[name] for name in Fds._fields)), int(raw["generation"]) + 1, [])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         for fd in fds.values():
             os.close(fd)
@@ -151,17 +176,36 @@ def end(holders: Sequence[int]) -> None:
     let_be(holders)
 
 
-def _unnoted(journal: int, number: int, known: Sequence[int]) -> Iterator[int]:
-    """Pidfds of those that were started in the supervisor's last moment, before they were noted: they hold the journal, too."""
-    inode = os.fstat(journal).st_ino
+def _unnoted(journal: int, known: Sequence[int]) -> Iterator[int]:
+    """Pidfds of those that hold the journal, too, and are not noted: they were started in a supervisor's last moment.
+
+    Only processes of ours are looked at: who keeps fds for us, as systemd does, is none of them.
+    """
+    wanted = os.fstat(journal)
     for name in os.listdir("/proc"):
         if not name.isdecimal() or int(name) in known or int(name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            if os.stat(f"/proc/{name}/fd/{number}").st_ino == inode and "memfd:" in os.readlink(
-                f"/proc/{name}/fd/{number}"
-            ):
-                yield os.pidfd_open(int(name))
+            pidfd = os.pidfd_open(int(name))  # before the look: from now on the number is no other's
+            if _is_ours(name) and _holds(name, wanted):
+                yield pidfd
+            else:
+                os.close(pidfd)
+
+
+def _is_ours(pid: str) -> bool:
+    """Whether a process is of a daemon: by its title, or what a guard has become and has none yet."""
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return command.startswith(b"nydusd: ") or b"\0nydusd.frontends.erofs\0" in command
+
+
+def _holds(pid: str, wanted: os.stat_result) -> bool:
+    """Whether a process has this file in memory open, under whatever number. Files on disks are not asked for anything."""
+    with os.scandir(f"/proc/{pid}/fd") as entries:
+        return any(
+            os.readlink(entry.path).startswith("/memfd:") and os.path.samestat(os.stat(entry.path), wanted)
+            for entry in entries
+        )
 
 
 def _living(pid: int, start: int) -> int:
