@@ -120,9 +120,7 @@ class FscacheDaemon(Singleton):
             if not self._repeated(entry):
                 self._table.bind(entry, inspect(entry.metadata, [self.run_dir]))
         if self._device is not None:
-            self._serve(self._device)
-        if found is not None and found[1] is not None:
-            end(found[1])
+            self._serve(self._device, None if found is None else found[1])
         for role, count in (("fetch", self.config.fetch_worker_count), ("decompress", self._writers)):
             for index in range(count):
                 self._family.add(Child(role, index, "workers"))
@@ -138,9 +136,15 @@ class FscacheDaemon(Singleton):
             self._first_state = "INIT"  # who started us has the device, and will tell us to take it
             log.warning("the device is held by another process; waiting to be told to take it over")
 
-    def _serve(self, device: CacheDevice) -> None:
-        """From now on this device is ours: a guard for it, and what was not answered once more."""
+    def _serve(self, device: CacheDevice, former: tuple[int, int] | None = None) -> None:
+        """From now on this device is ours: a guard for it, and what was not answered once more.
+
+        `former`: the guard that had it, which may answer by now. It ends before anything is said once more: what it took
+        would be answered without data, or by nobody.
+        """
         self._family.add(self._guard)
+        if former is not None:
+            end(former)
         self._store.hold(self._stored, {"device": device.fd})
         self._poller.register(device.fd, zmq.POLLIN)
         self._sources[device.fd] = self._take_messages

@@ -59,3 +59,20 @@ def test_a_daemon_that_has_not_served_and_fails_leaves_nothing(daemon: FscacheDa
     daemon.fail()
     daemon.stop()
     assert daemon._files.read() is None
+
+
+def test_the_former_guard_has_ended_before_the_kernel_says_anything_once_more(
+    daemon: FscacheDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may answer by now, and would take a part of it with it."""
+    said: list[object] = []
+    monkeypatch.setattr(daemon._family, "add", lambda child: said.append(child.role))
+    monkeypatch.setattr("nydusd.supervisor.fscache.end", said.append)
+    monkeypatch.setattr(CacheDevice, "restore", lambda _device: said.append("restore"))
+    monkeypatch.setattr(daemon._poller, "register", lambda *_: None)
+    daemon._bound["/a"] = cast(Any, None)
+    assert daemon._device is not None
+    daemon._serve(daemon._device, (7, 70))
+    daemon._bound.clear()
+    assert said == ["guard", (7, 70), "restore"]
+    daemon.stop()
