@@ -10,8 +10,10 @@ When it has loaded what `argv` names it says {ready}. A request (`client.ForkSer
   are the numbers under which the child finds them all; the modules `load` are imported here first, once, so that later
   children share them too. One fd more than numbers: the gate, a pipe. The child begins when a byte comes through it, and
   not at all when it is closed: so nobody begins of whom the supervisor does not know. Answer: {pid} or {errno, error}.
-- {hold: numbers}: fds of the FUSE session, to be held under these numbers for a supervisor to come: then this process does not
-  end with the present one, but with the mount. They are safe in the packet, before it is read. No child has them. No answer.
+- {hold: numbers}: fds of the FUSE session, or of an export's clients, to be held under these numbers for a supervisor to come:
+  then this process does not end with the present one, but with the mount. They are safe in the packet, before it is read. No
+  child has them. No answer.
+- {release: numbers}: these are held no more. No answer.
 - {guard: {delay, command}}, and an fd with an environment: if the supervisor is killed and nobody has started another one
   `delay` seconds later, this process does (`guardian.py`). No child has it. No answer.
 - {copy}, and an fd: a copy of this process, a fork server with all that this one has, serves the line behind the fd.
@@ -120,6 +122,10 @@ class _Server:
             request = json.loads(packet)
             if "hold" in request:
                 self._hold(fds, request["hold"])
+            elif "release" in request:
+                for number in set(self._held) & set(request["release"]):
+                    os.close(number)
+                    self._held.remove(number)
             elif "guard" in request:
                 if self._guard is not None:
                     os.close(self._guard["environment"])

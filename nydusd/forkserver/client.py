@@ -91,7 +91,10 @@ class ForkServer:
         """The one that is asked, and its copy."""
         self._copying: socket.socket | None = None
         """Our end of the line to the copy that was asked for."""
-        self._held: list[int] = []
+        self.held: list[int] = []
+        """What it holds for a supervisor to come, under our numbers."""
+        self._released: list[int] = []
+        """What was let go of while a copy was made, which may have it."""
         self._delay = 0.0
         self._interval = _INTERVAL
         """Seconds between two that are started now: more and more where none can load what it must."""
@@ -162,9 +165,16 @@ class ForkServer:
 
     def hold(self, fds: Sequence[int]) -> None:
         """Have it hold copies of these fds, under our numbers, for a supervisor to come; each one that takes its place, too."""
-        self._held = list(fds)
+        self.held = list(dict.fromkeys([*self.held, *fds]))
         for server in self._servers:
-            self._have_held(server)
+            self._have_held(server, fds)
+
+    def release(self, fds: Sequence[int]) -> None:
+        """Have it hold these no more, which are about to be closed here."""
+        self.held = [fd for fd in self.held if fd not in fds]
+        self._released += fds
+        for server in self._servers:
+            _send(server, {"release": list(fds)}, ())
 
     def guard(self, delay: float) -> None:
         """Have it start this command again if this process is killed, and nobody else does so for `delay` seconds."""
@@ -286,12 +296,13 @@ class ForkServer:
         server = _Server(ours, pid, commit_on_disk(), ready=False)
         self._servers.append(server)
         self.started()
-        self._have_held(server)
+        self._have_held(server, self.held)
         self._have_guarded()
 
-    def _have_held(self, server: _Server) -> None:
-        for start in range(0, len(self._held), FDS_MAX):
-            part = self._held[start : start + FDS_MAX]
+    @staticmethod
+    def _have_held(server: _Server, fds: Sequence[int]) -> None:
+        for start in range(0, len(fds), FDS_MAX):
+            part = list(fds[start : start + FDS_MAX])
             if not _send(server, {"hold": part}, part):
                 server.process.send_signal(
                     signal.SIGKILL
@@ -319,6 +330,7 @@ class ForkServer:
     def _ask_for_copy(self) -> None:
         _take_in_orphans()
         self._next_copy = time.monotonic() + _INTERVAL
+        self._released.clear()
         self._copying, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             _send(self._servers[0], {"copy": True}, [theirs.fileno()])
@@ -369,7 +381,8 @@ class ForkServer:
                         os.setpriority(os.PRIO_PROCESS, answer["copy"], os.getpriority(os.PRIO_PROCESS, 0))
                     self._servers.append(copy)
                     _send(copy, {}, ())
-                    self._have_held(copy)
+                    _send(copy, {"release": self._released}, ())
+                    self._have_held(copy, self.held)
         else:
             return False
         return True

@@ -76,6 +76,8 @@ class Family:
         """The sockets of the API process: the API's, and that of metrics over TCP; -1 for none."""
         self.own_spec: Callable[[Child], tuple[list[int], Json] | None] = lambda _child: None
         """Fds and spec of a child that only some daemons have."""
+        self.left: Callable[[], Json] = dict
+        """What else the next supervisor must know, where there is no session; its `holders` are taken over before they end."""
         self.started: Callable[[Child], None] = lambda _child: None
         """Told of each child that was started."""
         self.begins_at_rest: Callable[[str], bool] = lambda _role: False
@@ -206,7 +208,7 @@ class Family:
         """Write down what a successor must know."""
         if not self.noted:
             return
-        more: Json = {"workers": self.wanted}
+        more: Json = {"workers": self.wanted} | self.left()
         if self.session is not None and isinstance(self._options, FuseOptions):
             from nydusd.supervisor.adoption import parameters, record_of
 
@@ -225,20 +227,27 @@ class Family:
         Noted before the former one ends: whoever is killed in between, a successor finds one that has them.
         """
         self.fork_server.trade_places(fresh)
+        self.fork_server.hold(self.fork_server.held)  # some may be newer than it is
         self._watch_fork_server()
         self._have_guarded()
         self.remember()
 
     def _have_held(self, session: Session) -> None:
-        """Have the fork server hold the session's fds, too: so nothing is lost when all front ends die with us."""
+        """Have the fork server hold the session's fds."""
         if self._kept is not session:
             self._kept = session
-            self.fork_server.hold([fd for lane in session.lanes for fd in lane])
+            self.hold([fd for lane in session.lanes for fd in lane])
+
+    def hold(self, fds: Sequence[int]) -> None:
+        """Have the fork server hold these, too, so that nothing is lost when all others die with us."""
+        first = not self.fork_server.held
+        self.fork_server.hold(fds)
+        if first:
             self._have_guarded()
 
     def _have_guarded(self) -> None:
         """Have the fork server start us again when we are killed, if nobody else does."""
-        if self._kept is not None and self.guarded and self._config.nydusd.guardian:
+        if self.fork_server.held and self.guarded and self._config.nydusd.guardian:
             self.fork_server.guard(self._config.nydusd.guardian)
 
     def log_spec(self) -> Json:

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import Self
 
 from nydusd.errors import NydusError
 
@@ -29,12 +30,25 @@ class Listener:
             self._path.unlink(missing_ok=True)
             self._socket.bind(path)
             self._socket.listen(128)
-            self._inode = self._path.stat().st_ino
+            self.inode = self._path.stat().st_ino
         except (OSError, ValueError) as e:
             self._socket.close()
             raise NydusError(f"{option} {path}: {getattr(e, 'strerror', None) or e}") from e
         finally:
             os.umask(mask)
+
+    @classmethod
+    def adopt(cls, fd: int, path: str, inode: int) -> Self | None:
+        """The socket that a daemon which was killed had bound there, as `fd`, which is ours; None if its name is gone."""
+        adopted = cls.__new__(cls)
+        adopted._path, adopted._socket, adopted.inode = Path(path), socket.socket(fileno=fd), inode
+        try:
+            if adopted._path.stat().st_ino == inode:
+                return adopted
+        except OSError:
+            pass
+        adopted._socket.close()
+        return None
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -47,7 +61,7 @@ class Listener:
         """Stop listening and remove the socket, unless another daemon has bound its own there since."""
         self._socket.close()
         try:
-            if self._path.stat().st_ino == self._inode:
+            if self._path.stat().st_ino == self.inode:
                 self._path.unlink()
         except OSError:
             pass

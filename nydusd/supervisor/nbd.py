@@ -1,28 +1,46 @@
 """`nydusd nbd`: an image as one read-only block device on a unix socket, by the NBD protocol.
 
 Runs in the supervisor. One front end serves all clients; the supervisor lets them in and holds their sockets
-(`nbd_clients.py`). What holds after SIGKILL of the front end: its successor goes on with each client where it was. Of the
-supervisor: everything ends, and the next daemon binds the same path.
+(`nbd_clients.py`).
+
+What holds after SIGKILL of the front end: its successor goes on with each client where it was. Of the supervisor: the front end
+serves on what is cached, and the next supervisor goes on with all clients (`nbd_left.py`); who connects meanwhile waits. Of
+both: the fork server holds the clients for the next supervisor for a minute.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+import time
 from typing import TYPE_CHECKING
 
+from nydusd import points
 from nydusd.cli.options import NbdOptions
-from nydusd.errors import UnsupportedError
+from nydusd.errors import MountError, NydusError, UnsupportedError
+from nydusd.frontends.nbd.kept import LAYOUT
 from nydusd.ipc.messages import Json
+from nydusd.storage.api.image import identity_of
+from nydusd.supervisor import control_ops, nbd_left
+from nydusd.supervisor.adoption import parameters
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.listener import Listener
+from nydusd.supervisor.mount_records import Recorded, readable
+from nydusd.supervisor.mount_request import first_request
+from nydusd.supervisor.mount_table import MountTable
 from nydusd.supervisor.nbd_clients import Clients
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from nydusd.cli.options import Options
     from nydusd.config import Config
     from nydusd.forkserver.client import ForkServer
+    from nydusd.supervisor.images import Image
+
+log = logging.getLogger(__name__)
 
 
 class NbdDaemon(Supervisor):
@@ -33,34 +51,135 @@ class NbdDaemon(Supervisor):
 
     def __init__(self, options: Options, config: Config, fork_server: ForkServer) -> None:
         super().__init__(options, config, fork_server)
+        assert isinstance(options, NbdOptions)
+        self._socket = options.socket
+        self._parameters = parameters(options, config)
         self._export: Listener | None = None
         self._server = Child("nbd", 0, "nydusd.frontends.nbd")
         self._clients: Clients | None = None
-        self._family.own_spec, self._family.started = self._own_spec, self._started
+        self._found: nbd_left.Left | None = None
+        """What a killed supervisor has left, until its holders have ended."""
+        self._former: tuple[MountTable, Recorded] | None = None
+        """Its table of images, until that is served again."""
+        self._family.own_spec, self._family.started, self._family.left = self._own_spec, self._started, self._note
 
     def start(self) -> None:
         """Everything up to RUNNING. Raises NydusError."""
         options = self.options
         assert isinstance(options, NbdOptions)
-        image, first = self._begin_with_image()
+        self._begin(1)
+        first = first_request(options, self.config)
+        assert first is not None
+        if self._former is None:
+            image, files = self.mounts.mount_first(first), first.files
+            if image.metadata.version != 6:
+                raise UnsupportedError(
+                    f"{image.source}: only v6 images are block devices, this is v{image.metadata.version}: use `nydusd fuse`"
+                )
+            self._bind()
+        else:
+            image, files = self._go_on(*self._former)
+            self._former = None
         self._image = image
-        if image.metadata.version != 6:
-            raise UnsupportedError(
-                f"{image.source}: only v6 images are block devices, this is v{image.metadata.version}: use `nydusd fuse`"
-            )
-        self._bind()
-        self._export = Listener(options.socket, "--socket")
-        self._clients = Clients(self._export, self._watch, self._forget)
+        found = self._found
+        if found is not None:
+            self._export = Listener.adopt(found.listener, self._socket, found.note.path)
+        if self._export is None:
+            self._export = Listener(self._socket, "--socket")
+        self._clients = Clients(self._export, self, found)
+        # Ours hold it all; noted before the former ones end, so that whoever comes after us looks there.
+        self._family.remember()
+        points.reach("clients: noted")
+        if found is not None:
+            found.end_holders(self.fork_server.pids)
+            self._found = None
+        points.reach("clients: before a front end")
         self._family.add(self._server)
-        for role, count in (
-            ("fetch", self.config.fetch_worker_count),
-            ("decompress", self.config.decompress_worker_count),
-        ):
-            for index in range(count):
+        for role in ("fetch", "decompress"):
+            for index in range(self._family.count(role)):
                 self._family.add(Child(role, index, "workers"))
         self.open_api()
-        self.mounts.serve(image, first.files)
-        self._ready(f"{image.source} is exported at {options.socket}")
+        self.mounts.serve(image, files)
+        self._ready(f"{image.source} is exported at {self._socket}")
+
+    # --- a takeover -------------------------------------------------------------------------------------------
+
+    def _take(self, record: Json) -> list[int] | None:
+        """The pids of those who hold the clients of a killed supervisor, if all can be gone on with."""
+        note = nbd_left.noted(record)
+        found = None if note is None else nbd_left.take(note)
+        if note is None or found is None:
+            return None
+        try:
+            if (note.parameters, note.layout) != (self._parameters, LAYOUT):
+                raise MountError("it was started with other parameters, or is of another release")
+            table = MountTable.take_over(self._runtime.folder / "mounts", f"{self._runtime.prefix}mounts")
+            (image,) = readable(table.records(), self.config)
+            if identity_of(os.stat(image.source)) != image.facts.identity:
+                raise MountError(f"{image.source} is another image now")
+        except (NydusError, OSError, ValueError) as e:
+            log.warning("the clients of a daemon that was killed are disconnected: %s", e)
+            found.close()
+            return None
+        log.warning("%d clients of a daemon that was killed are taken over", len(found.clients))
+        self._found, self._former = found, (table, image)
+        self._family.inherited = True
+        self._runtime.term = int(record.get("term", 0)) + 1
+        return [pid for pid, _ in found.holders]
+
+    def _know_mounts(self, rows: int, table: MountTable | None = None) -> None:
+        super()._know_mounts(rows, None if self._former is None else self._former[0])
+
+    def _go_on(self, table: MountTable, recorded: Recorded) -> tuple[Image, Sequence[bytes] | None]:
+        """Know the image again under the names by which the front end, which still serves, reads it."""
+        self._bind()
+        self.mounts.restore([recorded])
+        control_ops.recall(self)
+        table.begin_term(self._runtime.term)
+        return self.images[recorded.place], recorded.files
+
+    def _note(self) -> Json:
+        """What a successor must know."""
+        pids = [*self.fork_server.pids, self._server.pid]
+        if self._found is not None:
+            pids += [pid for pid, _ in self._found.holders]
+        if self._clients is not None and self._export is not None:
+            note: Json = {
+                "parameters": self._parameters,
+                "memory": self._clients.inode,
+                "listener": os.fstat(self._export.fileno()).st_ino,
+                "path": self._export.inode,
+                "layout": LAYOUT,
+            }
+        elif self._found is not None:
+            note = nbd_left.to_json(self._found.note)
+        else:
+            return {}
+        return {"nbd": note, "holders": [{"pid": pid} for pid in pids if pid]}
+
+    # --- what the clients need --------------------------------------------------------------------------------
+
+    def watch(self, fd: int, take: Callable[[], None]) -> None:
+        """Call `take` when there is something to read."""
+        self._sources[fd] = take
+        self._family.watch(fd)
+
+    def forget(self, fd: int) -> None:
+        """End of `watch`."""
+        del self._sources[fd]
+        self._family.forget(fd)
+
+    def hold(self, fds: Sequence[int]) -> None:
+        """Have the fork server hold these, too."""
+        self._family.hold(fds)
+
+    def release(self, fds: Sequence[int]) -> None:
+        """End of `hold`: they are about to be closed."""
+        self.fork_server.release(fds)
+
+    def renew(self) -> None:
+        """End the front end, which does not take a client: the next one is given all."""
+        self._server.send(signal.SIGKILL)
 
     def _own_spec(self, child: Child) -> tuple[list[int], Json] | None:
         if child is not self._server or self._clients is None:
@@ -76,19 +195,30 @@ class NbdDaemon(Supervisor):
         if child is self._server and self._clients is not None:
             self._clients.started()
 
-    def _watch(self, fd: int, take: Callable[[], None]) -> None:
-        self._sources[fd] = take
-        self._family.watch(fd)
+    def _turn(self, timeout: float) -> None:
+        super()._turn(timeout)
+        if self._clients is not None:
+            self._clients.tick(time.monotonic())
 
-    def _forget(self, fd: int) -> None:
-        del self._sources[fd]
-        self._family.forget(fd)
+    def _timeout(self) -> float:
+        due = self._clients.due() if self._clients is not None else float("inf")
+        return max(0.0, min(super()._timeout(), due - time.monotonic()))
+
+    # --- stop -------------------------------------------------------------------------------------------------
+
+    def _can_leave(self) -> bool:
+        return self._clients is not None or self._found is not None
 
     def stop(self) -> None:
-        """Stop listening, then end everything."""
-        if self._export is not None:
-            self._forget(self._export.fileno())
-            self._export.remove()
+        """Stop listening, end everything, disconnect everybody; or leave all that to the next one."""
+        clients, export = self._clients, self._export
+        if self._leaves_all():
+            self.children[:] = [child for child in self.children if child is not self._server]
+            super().stop()
+            return
+        if clients is not None and export is not None:
+            clients.shut()
+            export.remove()
         super().stop()
-        if self._clients is not None:
-            self._clients.close()
+        if clients is not None:
+            clients.close()

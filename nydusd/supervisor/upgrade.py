@@ -106,8 +106,9 @@ class Upgrade:
         family.watch(server.fileno())
         family.remember()  # before it holds anything: so that a successor ends it
         self._doing = "loading the code that is on disk"
-        if family.session is not None:  # before any child is made: so it has them when it takes the old one's place
-            server.hold([fd for lane in family.session.lanes for fd in lane])
+        server.hold(
+            family.fork_server.held
+        )  # before any child is made: so it has them when it takes the old one's place
         while not server.is_ready():
             yield
         self._doing = "starting the new generation"

@@ -35,6 +35,7 @@ class Export(Daemon):
     ) -> None:
         super().__init__(what.bootstrap, what.blobs, config=config, verb="nbd", environment=environment)
         self.socket = self.folder / "nbd.sock"
+        self.place = f"nbd {self.socket}"
         place = self.command.index("-M")
         self.command[place : place + 2] = ["-S", str(self.socket)]
 

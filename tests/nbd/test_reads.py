@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -103,13 +103,13 @@ class Disk:
             file.write(CONTENT[blob])
         self.segments[blob].state[:] = bytes([READY, READY])
 
-    def serve(self, in_memory: bool = False) -> list[tuple[ChunkRun, int]]:
-        """Say that all is there that was asked for, or give it in shared memory; gives what that was."""
+    def serve(self, in_memory: bool | Sequence[int] = False) -> list[tuple[ChunkRun, int]]:
+        """Say that all is there that was asked for, or give it (of these blobs) in shared memory; gives what that was."""
         asked = self.asked
         self.asked = {}
         for number, (run, _) in asked.items():
             slot = None
-            if in_memory:
+            if in_memory is True or (in_memory and run.blob in in_memory):
                 slot = SlotRef(number, "arena", run.blob, [])
                 plain = CONTENT[run.blob - 70]
                 self._slots[number] = {
@@ -245,6 +245,23 @@ def test_a_blob_without_a_cache_file_is_read_from_shared_memory(tmp_path: Path) 
         assert client.got == (0, (CONTENT[0] + CONTENT[1])[: SIZE + 10])
         padding = disk.read(5000, 100)
         assert padding.got == (0, bytes(100))
+        disk.close()
+
+
+def test_data_of_a_blob_of_which_nothing_is_read_by_now_is_given_back_unread(tmp_path: Path) -> None:
+    """A table may say that a blob is longer than it is."""
+    with segment_name() as one, segment_name() as two:
+        disk = Disk(tmp_path, [one, two])
+        os.rename(disk.paths[1], tmp_path / "away")  # nothing is known of it at first: all of the range is asked for
+        disk.evict(0)
+        client = disk.read(SIZE - 10, 20)
+        disk.segments[1].close()
+        disk.segments[1] = make_segment(two, PLACES, identity=Identity(0, 0, 0))
+        disk.serve(in_memory=[71])
+        disk.fill(0)
+        while disk.asked:
+            disk.serve()
+        assert client.got == (0, CONTENT[0][-10:] + bytes(10))
         disk.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from tests.support.oracle import Image
 from tests.support.trees import random_tree
 
 FILES, FILE_SIZE, CHUNK = 6, 1 << 20, 1 << 16
-POINTS = sorted(name for name in all_points() if name.startswith("nbd: "))
+IN_A_WRITE = "nbd: bytes of a write taken"
+POINTS = sorted(name for name in all_points() if name.startswith("nbd: ") and name != IN_A_WRITE)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,23 @@ def test_a_client_survives_a_kill_at_each_point(points: list[str], export: Expor
         wait_until(plan.killed, f"the front end to reach {point}", 60)
         plan.end()
         front_end(export)
+
+
+def test_a_client_that_writes_to_what_is_read_only_is_disconnected_where_its_next_command_begins_nobody_knows(
+    export: Export, disk: bytes, plan: Plan
+) -> None:
+    """It would wait for ever if the successor took its commands for the rest of what it writes."""
+    plan.begin(IN_A_WRITE, 1)
+    with serving(export) as wire:
+        wire.sendall(command(protocol.WRITE, 0, 200_000))
+        assert answered(wire) == 1
+        with contextlib.suppress(OSError):
+            wire.sendall(bytes(200_000) + command(protocol.READ, 0, 512))
+        assert is_closed(wire)
+    assert plan.killed()
+    plan.end()
+    with serving(export) as wire:
+        assert read(wire, 0, 512) == (0, disk[:512])
 
 
 def test_a_client_that_has_half_of_a_reply_gets_the_other_half(export: Export, disk: bytes) -> None:

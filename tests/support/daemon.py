@@ -83,6 +83,8 @@ class Daemon:
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="d", dir=discipline.folder))
         self.mountpoint = self.folder / "mnt"
+        self.place = str(self.mountpoint)
+        """What the daemon calls that for which there can be one daemon."""
         self.apisock = self.folder / "api.sock"
         self.cache = cache or self.folder / "cache"
         self.log = discipline.log_folder / f"{next(_numbers)}-{self.folder.name}.log"
@@ -175,7 +177,7 @@ class Daemon:
         found = descendants(self.pid)
         for state in Path(self._environment["NYDUSD_RUNTIME_DIR"]).glob("*/state.json"):
             record = json.loads(state.read_bytes())
-            if record["mountpoint"] == str(self.mountpoint):
+            if record["mountpoint"] == self.place:
                 found += [row["pid"] for row in record.get("holders", ()) if row["pid"] not in found]
         return found
 

@@ -72,6 +72,8 @@ class Connection:
     def resume(self) -> None:
         """Begin: greet the client, or go on where a predecessor was killed. Raises ProtocolError."""
         known = self._kept
+        if known.skips_unknown:
+            raise ProtocolError("it was writing, to what is read-only, when the front end was killed")
         self._left = _queued(self._out)
         at, piece, what = known.sending
         piece = piece or self._left
@@ -149,6 +151,7 @@ class Connection:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
+        self._kept.inodes = 0, 0
         os.close(self._in)
         os.close(self._out)
 
@@ -176,7 +179,7 @@ class Connection:
             self._option_taken()
             return True
         if known.skip:
-            known.skip -= self._skip(known.skip)
+            self._skip()
             return True
         if not self._has(protocol.REQUEST.size):
             return False
@@ -202,11 +205,19 @@ class Connection:
             raise ConnectionResetError("end of file")
         return False
 
-    def _skip(self, count: int) -> int:
-        data = self.sock.recv(min(count, _SKIP_SIZE))
+    def _skip(self) -> None:
+        """Throw away what has come of a write. Raises BlockingIOError when nothing has."""
+        known = self._kept
+        count = known.skip
+        known.begin_skip()
+        try:
+            data = self.sock.recv(min(count, _SKIP_SIZE))
+            points.reach("nbd: bytes of a write taken")
+            count -= len(data)
+        finally:
+            known.skip = count
         if not data:
             raise ConnectionResetError("end of file")
-        return len(data)
 
     def _flags_taken(self) -> None:
         protocol.client_flags(bytes(self._kept.flags))

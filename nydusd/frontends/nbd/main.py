@@ -1,11 +1,14 @@
 """`python -m nydusd.frontends.nbd --spec-fd N`: export an image as a block device, from the supervisor's spec, to its clients.
 
 Sockets, pipes and what is known of each client are the supervisor's (`supervisor/nbd_clients.py`). After SIGKILL a successor
-goes on with each of them where we were: to the clients nothing has happened.
+goes on with each of them where we were: to the clients nothing has happened. If the supervisor is killed we serve on what is
+cached; the next supervisor takes copies of all that is open here, ends us, and starts a successor (`supervisor/nbd_left.py`).
+Without a supervisor we end with the last client.
 
 The spec: `index`, `identity`, `lifeline_fd`, `front` (the supervisor's endpoint), `read_deadline` (seconds), `image` (as in
 `Image.spec`), `log`, `line` (fd: clients come there, by number and with three fds, and numbers of those that have gone are
-sent), `known` (memfd, see `kept.py`), `clients` (number, then the fds, of those who are there).
+sent), `known` (memfd, see `kept.py`), `clients` (number, then the fds, of those who are there). The listening socket is open,
+too, for the next supervisor: whoever connects meanwhile waits there.
 """
 
 from __future__ import annotations
@@ -42,13 +45,17 @@ _PARTIAL = 0.05
 
 
 class Server:
-    """Serves the clients that the supervisor has sent on `line`, until the lifeline pipe closes. `known`: what is kept of
-    them.
+    """Serves the clients that the supervisor has sent on `line`; once the lifeline pipe is closed, until the last has gone.
+    `known`: what is kept of them.
     """
 
     def __init__(self, line: socket.socket, lifeline: int, known: memoryview, export: Export, reads: Reads) -> None:
         self._line = line
+        self._poll = select.poll()
+        self._poll.register(line, select.POLLIN)
+        self._poll.register(lifeline, select.POLLIN)
         self._lifeline = lifeline
+        self._orphaned = self._line_is_over = False
         self._known = known
         self._export = export
         self._reads = reads
@@ -63,13 +70,11 @@ class Server:
         self._guarded(connection, connection.resume)
 
     def run(self) -> None:
-        """Serve until the supervisor is gone."""
-        poll = select.poll()
-        poll.register(self._line, select.POLLIN)
-        poll.register(self._lifeline, select.POLLIN)
+        """Serve until the supervisor is gone and all clients are."""
+        poll = self._poll
         client = None
         registered: set[int] = set()
-        while True:
+        while not self._orphaned or self._connections:
             timeout = self._reads.service()
             if self._reads.client is not None and client is None:
                 client = self._reads.client.fileno()
@@ -85,8 +90,10 @@ class Server:
                     timeout = _PARTIAL if timeout is None else min(timeout, _PARTIAL)
             for ready, events in poll.poll(None if timeout is None else math.ceil(timeout * 1000)):
                 if ready == self._lifeline:
-                    return
-                if ready == self._line.fileno():
+                    self._orphaned = True
+                    poll.unregister(ready)
+                    self._take_clients()  # the last that it let in
+                elif ready == self._line.fileno():
                     self._take_clients()
                 elif ready in self._connections:
                     self._serve(self._connections[ready], events)
@@ -95,14 +102,21 @@ class Server:
 
     def _take_clients(self) -> None:
         """Those whom the supervisor has let in."""
-        with contextlib.suppress(BlockingIOError, ConnectionResetError):  # if it is gone, the lifeline says so, too
-            while True:
+        while True:
+            try:
                 packet, fds, _, _ = socket.recv_fds(self._line, NUMBER.size, 3)
-                if len(packet) < NUMBER.size:
-                    return
-                for fd in fds:
-                    os.set_inheritable(fd, False)
-                self.add(NUMBER.unpack(packet)[0], fds)
+            except ConnectionResetError:
+                continue  # the kernel says so once, and then gives what was sent before
+            except BlockingIOError:
+                return
+            if len(packet) < NUMBER.size:  # nobody is at the other end: nothing will ever come
+                if not self._line_is_over:
+                    self._line_is_over = True
+                    self._poll.unregister(self._line)
+                return
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            self.add(NUMBER.unpack(packet)[0], fds)
 
     def _serve(self, connection: Connection, events: int) -> None:
         if events & (select.POLLHUP | select.POLLERR) and not events & select.POLLIN:
@@ -129,12 +143,13 @@ class Server:
         self._connections.pop(connection.sock.fileno(), None)
         connection.close()
         points.reach("nbd: client ended")
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        # If the supervisor has been told so much that it takes no more, it looks for itself who is gone.
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             self._line.send(NUMBER.pack(connection.number))
 
 
 def main(argv: list[str]) -> int:
-    """Serve until the supervisor is gone. Raises NydusError when the spec cannot be used."""
+    """Serve until nobody is left to serve. Raises NydusError when the spec cannot be used."""
     spec = read_spec(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_title("nbd 0")

@@ -114,8 +114,9 @@ class Reads:
         blobs = {self._device.handle(blob): blob for blob in {extent.blob for extent in waiting.vec}}
         found = {}
         for slot in waiting.slots:
-            for chunk, view in self.client.pieces(slot).items():
-                found[blobs[slot.handle], chunk] = view
+            if slot.handle in blobs:  # what is known of the pieces by now may have nothing of that blob in it
+                for chunk, view in self.client.pieces(slot).items():
+                    found[blobs[slot.handle], chunk] = view
         return found
 
     def _ask(self, waiting: _Waiting, ask: Ask) -> None:
