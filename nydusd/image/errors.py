@@ -24,6 +24,10 @@ class SourceError(ImageError):
         return f"{show(self.member)}: {self.message}"
 
 
+class CannotReferError(ImageError):
+    """The data of a layer cannot stay in the layer: it is nowhere in it as a reader needs it. It can be packed into a blob."""
+
+
 class InconsistentLayersError(ImageError):
     """Layers to be merged were built with different parameters. The reference's builder ends with status 2, too."""
 

@@ -18,13 +18,12 @@ from nydusd.formats.chunk_info import CHUNK_INFO
 from nydusd.formats.model import BlobFeature, BlobInfo, Compressor
 from nydusd.image.blob import MAX_CHUNKS, BlobSettings, BlobWriter
 from nydusd.image.chunking import Packed, Piece
-from nydusd.image.errors import ImageError, SourceError
+from nydusd.image.errors import CannotReferError, ImageError, SourceError, show
 from nydusd.image.node import Node
 from nydusd.image.output import Output
-from nydusd.image.tar.spool import GZIP_MAGIC, ZSTD_MAGIC, OpenTar, pieces_of, read_up_to
+from nydusd.image.tar.spool import GZIP_MAGIC, ZSTD_MAGIC, OpenTar, pieces_of
 from nydusd.image.zran import ZranContexts
 
-_PIECE = 1 << 20
 _TARFS_BLOCK = 512
 _COMPRESSED, _HAS_CRC = 0x1, 0x10
 _V2_COMPRESSED, _V2_ZRAN, _V2_CRC = 0x1, 0x2, 0x10
@@ -50,11 +49,11 @@ class Layer(OpenTar):
         return Compressor.NONE if self._tarfs else Compressor.GZIP
 
     def _prepare(self, folder: Path) -> int:
-        begin = read_up_to(self._file, _PIECE)
+        begin = self._begin()
         pieces = self._hashed(pieces_of(begin, self._file, self.path))
         if begin.startswith(ZSTD_MAGIC) or (self._tarfs and begin.startswith(GZIP_MAGIC)):
             kind = "a plain tar" if self._tarfs else "a tar, plain or packed with gzip"
-            raise ImageError(f"{self.path}: {kind} is needed to refer to it")
+            raise CannotReferError(f"{self.path}: {kind} is needed to refer to it")
         if begin.startswith(GZIP_MAGIC):
             self.is_gzip = True
             index = GzipIndex()
@@ -83,10 +82,12 @@ def tar_position(node: Node) -> int:
 
 
 def _position(piece: Piece) -> int:
-    """Where a chunk is in the tar. Raises `SourceError` for one that is not there in one piece."""
+    """Where a chunk is in the tar. Raises `CannotReferError` for one that is not there in one piece."""
     segments = piece.segments or ()
     if len(segments) != 1 or segments[0][:2] != (piece.offset, piece.size):
-        raise SourceError(piece.member, "a sparse file, whose holes are not in the layer: use tar-rafs or targz-rafs")
+        raise CannotReferError(
+            f"{show(piece.member)}: a sparse file, whose holes are not in the layer: use tar-rafs or targz-rafs"
+        )
     return segments[0][2]
 
 
@@ -116,6 +117,8 @@ class ReferenceWriter(BlobWriter):
         if self._zran is not None:
             try:
                 context, offset, coff, csize = self._zran.place(position, piece.size)
+            except CannotReferError as error:
+                raise CannotReferError(f"{show(piece.member)}: {error}") from error
             except ImageError as error:
                 raise SourceError(piece.member, str(error)) from error
             flags |= _COMPRESSED

@@ -13,7 +13,7 @@ from struct import Struct
 
 from nydusd.codec.gzip_index import Border
 from nydusd.codec.zran import MAX_DICTIONARY
-from nydusd.image.errors import ImageError
+from nydusd.image.errors import CannotReferError, ImageError
 
 _CONTEXT = Struct("<QQQIIIBB2x")
 _MAX_IN = 1 << 20
@@ -40,7 +40,8 @@ class ZranContexts:
 
     def place(self, position: int, size: int) -> tuple[int, int, int, int]:
         """Where the chunk at `position` of the tar comes from: context, offset in it, and the range of the layer that
-        surely holds it (offset, length). Raises `ImageError` if no context that readers accept can hold it."""
+        surely holds it (offset, length). Raises `CannotReferError` if no context that readers accept can hold it, `ImageError`
+        if the layer does not."""
         first = self._borders[bisect_right(self._outs, position) - 1]
         end = position + size
         last_at = bisect_left(self._outs, end)
@@ -53,7 +54,7 @@ class ZranContexts:
             begin = self._begin = first
         self._end_in, self._end_out = max(self._end_in, last.in_offset), max(self._end_out, end)
         if self._end_out - begin.out_offset > _READABLE_OUT or self._end_in - begin.in_offset > _READABLE_IN:
-            raise ImageError(
+            raise CannotReferError(
                 f"a deflate block of the layer gives more than {_READABLE_OUT} bytes, which no reader takes: use targz-rafs"
             )
         return self.count, position - begin.out_offset, first.in_offset, last.in_offset - first.in_offset

@@ -84,10 +84,21 @@ def _compressed(data: bytes) -> dict[str, bytes]:
         "gzip": gzip.compress(data, 1),
         "members": gzip.compress(data[:half], 1) + gzip.compress(b"") + gzip.compress(data[half:], 1) + bytes(100),
         "zstd": zstandard.compress(data),
+        "frames": _zstd(data[:half]) + b"\x50\x2a\x4d\x18\4\0\0\0skip" + zstandard.compress(data[half:]),
     }
 
 
-@pytest.mark.parametrize("kind", ["gzip", "members", "zstd"])
+def _zstd(data: bytes) -> bytes:
+    """A frame without its length in front, and with a checksum behind it."""
+    packer = zstandard.ZstdCompressor(write_checksum=True, write_content_size=False).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
+def _names(count: int) -> bytes:
+    return tar_of(*(file(f"name-{number}", b"") for number in range(count)), form=tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize("kind", ["gzip", "members", "zstd", "frames"])
 @pytest.mark.parametrize("pipe", [False, True])
 def test_compressed_and_piped_layers_are_inflated(tree: Path, tmp_path: Path, kind: str, pipe: bool) -> None:
     gnu_tar(tree / "many", tmp_path / "layer.tar", "--format=pax")
@@ -146,7 +157,18 @@ def contents(tmp_path: Path, data: bytes, *options: str) -> dict[str, Row]:
     return rows(create(tmp_path / "layer.tar", tmp_path, "-t", "tar-rafs", *options))
 
 
-def test_attributes_with_newlines_and_nuls_are_kept(tmp_path: Path) -> None:
+_ODD_VALUE = b"\0a\n12 b=c\n\0\xff="
+ODD_ATTRIBUTES = {
+    "security.capability": (b"\1\0\0\2" + bytes(16)).hex(),
+    "security.selinux": b"u:r:t\0".hex(),
+    "user.b=c": b"hello".hex(),
+    "user.odd": _ODD_VALUE.hex(),
+}
+
+
+def odd_attributes(name: str) -> bytes:
+    """A tar of a file with these attributes."""
+
     def record(key: bytes, value: bytes) -> bytes:
         body = b" " + key + b"=" + value + b"\n"
         length = len(body) + 1
@@ -154,18 +176,16 @@ def test_attributes_with_newlines_and_nuls_are_kept(tmp_path: Path) -> None:
             length += 1
         return b"%d" % length + body
 
-    value = b"\0a\n12 b=c\n\0\xff="
-    pax = record(b"SCHILY.xattr.user.odd", value) + record(b"SCHILY.xattr.security.capability", b"\1\0\0\2" + bytes(16))
+    pax = record(b"SCHILY.xattr.user.odd", _ODD_VALUE)
+    pax += record(b"SCHILY.xattr.security.capability", b"\1\0\0\2" + bytes(16))
     pax += record(b"LIBARCHIVE.xattr.user.b%3Dc", b"aGVsbG8") + record(b"RHT.security.selinux", b"u:r:t\0")
     header = tarfile.TarInfo("PaxHeader")
     header.type, header.size = b"x", len(pax)
-    data = header.tobuf(tarfile.USTAR_FORMAT) + pax + bytes(-len(pax) % 512) + tar_of(file("odd"))
-    assert contents(tmp_path, data)["odd"]["xattrs"] == {
-        "security.capability": (b"\1\0\0\2" + bytes(16)).hex(),
-        "security.selinux": b"u:r:t\0".hex(),
-        "user.b=c": b"hello".hex(),
-        "user.odd": value.hex(),
-    }
+    return header.tobuf(tarfile.USTAR_FORMAT) + pax + bytes(-len(pax) % 512) + tar_of(file(name))
+
+
+def test_attributes_with_newlines_and_nuls_are_kept(tmp_path: Path) -> None:
+    assert contents(tmp_path, odd_attributes("odd"))["odd"]["xattrs"] == ODD_ATTRIBUTES
 
 
 def test_later_members_replace_earlier_ones_and_folders_keep_their_content(tmp_path: Path) -> None:
@@ -270,7 +290,7 @@ def _patched(data: bytes, at: int, new: bytes) -> bytes:
     return bytes(block)
 
 
-def _sparse_1_0(text: bytes, size: int) -> bytes:
+def sparse_1_0(text: bytes, size: int) -> bytes:
     headers = {
         "GNU.sparse.major": "1",
         "GNU.sparse.minor": "0",
@@ -327,16 +347,23 @@ HOSTILE: list[tuple[str, Callable[[], bytes], str]] = [
         lambda: _patched(tar_of(file("n" * 200), form=tarfile.GNU_FORMAT), 124, b"00010000000\0"),
         "at most 65536",
     ),
-    ("many pieces", lambda: _sparse_1_0(b"99999999999999\n", 5), "thin: sparse map: 99999999999999 pieces"),
-    ("endless map", lambda: _sparse_1_0(b"3\n1\n1\n2\n1\n3", 5), "thin: sparse map: it does not end"),
-    ("pieces overlap", lambda: _sparse_1_0(b"2\n0\n2\n1\n2\n", 5), "thin: sparse map: 2 bytes at 1 of 5"),
-    ("piece beyond", lambda: _sparse_1_0(b"1\n4\n4\n", 5), "thin: sparse map: 4 bytes at 4 of 5"),
-    ("piece not stored", lambda: _sparse_1_0(b"1\n0\n90\n", 100), "thin: sparse map: 90 bytes at 0 of 100, 4 of them"),
+    ("many pieces", lambda: sparse_1_0(b"99999999999999\n", 5), "thin: sparse map: 99999999999999 pieces"),
+    ("endless map", lambda: sparse_1_0(b"3\n1\n1\n2\n1\n3", 5), "thin: sparse map: it does not end"),
+    ("pieces overlap", lambda: sparse_1_0(b"2\n0\n2\n1\n2\n", 5), "thin: sparse map: 2 bytes at 1 of 5"),
+    ("piece beyond", lambda: sparse_1_0(b"1\n4\n4\n", 5), "thin: sparse map: 4 bytes at 4 of 5"),
+    ("piece not stored", lambda: sparse_1_0(b"1\n0\n90\n", 100), "thin: sparse map: 90 bytes at 0 of 100, 4 of them"),
     ("gzip cut", lambda: gzip.compress(tar_of(file("x", os.urandom(3000))))[:-20], "the gzip stream ends too early"),
     ("gzip damaged", lambda: gzip.compress(os.urandom(3000))[:20] + bytes(2990), "gzip stream"),
+    ("gzip and more", lambda: gzip.compress(tar_of(file("x"))) + b"x", "bytes behind the gzip stream"),
+    ("zstd cut at once", lambda: _zstd(_names(2000))[:50], "the zstd stream ends too early"),
+    ("zstd cut between members", lambda: _zstd(_names(2000))[:2600], "the zstd stream ends too early"),
+    ("zstd cut before its checksum", lambda: _zstd(_names(2000))[:-4], "the zstd stream ends too early"),
+    ("zstd cut in the second frame", lambda: _zstd(_names(1)) + _zstd(_names(1))[:3], "the zstd stream ends too early"),
+    ("zstd damaged", lambda: _zstd(_names(2000))[:-4] + bytes(4), "the zstd stream is damaged"),
+    ("empty", lambda: b"", "layer.tar: it is empty"),
     (
         "too many chunks",
-        lambda: _sparse_1_0(b"0\n", 1 << 50),
+        lambda: sparse_1_0(b"0\n", 1 << 50),
         "thin: 1125899906842624 bytes are more than 16777216 chunks",
     ),
 ]

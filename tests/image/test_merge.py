@@ -163,6 +163,9 @@ def test_layers_that_do_not_fit_end_with_status_2(tmp_path: Path) -> None:
     assert "version 5" in refused("merge", "-B", tmp_path / "merged", made[0], made[2])
     assert "owners False" in refused("merge", "-B", tmp_path / "merged", made[0], made[3])
     assert "2 entries for 1 layers" in refused("merge", "-B", tmp_path / "merged", "--blob-sizes", "1,2", made[0])
+    assert "--blob-sizes: must be numbers of bytes with commas between, but has 'x'" in refused(
+        "merge", "-B", tmp_path / "merged", "--blob-sizes", "1,x", *made[:2]
+    )
     assert not (tmp_path / "merged").exists()
 
 

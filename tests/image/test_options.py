@@ -70,6 +70,7 @@ def test_estargz_layer_is_referred_to_without_the_files_about_it(tmp_path: Path)
         (("-t", "stargz_index"), "--type stargz_index: .* use --type estargz-ref"),
         (("-t", "estargztoc-ref", "--blob-data-size", "0x1000"), "--type estargztoc-ref: .* use --type estargz-ref"),
         (("--blob-data-size", "0x1000"), "--blob-data-size: .* use --type estargz-ref"),
+        (("--processes", "-3"), "--processes: must be a number of processes, 0 to 9999, but is '-3'"),
         (("--attributes", "x"), "--attributes: no daemon reads .* use --type targz-ref"),
         (("--external-blob", "x"), "--external-blob: no daemon reads .* use --type targz-ref"),
     ],

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from nydusd.cli.image.verb import Verb, size
+from nydusd.cli.image.verb import Verb, processes, size
 from nydusd.formats.model import Compressor
 from nydusd.image.oci.convert import ConvertOptions, convert
 from nydusd.image.oci.layout import Layout
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cache", type=Path, metavar="DIR", help="keep converted layers here, and take them from here")
     add("--plain-http", action="store_true", help="registries without TLS")
     add("--insecure", action="store_true", help="do not check the certificates of registries")
-    add("--processes", type=int, default=0, metavar="N", help="worker processes (one a CPU)")
+    add("--processes", type=processes, default=0, metavar="N", help="worker processes (one a CPU)")
 
 
 def run(args: argparse.Namespace) -> None:

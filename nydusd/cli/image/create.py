@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nydusd.cli.image.verb import Verb, add_output_json, size, write_summary
+from nydusd.cli.image.verb import Verb, add_output_json, processes, size, write_summary
 from nydusd.errors import ConfigError
 from nydusd.formats.model import Compressor, Digester
 from nydusd.image.create import Built, create
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--processes",
-        type=int,
+        type=processes,
         default=0,
         metavar="N",
         help="worker processes (one a CPU); the output does not depend on it",

@@ -17,7 +17,11 @@ def _list(text: str) -> list[str]:
 
 
 def _sizes(text: str) -> list[int]:
-    return [int(item) for item in _list(text)]
+    items = _list(text)
+    for item in items:
+        if not item.isdecimal() or not item.isascii() or len(item) > 19:
+            raise argparse.ArgumentTypeError(f"must be numbers of bytes with commas between, but has {item[:32]!r}")
+    return [int(item) for item in items]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,6 +35,13 @@ def size(text: str) -> int:
         ) from None
 
 
+def processes(text: str) -> int:
+    """An argparse type: a number of processes; 0 is as many as there are CPUs."""
+    if not text.isascii() or not text.isdecimal() or len(text) > 4:
+        raise argparse.ArgumentTypeError(f"must be a number of processes, 0 to 9999, but is {text[:32]!r}")
+    return int(text)
+
+
 def add_output_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-J", "--output-json", type=Path, metavar="PATH", help="write a summary as JSON to this file")
 

@@ -19,6 +19,8 @@ from nydusd.image.output import os_failure
 
 _PIECE = 1 << 20
 _HOLE = 4096
+_ZSTD_BITE = 1024
+"""How much of a zstd stream is inflated at once: the library gives all that comes of it in one piece, at most 32 MiB."""
 _MAX_SIZE = 1 << 44
 """What the data of an image can be at most; a stream that inflates to more is a bomb."""
 
@@ -49,6 +51,15 @@ class OpenTar:
         """Look at the file, and put another one into its place if it is no plain one that can be read at any place: bytes."""
         raise NotImplementedError
 
+    def _begin(self) -> bytes:
+        """As much as there is, up to `_PIECE`: a pipe gives pieces."""
+        data = b""
+        while len(data) < _PIECE and (more := self._file.read(_PIECE - len(data))):
+            data += more
+        if not data:
+            raise ImageError(f"{self.path}: it is empty: no tar, not even one without members")
+        return data
+
     def _spool(self, pieces: Iterator[bytes], folder: Path) -> int:
         source = self._file
         self._file, size = spool(pieces, folder, str(self.path))
@@ -68,20 +79,12 @@ class TarFile(OpenTar):
     """A tar in whatever form, as one that can be read at any place."""
 
     def _prepare(self, folder: Path) -> int:
-        begin = read_up_to(self._file, _PIECE)
+        begin = self._begin()
         inflate = _inflater(begin, str(self.path))
         if inflate is None and self._file.seekable():
             return os.fstat(self._file.fileno()).st_size
         pieces = pieces_of(begin, self._file, self.path)
         return self._spool(pieces if inflate is None else inflate(pieces), folder)
-
-
-def read_up_to(file: BinaryIO, size: int) -> bytes:
-    """As much as there is, up to `size`: a pipe gives pieces."""
-    data = b""
-    while len(data) < size and (more := file.read(size - len(data))):
-        data += more
-    return data
 
 
 def pieces_of(begin: bytes, file: BinaryIO, path: Path) -> Iterator[bytes]:
@@ -119,9 +122,13 @@ def _gunzip(pieces: Iterator[bytes], where: str) -> Iterator[bytes]:
     try:
         for piece in pieces:
             while piece:
-                if not started and not (piece := piece.lstrip(b"\0")):
-                    break
-                started = True
+                if not started:
+                    piece = piece.lstrip(b"\0")
+                    if not piece:
+                        break
+                    if not GZIP_MAGIC.startswith(piece[:3]):
+                        raise ImageError(f"{where}: bytes behind the gzip stream that belong to no gzip member")
+                    started = True
                 yield stream.decompress(piece, _PIECE)
                 piece = stream.unused_data if stream.eof else stream.unconsumed_tail
                 if stream.eof:
@@ -134,26 +141,26 @@ def _gunzip(pieces: Iterator[bytes], where: str) -> Iterator[bytes]:
         raise ImageError(f"{where}: the gzip stream ends too early: it is cut")
 
 
-class _Joined:
-    """Pieces as a file to read from, for the zstd library."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-
-    def read(self, _: int = -1) -> bytes:
-        return next(self._pieces, b"")
-
-
 def _unzstd(pieces: Iterator[bytes], where: str) -> Iterator[bytes]:
+    """The plain bytes of any number of zstd frames."""
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+    frame = None
     try:
-        with decompressor.stream_reader(_Joined(pieces), read_across_frames=True) as reader:  # type: ignore[arg-type]
-            while piece := reader.read(_PIECE):
-                yield piece
+        for piece in pieces:
+            for at in range(0, len(piece), _ZSTD_BITE):
+                rest = piece[at : at + _ZSTD_BITE]
+                while rest:
+                    frame = frame or decompressor.decompressobj()
+                    yield frame.decompress(rest)
+                    rest = frame.unused_data
+                    if frame.eof:
+                        frame = None
     except zstandard.ZstdError as error:
         raise ImageError(f"{where}: the zstd stream is damaged: {error}") from error
+    if frame is not None:
+        raise ImageError(f"{where}: the zstd stream ends too early: it is cut")
 
 
 def spool(pieces: Iterator[bytes], folder: Path, where: str) -> tuple[BinaryIO, int]:
