@@ -27,7 +27,7 @@ from nydusd.image.errors import SourceError
 from nydusd.image.folder import scan
 from nydusd.image.known import KnownChunks, check_fits, open_dictionary
 from nydusd.image.load import standalone, tree_of
-from nydusd.image.node import Node, growing_trees
+from nydusd.image.node import Node, folders, growing_trees
 from nydusd.image.options import BuildOptions, Source
 from nydusd.image.output import Output, folder_of, write_file
 from nydusd.image.overlay import overlay
@@ -47,13 +47,16 @@ _MAX_FILE_CHUNKS = 1 << 24
 
 @dataclass(frozen=True)
 class Built:
-    """What was made. `bootstrap` is None when it is inside the blob; `blobs` are all of the blob table, in its order."""
+    """What was made. `bootstrap` is None when it is inside the blob; `blobs` are all of the blob table, in its order.
+
+    `implied` are the folders that are in the image only because something is in them: the tar has no member for them."""
 
     bootstrap: Path | None
     blob: Path | None
     blobs: tuple[str, ...]
     names: int
     data_bytes: int
+    implied: frozenset[bytes]
 
 
 def create(options: BuildOptions) -> Built:
@@ -102,6 +105,7 @@ class _Build:
         self._tar = tar
         self._layer = layer
         self._known = KnownChunks()
+        self._implied = frozenset(folder.node.path for folder in folders(tree) if folder.node.implied)
         self._tree = self._over_parent(options.parent, tree) if options.parent is not None else tree
         if options.chunk_dict is not None:
             dictionary = open_dictionary(options.chunk_dict, options.version, options.chunk_size)
@@ -164,7 +168,7 @@ class _Build:
         ids = [info.blob_id for info in self._blob_table(writer, writer.table_id or blob_id)]
         if has_blob and not writer.count:
             ids.append(blob_id)
-        return Built(place, blob, tuple(ids), bootstrap.names, size)
+        return Built(place, blob, tuple(ids), bootstrap.names, size, self._implied)
 
     def _writer(self, out: Output, plain: Output | None) -> BlobWriter:
         if self._layer is None:

@@ -1,11 +1,13 @@
 """Merges layers into one image: their trees put over one another, their blobs in one table. Runs in the command's process.
 
-Only metadata is read and written; no blob is touched.
+Only metadata is read and written; no blob is touched. A tar may have a file without its folder; the folder of the layers
+below then keeps its attributes. Metadata does not say which folders these were. Whoever made the layers knows; else all
+with the attributes that builders give them count as such.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from nydusd.formats.superblock import SuperFlag, flags_compressor
 from nydusd.image.blob import renumbered
 from nydusd.image.errors import ImageError, InconsistentLayersError
 from nydusd.image.load import standalone, tree_of
-from nydusd.image.node import Node
+from nydusd.image.node import Node, folders
 from nydusd.image.overlay import overlay
 from nydusd.image.prefetch import matched
 from nydusd.image.reader import load_metadata
@@ -25,7 +27,8 @@ from nydusd.image.whiteout import Whiteouts
 @dataclass
 class MergeOptions:
     """`sources` from the lowest layer up. The lists say of each layer's own blob what the layer itself could not know yet;
-    each has an entry a layer, or none at all."""
+    each has an entry a layer, or none at all. `implied` says of each layer which folders its tar had no member for; without
+    it that is guessed."""
 
     sources: Sequence[Path]
     target: Path
@@ -37,6 +40,7 @@ class MergeOptions:
     blob_sizes: Sequence[int] = ()
     toc_digests: Sequence[str] = ()
     toc_sizes: Sequence[int] = ()
+    implied: Sequence[Collection[bytes]] = ()
     prefetch_list: Sequence[bytes] = field(default_factory=tuple)
 
 
@@ -88,7 +92,7 @@ class _Merger:
     def add_parent(self, path: Path) -> None:
         _, parent = load_metadata(path)
         self._check(path, parent)
-        self._put_over(path, parent, [standalone(blob, self._options.blob_dir) for blob in parent.blobs])
+        self._put_over(path, parent, [standalone(blob, self._options.blob_dir) for blob in parent.blobs], None)
 
     def add_layer(self, position: int, path: Path) -> None:
         _, layer = load_metadata(path)
@@ -103,7 +107,7 @@ class _Merger:
             blobs.append(info)
         if own > 1:
             raise ImageError(f"{path}: {own} blobs of its own; a layer has one, the others are of --chunk-dict")
-        self._put_over(path, layer, blobs)
+        self._put_over(path, layer, blobs, self._options.implied[position] if self._options.implied else None)
 
     def _completed(self, position: int, blob: BlobInfo, info: BlobInfo) -> BlobInfo:
         """What the command line says of a layer's own blob."""
@@ -141,7 +145,9 @@ class _Merger:
         if layer.version == 5 and (first.flags ^ layer.flags) & digest:
             raise InconsistentLayersError(f"{path}: another digest algorithm, which RAFS v5 cannot mix")
 
-    def _put_over(self, path: Path, layer: Bootstrap, blobs: Sequence[BlobInfo]) -> None:
+    def _put_over(
+        self, path: Path, layer: Bootstrap, blobs: Sequence[BlobInfo], implied: Collection[bytes] | None
+    ) -> None:
         places = []
         for info in blobs:
             place = self._places.get(info.blob_id)
@@ -151,6 +157,8 @@ class _Merger:
             places.append(place)
         tree = tree_of(layer, str(path))
         renumber(tree, places)
+        for folder in folders(tree):
+            folder.node.implied = _looks_implied(folder.node) if implied is None else folder.node.path in implied
         self._last = layer
         # The marks of the lowest layer have nothing to act on, but they are no files either.
         lower = self._tree or Node(b"", None, tree.mode)
@@ -169,6 +177,12 @@ class _Merger:
         write_bootstrap(options.target, tree, blobs, layer, matched(tree, options.prefetch_list))
         compressor = flags_compressor(layer.flags)
         return Merged(tuple(blob.blob_id for blob in blobs), layer.version, compressor)
+
+
+def _looks_implied(folder: Node) -> bool:
+    """Whether a folder has what builders, the reference's as well, give to one that no member of the tar describes."""
+    owner = folder.uid, folder.gid
+    return folder.mode & 0o7777 == 0o755 and not any((*owner, folder.mtime, folder.mtime_ns, folder.xattrs))
 
 
 def _hex(text: str) -> bytes:

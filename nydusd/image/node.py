@@ -30,12 +30,14 @@ class Node:
 
     Data of a regular file comes from the host, where it is to be found under `path` with this size and mtime; from
     `segments` of a tar, if these are not None; or it is there already: chunks of known blobs. Other kinds have no chunks.
-    Only folders have `children`. `number` is that of the first name in the order of `names`, once `number_all` was called.
+    Only folders have `children`; one that is `implied` is in its layer for what is in it alone, and its attributes are
+    nobody's. `number` is that of the first name in the order of `names`, once `number_all` was called.
     """
 
     __slots__ = (
         "children",
         "gid",
+        "implied",
         "mode",
         "mtime",
         "mtime_ns",
@@ -79,6 +81,7 @@ class Node:
         self.children: dict[bytes, Node] = {} if mode & _S_IFMT == _S_IFDIR else _NO_CHILDREN
         self.segments: tuple[Segment, ...] | None = None
         self.packed = b""
+        self.implied = False
         self.nlink = 1
         self.number = 0
 

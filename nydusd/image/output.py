@@ -11,6 +11,7 @@ import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -146,6 +147,21 @@ def write_file(path: Path, data: Buffer) -> None:
     with Output(path.parent, path) as out:
         out.write(data, hashed=False)
         out.publish(path)
+
+
+def save(path: Path, pieces: Iterable[bytes]) -> str:
+    """Write what comes to a file of a folder that goes away with the command, so under its own name: its sha256."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "wb", buffering=0) as out:
+            for piece in pieces:
+                digest.update(piece)
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[out.write(rest) :]
+    except OSError as error:
+        raise os_failure(path, "cannot be written", error) from error
+    return digest.hexdigest()
 
 
 def folder_of(path: Path) -> Path:

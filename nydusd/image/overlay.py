@@ -9,10 +9,11 @@ from nydusd.image.whiteout import OCI_OPAQUE, OVERLAY_OPAQUE, Whiteouts, opaque,
 def overlay(lower: Node, upper: Node, spec: Whiteouts) -> Node:
     """The tree of both; `lower` becomes it. Marks of removed files act on the lower layer and are not in the result.
 
-    A folder over a folder keeps what is in the lower one and has the attributes of the upper one; anything else
-    replaces. What an upper layer brings itself is not touched by its own marks.
+    A folder over a folder keeps what is in the lower one and has the attributes of the upper one, unless that is only
+    implied by what is in it; anything else replaces. What an upper layer brings itself is not touched by its own marks.
     """
-    _adopt(lower, upper, spec)
+    if not upper.implied:
+        _adopt(lower, upper, spec)
     todo = [(lower, upper)]
     while todo:
         below, above = todo.pop()
@@ -33,7 +34,9 @@ def overlay(lower: Node, upper: Node, spec: Whiteouts) -> Node:
             if known is None or not known.is_folder:
                 # A folder of its own, because the marks in it must not stay.
                 known = below.children[name] = Node(name, below, node.mode)
-            _adopt(known, node, spec)
+                _adopt(known, node, spec)
+            elif not node.implied:
+                _adopt(known, node, spec)
             todo.append((known, node))
     return lower
 

@@ -11,13 +11,25 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import zstandard
 
+from nydusd.image.errors import ImageError
 from nydusd.image.oci.layout import Layout
 from nydusd.image.oci.model import OCI_INDEX, OCI_MANIFEST, digest_of, packed
+from nydusd.image.oci.registry import Registry
 from tests.image.build import image, refused, rows
-from tests.image.test_create_tar import file, tar_of
+from tests.image.test_create_tar import (
+    ODD_ATTRIBUTES,
+    file,
+    gnu_tar,
+    odd_attributes,
+    sparse_1_0,
+    tar_of,
+    whole_seconds,
+)
 from tests.image.test_merge import LAYERS
 from tests.support.certificates import Authority
+from tests.support.manifest import Row, differences
 from tests.support.registry import AUTH, PASSWORD, TokenServer, docker_registry
 
 WANTED = {
@@ -137,6 +149,39 @@ def test_reference_leaves_the_layers_alone(tmp_path: Path) -> None:
     assert rows(tmp_path / "image/image.boot", target / "blobs/sha256").keys() == WANTED
 
 
+@pytest.mark.parametrize("options", [(), ("--oci-ref",)], ids=["blobs", "reference"])
+@pytest.mark.parametrize("form", ["pax", "gnu"])
+def test_odd_layers_are_converted_in_full_and_packed_if_they_cannot_be_referred_to(
+    tree: Path, expected: dict[str, Row], tmp_path: Path, form: str, options: tuple[str, ...]
+) -> None:
+    gnu_tar(tree, tmp_path / "tar", f"--format={form}", *(["--xattrs", "--xattrs-include=*"] if form == "pax" else []))
+    sparse = sparse_1_0(b"1\n96\n4\n", 100)
+    others = tar_of(file("twice", b"old and longer"), file("twice", b"new")) + odd_attributes("many/odd")
+    data = [gzip.compress((tmp_path / "tar").read_bytes(), 1), gzip.compress(sparse), zstandard.compress(others)]
+    source, target = source_layout(tmp_path, data), tmp_path / "out"
+    image("convert", source, target, "--platform", "linux/amd64", *options)
+    manifest, _ = unpacked(target, "", tmp_path)
+    found = rows(tmp_path / "image/image.boot", target / "blobs/sha256")
+    added = {name: found.pop(name) for name in ("thin", "twice", "many/odd")}
+    contents = {"thin": bytes(96) + b"data", "twice": b"new", "many/odd": b"content"}
+    assert {name: row["sha256"] for name, row in added.items()} == {
+        name: hashlib.sha256(content).hexdigest() for name, content in contents.items()
+    }
+    assert added["many/odd"]["xattrs"] == ODD_ATTRIBUTES
+    wanted = {path: row for path, row in expected.items() if path != "socket"}
+    if form == "gnu":
+        wanted = {
+            path: {key: row[key] for key in row if key != "xattrs"} for path, row in whole_seconds(wanted).items()
+        }
+    assert differences(wanted, found) == []
+    entries = manifest["layers"]
+    assert isinstance(entries, list)
+    referred = [entry["annotations"].get("containerd.io/snapshot/nydus-ref") for entry in entries[:-1]]
+    assert referred == [digest_of(data[0]) if options else None, None, None]
+    assert [blob_path(target, digest_of(layer)).exists() for layer in data] == [bool(options), False, False]
+    assert sum(path.name.endswith(".blob.meta") for path in (tmp_path / "image").iterdir()) == len(options)
+
+
 def test_registry_gives_and_takes_images(tmp_path: Path) -> None:
     source = source_layout(tmp_path, layers())
     (tmp_path / "registry").mkdir()
@@ -146,6 +191,9 @@ def test_registry_gives_and_takes_images(tmp_path: Path) -> None:
         there = image("convert", source, f"{host}/some/repo:nydus", *options)
         again = image("convert", source, tmp_path / "here", *options)
         assert there == again
+        pull = contextlib.closing(Registry(f"{host}/some/repo:nydus", plain_http=True))
+        with pull as made, pytest.raises(ImageError, match=r"/dev/full: cannot be written: .*the disk is full"):
+            made.fetch(json.loads(made.manifest()[0])["layers"][-1], "/dev/full")
         text = refused("convert", f"{host}/some/repo:missing", tmp_path / "x", *options)
         assert "manifest: status 404" in text
         text = refused("convert", f"{host}/some/repo:nydus", tmp_path / "x", *options)

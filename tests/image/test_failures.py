@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +116,18 @@ def test_full_disk_is_named_and_nothing_is_left(inputs: Inputs, full_disk: Path,
     text = refused(*arguments(name, inputs, full_disk))
     assert str(full_disk) in text and "the disk is full" in text
     assert files(full_disk) == []
+
+
+def test_full_disk_for_the_layers_is_named(
+    inputs: Inputs, full_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(full_disk))
+    text = refused("convert", f"{inputs.layout}:app", tmp_path / "out")
+    assert text.startswith(f"{full_disk}/") and text.endswith("No space left on device (the disk is full)")
+    assert files(full_disk) == [] and files(tmp_path) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    text = refused("convert", f"{inputs.layout}:app", tmp_path / "out")
+    assert text.startswith(str(tmp_path / "missing")) and "no place for the layers" in text
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from nydusd.formats.model import Compressor
-from nydusd.image.create import create
-from nydusd.image.errors import ImageError
+from nydusd.formats.model import BlobFeature, Compressor, Digester
+from nydusd.image.create import Built, create
+from nydusd.image.errors import CannotReferError, ImageError
 from nydusd.image.merge import MergeOptions, merge
 from nydusd.image.oci.model import (
     INDEXES,
@@ -38,7 +38,7 @@ from nydusd.image.oci.model import (
     parse,
 )
 from nydusd.image.options import BuildOptions, Source
-from nydusd.image.output import write_file
+from nydusd.image.output import os_failure, write_file
 from nydusd.image.pool import Pool
 from nydusd.image.reader import load_metadata
 from nydusd.image.whiteout import Whiteouts
@@ -51,11 +51,14 @@ _VERSION_MARK = "containerd.io/snapshot/nydus-fs-version"
 _REF_MARK = "containerd.io/snapshot/nydus-ref"
 _SOURCE_MARK = "containerd.io/snapshot/nydus-source-digest"
 _LAYERS_AT_A_TIME = 4
+_RECIPE = 2
+"""Part of the names in the cache folder: another number where layers of earlier versions cannot be taken."""
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """`reference` leaves the data in the layers. `cache` keeps converted layers; None: a folder that goes away."""
+    """`reference` leaves the data in the layers, but for layers that cannot be referred to. `cache` keeps converted layers;
+    None: a folder that goes away."""
 
     reference: bool = False
     version: int = 6
@@ -75,17 +78,23 @@ class LayerTask(NamedTuple):
 
 
 class ConvertedLayer(NamedTuple):
-    """`blob` is the file with the data (or, by reference, with the chunk information); empty for a layer without files."""
+    """`blob` is the file with the data (or, by reference, with the chunk information); None for a layer without files.
+    `implied` are the folders that the layer has no member for."""
 
     bootstrap: Path
     blob: Path | None
+    implied: frozenset[bytes]
 
 
 def convert(source: Store, target: Store, options: ConvertOptions) -> str:
     """Convert an image; the digest of the new manifest. Raises `NydusError`."""
     if options.reference and options.version != 6:
         raise ImageError("--oci-ref needs RAFS v6")
-    with tempfile.TemporaryDirectory(prefix="nydus-convert-") as name:
+    try:
+        work = tempfile.TemporaryDirectory(prefix="nydus-convert-")
+    except OSError as error:
+        raise os_failure(Path(error.filename or "TMPDIR"), "no place for the layers", error) from error
+    with work as name:
         return _Conversion(source, target, options, Path(name)).run()
 
 
@@ -106,18 +115,20 @@ class _Conversion:
         config = parse(config_file.read_bytes(), "config")
         converted = self._convert_layers(layers)
         bootstrap = self._work / "image.boot"
-        merge(MergeOptions(sources=[layer.bootstrap for layer in converted], target=bootstrap))
+        sources, implied = [layer.bootstrap for layer in converted], [layer.implied for layer in converted]
+        merge(MergeOptions(sources=sources, target=bootstrap, implied=implied))
         _, parsed = load_metadata(bootstrap)
         used = {blob.meta_blob_id for blob in parsed.blobs}
+        referred = {f"sha256:{blob.blob_id}" for blob in parsed.blobs if blob.features & BlobFeature.SEPARATE}
         # By reference, too, the old layers are not in the manifest: who pulls it would download and unpack them.
         entries: list[Json] = []
         diff_ids: list[str] = []
-        if self._options.reference:
-            self._copy_layers(layers)
+        self._copy_layers([layer for layer in layers if layer["digest"] in referred])
         for layer, made in zip(layers, converted, strict=True):
             if made.blob is not None and made.blob.name in used:
                 used.discard(made.blob.name)
-                entries.append(self._blob_entry(made.blob, str(layer["digest"])))
+                digest = str(layer["digest"])
+                entries.append(self._blob_entry(made.blob, digest, reference=digest in referred))
                 diff_ids.append(str(entries[-1]["digest"]))
         entry, diff_id = self._bootstrap_entry(bootstrap, converted)
         entries.append(entry)
@@ -163,42 +174,50 @@ class _Conversion:
     def _folder(self, digest: str) -> Path:
         options = self._options
         kind = "ref" if options.reference else options.compressor.name.lower()
-        recipe = f"v{options.version}-{kind}-{options.chunk_size:x}"
+        recipe = f"v{options.version}-{kind}-{options.chunk_size:x}-{_RECIPE}"
         return self._cache / f"{digest.removeprefix('sha256:')}.{recipe}"
 
     def _convert_layer(self, task: LayerTask, processes: int) -> None:
         """In a worker: make the layer's files in a folder beside, then give it its name."""
-        options = self._options
         folder = Path(task.folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=".layer-", dir=folder.parent))
         try:
             (part / "blobs").mkdir()
             try:
-                create(
-                    BuildOptions(
-                        source=Path(task.source),
-                        kind=Source.TARGZ_REF if options.reference else Source.TARGZ_RAFS,
-                        version=options.version,
-                        bootstrap=part / "bootstrap",
-                        blob_dir=part / "blobs",
-                        compressor=options.compressor,
-                        chunk_size=options.chunk_size,
-                        whiteouts=Whiteouts.NONE,
-                        processes=processes,
-                        quiet=True,
-                    )
-                )
+                built = self._create(task, part, processes)
             except ImageError as error:
                 raise ImageError(f"layer {task.digest}: {str(error).replace(task.source, 'layer')}") from error
+            write_file(part / "implied", b"".join(path + b"\0" for path in sorted(built.implied)))
             if folder.is_dir():
                 return  # another run was faster
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
+    def _create(self, task: LayerTask, part: Path, processes: int) -> Built:
+        """The image of one layer. A layer that cannot be referred to is packed, even if the others are."""
+        options = self._options
+        build = BuildOptions(
+            source=Path(task.source),
+            kind=Source.TARGZ_REF if options.reference else Source.TARGZ_RAFS,
+            version=options.version,
+            bootstrap=part / "bootstrap",
+            blob_dir=part / "blobs",
+            compressor=options.compressor,
+            chunk_size=options.chunk_size,
+            whiteouts=Whiteouts.NONE,
+            processes=processes,
+            quiet=True,
+        )
+        try:
+            return create(build)
+        except CannotReferError:
+            # Digests as of the layers that are referred to: an image has one algorithm.
+            return create(replace(build, kind=Source.TARGZ_RAFS, digester=Digester.SHA256))
+
     def _copy_layers(self, layers: Sequence[Json]) -> None:
-        """By reference: the layers themselves must be where the image is; daemons fetch them by their digests."""
+        """Layers that are referred to must be where the image is; daemons fetch them by their digests."""
         for layer in layers:
             digest = str(layer["digest"])
             if not self._target.has(digest):
@@ -207,20 +226,19 @@ class _Conversion:
                     self._source.fetch(layer, str(path))
                 self._target.put(str(path), digest, path.stat().st_size)
 
-    def _blob_entry(self, blob: Path, source: str) -> Json:
+    def _blob_entry(self, blob: Path, source: str, *, reference: bool) -> Json:
         digest = _file_digest(blob)
         if not self._target.has(digest):
             self._target.put(str(blob), digest, blob.stat().st_size)
         marks = {_BLOB_MARK: "true", _SOURCE_MARK: source}
-        if self._options.reference:
+        if reference:
             marks[_REF_MARK] = source
         return {"mediaType": NYDUS_BLOB, "digest": digest, "size": blob.stat().st_size, "annotations": marks}
 
     def _bootstrap_entry(self, bootstrap: Path, converted: Sequence[ConvertedLayer]) -> tuple[Json, str]:
         """The layer with the metadata, and the digest of its tar."""
         files = {"image.boot": bootstrap.read_bytes()}
-        if self._options.reference:
-            files |= self._meta_files(bootstrap, converted)
+        files |= self._meta_files(bootstrap, converted)
         tar = _tar(files)
         data = gzip.compress(tar, 6, mtime=0)
         path = self._work / "bootstrap.tar.gz"
@@ -231,11 +249,13 @@ class _Conversion:
         return entry, digest_of(tar)
 
     def _meta_files(self, bootstrap: Path, converted: Sequence[ConvertedLayer]) -> dict[str, bytes]:
-        """The chunk information of each layer as a daemon's cache has it, so that it need not be fetched."""
+        """The chunk information of each layer that is referred to, as a daemon's cache has it: it need not be fetched."""
         _, parsed = load_metadata(bootstrap)
         places = {layer.blob.name: layer.blob for layer in converted if layer.blob is not None}
         found = {}
         for blob in parsed.blobs:
+            if not blob.features & BlobFeature.SEPARATE:
+                continue
             backend = make_backend("localfs", {"blob_file": str(places[blob.meta_blob_id])})
             try:
                 header, ci = load_ci(blob, backend.get_reader(blob.meta_blob_id).read)
@@ -268,7 +288,8 @@ class _Conversion:
 
 def _converted(folder: Path) -> ConvertedLayer:
     blobs = list((folder / "blobs").iterdir())
-    return ConvertedLayer(folder / "bootstrap", blobs[0] if blobs else None)
+    implied = (folder / "implied").read_bytes().split(b"\0")[:-1]
+    return ConvertedLayer(folder / "bootstrap", blobs[0] if blobs else None, frozenset(implied))
 
 
 def _tar(files: Mapping[str, bytes]) -> bytes:

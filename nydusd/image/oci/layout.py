@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from nydusd.image.errors import ImageError
 from nydusd.image.oci.model import OCI_INDEX, OCI_MANIFEST, descriptors, digest_of, packed, parse
-from nydusd.image.output import os_failure, write_file
+from nydusd.image.output import os_failure, save, write_file
 
 _REF = "org.opencontainers.image.ref.name"
 _COPY = 1 << 20
@@ -52,15 +51,7 @@ class Layout:
 
     def fetch(self, descriptor: Mapping[str, object], path: str) -> None:
         source = self._blob(str(descriptor["digest"]))
-        digest = hashlib.sha256()
-        try:
-            with open(source, "rb") as file, open(path, "wb") as out:
-                while piece := file.read(_COPY):
-                    digest.update(piece)
-                    out.write(piece)
-        except OSError as error:
-            raise ImageError(f"{source}: cannot be copied: {error.strerror}") from error
-        if f"sha256:{digest.hexdigest()}" != descriptor["digest"]:
+        if f"sha256:{save(Path(path), _pieces(source))}" != descriptor["digest"]:
             raise ImageError(f"{source}: it has another digest than its name: it is damaged")
 
     def has(self, digest: str) -> bool:
@@ -89,6 +80,15 @@ class Layout:
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [*kept, entry]}
         write_file(self._folder / "oci-layout", json.dumps({"imageLayoutVersion": "1.0.0"}).encode())
         write_file(self._folder / "index.json", packed(index))
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(_COPY):
+                yield piece
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _name(descriptor: Mapping[str, object]) -> str:

@@ -6,16 +6,17 @@ that they are for or to the token server that it names over TLS.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from urllib.parse import urlencode, urljoin, urlsplit
 
 import urllib3
 
 from nydusd.image.errors import ImageError
 from nydusd.image.oci.model import INDEXES, MANIFESTS, MAX_JSON, digest_of
+from nydusd.image.output import save
 from nydusd.storage.backend.registry.challenge import parse_challenges
 from nydusd.storage.backend.registry.credentials import CredentialSource
 
@@ -129,19 +130,19 @@ class Registry:
 
     def fetch(self, descriptor: Mapping[str, object], path: str) -> None:
         answer = self._request("GET", f"blobs/{descriptor['digest']}", stream=True)
-        digest = hashlib.sha256()
         try:
             self._checked(answer, f"blob {descriptor['digest']}", 200)
-            with open(path, "wb") as out:
-                for piece in answer.stream(_PIECE, decode_content=False):
-                    digest.update(piece)
-                    out.write(piece)
-        except (OSError, urllib3.exceptions.HTTPError) as error:
-            raise ImageError(f"{path}: blob {descriptor['digest']} cannot be fetched: {error}") from error
+            digest = save(Path(path), self._pieces(answer, str(descriptor["digest"])))
         finally:
             answer.release_conn()
-        if f"sha256:{digest.hexdigest()}" != descriptor["digest"]:
+        if f"sha256:{digest}" != descriptor["digest"]:
             raise ImageError(f"{self._host}/{self._repo}: blob {descriptor['digest']} came with another digest")
+
+    def _pieces(self, answer: urllib3.BaseHTTPResponse, digest: str) -> Iterator[bytes]:
+        try:
+            yield from answer.stream(_PIECE, decode_content=False)
+        except (OSError, urllib3.exceptions.HTTPError) as error:
+            raise ImageError(f"{self._host}/{self._repo}: blob {digest} cannot be fetched: {error}") from error
 
     def has(self, digest: str) -> bool:
         return self._request("HEAD", f"blobs/{digest}").status == 200

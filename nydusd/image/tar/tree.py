@@ -1,7 +1,8 @@
 """Puts the members of a tar into a tree, as an unpacking container engine would leave it on the disk. Pure but for the tar.
 
 A later member replaces an earlier one of its name; folders keep what is in them. Names are relative to the root of the
-image, whatever they begin with; one that climbs out of it is refused. A symlink on the way to a name is followed inside
+image, whatever they begin with; one that climbs out of it is refused. A folder that has no member of its own is there
+all the same, as an implied one: root's, with mode 0755 and time 0. A symlink on the way to a name is followed inside
 the image, as the engine would when it unpacks the member.
 """
 
@@ -39,12 +40,18 @@ def read_tree(fd: int, size: int, where: str, *, owners: bool, stargz: bool = Fa
     return _Tree(where, owners, _STARGZ if stargz else ()).read(fd, size)
 
 
+def _implied(name: bytes, parent: Node | None) -> Node:
+    node = Node(name, parent, S_IFDIR | 0o755)
+    node.implied = True
+    return node
+
+
 class _Tree:
     def __init__(self, where: str, owners: bool, left_out: tuple[bytes, ...]) -> None:
         self._where = where
         self._left_out = left_out
         self._owners = owners
-        self._root = Node(b"", None, S_IFDIR | 0o755)
+        self._root = _implied(b"", None)
 
     def read(self, fd: int, size: int) -> Node:
         for member in members(fd, size, self._where):
@@ -89,6 +96,7 @@ class _Tree:
         folder.children[name] = node
 
     def _fill(self, node: Node, member: Member) -> None:
+        node.implied = False
         node.mode = _MODES[member.kind] | member.mode
         if self._owners:
             node.uid, node.gid = member.uid, member.gid
@@ -142,7 +150,7 @@ class _Tree:
             if child is None:
                 if not make:
                     return None
-                child = Node(part, way[-1], S_IFDIR | 0o755)
+                child = _implied(part, way[-1])
                 way[-1].children[part] = child
             if child.is_symlink:
                 links += 1
