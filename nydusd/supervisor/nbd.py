@@ -106,6 +106,7 @@ class NbdDaemon(Supervisor):
 
     def _take(self, record: Json) -> list[int] | None:
         """The pids of those who hold the clients of a killed supervisor, if all can be gone on with."""
+        assert isinstance(self.options, NbdOptions)
         note = nbd_left.noted(record)
         found = None if note is None else nbd_left.take(note)
         if note is None or found is None:
@@ -114,7 +115,7 @@ class NbdDaemon(Supervisor):
             if (note.parameters, note.layout) != (self._parameters, LAYOUT):
                 raise MountError("it was started with other parameters, or is of another release")
             table = MountTable.take_over(self._runtime.folder / "mounts", f"{self._runtime.prefix}mounts")
-            (image,) = readable(table.records(), self.config)
+            (image,) = readable(table, self.config, self.options.virtual_mountpoint)
             if identity_of(os.stat(image.source)) != image.facts.identity:
                 raise MountError(f"{image.source} is another image now")
         except (NydusError, OSError, ValueError) as e:
