@@ -59,6 +59,8 @@ class NbdDaemon(Supervisor):
         self._clients: Clients | None = None
         self._found: nbd_left.Left | None = None
         """What a killed supervisor has left, until its holders have ended."""
+        self._noted: nbd_left.Note | None = None
+        """By what a successor finds our clients, or those of a killed supervisor."""
         self._former: tuple[MountTable, Recorded] | None = None
         """Its table of images, until that is served again."""
         self._family.own_spec, self._family.started, self._family.left = self._own_spec, self._started, self._note
@@ -87,6 +89,8 @@ class NbdDaemon(Supervisor):
         if self._export is None:
             self._export = Listener(self._socket, "--socket")
         self._clients = Clients(self._export, self, found)
+        listener = os.fstat(self._export.fileno()).st_ino
+        self._noted = nbd_left.Note(self._parameters, self._clients.inode, listener, self._export.inode)
         # Ours hold it all; noted before the former ones end, so that whoever comes after us looks there.
         self._family.remember()
         points.reach("clients: noted")
@@ -123,7 +127,7 @@ class NbdDaemon(Supervisor):
             found.close()
             return None
         log.warning("%d clients of a daemon that was killed are taken over", len(found.clients))
-        self._found, self._former = found, (table, image)
+        self._found, self._noted, self._former = found, note, (table, image)
         self._family.inherited = True
         self._runtime.term = int(record.get("term", 0)) + 1
         return [pid for pid, _ in found.holders]
@@ -144,19 +148,10 @@ class NbdDaemon(Supervisor):
         pids = [*self.fork_server.pids, self._server.pid]
         if self._found is not None:
             pids += [pid for pid, _ in self._found.holders]
-        if self._clients is not None and self._export is not None:
-            note: Json = {
-                "parameters": self._parameters,
-                "memory": self._clients.inode,
-                "listener": os.fstat(self._export.fileno()).st_ino,
-                "path": self._export.inode,
-                "layout": LAYOUT,
-            }
-        elif self._found is not None:
-            note = nbd_left.to_json(self._found.note)
-        else:
+        note = self._noted
+        if note is None:
             return {}
-        return {"nbd": note, "holders": [{"pid": pid} for pid in pids if pid]}
+        return {"nbd": nbd_left.to_json(note), "holders": [{"pid": pid} for pid in pids if pid]}
 
     # --- what the clients need --------------------------------------------------------------------------------
 
@@ -219,6 +214,7 @@ class NbdDaemon(Supervisor):
             return
         if clients is not None and export is not None:
             clients.shut()
+            self.release([export.fileno()])
             export.remove()
         super().stop()
         if clients is not None:
