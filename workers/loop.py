@@ -31,7 +31,7 @@ def _handlers(role: str) -> dict[str, Handler]:
         from workers.cookie import copy_bootstrap, cull
         from workers.evict import evict, survey
         from workers.fetch import fetch
-        from workers.inspect import find_folder, inspect_image
+        from workers.inspect import compare_tables, find_folder, inspect_image
         from workers.prepare import prepare
         from workers.resolve import resolve
         from workers.split import split_image
@@ -42,6 +42,7 @@ def _handlers(role: str) -> dict[str, Handler]:
             "checkpoint": checkpoint,
             "resolve": resolve,
             "inspect": inspect_image,
+            "compare_tables": compare_tables,
             "find_folder": find_folder,
             "survey": survey,
             "evict": evict,

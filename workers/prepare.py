@@ -80,9 +80,18 @@ def _publish(
 
 
 def _raw_chunks(spec: BlobSpec) -> Iterator[RawChunk]:
-    """This blob's records of the bootstrap's chunk table."""
-    image = open_bootstrap(map_bootstrap(spec.bootstrap), spec.bootstrap, spec.path_id, extracted=spec.extracted)
-    return (chunk for chunk in image.raw_chunks() if chunk.blob_index == spec.info.index)
+    """This blob's records of the bootstrap's chunk table, and of those of other images that it is served to."""
+    index = spec.info.index
+    images = [(spec.bootstrap, spec.path_id, spec.extracted, index), *spec.more]
+    for path, path_id, extracted, place in images:
+        try:
+            image = open_bootstrap(map_bootstrap(path), path, path_id, extracted=extracted)
+        except FormatError as e:
+            if len(images) == 1:
+                raise
+            log.warning("%s; chunks that only this image lists are not known", e)
+            continue
+        yield from (c._replace(blob_index=index) for c in image.raw_chunks() if c.blob_index == place)
 
 
 def _chunk_table(blob: OpenBlob) -> tuple[ChunkTable, bytes]:

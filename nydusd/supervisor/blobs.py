@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 from nydusd.config.blob_entry import BlobEntry, parse_blob_entry
@@ -35,12 +35,15 @@ class BlobError(NydusError):
 class BlobTable:
     """Images by domain and id; a domain's data blobs are counted by the images that need them.
 
-    `bound` is told of an image before it is added, and may raise NydusError; `dropped` after it was removed. `repeated` says
+    `bound` is told of an image before it is added, and of which blobs it lists more chunks than those that it shares them with;
+    it may raise NydusError; `dropped` after it was removed. `repeated` says
     whether an image that is there may be told of once more.
     """
 
     def __init__(self) -> None:
-        self.bound: Callable[[BlobEntry, ImageFacts], None] = lambda entry, facts: None
+        self.bound: Callable[[BlobEntry, ImageFacts, Collection[str]], None] = lambda entry, facts, adds: None
+        self.sharing: Callable[[BlobEntry, ImageFacts], list[tuple[str, ImageFacts]]] = lambda entry, facts: []
+        """Images, by place, with which this one must agree over blobs."""
         self.dropped: Callable[[BlobEntry], None] = lambda entry: None
         self.repeated: Callable[[BlobEntry], bool] = lambda entry: False
         self.cull: Callable[[str, Callable[[NydusError | None], None]], None] = lambda name, done: done(None)
@@ -53,14 +56,14 @@ class BlobTable:
         if (entry.domain_id, entry.id) in self._images:
             raise BlobError(EXISTS)
 
-    def bind(self, entry: BlobEntry, facts: ImageFacts) -> None:
+    def bind(self, entry: BlobEntry, facts: ImageFacts, adds: Collection[str] = ()) -> None:
         """Add an image. Raises BlobError when there is one of this name, or it is not a v6 image."""
         self.check_new(entry)
         if facts.version != 6:
             raise BlobError(
                 f"{entry.metadata}: only images of RAFS v6 can be served to the kernel, this is v{facts.version}"
             )
-        self.bound(entry, facts)
+        self.bound(entry, facts, adds)
         self._images[entry.domain_id, entry.id] = (entry, facts)
         for blob in facts.blobs:
             self._blobs[entry.domain_id, blob.blob_id] += 1
@@ -153,18 +156,34 @@ def _bind(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) ->
         return
     table.check_new(entry)
 
-    def inspected(_job: Job, answer: Answer) -> None:
-        try:
-            if "error" in answer:
-                raise BlobError(answer["error"])
-            table.bind(entry, ImageFacts.from_json(answer["image"]))
-        except NydusError as e:
-            reply({"error": {"status": e.rest_status, "message": f"Other({json.dumps(str(e), ensure_ascii=False)})"}})
-        else:
-            reply({"ok": None})
+    def ask(kind: str, payload: Json, then: Callable[[Answer], None]) -> None:
+        def done(_job: Job, answer: Answer) -> None:
+            try:
+                if "error" in answer:
+                    raise BlobError(answer["error"])
+                then(answer)
+            except NydusError as e:
+                text = json.dumps(str(e), ensure_ascii=False)
+                reply({"error": {"status": e.rest_status, "message": f"Other({text})"}})
 
-    payload = {"source": os.path.abspath(entry.metadata), "folders": [daemon.run_dir]}
-    daemon.engine.fetch.submit(Job("inspect", None, Priority.USER, payload, inspected))
+        daemon.engine.fetch.submit(Job(kind, None, Priority.USER, payload, done))
+
+    def settle(facts: ImageFacts, compared: list[tuple[str, ImageFacts]], adds: Collection[str]) -> None:
+        """Bind it, once it was compared with all that are there: others may have been bound meanwhile."""
+        sharing = table.sharing(entry, facts)
+        if sharing == compared:
+            table.bind(entry, facts, adds)
+            reply({"ok": None})
+            return
+        others = [[place, other.to_json()] for place, other in sharing]
+        payload = {"image": facts.to_json(), "others": others, "domain": entry.domain_id or entry.id}
+        ask("compare_tables", payload, lambda answer: settle(facts, sharing, answer["adds"]))
+
+    ask(
+        "inspect",
+        {"source": os.path.abspath(entry.metadata), "folders": [daemon.run_dir]},
+        lambda answer: settle(ImageFacts.from_json(answer["image"]), [], ()),
+    )
 
 
 def check_folder(entry: BlobEntry) -> None:

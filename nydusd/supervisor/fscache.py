@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import zmq
@@ -24,6 +25,7 @@ from nydusd.errors import CacheError, NydusError
 from nydusd.frontends.fscache.device import PATH, BusyError, CacheDevice
 from nydusd.frontends.fscache.left import Files, Held
 from nydusd.ipc.messages import Json, SlotRef
+from nydusd.storage.api.domain import additions
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority
@@ -56,6 +58,8 @@ class Bound:
     facts: ImageFacts
     image: Image
     dropped: bool = field(default=False)
+    adds: set[str] = field(default_factory=set)
+    """Blobs of which it lists chunks that those who were bound before it do not."""
 
     @property
     def domain(self) -> str:
@@ -105,7 +109,7 @@ class FscacheDaemon(Singleton):
     def start(self) -> None:
         """Everything up to RUNNING. Raises NydusError."""
         self._begin(rows=1)
-        self._table.bound, self._table.dropped = self._add, self._drop
+        self._table.bound, self._table.dropped, self._table.sharing = self._add, self._drop, self._sharing
         self._table.repeated, self._table.cull = self._repeated, self._cull
         found = self._files.take(self._store.given(self._stored).get("device"))
         if found is not None:
@@ -118,7 +122,7 @@ class FscacheDaemon(Singleton):
         for entry in self._entries:
             check_folder(entry)
             if not self._repeated(entry):
-                self._table.bind(entry, inspect(entry.metadata, [self.run_dir]))
+                self._table.bind(entry, *self._inspect(entry))
         if self._device is not None:
             self._serve(self._device, None if found is None else found[1])
         for role, count in (("fetch", self.config.fetch_worker_count), ("decompress", self._writers)):
@@ -182,24 +186,38 @@ class FscacheDaemon(Singleton):
                 entry = parse_blob_entry(raw["entry"], "kept blob entry")
                 for secret in secret_values(entry.config):
                     register_secret(secret)
-                facts = inspect(entry.metadata, [self.run_dir])
+                facts, adds = self._inspect(entry)
                 if raw.get("dropped"):
-                    self._add(entry, facts)
+                    self._add(entry, facts, adds)
                     self._bound[_place(entry)].dropped = True
                 else:
-                    self._table.bind(entry, facts)
+                    self._table.bind(entry, facts, adds)
                     self._recalled.add(entry.text)
             except (NydusError, KeyError, TypeError) as e:
                 log.warning("an image of the daemon before is lost: %s", e)
 
     # --- images -----------------------------------------------------------------------------------------------
 
+    def _inspect(self, entry: BlobEntry) -> tuple[ImageFacts, set[str]]:
+        """What there is to know of an image, in a start. Raises NydusError."""
+        facts = inspect(entry.metadata, [self.run_dir])
+        return facts, additions(facts, self._sharing(entry, facts), domain_of(entry))
+
     def _repeated(self, entry: BlobEntry) -> bool:
         known = entry.text in self._recalled
         self._recalled.discard(entry.text)
         return known
 
-    def _add(self, entry: BlobEntry, facts: ImageFacts) -> None:
+    def _sharing(self, entry: BlobEntry, facts: ImageFacts) -> list[tuple[str, ImageFacts]]:
+        """The images, by place, of an entry's domain that have a blob in common with it."""
+        blobs = {blob.blob_id for blob in facts.blobs}
+        return [
+            (place, bound.facts)
+            for place, bound in self._bound.items()
+            if bound.domain == domain_of(entry) and not blobs.isdisjoint(blob.blob_id for blob in bound.facts.blobs)
+        ]
+
+    def _add(self, entry: BlobEntry, facts: ImageFacts, adds: Collection[str] = ()) -> None:
         """An image is bound."""
         place = _place(entry)
         present = self._bound.get(place)
@@ -212,7 +230,11 @@ class FscacheDaemon(Singleton):
         image = Image(place, entry.metadata, entry.config, facts, self.factory, domain=domain_of(entry))
         image.use(entry.config)  # blobs that others share get the newest credentials
         self.mounts.bind(image)
-        self._bound[place] = Bound(entry, facts, image)
+        self._bound[place] = Bound(entry, facts, image, adds=set(adds))
+        for cache in image.caches:
+            self._tell_tables(cache, anew=present is not None)
+            if cache.spec.info.blob_id in adds and self._kernel is not None:
+                self._kernel.renew(cache)
         self._note()
 
     def _drop(self, entry: BlobEntry) -> None:
@@ -225,9 +247,30 @@ class FscacheDaemon(Singleton):
             self._forget(_place(entry))
 
     def _forget(self, place: str) -> None:
-        del self._bound[place]
+        gone = self._bound.pop(place)
         self.mounts.unbind(place)
+        for cache in gone.image.caches:
+            self._tell_tables(cache, anew=True)
         self._note()
+
+    def _tell_tables(self, cache: BlobCache, *, anew: bool = False) -> None:
+        """Have a blob's chunks looked up in the images that are bound; `anew` if one is not any more whose table was used."""
+        blob_id = cache.spec.info.blob_id
+        users = [bound for bound in self._bound.values() if cache in bound.image.caches]
+        if anew:
+            for bound in users:
+                bound.adds.add(blob_id)
+        if not users:
+            return
+        first, *others = [(b.facts, b.facts.blobs[b.image.caches.index(cache)], blob_id in b.adds) for b in users]
+        cache.spec = replace(
+            cache.spec,
+            info=first[1],
+            bootstrap=first[0].bootstrap,
+            path_id=first[0].path_id,
+            extracted=first[0].extracted,
+            more=tuple((f.bootstrap, f.path_id, f.extracted, info.index) for f, info, adds in others if adds),
+        )
 
     def _cull(self, name: str, done: Callable[[NydusError | None], None]) -> None:
         """Have the kernel remove what it keeps under a name."""

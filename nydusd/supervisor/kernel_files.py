@@ -23,6 +23,7 @@ from nydusd.ipc.messages import LOST, SlotRef
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.storage.cache.spec import NO_COOKIE
 from nydusd.storage.state.range_map import RangeMap
 from nydusd.supervisor.mounts import Mounts
 from nydusd.supervisor.pool import WorkerPool
@@ -154,6 +155,12 @@ class KernelFiles:
         if prefetch:
             self._prefetch.cancel(cache)
             self._prefetch.want(cache, 0, -1)
+
+    def renew(self, cache: BlobCache) -> None:
+        """More is known of a blob's chunks: whoever waits, or will, is served by that."""
+        if cache.spec.cookie not in (None, NO_COOKIE):
+            assert cache.spec.cookie is not None
+            self._restart(cache, cache.spec.cookie[1], prefetch=False)
 
     def _close(self, object_id: int) -> None:
         """The kernel needs a file no more. Its descriptor is closed when no worker has borrowed it."""

@@ -22,7 +22,8 @@ class BlobSpec:
     `work_dir` is None for the dummy cache; `meta_dir` holds `<id>.blob.meta` then. `bootstrap` is the metadata file whose
     chunk table holds the digests; `path_id` the blob id in its name, `extracted` whether it was taken out of that blob.
     `cookie`: the data file is one of the kernel's cache (fscache), which the process of this pid has open under this number;
-    `NO_COOKIE` while the kernel does not want it.
+    `NO_COOKIE` while the kernel does not want it. `more`: other images of the domain, which list chunks that `bootstrap` does
+    not: their `bootstrap`, `path_id`, `extracted`, and the blob's index in them.
     """
 
     handle: int
@@ -38,6 +39,7 @@ class BlobSpec:
     backend_config: dict[str, Any]
     always_verify: bool
     cookie: tuple[int, int] | None = None
+    more: tuple[tuple[str, str | None, bool, int], ...] = ()
 
     def _path(self, suffix: str) -> Path:
         return Path(self.work_dir if self.work_dir is not None else self.meta_dir) / (self.info.blob_id + suffix)
@@ -78,8 +80,10 @@ class BlobSpec:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> BlobSpec:
+        raw = {"more": (), **raw}  # a supervisor of an earlier release says nothing of it
         known = {f.name: raw[f.name] for f in fields(cls)}
         known["info"] = info_from_json(raw["info"])
+        known["more"] = tuple((str(b), None if p is None else str(p), bool(e), int(i)) for b, p, e, i in raw["more"])
         known["cookie"] = None if raw["cookie"] is None else (int(raw["cookie"][0]), int(raw["cookie"][1]))
         return cls(**known)
 

@@ -23,6 +23,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from nydusd.formats import open_bootstrap
+from tests.image.build import image as nydus_image
 from tests.support import manifest
 from tests.support.oracle import Image, image, images
 
@@ -267,6 +269,49 @@ def what_cannot_be_bound_or_mounted_is_refused() -> None:
     raise AssertionError("an image that is not bound was mounted")
 
 
+def images_of_a_domain_share_a_blob_of_which_one_lists_more_and_a_liar_is_refused() -> None:
+    folder = WORK / "sharing"
+    (folder / "blobs").mkdir(parents=True)
+    made = {"lower": {"gone": os.urandom(60_000), "keep": os.urandom(60_000)}, "upper": {"gone": os.urandom(7_000)}}
+    for layer, files in made.items():
+        (folder / layer).mkdir()
+        for name, content in files.items():
+            (folder / layer / name).write_bytes(content)
+        nydus_image(
+            "create", "--fs-version", "6", "-B", folder / f"{layer}.boot", "-D", folder / "blobs", folder / layer
+        )
+    nydus_image("merge", "-B", folder / "merged.boot", folder / "lower.boot", folder / "upper.boot")
+    lower, merged = (
+        Image(name, folder / f"{name}.boot", folder / "blobs", folder, folder) for name in ("lower", "merged")
+    )
+    bind("merged", merged, "two")
+    place = mount("merged", "two")
+    assert (place / "gone").read_bytes() == made["upper"]["gone"]
+    bind("lower", lower, "two")
+    below = mount("lower", "two")
+    assert (below / "gone").read_bytes() == made["lower"]["gone"]
+    drop_page_cache()
+    for each in (place, below):
+        assert (each / "keep").read_bytes() == made["lower"]["keep"]
+    raw = bytearray(lower.bootstrap.read_bytes())
+    raw[raw.find(listed_digest(lower))] ^= 1
+    (folder / "liar.boot").write_bytes(raw)
+    status, message = request(
+        "PUT", "/api/v2/blobs", entry("liar", lower._replace(bootstrap=folder / "liar.boot"), "two")
+    )
+    assert status == 500
+    assert "another digest than in the image" in message
+    for each in (place, below):
+        unmount(each)
+    for name in ("merged", "lower"):
+        assert request("DELETE", f"/api/v2/blobs?domain_id=two&blob_id={name}")[0] == 204
+
+
+def listed_digest(what: Image) -> bytes:
+    """Of a chunk of the image."""
+    return next(open_bootstrap(memoryview(what.bootstrap.read_bytes()), "", None).raw_chunks()).digest
+
+
 def readers_live_through_a_kill_of_the_supervisor_and_of_the_guard() -> None:
     (guard,) = daemon.pids("guard")
     os.kill(guard, signal.SIGKILL)
@@ -391,6 +436,7 @@ CHECKS = (
     what_is_cached_is_read_again_without_a_fetch,
     every_image_that_no_other_check_reads_shows_its_manifest,
     what_cannot_be_bound_or_mounted_is_refused,
+    images_of_a_domain_share_a_blob_of_which_one_lists_more_and_a_liar_is_refused,
     readers_live_through_a_kill_of_the_supervisor_and_of_the_guard,
     an_image_that_was_bound_before_the_kill_is_bound_after_it,
     a_dropped_image_is_served_while_it_is_mounted_and_culled_when_it_is_not,
