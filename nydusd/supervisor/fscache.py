@@ -15,7 +15,6 @@ import json
 import logging
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import zmq
@@ -32,6 +31,7 @@ from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.blobs import BlobError, check_folder
 from nydusd.supervisor.children import Child
+from nydusd.supervisor.fscache_images import Bound, domain_of, is_prefetched, place_of, use_tables
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.kernel_files import KERNEL, KernelFiles, Wanted
 from nydusd.supervisor.runtime import end
@@ -48,36 +48,6 @@ log = logging.getLogger(__name__)
 
 _RETRY = 0.1
 """Seconds between looks at what waits for something that makes no event."""
-
-
-@dataclass(eq=False, slots=True)
-class Bound:
-    """An image: its entry, and its file system's name in the kernel. `dropped`: still mounted, and gone for the API."""
-
-    entry: BlobEntry
-    facts: ImageFacts
-    image: Image
-    dropped: bool = field(default=False)
-    adds: set[str] = field(default_factory=set)
-    """Blobs of which it lists chunks that those who were bound before it do not."""
-
-    @property
-    def domain(self) -> str:
-        return domain_of(self.entry)
-
-    @property
-    def is_mounted(self) -> bool:
-        return os.path.isdir(f"/sys/fs/erofs/{self.name}")
-
-    @property
-    def name(self) -> str:
-        """What the kernel calls it under /sys/fs/erofs."""
-        return self.entry.id if self.domain == self.entry.id else f"{self.domain},{self.entry.id}"
-
-
-def domain_of(entry: BlobEntry) -> str:
-    """An image that is mounted without a domain has one of its own."""
-    return entry.domain_id or entry.id
 
 
 class FscacheDaemon(Singleton):
@@ -189,7 +159,7 @@ class FscacheDaemon(Singleton):
                 facts, adds = self._inspect(entry)
                 if raw.get("dropped"):
                     self._add(entry, facts, adds)
-                    self._bound[_place(entry)].dropped = True
+                    self._bound[place_of(entry)].dropped = True
                 else:
                     self._table.bind(entry, facts, adds)
                     self._recalled.add(entry.text)
@@ -219,7 +189,7 @@ class FscacheDaemon(Singleton):
 
     def _add(self, entry: BlobEntry, facts: ImageFacts, adds: Collection[str] = ()) -> None:
         """An image is bound."""
-        place = _place(entry)
+        place = place_of(entry)
         present = self._bound.get(place)
         if present is not None and not present.dropped:
             raise BlobError(f"{place}: an image of this name is bound in this domain")
@@ -239,12 +209,12 @@ class FscacheDaemon(Singleton):
 
     def _drop(self, entry: BlobEntry) -> None:
         """An image is bound no more. While it is mounted it is served on."""
-        bound = self._bound[_place(entry)]
+        bound = self._bound[place_of(entry)]
         if bound.is_mounted:
             bound.dropped = True
             self._note()
         else:
-            self._forget(_place(entry))
+            self._forget(place_of(entry))
 
     def _forget(self, place: str) -> None:
         gone = self._bound.pop(place)
@@ -260,17 +230,8 @@ class FscacheDaemon(Singleton):
         if anew:
             for bound in users:
                 bound.adds.add(blob_id)
-        if not users:
-            return
-        first, *others = [(b.facts, b.facts.blobs[b.image.caches.index(cache)], blob_id in b.adds) for b in users]
-        cache.spec = replace(
-            cache.spec,
-            info=first[1],
-            bootstrap=first[0].bootstrap,
-            path_id=first[0].path_id,
-            extracted=first[0].extracted,
-            more=tuple((f.bootstrap, f.path_id, f.extracted, info.index) for f, info, adds in others if adds),
-        )
+        if users:
+            use_tables(cache, users)
 
     def _cull(self, name: str, done: Callable[[NydusError | None], None]) -> None:
         """Have the kernel remove what it keeps under a name."""
@@ -356,7 +317,7 @@ class FscacheDaemon(Singleton):
         return None
 
     def _prefetches(self, cache: BlobCache) -> bool:
-        return any(cache in bound.image.caches and _prefetches(bound.entry) for bound in self._bound.values())
+        return any(cache in bound.image.caches and is_prefetched(bound.entry) for bound in self._bound.values())
 
     def _prune(self) -> None:
         """Forget images that were dropped and are not mounted any more."""
@@ -400,15 +361,3 @@ class FscacheDaemon(Singleton):
             if not used:
                 self._store.drop()
                 self._files.remove()
-
-
-def _place(entry: BlobEntry) -> str:
-    domain = domain_of(entry)
-    return f"/{entry.id}" if domain == entry.id else f"/{domain}/{entry.id}"
-
-
-def _prefetches(entry: BlobEntry) -> bool:
-    settings = entry.config.rafs.prefetch if entry.config.rafs is not None else None
-    return bool(
-        (settings is not None and settings.enable) or (entry.config.cache and entry.config.cache.prefetch.enable)
-    )
