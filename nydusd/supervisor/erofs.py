@@ -85,7 +85,7 @@ class ErofsDaemon(Supervisor):
             lists[first.place] = first.files
         fds = Fds.make() if self._found is None else self._found.fds
         self._kernel = KernelMounts(
-            options.mountpoint, fds, self.engine.fetch, self.mounts.let_go, self._lost, self._note
+            options.mountpoint, fds, self.engine.fetch, self.mounts, self.engine.router.renew, self._lost, self._note
         )
         self.mounts.kernel = self._kernel
         self._start_processes(fds)
@@ -224,9 +224,11 @@ class ErofsDaemon(Supervisor):
 
     def _take_up(self) -> dict[str, Sequence[bytes] | None]:
         """Know again what was mounted; gives the prefetch lists of images, by place."""
-        assert self._former is not None
+        assert self._former is not None and self._found is not None
         known, records = self._former
-        self.mounts.restore(records)
+        # Also what says which chunks there are of what was unmounted and is used still: the front end looks there.
+        kept = {file.segment for mounted in table.read(self._found.fds.table).mounts for file in mounted.files}
+        self.mounts.restore(records, kept)
         control_ops.recall(self)
         known.begin_term(self._runtime.term)
         self._former = None

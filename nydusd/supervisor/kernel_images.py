@@ -36,6 +36,17 @@ def check(image: Image) -> None:
         raise UnsupportedError(f"{image.source}: {len(image.caches)} blobs, {_BLOBS_MOST} at most")
 
 
+def is_fillable(cache: BlobCache) -> bool:
+    """Whether what is fetched comes into the cache file that is there: its shared memory is of that very file.
+
+    It is of none where the file could not be used, and of another one where that was deleted or replaced.
+    """
+    with contextlib.suppress(OSError):
+        st = os.stat(str(cache.spec.data_path))
+        return cache.segment is not None and cache.segment.identity.file[:2] == (st.st_dev, st.st_ino)
+    return False
+
+
 def is_of(mounted: Mounted, image: Image) -> bool:
     """Whether what is mounted is this image, at its place, with the cache files that are there now."""
     files = []

@@ -20,18 +20,20 @@ from typing import TYPE_CHECKING
 
 from nydusd import points
 from nydusd.errors import MountError, NydusError
-from nydusd.frontends.erofs import mount_api, table
-from nydusd.frontends.erofs.session import Fds, is_seen, make, top_mount, unmount_erofs
-from nydusd.frontends.erofs.table import Mounted, Table
+from nydusd.frontends.erofs import mount_api
+from nydusd.frontends.erofs.session import Fds, is_seen, make, unmount_erofs
+from nydusd.frontends.erofs.table import Mounted
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.requests import Answer, Job, Priority
-from nydusd.supervisor.kernel_images import check, files_of, is_of, ranges_of
-from nydusd.supervisor.kernel_places import is_inside, open_folder, path_of, remove_unused
+from nydusd.supervisor.kernel_images import check, files_of, is_fillable, is_of, ranges_of
+from nydusd.supervisor.kernel_places import is_inside, open_folder, path_of
+from nydusd.supervisor.kernel_table import KernelTable
 
 if TYPE_CHECKING:
     from nydusd.storage.cache.blob_cache import BlobCache
     from nydusd.supervisor.images import Image
     from nydusd.supervisor.mount_request import Done
+    from nydusd.supervisor.mounts import Mounts
     from nydusd.supervisor.pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ _LOOK = 2.0
 
 @dataclass(eq=False, slots=True)
 class _Coming:
-    """An image that is to be shown in the place of `old`, if that is given. `asked`: a worker is at it.
+    """An image that is to be shown in the place of `old`, if that is given. `asked`: a worker is at it; `renewed`: blobs of it
+    were opened again, since their cache files were not what had been opened.
 
     `done`: all who are to be told how it ended.
     """
@@ -53,6 +56,7 @@ class _Coming:
     done: list[Done]
     old: Image | None
     asked: bool = False
+    renewed: bool = False
 
 
 @dataclass(slots=True)
@@ -67,10 +71,10 @@ class _Shown:
 
 
 class KernelMounts:
-    """`base` is the folder below which all is mounted. `let_go(cache)` ends a use of a blob; `lost(place)` says what is not
+    """`base` is the folder below which all is mounted. `renew(cache)` has a blob opened again; `lost(place)` says what is not
     there any more.
 
-    `changed()` is called after each change of what is mounted.
+    `changed()` is called before each mount is seen and after it is not; it raises MountError when that cannot be noted.
     """
 
     def __init__(
@@ -78,14 +82,16 @@ class KernelMounts:
         base: str,
         fds: Fds,
         fetch: WorkerPool,
-        let_go: Callable[[BlobCache], None],
+        mounts: Mounts,
+        renew: Callable[[BlobCache], None],
         lost: Callable[[str], None],
         changed: Callable[[], None],
     ) -> None:
         self.fds = fds
         self._base = base
         self._fetch = fetch
-        self._let_go = let_go
+        self._mounts = mounts
+        self._renew = renew
         self._lost = lost
         self._changed = changed
         self._coming: list[_Coming] = []
@@ -93,7 +99,7 @@ class KernelMounts:
         self._next_look = 0.0
         self._submitted = False
         """Whether there is a job since that goes out with the next turn of the loop."""
-        self.table = table.read(fds.table)
+        self.table = KernelTable(fds.table)
 
     # --- show -------------------------------------------------------------------------------------------------
 
@@ -113,6 +119,10 @@ class KernelMounts:
         if coming is not None:
             coming.done.append(done)
         return coming is not None
+
+    def shows(self, image: Image) -> bool:
+        """Whether this image is mounted, as far as is known."""
+        return self._index_of(image) >= 0
 
     def tick(self) -> None:
         """Called in each turn of the loop: go on with what waits; look now and then whether what is mounted is there still."""
@@ -141,16 +151,30 @@ class KernelMounts:
 
     def _split(self, coming: _Coming) -> None:
         """Have the copy of the metadata made that the kernel is to mount."""
-        coming.asked = True
         image = coming.image
-        if coming.old is not None and self._is_same(coming.old, image):
-            self._describe(coming)
+        lacking = [cache for cache in image.caches if not is_fillable(cache)]
+        if lacking and not coming.renewed:
+            coming.renewed = True
+            for cache in lacking:
+                self._renew(cache)
+            self._submitted = True
             return
-        for cache in image.caches:
-            if not os.path.exists(str(cache.spec.data_path)):
-                why = f"EROFS reads cache files: cache folder {cache.spec.work_dir}: {cache.no_room_why}"
-                self._end(coming, MountError(why))
-                return
+        coming.asked = True
+        try:
+            if lacking:
+                why = lacking[0].no_room_why or "its file was replaced"
+                raise MountError(f"EROFS reads cache files: cache folder {lacking[0].spec.work_dir}: {why}")
+            if coming.old is not None and (index := self._index_of(coming.old)) >= 0:
+                if is_of(self.table.mounted(index), image):
+                    self._describe(coming)
+                    return
+                self.table.check_unused(self.table.mounted(index))
+        except NydusError as e:
+            self._end(coming, e)
+            return
+        except OSError as e:
+            self._end(coming, MountError(f"{e.filename or ''}: {e.strerror}"))
+            return
         if not image.caches:
             self._mount(coming, image.metadata.bootstrap, [])
             return
@@ -193,31 +217,31 @@ class KernelMounts:
     def _make(self, image: Image, bootstrap: str, cuts: Sequence[Sequence[int]], old: Image | None) -> None:
         """Raises NydusError, OSError; nothing is mounted then."""
         path = path_of(self._base, image.place)
-        place = open_folder(self._base, image.place, self._note_folder)
+        place = open_folder(self._base, image.place, self.table.note_folder)
         try:
             former = -1 if old is None else self._index_of(old)
-            beneath = former >= 0 and _is_seen(self._mounted(former))
-            index = max((each.index for each in self.table.mounts), default=0) + 1
-            files = files_of(image, index, cuts)
-            known = Mounted(index, image.place, path, image.metadata.identity, files, table.instances())
-            self._write(*self.table.mounts, known)
+            beneath = former >= 0 and _is_seen(self.table.mounted(former))
+            index = self.table.next_index()
+            known = Mounted(index, image.place, path, image.metadata.identity, files_of(image, index, cuts))
+            self.table.add(known)
             points.reach("erofs: written down")
             try:
-                mount = make(self.fds.group, bootstrap, ranges_of(image.caches, cuts), path)
+                mount, names = make(self.fds.group, bootstrap, ranges_of(image.caches, cuts), path)
                 try:
                     device = os.fstat(mount).st_dev
-                    known = replace(known.settled(), device=f"{os.major(device)}:{os.minor(device)}")
-                    self._note(known)
+                    known = replace(known, names=names, device=f"{os.major(device)}:{os.minor(device)}")
+                    self.table.note(known)
+                    self._changed()
                     points.reach("erofs: noted")
                     mount_api.attach(mount, place, path, beneath=beneath)
                     points.reach("erofs: mounted")
                 finally:
                     os.close(mount)
-            except NydusError:
-                self._forget(index)
+            except (NydusError, OSError):
+                self.table.forget(index)
                 raise
         except (NydusError, OSError):
-            self._remove_folders()
+            self.table.remove_folders()
             raise
         finally:
             os.close(place)
@@ -225,7 +249,6 @@ class KernelMounts:
         self._shown.append(_Shown(index, image, self._hold(image)))
         if former >= 0:
             self._hide_index(former, seen=beneath)
-        self._changed()
 
     @staticmethod
     def _hold(image: Image) -> list[BlobCache]:
@@ -234,26 +257,16 @@ class KernelMounts:
             cache.users += 1
         return list(image.caches)
 
-    def _is_same(self, old: Image, new: Image) -> bool:
-        """Whether the kernel need not be told of another image: metadata and cache files are the same."""
-        files = [[str(cache.spec.data_path) for cache in image.caches] for image in (old, new)]
-        return old.metadata.identity == new.metadata.identity and files[0] == files[1] and self._index_of(old) >= 0
-
     def _describe(self, coming: _Coming) -> None:
         """The image is another, and what is mounted the same: front ends must know how its blobs are called now."""
         assert coming.old is not None
         shown = next(shown for shown in self._shown if shown.image is coming.old)
-        mounted = self._mounted(shown.index)
-        files = zip(mounted.files, coming.image.caches, strict=True)
-        self._note(
-            replace(
-                mounted,
-                files=tuple(replace(f, handle=c.handle, segment=c.spec.segment) for f, c in files),
-            )
-        )
+        mounted = self.table.mounted(shown.index)
+        cuts = [file.cuts for file in mounted.files]
+        self.table.note(replace(mounted, files=files_of(coming.image, mounted.index, cuts)))
         former, shown.image, shown.caches = shown.caches, coming.image, self._hold(coming.image)
         for cache in former:
-            self._let_go(cache)
+            self._mounts.let_go(cache)
         self._end(coming, None)
 
     def _end(self, coming: _Coming, error: NydusError | None) -> None:
@@ -270,10 +283,10 @@ class KernelMounts:
         for coming in [coming for coming in self._coming if coming.image is image]:
             self._end(coming, MountError("it was unmounted meanwhile"))
         if (index := self._index_of(image)) >= 0:
-            self._hide_index(index, seen=_is_seen(self._mounted(index)))
+            self._hide_index(index, seen=_is_seen(self.table.mounted(index)))
 
     def _hide_index(self, index: int, *, seen: bool) -> None:
-        mounted = self._mounted(index)
+        mounted = self.table.mounted(index)
         if seen:
             unmount_erofs(mounted.mountpoint)
             for beneath in self.table.mounts:  # of a remount in the middle of which a supervisor was killed
@@ -284,11 +297,14 @@ class KernelMounts:
         shown.image = None
         if mounted.is_alive():
             log.info("%s is used still: what is cached can be read until it is not", mounted.mountpoint)
-            self._note(replace(mounted, gone=True))
+            self.table.note(replace(mounted, gone=True))
         else:
             self._drop(shown)
-        self._remove_folders()
-        self._changed()
+        self.table.remove_folders()
+        try:
+            self._changed()
+        except MountError as e:  # a place too many in the note costs nothing
+            log.warning("%s", e)
 
     def hide_all(self) -> bool:
         """Unmount everything; whether all of it is gone. Failures are logged."""
@@ -301,16 +317,12 @@ class KernelMounts:
                 self._hide_index(mounted.index, seen=_is_seen(mounted))
             except NydusError as e:
                 log.error("%s", e)
-        if not self.table.alive():
-            return True
-        self.table = replace(self.table, ended=True)
-        self._write(*self.table.mounts)
-        return False
+        return self.table.end()
 
     def _look(self) -> None:
         """Forget what was unmounted and is not used any more."""
         for shown in list(self._shown):
-            mounted = self._mounted(shown.index)
+            mounted = self.table.mounted(shown.index)
             if mounted.is_alive():
                 continue
             if shown.image is None:
@@ -322,17 +334,22 @@ class KernelMounts:
     def _drop(self, shown: _Shown) -> None:
         """It is used no more."""
         self._shown.remove(shown)
-        self._forget(shown.index)
+        self._forget(self.table.mounted(shown.index))
         self._unpin(shown.caches)
         for cache in shown.caches:
-            self._let_go(cache)
+            self._mounts.let_go(cache)
+
+    def _forget(self, mounted: Mounted) -> None:
+        """It is not there. What says which chunks there are goes with it where only the table knows of that."""
+        self.table.forget(mounted.index)
+        self._mounts.forget_segments({file.segment for file in mounted.files} - self.table.segments())
 
     def _unpin(self, caches: Sequence[BlobCache]) -> None:
         """Things may be taken out of the files that the kernel reads no more."""
         used = [cache for shown in self._shown for cache in shown.caches]
         used += [cache for coming in self._coming for cache in coming.image.caches]
         # Also by what a former supervisor has unmounted, of which only the files are known.
-        paths = {file.data for mounted in self.table.mounts for file in mounted.files}
+        paths = self.table.files()
         for cache in caches:
             cache.pinned = cache in used or str(cache.spec.data_path) in paths
 
@@ -342,61 +359,29 @@ class KernelMounts:
         """Take over what a killed supervisor has mounted; gives the images that are to be shown again. Raises MountError."""
         lacking = list(images)
         for mounted in self.table.mounts:
-            if mounted.names is None:  # it was killed before it could look
-                mounted = mounted.settled()
-                device = top_mount(mounted.mountpoint) if mounted.names else None
-                mounted = replace(mounted, device=device or "")
-                self._note(mounted)
             image = next((image for image in lacking if is_of(mounted, image)), None)
             seen = not mounted.gone and _is_seen(mounted)
             if seen and image is None:
                 unmount_erofs(mounted.mountpoint)
             if not seen or image is None:
                 if mounted.is_alive():
-                    self._note(replace(mounted, gone=True))
+                    self.table.note(replace(mounted, gone=True))
                     self._shown.append(_Shown(mounted.index, None))
                 else:
-                    self._forget(mounted.index)
+                    self._forget(mounted)
                 continue
             lacking.remove(image)
-            self._note(replace(mounted, files=files_of(image, mounted.index, [file.cuts for file in mounted.files])))
+            cuts = [file.cuts for file in mounted.files]
+            self.table.note(replace(mounted, files=files_of(image, mounted.index, cuts)))
             for cache in image.caches:
                 cache.pinned = True
             self._shown.append(_Shown(mounted.index, image, self._hold(image)))
             log.warning("%s: the mount of a daemon that was killed is taken over", mounted.mountpoint)
-        self._remove_folders()
+        self.table.remove_folders()
         return lacking
-
-    # --- the table --------------------------------------------------------------------------------------------
 
     def _index_of(self, image: Image) -> int:
         return next((shown.index for shown in self._shown if shown.image is image), -1)
-
-    def _mounted(self, index: int) -> Mounted:
-        return next(mounted for mounted in self.table.mounts if mounted.index == index)
-
-    def _note(self, mounted: Mounted) -> None:
-        self._write(*(mounted if each.index == mounted.index else each for each in self.table.mounts))
-
-    def _forget(self, index: int) -> None:
-        self._write(*(each for each in self.table.mounts if each.index != index))
-
-    def _note_folder(self, folder: str) -> None:
-        """It is made for a mount: noted first, since one that nobody knows of would stay for ever."""
-        self.table = replace(self.table, folders=(*self.table.folders, folder))
-        self._write(*self.table.mounts)
-
-    def _remove_folders(self) -> None:
-        """Those that were made and nobody needs any more."""
-        used = [mounted.mountpoint for mounted in self.table.mounts if not mounted.gone]
-        left = remove_unused(self.table.folders, used)
-        if len(left) != len(self.table.folders):
-            self.table = replace(self.table, folders=left)
-            self._write(*self.table.mounts)
-
-    def _write(self, *mounts: Mounted) -> None:
-        self.table = Table(mounts, self.table.folders, self.table.ended)
-        table.write(self.fds.table, self.table)
 
 
 def _is_seen(mounted: Mounted) -> bool:

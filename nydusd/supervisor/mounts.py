@@ -13,7 +13,7 @@ import contextlib
 import logging
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +27,9 @@ from nydusd.ipc.shared_block import map_block
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.blob_cache import BlobCache
-from nydusd.storage.cache.manager import SEGMENT_DIGITS
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
-from nydusd.storage.state.segment import names, remove
+from nydusd.storage.state.segment import remove
 from nydusd.supervisor.images import Image, metadata_folders
 from nydusd.supervisor.mount_records import Recorded, record_of
 from nydusd.supervisor.mount_request import Done, Request, WorkFailedError
@@ -38,6 +37,7 @@ from nydusd.supervisor.mount_table import MountTable, PlaceError, parse_place
 from nydusd.supervisor.planner import plan_prefetch
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
+from nydusd.supervisor.strays import remove_strays
 
 if TYPE_CHECKING:
     from nydusd.supervisor.kernel_mounts import KernelMounts
@@ -97,10 +97,11 @@ class Mounts:
         folders = metadata_folders(request.config, str(self._folder))
         return self._add(request, inspect(request.source, folders))
 
-    def restore(self, records: Sequence[Recorded]) -> None:
+    def restore(self, records: Sequence[Recorded], kept: Collection[str] = ()) -> None:
         """Know again what a supervisor that was killed had mounted. One image that cannot be had is no obstacle to the others.
 
-        Raises NydusError when it is that of the command line.
+        `kept`: segments that somebody needs still, whether an image has them or not. Raises NydusError when it is the image
+        of the command line.
         """
         for recorded in records:
             try:
@@ -115,25 +116,8 @@ class Mounts:
                 continue
             self.images[recorded.place] = image
             log.info("%s is still mounted at %s", image.source, image.place)
-        self._remove_strays()
-
-    def _remove_strays(self) -> None:
-        """Remove what belongs to no mount: of one that was being made, or had just ended, when the supervisor was killed."""
-        images = self.images.values()
-        counters = {image.counters for image in images} | {image.files for image in images}
-        segments = {cache.spec.segment for cache in self._factory.blobs()}
-        for name in names(self._prefix[1:]):
-            kind, _, rest = name.removeprefix(self._prefix).partition(".")
-            if kind in ("count", "files"):
-                stray = f"{self._prefix}{kind}.{rest.partition('.')[0]}" not in counters
-            else:
-                stray = len(kind) == SEGMENT_DIGITS and self._prefix + kind not in segments
-            if stray:
-                remove(name)
-        traces = {image.trace for image in images}
-        for path in self._folder.glob("trace.*"):
-            if str(path) not in traces:
-                path.unlink(missing_ok=True)
+        segments = {cache.spec.segment for cache in self._factory.blobs()}.union(kept)
+        remove_strays(self._prefix, self._folder, self.images.values(), segments)
 
     def serve(self, image: Image, files: Sequence[bytes] | None) -> None:
         """Have the blobs of an image opened, and fetch ahead what is to be fetched ahead."""
@@ -153,7 +137,12 @@ class Mounts:
             if self.kernel is not None and request.place in self._under_way:
                 raise PlaceError("another mount or remount of it is under way")
             if same:
-                done(None)
+                if self.kernel is None or self.kernel.shows(present):
+                    done(None)
+                else:  # it was to be removed from the table, which could not be written
+                    for cache in present.caches:
+                        self._router.open_blob(cache)
+                    self.show_again(present, done)
                 return
 
         def inspected(facts: ImageFacts) -> None:
@@ -207,7 +196,10 @@ class Mounts:
             if error is None:
                 log.info("%s is mounted at %s", image.source, image.place)
             elif not image.released:
-                self._remove(image, request.names)
+                try:
+                    self._remove(image, request.names)
+                except NydusError as e:  # it is mounted nowhere: to be unmounted, or mounted again
+                    log.error("the image at %s stays in the table: %s", image.place, e)
             done(error)
 
         if self.kernel is None:
@@ -251,6 +243,13 @@ class Mounts:
         """The kernel is not given this image any more; blobs of it that are open stay until they are closed."""
         self._release(self.images.pop(place))
 
+    def forget_segments(self, segments: Collection[str]) -> None:
+        """Remove those that no blob of ours has: a former supervisor's, of what was used still and is not any more."""
+        known = {cache.spec.segment for cache in self._factory.blobs()}
+        for name in segments:
+            if name not in known:
+                remove(name)
+
     def let_go(self, cache: BlobCache) -> None:
         """Somebody beside the images uses a blob no more."""
         cache.users -= 1
@@ -279,8 +278,9 @@ class Mounts:
                         raise error
                     self._replace(request, old, new)
                 except NydusError as e:
-                    new.counters = new.files = None
-                    self._release(new)
+                    if self.images.get(request.place) is not new:
+                        new.counters = new.files = None
+                        self._release(new)
                     done(e)
                 else:
                     done(None)
@@ -300,9 +300,19 @@ class Mounts:
         self._inspect(request, inspected, done)
 
     def _replace(self, request: Request, old: Image, new: Image) -> None:
-        """Have the new image in the place of the old one. Raises NydusError, and then the old one is there."""
+        """Have the new image in the place of the old one. Raises CacheError when the table cannot be written.
+
+        Then the old one is there. But what the kernel shows is the new one already, and so that is there, and shown until
+        the next supervisor shows again what the table says: whoever is told of the error may ask once more.
+        """
         same = new.metadata.identity == old.metadata.identity
-        new.index = self.table.replace(request.names, new.spec(), record_of(new, request), same=same)
+        failure = None
+        try:
+            new.index = self.table.replace(request.names, new.spec(), record_of(new, request), same=same)
+        except CacheError as e:
+            if self.kernel is None:
+                raise
+            new.index, failure = old.index, e
         old.counters = old.files = None
         self._release(old)
         self.images[new.place] = new
@@ -310,6 +320,8 @@ class Mounts:
         if self.kernel is None:
             self.serve(new, request.files)
         log.info("%s is remounted at %s", new.source, new.place)
+        if failure is not None:
+            raise failure
 
     # --- umount -----------------------------------------------------------------------------------------------
 

@@ -186,6 +186,12 @@ class Router:
         """Have the blob prepared, unless that is done, under way, or failed too recently."""
         self._openings.open(cache)
 
+    def renew(self, cache: BlobCache) -> None:
+        """Have a blob opened again whose cache file is not what we opened: deleted, replaced, or not to be used then."""
+        if cache.state == "ready":
+            self._reopen(cache, "its cache file is not the one that was opened")
+        self._openings.open(cache)
+
     def _reopen(self, cache: BlobCache, why: str) -> None:
         """The cache file was changed under us: void all claims, and serve all who waited from a new one.
 

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from nydusd.frontends.erofs import mount_api, session, table
+from nydusd.storage.cache.manager import SEGMENT_DIGITS
+from nydusd.storage.state.segment import names
 from nydusd.supervisor.selection import choose, choose_without_image
 from tests.erofs.test_images import differences
 from tests.erofs.test_kills import NAMES, Held, own
 from tests.erofs.test_mounts import OTHER, SMALL, Many
 from tests.killing.plan import Plan
-from tests.support.discipline import wait_until
-from tests.support.faulty_server import faulty
-from tests.support.mounted import Hub, Tree
+from tests.support.daemon import image_config
+from tests.support.discipline import discipline, wait_until
+from tests.support.faulty_server import Reply, Request, faulty
+from tests.support.mounted import CHUNK, REPO, Hub, Tree
+
+Expect = Callable[..., None]
+
+
+def put(many: Many, tree: Tree, place: str = "/a", method: str = "POST") -> tuple[int, str]:
+    """Mount the tree from a local folder; nothing is fetched but what is read."""
+    blobs = tree.bootstrap.parent / "blobs"
+    config = json.dumps(image_config(blobs, many.cache) | {"id": place, "amplify_io": 0})
+    return many.mount(place, tree.bootstrap, blobs, method, config=config)
+
+
+def read_again(fd: int) -> bytes:
+    """From the cache file, not from the page cache."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return os.pread(fd, CHUNK, 0)
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +48,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
 def hub(tree: Tree) -> Iterator[Hub]:
     with faulty() as server:
         yield Hub(tree, server)
+
+
+@pytest.fixture
+def many() -> Iterator[Many]:
+    with Many() as daemon:
+        yield daemon
 
 
 @pytest.mark.parametrize("way", ["fuse", "fuse with an image"])
@@ -75,3 +102,170 @@ def test_a_takeover_that_is_killed_leaves_nobody_who_takes_events_and_cannot_hav
         held.daemon.start()
         wait_until(lambda: len(own("erofs")) == 1 and len(own("guard")) == 1, "the end of the others", 60)
         held.right(held.read(NAMES[1]), NAMES[1])
+
+
+def test_what_is_cached_of_an_unmounted_image_is_read_on_after_a_takeover(tree: Tree) -> None:
+    with Many() as many:
+        assert put(many, tree) == (204, "")
+        fd = os.open(many.at("/a") / NAMES[0], os.O_RDONLY)
+        assert os.pread(fd, CHUNK, 0) == tree.contents[NAMES[0]]
+        assert many.umount("/a") == (204, "")
+        many.kill_supervisor()
+        many.start()
+        assert read_again(fd) == tree.contents[NAMES[0]]
+        assert len(segments(many)) == 1, "what says that it is there"
+        os.close(fd)
+        wait_until(lambda: not segments(many), "the end of what nobody uses any more", 60)
+
+
+def segments(many: Many) -> list[str]:
+    """Those of blobs, of this daemon."""
+    (record,) = (path for path in discipline.runtime.glob("*/state.json") if str(many.mountpoint) in path.read_text())
+    prefix = f"/nydusd.{record.parent.name}."
+    return [name for name in names(prefix[1:]) if len(name) == len(prefix) + SEGMENT_DIGITS]
+
+
+def test_a_remount_that_was_killed_leaves_the_mount_before_it_whoever_mounts_meanwhile(tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "plan")
+    daemon = Many()
+    daemon._environment |= plan.environment
+    with daemon as many:
+        assert many.put("/a", SMALL) == (204, "")
+        device = os.stat(many.at("/a")).st_dev
+        (data,) = many.cache.glob("*.blob.data")
+        plan.begin("erofs: written down", 1)
+        with pytest.raises(OSError):
+            many.put("/a", OTHER, "PUT")
+        wait_until(many.has_ended, "the end of the supervisor", 60)
+        assert plan.end()[0]
+        many.forget()
+        others = mount_api.make_erofs(str(SMALL.bootstrap), [str(data)], "another's")
+        try:
+            many.start()
+            assert os.stat(many.at("/a")).st_dev == device
+            assert differences(SMALL, many.at("/a")) == []
+        finally:
+            os.close(others)
+
+
+def test_a_file_system_is_told_from_another_that_is_made_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    with open(data, "wb") as file:
+        file.truncate(64 << 20)
+    others: list[int] = []
+    really = mount_api.make_erofs
+
+    def with_another(bootstrap: str, devices: Iterator[str], what: str) -> int:
+        mount = really(bootstrap, list(devices), what)
+        if len(others) < 2:
+            others.append(really(bootstrap, [str(data)], what))
+        return mount
+
+    monkeypatch.setattr(mount_api, "make_erofs", with_another)
+    mount, found = session.make(-1, str(SMALL.bootstrap), [session.Range(str(data), True)], "test")
+    for fd in others:
+        os.close(fd)
+    (name,) = found
+    wait_until(lambda: name in table.instances(), "it alone to be there")
+    os.close(mount)
+    wait_until(lambda: name not in table.instances(), "its end")
+
+
+# --- cache files ------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_not_mounted_over_a_cache_file_that_its_blob_does_not_have(tree: Tree, expect_log: Expect) -> None:
+    expect_log("reads of blob .* go on uncached")
+    with Many() as many:
+        many.cache.mkdir()
+        data = many.cache / f"{tree.blob_id}.blob.data"
+        data.touch()
+        subprocess.run(["mount", "--bind", "-o", "ro", str(data), str(data)], check=True)
+        try:
+            status, why = put(many, tree)
+        finally:
+            subprocess.run(["umount", str(data)], check=True)
+        assert status == 500 and "cache folder" in why, why
+        assert many.mounted() == []
+        assert put(many, tree) == (204, "")
+        assert (many.at("/a") / NAMES[0]).read_bytes() == tree.contents[NAMES[0]]
+
+
+def test_a_remount_brings_back_what_was_lost_with_its_cache_file(tree: Tree, expect_log: Expect) -> None:
+    with Many() as many:
+        assert put(many, tree) == (204, "")
+        (data,) = many.cache.glob("*.blob.data")
+        data.unlink()
+        assert put(many, tree, method="PUT") == (204, "")
+        for name in NAMES:
+            assert (many.at("/a") / name).read_bytes() == tree.contents[name]
+
+
+def test_a_remount_that_the_kernel_must_be_told_of_does_not_take_what_is_mounted_inside(tmp_path: Path) -> None:
+    with Many() as many:
+        assert many.put("/a", SMALL) == (204, "")
+        folder = next(p.name for p in many.at("/a").iterdir() if p.is_dir() and not p.is_symlink())
+        assert many.put(f"/a/{folder}", OTHER) == (204, "")
+        assert many.put("/a", SMALL, "PUT") == (204, ""), "the kernel need not be told"
+        many.cache = tmp_path / "elsewhere"
+        status, why = many.put("/a", SMALL, "PUT")
+        assert status == 500 and f"/a/{folder} is mounted in it" in why, why
+        assert differences(OTHER, many.at(f"/a/{folder}")) == []
+        assert many.umount(f"/a/{folder}") == (204, "")
+        assert many.put("/a", SMALL, "PUT") == (204, "")
+        assert differences(SMALL, many.at("/a")) == []
+
+
+# --- a run-time folder that takes nothing -----------------------------------------------------------------------
+
+
+def obstacle(many: Many) -> Path:
+    """A folder that is in the way of the table of images: as long as it is there that cannot be written."""
+    (record,) = (path for path in discipline.runtime.glob("*/state.json") if str(many.mountpoint) in path.read_text())
+    return record.parent / "mounts" / "table.tmp"
+
+
+def test_a_remount_that_cannot_be_written_down_can_be_repeated_and_unmounted(many: Many) -> None:
+    for again in (True, False):
+        assert many.put("/a", SMALL) == (204, "")
+        obstacle(many).mkdir()
+        status, why = many.put("/a", OTHER, "PUT")
+        assert status == 500 and "table.json" in why, why
+        obstacle(many).rmdir()
+        if again:
+            assert many.put("/a", OTHER, "PUT") == (204, "")
+            assert differences(OTHER, many.at("/a")) == []
+        assert many.umount("/a") == (204, "")
+        assert many.mounted() == []
+
+
+def test_a_mount_that_fails_and_cannot_be_taken_out_of_the_table_ends_nothing(
+    many: Many, tree: Tree, hub: Hub, expect_log: Expect
+) -> None:
+    expect_log("cannot be opened")
+    expect_log("stays in the table")
+    in_the_way = obstacle(many)
+
+    def refuse(_request: Request) -> Reply:
+        in_the_way.mkdir(exist_ok=True)
+        return Reply(404)
+
+    hub.always, hub.open_to_all = refuse, True
+    backend = {"type": "registry", "config": {"scheme": "http", "host": hub.server.host, "repo": REPO}}
+    cache = {"type": "blobcache", "config": {"work_dir": str(many.cache)}}
+    config = json.dumps({"device": {"backend": backend, "cache": cache}, "mode": "direct", "id": "/a"})
+    status, why = many.mount("/a", tree.bootstrap, many.folder, config=config)
+    assert status == 500 and "cannot be opened" in why, why
+    assert many.says_running()
+    in_the_way.rmdir()
+    hub.always = None
+
+    def mounted() -> bool:
+        return many.mount("/a", tree.bootstrap, many.folder, config=config)[0] == 204
+
+    wait_until(mounted, "the image to be mounted", 60)
+    assert (many.at("/a") / NAMES[0]).read_bytes() == tree.contents[NAMES[0]]
+    assert many.umount("/a") == (204, "")
+    assert many.mounted() == []

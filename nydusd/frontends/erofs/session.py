@@ -31,6 +31,8 @@ from nydusd.frontends.fuse.session import (
 from . import fanotify, journal, mount_api, table
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_TRIES = 32
+"""How often a file system is made until no other one is made in the same millisecond. After that its name is not sure."""
 
 
 class Fds(NamedTuple):
@@ -63,10 +65,11 @@ class Range(NamedTuple):
     whole: bool
 
 
-def make(group: int, bootstrap: str, ranges: Sequence[Range], what: str) -> int:
-    """An EROFS, seen nowhere yet, that reads each range through a private mount, marked unless the range is whole: its fd.
+def make(group: int, bootstrap: str, ranges: Sequence[Range], what: str) -> tuple[int, tuple[str, ...]]:
+    """An EROFS, seen nowhere yet, that reads each range through a private mount, marked unless the range is whole.
 
-    Raises MountError, which begins with `what`.
+    Gives its fd, and what the kernel calls it. That is only to be seen by what is there that was not before: if there is more
+    than one, somebody else has made another meanwhile, and ours is made again. Raises MountError, which begins with `what`.
     """
     trees: list[int] = []
     try:
@@ -75,7 +78,14 @@ def make(group: int, bootstrap: str, ranges: Sequence[Range], what: str) -> int:
             if not whole:
                 fanotify.watch(group, trees[-1])
         points.reach("erofs: prepared")
-        return mount_api.make_erofs(bootstrap, map(fanotify.path_of, trees), what)
+        for left in reversed(range(_TRIES)):
+            before = table.instances()
+            mount = mount_api.make_erofs(bootstrap, map(fanotify.path_of, trees), what)
+            names = tuple(name for name in table.instances() if name not in before)
+            if len(names) <= 1 or not left:
+                return mount, names
+            os.close(mount)
+        raise AssertionError
     finally:
         for tree in trees:
             os.close(tree)

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from struct import Struct
 from struct import error as StructError
 from typing import Any
@@ -56,8 +56,8 @@ class File:
 class Mounted:
     """One mount. `place`: as the API calls it; `identity` names the metadata.
 
-    `before` are the kernel's EROFS instances that were there before ours was made; `names` are ours, None while it is not
-    known whether ours was made. `device` is the mount's `major:minor`. `gone`: unmounted by us, and used still.
+    `names` is how the kernel calls the file system, None while it may not be made yet: then nobody has seen it, and it ends
+    with who makes it. `device` is the mount's `major:minor`. `gone`: unmounted by us, and used still.
     """
 
     index: int
@@ -65,25 +65,17 @@ class Mounted:
     mountpoint: str
     identity: str
     files: tuple[File, ...]
-    before: tuple[str, ...]
     names: tuple[str, ...] | None = None
     device: str = ""
     gone: bool = False
 
-    def settled(self) -> Mounted:
-        """The same, `names` filled in by a look at what is there now."""
-        if self.names is not None:
-            return self
-        return replace(self, names=tuple(name for name in instances() if name not in self.before))
-
     def is_alive(self) -> bool:
         """Whether somebody uses the file system still, here or in another mount namespace."""
-        names = self.settled().names or ()
-        return any(os.path.exists(f"{_BDI}/{name}") for name in names)
+        return any(os.path.exists(f"{_BDI}/{name}") for name in self.names or ())
 
     def set_read_ahead(self, *, incomplete: bool) -> None:
         """Set the file system's read-ahead; where that cannot be it is only logged."""
-        set_read_ahead(self.settled().names or (), _READ_AHEAD_KIB if incomplete else _READ_AHEAD_USUAL_KIB)
+        set_read_ahead(self.names or (), _READ_AHEAD_KIB if incomplete else _READ_AHEAD_USUAL_KIB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,5 +161,5 @@ def _parse(content: bytes, revision: int) -> Table:
 def _mounted(raw: dict[str, Any]) -> Mounted:
     names = raw.pop("names")
     files = tuple(File(**(each | {"cuts": tuple(each["cuts"])})) for each in raw.pop("files"))
-    before = tuple(raw.pop("before"))
-    return Mounted(**raw, files=files, before=before, names=None if names is None else tuple(names))
+    raw.pop("before", None)  # of another release
+    return Mounted(**raw, files=files, names=None if names is None else tuple(names))

@@ -1,0 +1,33 @@
+"""Shared memory and files of mounts that are none any more: of one that was being made, or had just ended, at a SIGKILL.
+
+Used by the supervisor in a takeover, before anybody asks for anything. Killed in the middle of it, the next one goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nydusd.storage.cache.manager import SEGMENT_DIGITS
+from nydusd.storage.state.segment import names, remove
+
+if TYPE_CHECKING:
+    from nydusd.supervisor.images import Image
+
+
+def remove_strays(prefix: str, folder: Path, images: Collection[Image], segments: Collection[str]) -> None:
+    """Remove what begins with `prefix`, belongs to none of the images and is none of the segments; and traces in `folder`."""
+    counters = {image.counters for image in images} | {image.files for image in images}
+    for name in names(prefix[1:]):
+        kind, _, rest = name.removeprefix(prefix).partition(".")
+        if kind in ("count", "files"):
+            stray = f"{prefix}{kind}.{rest.partition('.')[0]}" not in counters
+        else:
+            stray = len(kind) == SEGMENT_DIGITS and prefix + kind not in segments
+        if stray:
+            remove(name)
+    traces = {image.trace for image in images}
+    for path in folder.glob("trace.*"):
+        if str(path) not in traces:
+            path.unlink(missing_ok=True)
