@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +24,6 @@ from tests.support.mounted import CHUNK, REPO, Hub, Tree
 from tests.support.segments import in_child, join
 
 SECONDS = 60.0
-ALONE = b"the kernel reads it by itself"
-"""What a front end logs when nothing of a blob is missing."""
 FILES = [f"{number:02}" for number in range(4)]
 Config = dict[str, object]
 
@@ -382,37 +379,6 @@ class MakeRoom(Shared):
         self.end()
 
 
-class Bare(Daemon):
-    """`nydusd erofs` without an image: nothing is mounted at its mount point."""
-
-    def serves(self) -> bool:
-        return self.says_running()
-
-
-class KernelShared(Shared):
-    """An image is mounted by the API and the kernel, read, unmounted."""
-
-    def make(self) -> Daemon:
-        return Bare(
-            None,
-            self.folder,
-            cache=self.cache,
-            config=self.config(),
-            environment=self.plan.environment,
-            verb="erofs",
-            args=("--driver", "fanotify"),
-        )
-
-    def read_all(self, place: str = "") -> None:
-        for name in FILES:
-            found = read(self.daemon.mountpoint / place / name, direct=False)
-            assert found == self.tree.contents[name], f"{name}: wrong bytes"
-
-    def after(self) -> None:
-        super().after()
-        assert os.listdir(self.daemon.mountpoint) == [], "a folder was left"
-
-
 class Life(Scene):
     """A daemon of one image, from its start to its end."""
 
@@ -489,43 +455,3 @@ class OfOthers(Life):
     def before(self) -> None:
         super().before()
         shutil.copytree(self.filled, self.cache)
-
-
-class Kernel(Life):
-    """The same with the kernel's EROFS over the cache files, and fanotify; until the kernel asks nobody any more."""
-
-    verb = "erofs"
-
-    def serve(self) -> None:
-        before = self.daemon.log.stat().st_size
-        super().serve()
-        wait_until(lambda: ALONE in self.daemon.log.read_bytes()[before:], "the kernel to read by itself", SECONDS)
-
-    def read_all(self, place: str = "") -> None:
-        for name in FILES:
-            assert read(self.daemon.mountpoint / name, direct=False) == self.tree.contents[name], f"{name}: wrong bytes"
-
-
-class KernelSuccessors(Kernel):
-    """The same, and its front end is killed while reads wait in it."""
-
-    def serve(self) -> None:
-        wait_until(self.daemon.serves, "the daemon to serve", SECONDS)
-        self.read_while_front_ends_are_killed("erofs")
-
-
-SCENES: dict[str, Callable[[Tree, Path], Scene]] = {
-    "an image comes and goes": Shared,
-    "without a cache": InMemory,
-    "from a registry": Remote,
-    "the supervisor is succeeded": TakeOver,
-    "room is made": MakeRoom,
-    "front ends are succeeded": Successors,
-    "who had the lock is gone": LockLeft,
-    "a daemon's life": Life,
-    "after the end of all": Anew,
-    "in the cache of others": OfOthers,
-    "EROFS with fanotify": Kernel,
-    "its front end is succeeded": KernelSuccessors,
-    "the kernel mounts what the API is told": KernelShared,
-}

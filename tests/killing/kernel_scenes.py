@@ -1,0 +1,101 @@
+"""The same with images that the kernel's EROFS reads by itself, over the cache files; and the list of all scenes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.killing.scenes import (
+    FILES,
+    SECONDS,
+    Anew,
+    InMemory,
+    Life,
+    LockLeft,
+    MakeRoom,
+    OfOthers,
+    Remote,
+    Scene,
+    Shared,
+    Successors,
+    TakeOver,
+    read,
+)
+from tests.support.daemon import Daemon
+from tests.support.discipline import wait_until
+from tests.support.mounted import Tree
+
+ALONE = b"the kernel reads it by itself"
+"""What a front end logs when nothing of a blob is missing."""
+
+
+class Bare(Daemon):
+    """`nydusd erofs` without an image: nothing is mounted at its mount point."""
+
+    def serves(self) -> bool:
+        return self.says_running()
+
+
+class KernelShared(Shared):
+    """An image is mounted by the API and the kernel, read, unmounted."""
+
+    def make(self) -> Daemon:
+        return Bare(
+            None,
+            self.folder,
+            cache=self.cache,
+            config=self.config(),
+            environment=self.plan.environment,
+            verb="erofs",
+            args=("--driver", "fanotify"),
+        )
+
+    def read_all(self, place: str = "") -> None:
+        for name in FILES:
+            found = read(self.daemon.mountpoint / place / name, direct=False)
+            assert found == self.tree.contents[name], f"{name}: wrong bytes"
+
+    def after(self) -> None:
+        super().after()
+        assert os.listdir(self.daemon.mountpoint) == [], "a folder was left"
+
+
+class Kernel(Life):
+    """The same with the kernel's EROFS over the cache files, and fanotify; until the kernel asks nobody any more."""
+
+    verb = "erofs"
+
+    def serve(self) -> None:
+        before = self.daemon.log.stat().st_size
+        super().serve()
+        wait_until(lambda: ALONE in self.daemon.log.read_bytes()[before:], "the kernel to read by itself", SECONDS)
+
+    def read_all(self, place: str = "") -> None:
+        for name in FILES:
+            assert read(self.daemon.mountpoint / name, direct=False) == self.tree.contents[name], f"{name}: wrong bytes"
+
+
+class KernelSuccessors(Kernel):
+    """The same, and its front end is killed while reads wait in it."""
+
+    def serve(self) -> None:
+        wait_until(self.daemon.serves, "the daemon to serve", SECONDS)
+        self.read_while_front_ends_are_killed("erofs")
+
+
+SCENES: dict[str, Callable[[Tree, Path], Scene]] = {
+    "an image comes and goes": Shared,
+    "without a cache": InMemory,
+    "from a registry": Remote,
+    "the supervisor is succeeded": TakeOver,
+    "room is made": MakeRoom,
+    "front ends are succeeded": Successors,
+    "who had the lock is gone": LockLeft,
+    "a daemon's life": Life,
+    "after the end of all": Anew,
+    "in the cache of others": OfOthers,
+    "EROFS with fanotify": Kernel,
+    "its front end is succeeded": KernelSuccessors,
+    "the kernel mounts what the API is told": KernelShared,
+}
