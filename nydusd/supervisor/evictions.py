@@ -33,10 +33,10 @@ class _User(NamedTuple):
 
 
 class Evictions:
-    """`again(request)` starts a request over, `reopen(cache, why)` is called when a cache file turns out to be another."""
+    """`again(requests)` starts requests over, `reopen(cache, why)` is called when a cache file turns out to be another."""
 
     def __init__(
-        self, fetch: WorkerPool, again: Callable[[Request], None], reopen: Callable[[BlobCache, str], None]
+        self, fetch: WorkerPool, again: Callable[[Iterable[Request]], None], reopen: Callable[[BlobCache, str], None]
     ) -> None:
         self._fetch = fetch
         self._again = again
@@ -107,8 +107,8 @@ class Evictions:
             log.warning("blob %s: making room: %s", name, answer["error"])
         if answer.get("type") == "StaleCacheError" and not job.cancelled:
             self._reopen(cache, answer["error"])
-        for request in requests:
-            self._again(request)
+        if requests:
+            self._again(requests)
 
 
 def _is_free(users: Sequence[_User], chunk: int) -> bool:

@@ -78,7 +78,7 @@ class Router:
         )
         self._room = Room(slots, self._launch.cut, self._launch.start_in)
         self._checkpoints = Checkpoints(factory, fetch, self._reopen)
-        self.evictions = Evictions(fetch, self._again, self._reopen)
+        self.evictions = Evictions(fetch, self._all_again, self._reopen)
         self.outages = Outages(deadline)
         self._openings = Openings(fetch, self.outages, self._serve, self._finish)
         self.backend = {"reads": 0, "read_errors": 0, "read_bytes": 0}
@@ -165,6 +165,12 @@ class Router:
         log.error("blob %s chunks %d…: given up after %d rounds", info.blob_id, request.first, _ROUNDS)
         self._finish(request, errno.EIO)
 
+    def _all_again(self, requests: Iterable[Request]) -> None:
+        """The same for several. What they held of shared memory, others may wait for."""
+        for request in requests:
+            self._again(request)
+        self._retry_slots()
+
     def _detach(self, request: Request) -> None:
         """Nothing is to be done for this request any more."""
         cache = request.cache
@@ -214,9 +220,7 @@ class Router:
         self._launch.cancel(cache)
         for pool in (self._fetch, self._decompress):
             pool.cancel(cache)
-        for request in requests:
-            self._again(request)
-        self._retry_slots()
+        self._all_again(requests)
 
     def may_close(self, cache: BlobCache) -> bool:
         """Whether nothing of a blob that no image uses is under way any more. Has its map stored before it says so."""

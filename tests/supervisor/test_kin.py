@@ -52,7 +52,7 @@ def codes(world: World) -> list[tuple[bytes, int, int]]:
 def test_same_image_is_one_cache_and_another_one_is_not(world: World) -> None:
     config = CacheConfig("localfs", {"secret": "of the test"}, "/cache", False)
     info = replace(blob_info(), blob_id="plain")
-    assert world.factory.new_blob_cache(config, info, "image", "/boot", "", False) is world.plain
+    assert world.factory.new_blob_cache(config, info, "image of /boot", "/boot", "", False) is world.plain
     world.plain.users -= 1
 
 

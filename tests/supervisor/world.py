@@ -99,7 +99,7 @@ class World:
             deadline=30.0,
         )
         self.transfers = self.router._launch.transfers
-        former = {} if not term else {cache.spec.info.blob_id: cache for cache in self.blobs}
+        former = {(cache.spec.info.blob_id, cache.spec.bootstrap): cache for cache in self.blobs}
         self.plain = self._blob(former, "plain", "/cache")
         self.batch = self._blob(former, "batch", "/cache")
         self.dummy = self._blob(former, "dummy", None)
@@ -109,14 +109,20 @@ class World:
         self.blobs = [self.plain, self.batch, self.dummy, self.far, self.far_batch, self.far_dummy]
 
     def _blob(
-        self, former: Mapping[str, BlobCache], name: str, work_dir: str | None, backend: str = "localfs"
+        self,
+        former: Mapping[tuple[str, str], BlobCache],
+        name: str,
+        work_dir: str | None,
+        backend: str = "localfs",
+        boot: str = "/boot",
     ) -> BlobCache:
         config = CacheConfig(backend, {"secret": "of the test"}, work_dir, False)
         info = replace(blob_info(), blob_id=name)
-        if name not in former:
-            return self.factory.new_blob_cache(config, info, "image", "/boot", "", False)
-        names_of = Former(former[name].handle, former[name].spec.segment)
-        cache = self.factory.new_blob_cache(config, info, "image", "/boot", "", False, names_of)
+        known = former.get((name, boot))
+        names_of = None if known is None else Former(known.handle, known.spec.segment)
+        cache = self.factory.new_blob_cache(config, info, f"image of {boot}", boot, "", False, names_of)
+        if known is None:
+            return cache
         cache.take_over()
         return cache
 
@@ -227,12 +233,11 @@ class World:
             records += RECORD.pack(coff, uoff, usize // 2, usize, grouped, chunk // 3 if grouped else 0, 0, 0)
             uoff += usize
             coff += usize // 2 if not grouped or chunk % 3 == 2 else 0
-        value = VERIFY if cache.remote else READY
-        state = bytes(value if chunk in ready and cache.caches else EMPTY for chunk in range(CHUNKS))
+        state = self._found(cache, ready)
         Segment.create(
             cache.spec.segment,
             generation=cache.spec.generation,
-            identity=Identity(1, 2, uoff),
+            identity=Identity(1, self._inode(cache), uoff),
             records=records,
             digests=bytes(32 * CHUNKS),
             contexts=b"",
@@ -241,6 +246,15 @@ class World:
             state=state,
         ).close()
         self.done(identity, {"count": CHUNKS, "size": uoff, "ready": state.count(READY)})
+
+    def _found(self, cache: BlobCache, ready: Collection[int]) -> bytes:
+        """The states of a blob that was prepared just now."""
+        value = VERIFY if cache.remote else READY
+        return bytes(value if chunk in ready and cache.caches else EMPTY for chunk in range(CHUNKS))
+
+    def _inode(self, _cache: BlobCache) -> int:
+        """Of its cache file."""
+        return 2
 
     def cache_of(self, identity: bytes) -> BlobCache:
         cache = self.factory.get(self.sent[identity]["handle"])
@@ -373,7 +387,8 @@ class World:
         for cache, claimed in claims.items():
             void = [t for t in self.transfers._open if t.cache is cache and t.generation != cache.spec.generation]
             again = {chunk for t in void if t.again is not None for chunk in t.again.chunks}
-            assert cache.jobs == {chunk: job for chunk, job in claimed.items() if chunk not in again}
+            filling = {chunk: job for chunk, job in cache.jobs.items() if job.kind in ("fill", "fetch")}
+            assert filling == {chunk: job for chunk, job in claimed.items() if chunk not in again}
             self._check_waiters(cache)
         assert not self.router._room._line or self.slots.held(), "a request waits for room that nobody will give up"
         requests = self.router._requests
