@@ -238,5 +238,5 @@ def test_broken_images_are_refused_by_name(tmp_path: Path) -> None:
     assert "0 images named 'other'" in refused("convert", f"{source}:other", tmp_path / "out")
     blob_path(source, digest_of(bad)).write_bytes(b"damaged")
     assert "another digest" in refused("convert", source, tmp_path / "out", "--platform", "linux/amd64")
-    assert "HOST/REPOSITORY:TAG is expected" in refused("convert", "nothing", tmp_path / "out")
+    assert "HOST/REPOSITORY:TAG is expected" in refused("convert", "Nothing", tmp_path / "out")
     assert not (tmp_path / "out/index.json").exists()

@@ -34,20 +34,26 @@ class TokenServer:
     def __init__(self, authority: Authority, life: int = 300) -> None:
         self.life = life
         self.allowed = {f"Basic {AUTH}"}
+        self.identities: set[str] = set()
+        self.readers: set[str] = set()
+        """Repositories whose images may only be read: a request for more gets nothing."""
         self.post = True
         self.server = Faulty()
         self.server.program("/token", self._answer)
         self.realm = f"{self.server.url}/token"
-        self._authority = authority
+        self.authority = authority
 
     def _answer(self, request: Request) -> Reply:
         if request.method == "POST" and not self.post:
             return Reply(405)
-        if request.headers.get("authorization") not in self.allowed:
-            return Reply(401, {}, b'{"errors": []}')
         text = request.body.decode() if request.method == "POST" else urlsplit(request.path).query
         fields = {name: values[0] for name, values in parse_qs(text).items()}
+        known = fields.get("grant_type") == "refresh_token" and fields.get("refresh_token") in self.identities
         kind, name, actions = fields["scope"].split(":")
+        if not known and request.headers.get("authorization") not in self.allowed:
+            return Reply(401, {}, b'{"errors": []}')
+        if name in self.readers and actions != "pull":
+            return Reply(403, {}, b'{"errors": [{"code": "DENIED"}]}')
         access: list[dict[str, object]] = [{"type": kind, "name": name, "actions": actions.split(",")}]
         token = self.token(fields["service"], access)
         return Reply(
@@ -61,7 +67,7 @@ class TokenServer:
         from cryptography.hazmat.primitives.serialization import Encoding
 
         now = int(time.time())
-        chain = [base64.b64encode(self._authority.certificate.public_bytes(Encoding.DER)).decode()]
+        chain = [base64.b64encode(self.authority.certificate.public_bytes(Encoding.DER)).decode()]
         header = {"typ": "JWT", "alg": "ES256", "x5c": chain}
         claims = {
             "iss": "nydusd-test",
@@ -74,7 +80,7 @@ class TokenServer:
             "access": access,
         }
         signed = f"{_b64(json.dumps(header).encode())}.{_b64(json.dumps(claims).encode())}"
-        r, s = utils.decode_dss_signature(self._authority.key.sign(signed.encode(), ec.ECDSA(hashes.SHA256())))
+        r, s = utils.decode_dss_signature(self.authority.key.sign(signed.encode(), ec.ECDSA(hashes.SHA256())))
         return f"{signed}.{_b64(r.to_bytes(32, 'big') + s.to_bytes(32, 'big'))}"
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 from pathlib import Path
 
 from nydusd.cli.image.verb import Verb, processes, size
@@ -19,7 +20,9 @@ _COMPRESSORS = {"none": Compressor.NONE, "lz4_block": Compressor.LZ4_BLOCK, "zst
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
-        "source", metavar="SOURCE", help="the OCI image: HOST/REPOSITORY:TAG, or FOLDER or FOLDER:NAME of an OCI layout"
+        "source",
+        metavar="SOURCE",
+        help="the OCI image: [HOST/]REPOSITORY:TAG, or FOLDER or FOLDER:NAME of an OCI layout",
     )
     add("target", metavar="TARGET", help="where the nydus image goes, in the same words")
     add("--oci-ref", action="store_true", help="leave the data in the layers; make only metadata")
@@ -34,8 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    logging.getLogger("urllib3").setLevel(
+        logging.ERROR
+    )  # what it tries again is no news; what fails is told by our error
     with contextlib.ExitStack() as stack:
-        source, target = (_store(name, args, stack) for name in (args.source, args.target))
+        source = _store(args.source, args, stack)
+        target = _store(args.target, args, stack, push=True)
         digest = convert(
             source,
             target,
@@ -52,12 +59,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"manifest: {digest}")
 
 
-def _store(name: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> Store:
+def _store(name: str, args: argparse.Namespace, stack: contextlib.ExitStack, *, push: bool = False) -> Store:
     """A path (with a slash or a dot in front) or an existing folder is a layout, anything else a registry's."""
     if name.startswith(("/", "./", "../")) or Path(name.partition(":")[0]).is_dir():
         folder, _, tag = name.partition(":")
         return Layout(Path(folder), tag)
-    registry = Registry(name, plain_http=args.plain_http, insecure=args.insecure)
+    registry = Registry(name, plain_http=args.plain_http, insecure=args.insecure, push=push)
     stack.callback(registry.close)
     return registry
 

@@ -1,0 +1,144 @@
+"""Registries as `nydus-image convert` meets them: how images are named there, who may do what, and what is said of failures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nydusd.image.errors import ImageError
+from nydusd.image.oci.names import image_name
+from tests.image.build import image, refused
+from tests.image.test_convert import layers, source_layout
+from tests.support.certificates import Authority
+from tests.support.faulty_server import Reply, faulty
+from tests.support.registry import AUTH, TokenServer, docker_registry
+
+PLATFORM = ("--platform", "linux/amd64")
+HUB = "registry-1.docker.io"
+DIGEST = f"sha256:{'a' * 64}"
+
+
+@pytest.mark.parametrize(
+    ("reference", "server", "repo", "tag"),
+    [
+        ("python", HUB, "library/python", "latest"),
+        ("python:3.12", HUB, "library/python", "3.12"),
+        ("user/app:1", HUB, "user/app", "1"),
+        ("docker.io/python:3.12", HUB, "library/python", "3.12"),
+        ("docker.io/library/python:3.12", HUB, "library/python", "3.12"),
+        ("index.docker.io/user/app", HUB, "user/app", "latest"),
+        ("registry-1.docker.io/library/python:3.12", HUB, "library/python", "3.12"),
+        (f"python:3.12@{DIGEST}", HUB, "library/python", DIGEST),
+        ("localhost/app", "localhost", "app", "latest"),
+        ("localhost:5000/a/b:c", "localhost:5000", "a/b", "c"),
+        ("host:5000/app", "host:5000", "app", "latest"),
+        ("[::1]:5000/app:1", "[::1]:5000", "app", "1"),
+        (f"registry.example/a__b/c-d.e@{DIGEST}", "registry.example", "a__b/c-d.e", DIGEST),
+    ],
+)
+def test_names_of_images_are_read_as_docker_reads_them(reference: str, server: str, repo: str, tag: str) -> None:
+    name = image_name(reference)
+    assert (name.server, name.repo, name.tag) == (server, repo, tag)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["", "Upper", "a/../b", "host.example/", "host.example//a", "a:", "a:-b", "a@sha256:1", "a b", "a/b?c", "a:\n"],
+)
+def test_what_is_no_name_of_an_image_is_refused(reference: str) -> None:
+    with pytest.raises(ImageError, match="HOST/REPOSITORY:TAG is expected"):
+        image_name(reference)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Iterator[TokenServer]:
+    with contextlib.closing(TokenServer(Authority(tmp_path / "keys"))) as server:
+        yield server
+
+
+@pytest.fixture
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that `docker login` writes."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    return tmp_path / "config.json"
+
+
+def test_login_by_a_browser_is_used_as_docker_uses_it(tmp_path: Path, docker: Path, tokens: TokenServer) -> None:
+    """What the login has left is an identity token, which the token server alone takes."""
+    source = source_layout(tmp_path, layers()[:1])
+    tokens.identities = {"secret-identity"}
+    with docker_registry(tmp_path / "registry", auth="token", authority=tokens.authority, tokens=tokens) as registry:
+        target = f"{registry.host}/some/repo:nydus"
+        for identity in ("wrong-identity", "secret-identity"):
+            docker.write_text(json.dumps({"auths": {registry.host: {"identitytoken": identity}}}))
+            if identity in tokens.identities:
+                image("convert", source, target, "--plain-http", *PLATFORM)
+            else:
+                text = refused("convert", source, target, "--plain-http", *PLATFORM)
+                assert "status 401" in text and "are not taken; log in" in text and identity not in text
+    assert {request.method for request in tokens.server.requests} == {"POST"}
+
+
+def test_who_may_only_read_the_source_can_convert_it(tmp_path: Path, docker: Path, tokens: TokenServer) -> None:
+    oci = source_layout(tmp_path, layers()[:1])
+    with docker_registry(tmp_path / "registry", auth="token", authority=tokens.authority, tokens=tokens) as registry:
+        docker.write_text(json.dumps({"auths": {registry.host: {"auth": AUTH}}}))
+        source, target = f"{registry.host}/read/only:1", f"{registry.host}/my/own:1"
+        image("convert", oci, source, "--plain-http", *PLATFORM)
+        tokens.readers = {"read/only"}
+        text = refused("convert", source, target, "--plain-http", *PLATFORM)
+        assert "layer sha256:" in text  # it was read: that a nydus blob is no tar is the only fault
+        text = refused("convert", oci, source, "--plain-http", *PLATFORM)
+        assert "it gives no token (status 403) for repository:read/only:pull,push" in text
+
+
+def test_unreachable_registries_are_told_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    authority = Authority(tmp_path / "keys")
+
+    def said(host: str, *options: str) -> str:
+        text = refused("convert", f"{host}/app:1", tmp_path / "out", *options)
+        assert text.startswith(f"{host}/app:1: {host}: ")
+        return text
+
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and nobody listens
+        assert "connection refused: does a registry listen there" in said(f"127.0.0.1:{bound.getsockname()[1]}")
+    assert "this host name is not known here" in said("registry.invalid")
+    with faulty(authority.server_context()) as server:
+        assert "its certificate is not trusted (unable to get local issuer certificate)" in said(server.host)
+        assert "manifest: status 404: there is nothing of that name" in refused(
+            "convert", f"{server.host}/app:1", tmp_path / "out", "--insecure"
+        )
+    with faulty() as server:
+        assert "it does not speak TLS as we do: --plain-http" in said(server.host)
+        server.default = lambda request: Reply(200, {}, b"{", length=100, cut=1)
+        assert "the connection ended in the middle" in said(server.host, "--plain-http")
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (Reply(401), "app:1: it wants credentials; log in with docker (or podman) first"),
+        (Reply(403, {}, b'{"errors": [{"code": "DENIED", "message": "free text"}]}'), "status 403 (DENIED): whoever docker"),
+        (Reply(404, {}, b'{"errors": [{"code": "MANIFEST_UNKNOWN"}]}'), "status 404 (MANIFEST_UNKNOWN): there is nothing"),
+        (Reply(429, {}, b'{"errors": 5}'), "status 429: too many requests: wait, or log in"),
+        (Reply(503, {}, b"<html>"), "status 503: the registry itself has failed: try again later"),
+        (Reply(400), "status 400: it may want TLS: try without --plain-http"),
+        (Reply(401, {"WWW-Authenticate": 'Bearer realm="ftp://x/"'}), "it names a token server by no usable URL"),
+        (Reply(401, {"WWW-Authenticate": 'Bearer realm="http://127.0.0.1:1/"'}), "it gives no token: connection refused"),
+    ],
+)  # fmt: skip
+def test_refusals_are_told_with_what_to_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: Reply, expected: str
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    with faulty() as server:
+        server.default = lambda request: reply
+        text = refused("convert", f"{server.host}/app:1", tmp_path / "out", "--plain-http")
+    assert expected in text and "free text" not in text
