@@ -3,7 +3,7 @@
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 BIN := .venv/bin
 PREFIX ?= /usr/local
-CHECKED := nydusd workers bench tests scripts/demo scripts/run-tests scripts/reference
+CHECKED := nydusd workers bench tests scripts/demo scripts/demo-run scripts/run-tests scripts/reference
 
 .PHONY: help setup demo test test-containerd test-fscache lint fuzz torture endurance kill-points bench bench-erofs bench-delays reference install deb clean
 
@@ -30,7 +30,7 @@ setup:
 	@PYTHON='$(PYTHON)' scripts/setup
 
 demo: setup
-	@SOURCE='$(SOURCE)' $(BIN)/python scripts/demo
+	@$(BIN)/python scripts/demo
 
 lint: setup
 	$(BIN)/ruff check $(CHECKED)

@@ -98,6 +98,21 @@ def convert(source: Store, target: Store, options: ConvertOptions) -> str:
         return _Conversion(source, target, options, Path(name)).run()
 
 
+def find_manifest(source: Store, platform: str = "") -> Json:
+    """The manifest of an image: of an index, the one for a platform (OS/ARCH; empty: this machine's). Raises `ImageError`."""
+    data, media_type = source.manifest()
+    found = parse(data, "manifest")
+    if media_type in INDEXES or "manifests" in found:
+        wanted = platform or f"linux/{_machine()}"
+        choices = descriptors(found.get("manifests"), "index")
+        chosen = [one for one in choices if _platform(one) == wanted]
+        if not chosen:
+            have = ", ".join(sorted(_platform(one) for one in choices))
+            raise ImageError(f"the image has no manifest for {wanted}, only for: {have}")
+        found = parse(source.manifest_of(chosen[0]), "manifest")
+    return found
+
+
 class _Conversion:
     def __init__(self, source: Store, target: Store, options: ConvertOptions, work: Path) -> None:
         self._source = source
@@ -107,7 +122,7 @@ class _Conversion:
         self._cache = options.cache or work / "cache"
 
     def run(self) -> str:
-        manifest = self._manifest()
+        manifest = find_manifest(self._source, self._options.platform)
         layers = descriptors(manifest.get("layers"), "manifest: layers")
         config_at = descriptor(manifest.get("config"), "manifest: config")
         config_file = self._work / "config"
@@ -134,19 +149,6 @@ class _Conversion:
         entries.append(entry)
         diff_ids.append(diff_id)
         return self._publish(manifest, config, entries, diff_ids)
-
-    def _manifest(self) -> Json:
-        data, media_type = self._source.manifest()
-        found = parse(data, "manifest")
-        if media_type in INDEXES or "manifests" in found:
-            wanted = self._options.platform or f"linux/{_machine()}"
-            choices = descriptors(found.get("manifests"), "index")
-            chosen = [one for one in choices if _platform(one) == wanted]
-            if not chosen:
-                have = ", ".join(sorted(_platform(one) for one in choices))
-                raise ImageError(f"the image has no manifest for {wanted}, only for: {have}")
-            found = parse(self._source.manifest_of(chosen[0]), "manifest")
-        return found
 
     def _convert_layers(self, layers: Sequence[Json]) -> list[ConvertedLayer]:
         """All layers, in order; those of the same digest once. What the cache has is not converted again."""
