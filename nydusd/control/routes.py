@@ -142,13 +142,8 @@ def _log_level(body: bytes) -> Json:
 
 
 def _gc_order(body: bytes) -> Json:
-    """An optional JSON object with `target`, the bytes that a cache folder may still take afterwards."""
-    if not body:
-        return {"target": None}
-    try:
-        data = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refused(400, 'ParseBody(Error("the body is not JSON"))') from None
+    """A JSON object with, perhaps, `target`: the bytes that a cache folder may still take afterwards."""
+    data = _json(body)
     if not isinstance(data, dict):
         raise Refused(400, 'ParseBody(Error("the body must be an object"))')
     target = data.get("target")

@@ -77,6 +77,9 @@ def refused(method: str, target: str, body: bytes = b"") -> tuple[int, str]:
             {"op": "scale_workers", "wanted": {"decompress": 4}},
         ),
         ("PUT", "/api/v1/nydusd/workers/upgrade", b"", {"op": "upgrade_workers"}),
+        ("GET", "/api/v1/nydusd/quota", b"", {"op": "quota"}),
+        ("PUT", "/api/v1/nydusd/quota", b"{}", {"op": "gc", "target": None}),
+        ("PUT", "/api/v1/nydusd/quota", b'{"target": 0, "x": 1}', {"op": "gc", "target": 0}),
     ],
 )
 def test_request_becomes_an_operation(method: str, target: str, body: bytes, message: dict[str, object]) -> None:
@@ -152,6 +155,24 @@ def test_request_becomes_an_operation(method: str, target: str, body: bytes, mes
             )
             for files in (b'"/a"', b"{}", b"[1]")
         ),
+        *(
+            ("PUT", path, body, 400, f'ParseBody(Error("{why}"))')
+            for path, body, why in (
+                ("/api/v1/nydusd/quota", b"{", "the body is not JSON"),
+                ("/api/v1/nydusd/quota", b"\xff", "the body is not JSON"),
+                ("/api/v1/nydusd/quota", b"[" * 100_000, "the body is not JSON"),
+                *(("/api/v1/nydusd/quota", body, "the body must be an object") for body in (b"[]", b"null", b"5")),
+                *(
+                    ("/api/v1/nydusd/quota", b'{"target":%s}' % value, "target must be a number of bytes")
+                    for value in (b"-1", b"1.5", b'"1"', b"true", b"[]", b"{}")
+                ),
+                ("/api/v1/nydusd/workers", b"{", "the body is not JSON"),
+                ("/api/v1/nydusd/workers", b"[]", "the body must be an object: numbers of workers by role"),
+            )
+        ),
+        ("PUT", "/api/v1/nydusd/quota", b"", 400, "BadRequest"),
+        ("PUT", "/api/v1/nydusd/workers", b"", 400, "BadRequest"),
+        ("PUT", "/api/v1/nydusd/workers/upgrade", b"{}", 400, "BadRequest"),
         ("GET", "/api/v2/blobs?blob_id=x", b"", 400, "BadRequest"),
         ("DELETE", "/api/v2/blobs", b"", 400, "BadRequest"),
         ("PUT", "/api/v2/blobs", b"[]", 400, 'ParseBody(Error("the body must be an object"))'),

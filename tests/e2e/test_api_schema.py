@@ -20,9 +20,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from nydusd.control.routes import DESCRIPTION, ROUTES
 from tests.support import oracle
 from tests.support.daemon import Daemon
 from tests.support.discipline import wait_until
+from tests.support.singleton import Singleton, entry
 
 SCHEMA = schemathesis.openapi.from_path(Path(__file__).resolve().parents[2] / "docs" / "openapi.yaml")
 CHECKS: list[CheckFunction] = [content_type_conformance, response_schema_conformance, status_code_conformance]
@@ -63,10 +65,10 @@ def blobs(daemon: Daemon) -> list[dict[str, object]]:
     return list(answer["blobs"])
 
 
-@pytest.fixture(scope="module")
-def base() -> Iterator[str]:
-    with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:
-        wait_until(lambda: all(row["state"] == "ready" for row in blobs(daemon)), "the blob to be opened")
+@contextlib.contextmanager
+def reached(daemon: Daemon) -> Iterator[str]:
+    """The address of a daemon that runs; it lives at the end."""
+    with daemon:
         bridge = _Bridge(("127.0.0.1", 0), _Handler)
         bridge.path = str(daemon.apisock)
         thread = threading.Thread(target=bridge.serve_forever)
@@ -80,10 +82,36 @@ def base() -> Iterator[str]:
             bridge.server_close()
 
 
+@pytest.fixture(scope="module")
+def base() -> Iterator[str]:
+    daemon = Daemon(IMAGE.bootstrap, IMAGE.blobs)
+    with reached(daemon) as address:
+        wait_until(lambda: all(row["state"] == "ready" for row in blobs(daemon)), "the blob to be opened")
+        yield address
+
+
+@pytest.fixture(scope="module")
+def singleton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with reached(Singleton(entry("first", IMAGE, tmp_path_factory.mktemp("cache")))) as address:
+        yield address
+
+
+def test_each_route_is_described_and_no_other() -> None:
+    described = {path: set(methods) - {"parameters"} for path, methods in SCHEMA.raw_schema["paths"].items()}
+    served = {path: {method.lower() for method in methods} for path, methods in ROUTES.items()}
+    assert described == {**served, DESCRIPTION: {"get"}}
+
+
 @SCHEMA.exclude(operation_id="exit").parametrize()
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 def test_every_answer_is_described(case: schemathesis.Case[Any], base: str) -> None:
     case.call_and_validate(base_url=base, checks=CHECKS)
+
+
+@SCHEMA.include(tag=["blobs", "operator"]).exclude(operation_id="upgradeWorkers").parametrize()
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+def test_every_answer_of_a_singleton_is_described(case: schemathesis.Case[Any], singleton: str) -> None:
+    case.call_and_validate(base_url=singleton, checks=CHECKS)
 
 
 def test_the_description_is_served_as_it_is_in_docs(base: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,42 +10,9 @@ import pytest
 
 from tests.support import oracle
 from tests.support.daemon import Daemon
+from tests.support.singleton import Singleton, entry
 
 V6, V5 = oracle.image("v6-zstd-blake3"), oracle.image("v5-zstd-blake3")
-
-
-class Singleton(Daemon):
-    """A daemon without a mount; `entries` are in its configuration file."""
-
-    def __init__(self, *entries: dict[str, object]) -> None:
-        super().__init__(None, Path("/nonexistent"))
-        config = self.folder / "config.json"
-        config.write_text(json.dumps({"blobs": list(entries)}))
-        self.command = [sys.executable, "-m", "nydusd", "singleton", "-C", str(config), "-A", str(self.apisock)]
-
-    def serves(self) -> bool:
-        if not self.apisock.exists():
-            return False
-        try:
-            return self.request("GET", "/api/v2/daemon", seconds=2.0)[0] == 200
-        except OSError:
-            return False
-
-
-def entry(name: str, image: oracle.Image, cache: Path, domain: str = "d") -> dict[str, object]:
-    return {
-        "type": "bootstrap",
-        "id": name,
-        "domain_id": domain,
-        "config": {
-            "id": name,
-            "backend_type": "localfs",
-            "backend_config": {"dir": str(image.blobs)},
-            "cache_type": "filecache",
-            "cache_config": {"work_dir": str(cache)},
-            "metadata_path": str(image.bootstrap),
-        },
-    }
 
 
 @pytest.fixture
