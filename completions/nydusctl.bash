@@ -12,7 +12,10 @@ _nydusctl() {
     done
     case "$path $prev" in
         " -S"|" --sock") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/metrics/backend -m"|"/metrics/backend --mountpoint") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/metrics/backend -I"|"/metrics/backend --interval") COMPREPLY=(); return ;;
+        "/metrics/cache -m"|"/metrics/cache --mountpoint") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/metrics/fsstats -m"|"/metrics/fsstats --mountpoint") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/mount -s"|"/mount --source") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/mount -c"|"/mount --config") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/mount -m"|"/mount --mountpoint") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
@@ -23,7 +26,7 @@ _nydusctl() {
         "/cache --blob") COMPREPLY=(); return ;;
         "/top -i"|"/top --interval") COMPREPLY=(); return ;;
         "/top -n"|"/top --turns") COMPREPLY=(); return ;;
-        "/trace --mountpoint") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        "/trace -m"|"/trace --mountpoint") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
         "/bugreport -o"|"/bugreport --output") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
     esac
     case "$path" in
@@ -31,16 +34,16 @@ _nydusctl() {
         '/set') COMPREPLY=($(compgen -W '-h --help log-level' -- "$cur")) ;;
         '/set/log-level') COMPREPLY=($(compgen -W '-h --help off error warn info debug trace' -- "$cur")) ;;
         '/metrics') COMPREPLY=($(compgen -W '-h --help backend cache fsstats' -- "$cur")) ;;
-        '/metrics/backend') COMPREPLY=($(compgen -W '-h --help -I --interval' -- "$cur")) ;;
-        '/metrics/cache') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
-        '/metrics/fsstats') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
+        '/metrics/backend') COMPREPLY=($(compgen -W '-h --help -m --mountpoint -I --interval' -- "$cur")) ;;
+        '/metrics/cache') COMPREPLY=($(compgen -W '-h --help -m --mountpoint' -- "$cur")) ;;
+        '/metrics/fsstats') COMPREPLY=($(compgen -W '-h --help -m --mountpoint' -- "$cur")) ;;
         '/info') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
         '/mount') COMPREPLY=($(compgen -W '-h --help -s --source -c --config -m --mountpoint -t --type' -- "$cur")) ;;
         '/umount') COMPREPLY=($(compgen -W '-h --help -m --mountpoint' -- "$cur")) ;;
         '/cache') COMPREPLY=($(compgen -W '-h --help --to --map --png --blob gc' -- "$cur")) ;;
         '/workers') COMPREPLY=($(compgen -W '-h --help upgrade scale' -- "$cur")) ;;
         '/top') COMPREPLY=($(compgen -W '-h --help -i --interval -n --turns' -- "$cur")) ;;
-        '/trace') COMPREPLY=($(compgen -W '-h --help --mountpoint --prefetch-list --prefetch-ranges' -- "$cur")) ;;
+        '/trace') COMPREPLY=($(compgen -W '-h --help -m --mountpoint --prefetch-list --prefetch-ranges' -- "$cur")) ;;
         '/bugreport') COMPREPLY=($(compgen -W '-h --help -o --output' -- "$cur")) ;;
     esac
 }

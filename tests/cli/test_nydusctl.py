@@ -193,6 +193,21 @@ def test_metrics_fsstats(api: ApiProcess, capsys: pytest.CaptureFixture[str]) ->
     assert ["<=1ms", "2"] in [line.split() for line in lines]
 
 
+@pytest.mark.parametrize("verb", ["backend", "cache", "fsstats"])
+def test_metrics_of_one_image_of_several(
+    verb: str, api: ApiProcess, answers: Answers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ctl(api, "metrics", verb, "-m", "/b", capsys=capsys)
+    (asked,) = api.supervisor.asked
+    assert asked["id"] == "/b"
+    answers.by_op = {"load": {"images": ["/a", "/b"]}}
+    why = "Error: --mountpoint: name one of /a, /b\n"
+    assert failure(api.path, "metrics", verb, capsys=capsys) == why
+    assert failure(api.path, "metrics", verb, "--mountpoint", "/c", capsys=capsys) == why
+    answers.by_op = {"load": {"images": []}}
+    assert "NoCounter" in failure(api.path, "metrics", verb, capsys=capsys)
+
+
 @pytest.mark.parametrize(
     ("args", "op"),
     [

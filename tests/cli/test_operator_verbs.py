@@ -297,6 +297,12 @@ class TestTop:
         daemon.by_op["metrics_backend"] = [slow, quick, slow | later, quick | {"read_count": 2}]
         assert "slowest backend  s of /a:" in "\n".join(self.run(api, capsys))
 
+    def test_says_of_which_images_the_backends_were_asked(
+        self, api: ApiProcess, daemon: Daemon, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        daemon.by_op["load"] = load() | {"images": [f"/{number}" for number in range(65)]}
+        assert "slowest backend (of the first 64 of 65 images)  none was asked" in self.run(api, capsys)
+
     def test_daemon_that_began_anew_shows_no_negative_rates(
         self, api: ApiProcess, daemon: Daemon, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from bench.image import build
 from tests.support import manifest, oracle
-from tests.support.daemon import Daemon, wait_for_role
+from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import wait_until
 
 FIRST = oracle.image("v6-zstd-blake3")
@@ -52,6 +53,25 @@ def test_images_are_mounted_and_unmounted_side_by_side(daemon: Daemon) -> None:
     assert os.listdir(daemon.mountpoint) == []
     mount(daemon, "/a", SECOND)
     assert_right(daemon, "/a", SECOND)
+
+
+def test_nydusctl_mounts_and_unmounts_and_names_an_image_of_several(daemon: Daemon) -> None:
+    config = daemon.folder / "image.json"
+    config.write_text(json.dumps(image_config(FIRST.blobs, daemon.cache)))
+    for place in ("/a", "/b/c"):
+        assert daemon.ctl("mount", "-s", str(FIRST.bootstrap), "-c", str(config), "-m", place) == ""
+        assert_right(daemon, place, FIRST)
+    assert "Instance:     /b/c\n" in daemon.ctl("metrics", "fsstats", "-m", "/b/c")
+    assert "Backend Type:" in daemon.ctl("metrics", "backend", "-m", "/a")
+    assert "Hit Ratio:" in daemon.ctl("metrics", "cache", "-m", "/a")
+    with pytest.raises(AssertionError, match="--mountpoint: name one of /a, /b/c\n"):
+        daemon.ctl("metrics", "fsstats")
+    with pytest.raises(AssertionError, match=r"exit status 1\nError: .*object or filesystem already exists"):
+        daemon.ctl("mount", "-s", str(SECOND.bootstrap), "-c", str(config), "-m", "/a")
+    assert daemon.ctl("umount", "-m", "/a") == ""
+    assert os.listdir(daemon.mountpoint) == ["b"]
+    with pytest.raises(AssertionError, match=r"exit status 1\nError: .*object or filesystem doesn't exist"):
+        daemon.ctl("umount", "-m", "/a")
 
 
 def test_wrong_mounts_are_refused_in_the_known_words_and_harm_nothing(daemon: Daemon, tmp_path: Path) -> None:

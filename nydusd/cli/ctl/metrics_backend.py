@@ -1,4 +1,4 @@
-"""`nydusctl metrics backend [-I SECONDS]`: what was read from the backend (GET /api/v1/metrics/backend)."""
+"""`nydusctl metrics backend [-I SECONDS] [-m PATH]`: what was read from the backend (GET /api/v1/metrics/backend)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 from nydusd.cli.ctl.connection import Api
+from nydusd.cli.ctl.image import add_mountpoint, metrics_of
 from nydusd.cli.ctl.text import SIZE_CLASSES, list_at, number_at, one_line, pairs, table, text_at
 from nydusd.cli.ctl.verb import Verb
 
@@ -21,15 +22,16 @@ def _seconds(text: str) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_mountpoint(parser)
     parser.add_argument(
         "-I", "--interval", type=_seconds, metavar="SECONDS", help="print what happened in each interval, until Ctrl-C"
     )
 
 
 def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
-    metrics = api.get(PATH)
+    metrics = metrics_of(api, PATH, args.mountpoint)
     if args.interval is not None:
-        yield from _intervals(api, metrics, args.interval)
+        yield from _intervals(api, metrics, args)
     elif args.raw:
         yield one_line(metrics)
     else:
@@ -61,10 +63,11 @@ def _average(total: object, count: object) -> str:
     return "-"
 
 
-def _intervals(api: Api, before: dict[str, object], seconds: float) -> Iterator[str]:
+def _intervals(api: Api, before: dict[str, object], args: argparse.Namespace) -> Iterator[str]:
+    seconds = args.interval
     while True:
         time.sleep(seconds)
-        now = api.get(PATH)
+        now = metrics_of(api, PATH, args.mountpoint)
         amount = number_at(now, "read_amount_total") - number_at(before, "read_amount_total")
         count = number_at(now, "read_count") - number_at(before, "read_count")
         key = "read_cumulative_latency_millis_total"

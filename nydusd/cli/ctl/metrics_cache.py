@@ -1,4 +1,4 @@
-"""`nydusctl metrics cache`: how the blob cache does (GET /api/v1/metrics/blobcache)."""
+"""`nydusctl metrics cache [-m PATH]`: how the blob cache does (GET /api/v1/metrics/blobcache)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Iterator
 
 from nydusd.cli.ctl.connection import Api
+from nydusd.cli.ctl.image import add_mountpoint, metrics_of
 from nydusd.cli.ctl.text import MISSING, list_at, number_at, one_line, pairs, printable, text_at
 from nydusd.cli.ctl.verb import Verb
 
 
 def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
-    metrics = api.get("/api/v1/metrics/blobcache")
+    metrics = metrics_of(api, "/api/v1/metrics/blobcache", args.mountpoint)
     if args.raw:
         yield one_line(metrics)
         return
@@ -49,4 +50,4 @@ def _ratio(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else MISSING
 
 
-VERB = Verb(("metrics", "cache"), "how the blob cache does", run)
+VERB = Verb(("metrics", "cache"), "how the blob cache does", run, add_mountpoint)

@@ -1,4 +1,4 @@
-"""`nydusctl metrics fsstats`: what was asked of the file system (GET /api/v1/metrics)."""
+"""`nydusctl metrics fsstats [-m PATH]`: what was asked of the file system (GET /api/v1/metrics)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 
 from nydusd.cli.ctl.connection import Api
+from nydusd.cli.ctl.image import add_mountpoint, metrics_of
 from nydusd.cli.ctl.text import SIZE_CLASSES, list_at, one_line, pairs, table, text_at
 from nydusd.cli.ctl.verb import Verb
 
@@ -31,7 +32,7 @@ READ = OPERATIONS.index("Read")
 
 
 def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
-    metrics = api.get("/api/v1/metrics")
+    metrics = metrics_of(api, "/api/v1/metrics", args.mountpoint)
     if args.raw:
         yield one_line(metrics)
         return
@@ -68,4 +69,4 @@ def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
     )
 
 
-VERB = Verb(("metrics", "fsstats"), "what was asked of the file system", run)
+VERB = Verb(("metrics", "fsstats"), "what was asked of the file system", run, add_mountpoint)

@@ -151,7 +151,9 @@ def _slowest(before: Sample, now: Sample, seconds: float) -> str:
             if "read_cumulative_latency_millis_total" in metrics:
                 text += f", {millis:.1f} ms each"
             found.append((millis, text))
-    return "slowest backend  " + (max(found)[1] if found else "none was asked")
+    images = len(list_at(now.load, "images"))
+    part = f" (of the first {_MAX_BACKENDS} of {images} images)" if images > _MAX_BACKENDS else ""
+    return f"slowest backend{part}  " + (max(found)[1] if found else "none was asked")
 
 
 def _row(before: Sample, process: object, seconds: float) -> list[str]:

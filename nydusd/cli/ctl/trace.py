@@ -1,4 +1,4 @@
-"""`nydusctl trace [--prefetch-list|--prefetch-ranges] [--mountpoint PATH]`: which files and chunks were read, in the order of
+"""`nydusctl trace [--prefetch-list|--prefetch-ranges] [-m PATH]`: which files and chunks were read, in the order of
 their first reads.
 
 Noted since the mount: a file's first read and the first read of each of its chunks, as far as the daemon was asked and the page
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from nydusd.cli.ctl.connection import Api
+from nydusd.cli.ctl.image import add_mountpoint
 from nydusd.cli.ctl.text import list_at, one_line, printable, table, text_at
 from nydusd.cli.ctl.verb import Verb
 from nydusd.errors import NydusError
@@ -31,7 +32,7 @@ HEAD = ("TIME", "BLOB", "CHUNKS", "MISS", "FILE")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mountpoint", metavar="PATH", help="the image at this place (needed if there are several)")
+    add_mountpoint(parser)
     lists = parser.add_mutually_exclusive_group()
     lists.add_argument("--prefetch-list", action="store_true", help="only the paths of the files, one a line")
     lists.add_argument(
