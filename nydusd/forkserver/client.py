@@ -69,6 +69,8 @@ class _Server:
         self.process = Process(pid)
         self.commit = commit
         self.ready = ready
+        self.holds = False
+        """Whether all that is to be held is in its line at least, from where it takes it whatever becomes of us."""
         self.since = time.monotonic()
 
     def close(self) -> None:
@@ -105,7 +107,7 @@ class ForkServer:
         self.waits = True
         """Whether a child may wait for a fork server that is loading: else `spawn` raises LoadingError."""
         self.started: Callable[[], None] = lambda: None
-        """Called when there is another one, before it holds anything: so that a successor ends it."""
+        """Called when there is another one, before it holds anything: so that a successor ends it. And when it holds."""
         self._given = -1 if made is None else made[2]
         """What holds the environment that we were given, where /proc/self/environ does not."""
         if made is None:
@@ -122,6 +124,11 @@ class ForkServer:
     def pids(self) -> list[int]:
         """All that there are now."""
         return [server.process.pid for server in self._servers]
+
+    @property
+    def holders(self) -> list[int]:
+        """Those of them that hold what they are to hold."""
+        return [server.process.pid for server in self._servers if server.holds]
 
     @property
     def commit(self) -> str:
@@ -297,16 +304,19 @@ class ForkServer:
         self._servers.append(server)
         self.started()
         self._have_held(server, self.held)
+        if server.holds:
+            self.started()
         self._have_guarded()
 
     @staticmethod
     def _have_held(server: _Server, fds: Sequence[int]) -> None:
+        server.holds = server.holds or bool(fds)
         for start in range(0, len(fds), FDS_MAX):
             part = list(fds[start : start + FDS_MAX])
             if not _send(server, {"hold": part}, part):
-                server.process.send_signal(
-                    signal.SIGKILL
-                )  # it is counted on to have them: without them, better another
+                server.holds = False
+                # It is counted on to have them: without them, better another.
+                server.process.send_signal(signal.SIGKILL)
 
     def _have_guarded(self) -> None:
         """By the one that is asked; where there is no room for what it needs, later.

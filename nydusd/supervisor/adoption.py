@@ -40,6 +40,7 @@ from nydusd.supervisor.runtime import end
 if TYPE_CHECKING:
     from nydusd.cli.options import FuseOptions
     from nydusd.config import Config
+    from nydusd.forkserver.client import ForkServer
     from nydusd.supervisor.children import Child
     from nydusd.supervisor.fd_store import FdStore
     from nydusd.supervisor.handover import Sent
@@ -62,7 +63,10 @@ class _Lane(msgspec.Struct, array_like=True):
 
 
 class _Holder(msgspec.Struct):
-    """A front end, or the fork server, which holds the fds of all lanes."""
+    """A front end ("fuse"), or a fork server, which holds the fds of all lanes ("keeper") or is about to ("starting").
+
+    Of the last it is known only that it must be ended: it may die with its supervisor and never have had them.
+    """
 
     role: str
     index: int
@@ -137,8 +141,8 @@ def parameters(options: FuseOptions, config: Config) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def record_of(session: Session, what: str, children: Sequence[Child], keepers: Sequence[int]) -> Json:
-    """What a successor must know. `what` are the parameters; the processes `keepers` hold all fds, under our numbers."""
+def record_of(session: Session, what: str, children: Sequence[Child], fork_server: ForkServer) -> Json:
+    """What a successor must know. `what` are the parameters; a fork server holds all fds under our numbers."""
     lanes = [[*lane, os.fstat(lane.journal).st_ino] for lane in session.lanes]
     holders = [
         {
@@ -153,8 +157,9 @@ def record_of(session: Session, what: str, children: Sequence[Child], keepers: S
         for child in children
         if child.role == "fuse" and child.pid
     ]
-    for keeper in keepers:
-        row = {"role": "keeper", "index": 0, "generation": 0, "pid": keeper, "start": start_time(keeper), "commit": ""}
+    for keeper in fork_server.pids:
+        role = "keeper" if keeper in fork_server.holders else "starting"
+        row = {"role": role, "index": 0, "generation": 0, "pid": keeper, "start": start_time(keeper), "commit": ""}
         holders.append(row | {"lanes": lanes})
     return {
         "version": VERSION,

@@ -215,7 +215,7 @@ class Family:
             if not self._parameters:
                 self._parameters = parameters(self._options, self._config)
             self._have_held(self.session)
-            more |= record_of(self.session, self._parameters, self.children, self.fork_server.pids)
+            more |= record_of(self.session, self._parameters, self.children, self.fork_server)
         # Not those that hold what a successor takes over before it ends them.
         pids = [*self.fork_server.pids, *(child.pid for child in self.children if child.role not in ("erofs", "guard"))]
         pids += self.others()

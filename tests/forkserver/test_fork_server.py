@@ -410,9 +410,9 @@ def test_where_there_is_no_room_for_a_copy_or_a_guardian_it_is_made_later(monkey
 
 
 def test_one_that_is_started_is_known_of_before_it_holds_anything() -> None:
-    """A successor ends it then, whenever its supervisor is killed; what it is to hold lies in its line from then on."""
+    """A successor ends it then, whenever its supervisor is killed. It counts as a holder when all is in its line."""
     reader, writer = os.pipe()
-    known: list[tuple[list[int], list[int]]] = []
+    known: list[tuple[list[int], list[tuple[list[int], list[int]]]]] = []
     with open(reader, "rb"), open(writer, "wb"), fork_server() as server:
         server.hold([reader])
         before = wait_for_copy(server)
@@ -422,8 +422,8 @@ def test_one_that_is_started_is_known_of_before_it_holds_anything() -> None:
             known.append((server.pids, list(noted)))
             return send(*args)  # type: ignore[arg-type]
 
-        noted: list[int] = []
-        server.started = lambda: noted.extend(server.pids)
+        noted: list[tuple[list[int], list[int]]] = []
+        server.started = lambda: noted.append((server.pids, server.holders))
         for pid in before:
             os.kill(pid, signal.SIGKILL)
         with pytest.MonkeyPatch.context() as patch:
@@ -432,8 +432,9 @@ def test_one_that_is_started_is_known_of_before_it_holds_anything() -> None:
         assert process.wait(10) == 0
         process.close()
         assert server.pid not in before
-        assert noted == server.pids[:1]
-        assert all(pids == noted for pids, noted in known if pids and pids[0] not in before)
+        one = [server.pid]
+        assert noted == [(one, []), (one, one)]
+        assert next(noted for pids, noted in known if pids == one) == [(one, [])], "held before it was noted"
 
 
 def test_nobody_waits_for_one_that_is_loading_if_that_is_not_wanted() -> None:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 
+from nydusd.storage.state.lock import start_time
 from tests.support.daemon import Daemon
 from tests.support.discipline import discipline, is_running, wait_until
 from tests.support.keeper import Keeper, succeed, upgrade
@@ -38,6 +39,8 @@ class Round:
         self.choose = choose
         self.counts = counts
         self.upgrades = Upgrades(choose, counts.upgrades)
+        self.killed: set[tuple[int, int]] = set()
+        """Whom we have killed, by pid and start time. Each may have a moment left to run."""
         self.history: list[tuple[datetime, str]] = []
         """What was done, and when."""
 
@@ -58,6 +61,7 @@ class Round:
 
     def kill(self, role: str, pids: Iterable[int]) -> None:
         for pid in pids:
+            self.killed.add((pid, start_time(pid)))
             if send(pid, signal.SIGKILL):
                 self.counts.kills[role] += 1
 
@@ -81,13 +85,17 @@ class Round:
         return [pid for role in self.front_ends for pid in self.daemon.pids(role)]
 
     def _noted(self, *roles: str) -> list[int]:
-        """Processes of these roles that run, and of which a successor knows that they hold the mount."""
+        """Processes of these roles that run on, and of which a successor knows that they hold the mount."""
         rows = [
             row
             for path in discipline.runtime.glob("*/state.json")
             for row in json.loads(path.read_bytes()).get("holders", ())
         ]
-        return [row["pid"] for row in rows if row["role"] in roles and is_running(row["pid"])]
+        return [
+            row["pid"]
+            for row in rows
+            if row["role"] in roles and (row["pid"], row["start"]) not in self.killed and is_running(row["pid"])
+        ]
 
     def succeed(self) -> None:
         """The next supervisor, as whoever looks after the daemon starts it."""
