@@ -2,10 +2,10 @@
 
 TORTURE_MINUTES (10) says how long, TORTURE_SEED repeats the choices of a run, TORTURE_ROUND begins it with that round,
 TORTURE_WAY (fuse) is how the image is read: fuse, fanotify or blobfs. A round is one daemon: with a cache folder that
-is empty at first, or with none (all data comes through shared memory); looked after as by nydus-snapshotter, or by the
-same command started again. What may happen to it is in `acts.py`. After each round the daemon is told to end, and what it
-leaves behind is looked for. At the end come counts: of acts by their kind, and of killed processes by theirs. The exit
-status is 0 if no read failed or was wrong, and nothing was left.
+is empty at first, or with none (all data comes through shared memory); its blob in a folder or a registry; looked after as
+by nydus-snapshotter, or by the same command started again. What may happen to it is in `acts.py`. After each round the
+daemon is told to end, and what it leaves behind is looked for. At the end come counts: of acts by their kind, and of killed
+processes by theirs. The exit status is 0 if no read failed or was wrong, and nothing was left.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from pathlib import Path
 from bench.image import Built, build
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import discipline
+from tests.support.faulty_server import Faulty, faulty, part_of
 from tests.support.keeper import Keeper
+from tests.support.mounted import REPO
 from tests.support.readers import PIECE, longest_reads, pieces_read
 from tests.support.trees import half_random_tree
 from tests.support.verifying import Verifying
@@ -36,21 +38,38 @@ WAY = os.environ.get("TORTURE_WAY", "fuse")
 FRONT_ENDS = ("erofs", "guard") if WAY == "fanotify" else ("fuse",)
 
 
+class Registry:
+    """One that has the blob, in this process."""
+
+    def __init__(self, blob: Path, server: Faulty) -> None:
+        data = blob.read_bytes()
+        server.handlers[f"/v2/{REPO}/blobs/sha256:{blob.name}"] = lambda request: part_of(data, request)
+        self._host = server.host
+
+    def backend(self) -> dict[str, object]:
+        return {"type": "registry", "config": {"scheme": "http", "host": self._host, "repo": REPO}}
+
+
 class Trial:
     """A round, and the readers of its daemon."""
 
-    def __init__(self, built: Built, tree: Path, folder: Path, choose: random.Random, counts: Counts) -> None:
+    def __init__(
+        self, built: Built, tree: Path, folder: Path, choose: random.Random, counts: Counts, registry: Registry
+    ) -> None:
         self.choose = choose
         self.folder = folder
         self.tree = tree
         self.problems: list[str] = []
         self.cached = WAY != "fuse" or choose.random() < 0.6
         config = image_config(built.blob.parent, folder / "cache") | {"amplify_io": choose.choice((0, 1 << 20))}
-        config["nydusd"] = {"front_ends": choose.choice((1, 2)), "worker_patience": 2.0}
+        config["nydusd"] = {"front_ends": choose.choice((1, 2)), "worker_patience": 2.0, "cache_keep": 0}
+        device = config["device"]
+        assert isinstance(device, dict)
         if not self.cached:
-            device = config["device"]
-            assert isinstance(device, dict)
             device["cache"]["type"] = ""
+        self.remote = choose.random() < 0.5
+        if self.remote:
+            device["backend"] = registry.backend()
         self.keeper = Keeper(folder) if WAY == "fuse" and choose.random() < 0.5 else None
         self.daemon = Daemon(
             built.bootstrap,
@@ -60,7 +79,7 @@ class Trial:
             verb="fuse" if WAY == "fuse" else "erofs",
             args=("--driver", WAY) if WAY != "fuse" else self.keeper.args if self.keeper is not None else (),
         )
-        self.round = Round(self.daemon, self.keeper, FRONT_ENDS, choose, counts)
+        self.round = Round(self.daemon, self.keeper, FRONT_ENDS, choose, counts, cached=self.cached)
         self.progress = folder / "progress"
 
     def run(self, until: float) -> None:
@@ -101,6 +120,7 @@ def main() -> int:
     seed = int(os.environ.get("TORTURE_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
     print(f"seed {seed} (TORTURE_SEED repeats its choices), {minutes:g} minutes", flush=True)
     discipline.start()
+    rooms = contextlib.ExitStack()
     counts = Counts()
     problems: list[str] = []
     first = int(os.environ.get("TORTURE_ROUND", "1")) - 1
@@ -110,13 +130,14 @@ def main() -> int:
         tree.mkdir()
         half_random_tree(tree, FILES, FILE_SIZE, CHUNK)
         built = build(tree, discipline.folder / "image", CHUNK)
+        registry = Registry(built.blob, rooms.enter_context(faulty()))
         end = time.monotonic() + minutes * 60
         while time.monotonic() < end and not problems:
             folder = discipline.folder / f"round{rounds}"
             folder.mkdir()
             before = discipline.snapshot()
             acts, kills = counts.acts.total(), counts.kills.total()
-            this = Trial(built, tree, folder, random.Random(f"{seed}/{rounds}"), counts)
+            this = Trial(built, tree, folder, random.Random(f"{seed}/{rounds}"), counts, registry)
             this.run(min(end, time.monotonic() + ROUND_SECONDS))
             problems += this.problems + [f"left behind: {what}" for what in discipline.leftovers(before)]
             pieces += pieces_read(this.progress)
@@ -124,13 +145,15 @@ def main() -> int:
             longest = max(longest, (took, around))
             rounds += 1
             print(
-                f"round {rounds}: {'cache' if this.cached else 'no cache'}, {'kept' if this.keeper else 'restarted'},"
+                f"round {rounds}: {'cache' if this.cached else 'no cache'}, {'registry' if this.remote else 'folder'},"
+                f" {'kept' if this.keeper else 'restarted'},"
                 f" {counts.acts.total() - acts} acts, {counts.kills.total() - kills} kills,"
                 f" {pieces_read(this.progress):,} reads, longest {took:.2f} s (around: {', '.join(around) or 'nothing'})",
                 flush=True,
             )
             shutil.rmtree(folder)
     finally:
+        rooms.close()
         discipline.finish()
     print("acts:", json.dumps(dict(sorted(counts.acts.items()))))
     print("kills:", json.dumps(dict(sorted(counts.kills.items()))))

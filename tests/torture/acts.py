@@ -7,6 +7,7 @@ killed may still be on its way back.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -31,8 +32,16 @@ class Round:
     """One daemon. `keeper` keeps its session, as nydus-snapshotter does; without one the same command is started again."""
 
     def __init__(
-        self, daemon: Daemon, keeper: Keeper | None, front_ends: Sequence[str], choose: random.Random, counts: Counts
+        self,
+        daemon: Daemon,
+        keeper: Keeper | None,
+        front_ends: Sequence[str],
+        choose: random.Random,
+        counts: Counts,
+        *,
+        cached: bool,
     ) -> None:
+        self.cached = cached
         self.daemon = daemon
         self.keeper = keeper
         self.front_ends = front_ends
@@ -196,6 +205,12 @@ def upgraded(this: Round) -> None:
     upgrade(this.daemon, this.keeper)
 
 
+def emptied(this: Round) -> None:
+    """All that may be is taken out of the cache file; if whoever is asked is killed meanwhile, some of it."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        this.daemon.request("PUT", "/api/v1/nydusd/quota", b'{"target": 0}', seconds=5)
+
+
 def always(_this: Round) -> bool:
     return True
 
@@ -212,6 +227,7 @@ ACTS: dict[str, tuple[Callable[[Round], None], Callable[[Round], bool]]] = {
     "supervisor and front ends": (supervisor_and_front_ends, always),
     "all but a fork server": (bunch, lambda this: len(this.front_ends) == 1),
     "supervisor and its successor": (supervisor_and_its_successor, always),
+    "cache emptied": (emptied, lambda this: this.cached and "fuse" in this.front_ends),
     "workers upgraded": (lambda this: this.upgrades.begin(this.daemon), always),
     "workers scaled": (lambda this: this.upgrades.scale(this.daemon), always),
     "upgraded": (upgraded, lambda this: this.keeper is not None),
