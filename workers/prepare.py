@@ -27,6 +27,7 @@ from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_fr
 from nydusd.storage.cache.load import load_ci, meta_file_bytes, parse_meta_file
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state import map_file
+from nydusd.storage.state.gone import remove_if_gone
 from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY, Identity, Segment
 from nydusd.storage.state.sharing import contradiction, ready_in, segments_of
 from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs, map_bootstrap
@@ -260,8 +261,13 @@ def _lock(fd: int, path: Path) -> None:
 def _check_others(spec: BlobSpec, fd: int, table: ChunkTable) -> None:
     """Raises CacheError when somebody uses the file with a table that contradicts ours: one would overwrite the other's."""
     facts = os.fstat(fd)
-    for segment in segments_of(facts.st_dev, facts.st_ino):
-        if segment.name != spec.segment and (why := contradiction(segment, table)):
+    found = [
+        (segment.name, segment.inode, why)
+        for segment in segments_of(facts.st_dev, facts.st_ino)
+        if segment.name != spec.segment and (why := contradiction(segment, table))
+    ]
+    for name, inode, why in found:
+        if not remove_if_gone(name, inode):
             raise CacheError(f"the metadata of another image, which uses it, differs: {why}", errno.ENOBUFS)
 
 

@@ -20,6 +20,7 @@ import select
 import shutil
 import signal
 import stat
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _PROCESSES = re.compile(rb'"processes": *(\[\[[0-9, \[\]]*\]\])')
 """In a record that is damaged elsewhere."""
+_LOOKS, _LOOK_SECONDS = 50, 0.01
+"""How often a lock is tried that no living daemon seems to have, and the pause between."""
 _END_SECONDS = 5.0
 """How long a killed process may take to vanish."""
 
@@ -179,13 +182,22 @@ class Runtime:
             self._lock = -1
 
     def _take_lock(self) -> None:
-        """One daemon a mount point. The kernel ends the lock with its holder, whatever ends that; children don't get it."""
-        try:
-            self._lock = _locked(self._lock_path)
-        except BlockingIOError:
-            pid = next(iter(_processes(self._read())), (0, 0))[0]
-            who = f"nydusd with pid {pid}" if pid else "another nydusd"
-            raise MountError(f"{self._mountpoint}: {who} serves this mount point already") from None
+        """One daemon a mount point. The kernel ends the lock with its holder, whatever ends that; children don't get it.
+
+        A worker of another daemon, which looks whether there is one here, holds it for a moment (`storage/state/gone.py`).
+        """
+        holder: tuple[int, int] | None = None
+        for _ in range(_LOOKS):
+            try:
+                self._lock = _locked(self._lock_path)
+                return
+            except BlockingIOError:
+                holder = holder or next(iter(_processes(self._read())), (0, 0))
+            if alive(holder):
+                break
+            time.sleep(_LOOK_SECONDS)
+        who = f"nydusd with pid {holder[0]}" if holder and holder[0] else "another nydusd"
+        raise MountError(f"{self._mountpoint}: {who} serves this mount point already")
 
     def _read(self) -> Json:
         """The record of the last daemon here; of one that was damaged or is of another release, its processes at most."""

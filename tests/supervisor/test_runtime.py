@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
@@ -38,6 +39,18 @@ class TestRuntime:
         assert stat.S_IMODE(runtime.folder.stat().st_mode) == 0o700
         runtime.remove()
         assert list((tmp_path / "run").iterdir()) == []
+
+    def test_worker_of_another_daemon_that_looks_whether_there_is_one_is_none(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runtime = Runtime("/mnt/image")
+        path = runtime.folder.with_suffix(".lock")
+        path.parent.mkdir(parents=True)
+        with path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            monkeypatch.setattr("time.sleep", lambda _: fcntl.flock(lock, fcntl.LOCK_UN))
+            runtime.claim()
+        runtime.remove()
 
     def test_folder_that_was_there_with_wide_permissions_is_narrowed(self) -> None:
         runtime = Runtime("/mnt/image")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +16,8 @@ import pytest
 
 from nydusd.errors import StaleCacheError
 from nydusd.ipc.messages import Json
-from nydusd.storage.state import map_file
+from nydusd.storage.state import gone, map_file
+from nydusd.storage.state.lock import start_time
 from nydusd.storage.state.segment import EMPTY, PENDING, READY, Identity, Segment, inode_of, remove
 from tests.support.segments import make_segment
 from tests.workers.harness import Jobs, jobs
@@ -59,18 +62,84 @@ def stored(made: Jobs) -> set[int]:
 
 
 @contextlib.contextmanager
-def other_daemon(made: Jobs) -> Iterator[None]:
-    """A segment of another instance that speaks of the same data file."""
+def other_daemon(made: Jobs, *, mapped: bool = True) -> Iterator[str]:
+    """A segment of another instance that speaks of the same data file; gives its name."""
     fd = os.open(made.data, os.O_RDONLY)
     identity = Identity.of(fd, made.data.stat().st_size)
     os.close(fd)
     name = f"/nydusd.other{os.getpid()}.0123"
     segment = make_segment(name, 3, identity=identity)
-    try:
-        yield
-    finally:
+    if not mapped:
         segment.close()
+    try:
+        yield name
+    finally:
+        if mapped:
+            segment.close()
         remove(name)
+
+
+class TestDaemonThatIsGone:
+    """The other daemon was killed; its lock file is there."""
+
+    @pytest.fixture(autouse=True)
+    def root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        root = tmp_path / "root"
+        (root / f"other{os.getpid()}").mkdir(parents=True)
+        self.lock(root).touch()
+        monkeypatch.setenv("NYDUSD_RUNTIME_DIR", str(root))
+        return root
+
+    def lock(self, root: Path) -> Path:
+        return root / f"other{os.getpid()}.lock"
+
+    def test_its_blobs_are_everybodys_and_nobody_believes_it_later(self, filled: Jobs) -> None:
+        with other_daemon(filled, mapped=False) as name:
+            assert take_out(filled, [0])["evicted"] == 1
+            assert not inode_of(name)
+        filled.fill_all()
+        assert filled.wrong_files() == []
+
+    def test_it_counts_while_anybody_maps_what_it_knew(self, filled: Jobs) -> None:
+        with other_daemon(filled) as name:
+            assert take_out(filled, [0]) == {"kept": name}
+            assert inode_of(name)
+
+    def test_it_counts_while_it_lives(self, filled: Jobs, root: Path) -> None:
+        with other_daemon(filled, mapped=False) as name, self.lock(root).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert take_out(filled, [0]) == {"kept": name}
+
+    def test_it_counts_where_its_lock_cannot_be_seen(self, filled: Jobs, root: Path) -> None:
+        self.lock(root).unlink()
+        with other_daemon(filled, mapped=False) as name:
+            assert take_out(filled, [0]) == {"kept": name}
+
+    @pytest.mark.parametrize("as_holder", [False, True])
+    def test_it_counts_while_one_of_its_processes_lives(self, filled: Jobs, root: Path, as_holder: bool) -> None:
+        me = os.getpid(), start_time(os.getpid())
+        dead = me[0], me[1] + 1
+        holders = [{"pid": me[0], "start": me[1]}] if as_holder else []
+        state = root / f"other{os.getpid()}" / "state.json"
+        with other_daemon(filled, mapped=False) as name:
+            state.write_text(json.dumps({"processes": [dead if as_holder else me], "holders": holders}))
+            assert take_out(filled, [0]) == {"kept": name}
+            state.write_text("not a record")
+            assert take_out(filled, [0]) == {"kept": name}
+            state.write_text(json.dumps({"processes": [dead]}))
+            assert take_out(filled, [0])["evicted"] == 1
+
+    def test_it_counts_while_the_kernel_may_read_its_files(
+        self, filled: Jobs, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bdi = tmp_path / "bdi"
+        (bdi / "erofs-7").mkdir(parents=True)
+        monkeypatch.setattr(gone, "_BDI", bdi)
+        self.lock(root).with_suffix(".erofs.json").touch()
+        with other_daemon(filled, mapped=False) as name:
+            assert take_out(filled, [0]) == {"kept": name}
+            (bdi / "erofs-7").rmdir()
+            assert take_out(filled, [0])["evicted"] == 1
 
 
 class TestEvict:

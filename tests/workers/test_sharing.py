@@ -89,6 +89,20 @@ def test_only_tables_that_agree_share_a_file(
     assert not said if not why else any(part in said for part in why.split("|"))
 
 
+def test_image_of_a_daemon_that_is_gone_contradicts_nobody(
+    made: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NYDUSD_RUNTIME_DIR", str(tmp_path))
+    with twin(made, 7, {"coff": 1}) as other:
+        path = Path("/dev/shm", other.name[1:])
+        kept = path.read_bytes()
+        (tmp_path / f"other{os.getpid()}.lock").touch()
+        assert "another place" in again(made)  # somebody maps it
+    path.write_bytes(kept)
+    assert not again(made)
+    assert not path.exists()
+
+
 def test_chunk_over_another_ones_place_is_a_contradiction(made: Jobs) -> None:
     """A table may leave out a chunk and give its place to the next."""
     with made.segment() as segment:

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from nydusd import points
 from nydusd.errors import CacheError
+from nydusd.storage.state.gone import remove_if_gone
 from nydusd.storage.state.segment import remove
 from nydusd.storage.state.sharing import segments_of
 
@@ -50,19 +51,21 @@ def used_by_others(path: str, own: Collection[int], strays: Mapping[str, int], c
     """Who uses a data file, beside the segments that are `covered`: a segment's name or a pid, "" if nobody does.
 
     Segments are told by name and inode: one that was opened anew meanwhile is another. `strays` were left by an earlier life of
-    our own daemon, and no image of it uses them now: they end here, lest somebody believe them later. `own` are the pids of
-    our own daemon; those that it has started since are told by their parent, which is also this worker's.
+    our own daemon, and no image of it uses them now: they end here, lest somebody believe them later. So do those of daemons
+    that are gone for good (`gone.py`). `own` are the pids of our own daemon; those that it has started since are told by
+    their parent, which is also this worker's.
 
     The caller holds the data file's lock: no daemon of this implementation begins to use the file meanwhile.
     """
     facts = os.stat(path)
-    for segment in segments_of(facts.st_dev, facts.st_ino):
-        if covered.get(segment.name) == segment.inode:
+    # None of them is open while it is asked whether anybody has it open.
+    for name, inode in [(segment.name, segment.inode) for segment in segments_of(facts.st_dev, facts.st_ino)]:
+        if covered.get(name) == inode:
             continue
-        if strays.get(segment.name) == segment.inode:
-            remove(segment.name)
-            continue
-        return segment.name
+        if strays.get(name) == inode:
+            remove(name)
+        elif not remove_if_gone(name, inode):
+            return name
     for entry in os.listdir("/proc"):
         if not entry.isdecimal() or int(entry) in own or not _has_open(entry, facts):
             continue

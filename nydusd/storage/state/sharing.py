@@ -7,8 +7,9 @@ that is said of them, digest included, are the same: whoever fetched and checked
 Tables that contradict each other must not share a file: each would write its own bytes, verified, over those of the other.
 
 Segments are published under the data file's lock (`workers/prepare.py`): whoever holds it sees all that use the file. One
-of a daemon that was killed counts as well, for its successor believes it. Runs in workers; `vouches` and `is_same_place` in
-the supervisor, too.
+of a daemon that was killed counts as well, for its successor believes it, and its readers may read still; one of a daemon that
+is gone for good is removed before chunks are taken out, or where it contradicts (`gone.py`). Runs in workers; `vouches` and
+`is_same_place` in the supervisor, too.
 """
 
 from __future__ import annotations
