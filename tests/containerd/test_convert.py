@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from nydusd.image.oci.model import OCI_CONFIG, OCI_LAYER_GZIP, OCI_MANIFEST, digest_of, packed
 from tests.containerd.images import cache_folder
@@ -22,7 +23,8 @@ LIBRARIES = "lib/x86_64-linux-gnu"
 
 
 def layers() -> list[bytes]:
-    """Two layers with a shell, `cat` and what these need: the upper one removes a file and changes another."""
+    """Two layers with a shell, `cat` and what these need: the upper one removes a file and changes another. It is zstd, which
+    cannot be referred to: with --oci-ref there is a layer of either kind."""
     tree = cache_folder() / "debian-python3"
     loader = (tree / LIBRARIES / "ld-linux-x86-64.so.2").read_bytes()
     lower = tar_of(
@@ -37,12 +39,12 @@ def layers() -> list[bytes]:
         file("lib64/ld-linux-x86-64.so.2", loader, mode=0o755),
     )
     upper = tar_of(file("etc/.wh.gone", b""), file("etc/changed", b"new"))
-    return [gzip.compress(layer, 1, mtime=0) for layer in (lower, upper)]
+    return [gzip.compress(lower, 1, mtime=0), zstandard.compress(upper)]
 
 
 def push(registry: DockerRegistry, data: list[bytes]) -> str:
     """An OCI image of these layers: its reference."""
-    tars = [digest_of(gzip.decompress(layer)) for layer in data]
+    tars = [digest_of(gzip.decompress(data[0])), digest_of(zstandard.decompress(data[1]))]
     config = packed(
         {
             "architecture": "amd64",
@@ -61,7 +63,7 @@ def push(registry: DockerRegistry, data: list[bytes]) -> str:
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
         "config": entry(OCI_CONFIG, config),
-        "layers": [entry(OCI_LAYER_GZIP, layer) for layer in data],
+        "layers": [entry(OCI_LAYER_GZIP, data[0]), entry(OCI_LAYER_GZIP.replace("gzip", "zstd"), data[1])],
     }
     registry.push_manifest(REPO, "oci", OCI_MANIFEST, json.dumps(manifest).encode(), HEADERS)
     return f"{registry.host}/{REPO}:oci"
