@@ -8,7 +8,7 @@ CHECKED := nydusd workers bench tests scripts/demo scripts/demo-run scripts/run-
 .PHONY: help setup demo test test-containerd test-fscache lint fuzz torture endurance kill-points bench bench-erofs bench-delays reference install deb clean
 
 help:
-	@echo 'make demo    mount an image (a packed one, or of SOURCE=FOLDER or SOURCE=HOST/REPO:TAG), read it cold and warm'
+	@echo 'make demo    mount an image (of this machine'"'"'s Python library, or of SOURCE=FOLDER or SOURCE=HOST/REPO:TAG), run something from it, compare it'
 	@echo 'make test    checks (ruff, mypy --strict) and all tests'
 	@echo 'make test-containerd  of these, what containerd and nydus-snapshotter do with the daemon'
 	@echo 'make test-fscache  fscache, in a guest kernel under QEMU (the first run on a machine builds the kernel: ten minutes)'
