@@ -18,7 +18,7 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -27,6 +27,7 @@ from nydusd.image.errors import ImageError
 
 _SLOTS = 2
 _TRIES = 3
+_TICK = 0.2
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -105,6 +106,26 @@ class Pool(Generic[T, R]):
             with worker.slot(task.slot) as data:
                 yield task.task, result, data
             worker.free.append(task.slot)
+
+    def run_any(self, tasks: Iterable[T], tick: Callable[[], None]) -> Iterator[tuple[T, R]]:
+        """The results as they come, for tasks of very different length: each worker has one at a time.
+
+        `tick` is called while none has come, some times a second.
+        """
+        source = iter(tasks)
+        while True:
+            for worker in self._workers:
+                if not worker.tasks and (task := next(source, None)) is not None:
+                    worker.tasks.append(_Task(task))
+                    worker.send(worker.tasks[0])
+            busy = {worker.pipe: worker for worker in self._workers if worker.tasks and worker.pipe is not None}
+            if not busy:
+                return
+            for pipe in wait(busy, _TICK):
+                worker = busy[pipe]  # type: ignore[index]
+                done = worker.tasks[0].task
+                yield done, self._result(worker)
+            tick()
 
     def _with_room(self) -> _Worker[T, R] | None:
         worker = max(self._workers, key=lambda one: len(one.free))

@@ -55,6 +55,7 @@ def source_layout(work: Path, layers: list[bytes], name: str = "latest") -> Path
         "config": {"Cmd": ["/bin/tool"], "Env": ["A=1"]},
     }
     config["rootfs"] = {"type": "layers", "diff_ids": [digest_of(tar) for tar in tars]}
+    config["history"] = [{"created_by": f"step {number}"} for number in range(len(layers))]
     manifest: dict[str, object] = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
@@ -112,7 +113,10 @@ def test_layers_become_blobs_and_one_bootstrap(tmp_path: Path, version: str) -> 
     assert config["config"] == {"Cmd": ["/bin/tool"], "Env": ["A=1"]}
     rootfs, history = config["rootfs"], config["history"]
     assert isinstance(rootfs, dict) and isinstance(history, list)
-    assert rootfs["diff_ids"][:-1] == [entry["digest"] for entry in entries[:-1]] and len(history) == len(entries)
+    assert rootfs["diff_ids"][:-1] == [entry["digest"] for entry in entries[:-1]]
+    told = [one["created_by"] for one in history]
+    assert told == ["step 0", "step 1", "step 2", "step 3", "nydus-image convert"]
+    assert [one.get("empty_layer", False) for one in history].count(False) == len(entries)
     tar = gzip.decompress(blob_path(target, entries[-1]["digest"]).read_bytes())
     assert rootfs["diff_ids"][-1] == digest_of(tar)
     found = rows(tmp_path / "image/image.boot", target / "blobs/sha256")

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nydusd.image.errors import ImageError
+from nydusd.image.oci.convert import find_manifest
+from nydusd.image.oci.history import new_history
+from nydusd.image.oci.layout import Layout
+from nydusd.image.oci.model import OCI_MANIFEST, packed
 from nydusd.image.oci.names import image_name
 from tests.image.build import image, refused
 from tests.image.test_convert import layers, source_layout
+from tests.image.test_create_tar import file, tar_of
 from tests.support.certificates import Authority
-from tests.support.faulty_server import Reply, faulty
+from tests.support.discipline import wait_until
+from tests.support.faulty_server import Faulty, Reply, Request, faulty
 from tests.support.registry import AUTH, TokenServer, docker_registry
 
 PLATFORM = ("--platform", "linux/amd64")
 HUB = "registry-1.docker.io"
+EMPTY = {"created_by": "ENV A=1", "empty_layer": True}
+OURS = {"created_by": "nydus-image convert"}
 DIGEST = f"sha256:{'a' * 64}"
 
 
@@ -142,3 +152,75 @@ def test_refusals_are_told_with_what_to_try(
         server.default = lambda request: reply
         text = refused("convert", f"{server.host}/app:1", tmp_path / "out", "--plain-http")
     assert expected in text and "free text" not in text
+
+
+def small_layers(count: int) -> list[bytes]:
+    return [gzip.compress(tar_of(file(f"file-{number}", b"data")), mtime=0) for number in range(count)]
+
+
+@contextlib.contextmanager
+def serving(oci: Path) -> Iterator[tuple[Faulty, list[str]]]:
+    """A registry in this process that gives the image of a layout as `app`; and the digests of its layers."""
+    layout = Layout(oci, "latest")
+    manifest = packed(find_manifest(layout, "linux/amd64"))
+
+    def blob(request: Request) -> Reply:
+        return Reply(200, {}, (oci / "blobs/sha256" / request.path.rpartition(":")[2]).read_bytes())
+
+    with faulty() as server:
+        server.default = blob
+        server.program("/v2/app/manifests/1", Reply(200, {"Content-Type": OCI_MANIFEST}, manifest))
+        yield server, [str(layer["digest"]) for layer in json.loads(manifest)["layers"]]
+
+
+def test_layers_are_fetched_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meet = threading.Barrier(4)
+    with serving(source_layout(tmp_path, small_layers(5))) as (server, digests):
+        blob = server.default
+
+        def together(request: Request) -> Reply:
+            meet.wait(60)  # raises, and breaks the connection, if the four are not here at once
+            return blob(request)
+
+        for digest in digests[:4]:
+            server.handlers[f"/v2/app/blobs/{digest}"] = together
+        image("convert", f"{server.host}/app:1", tmp_path / "out", "--plain-http")
+        assert all(server.count(f"/v2/app/blobs/{digest}") == 1 for digest in digests)
+    told = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == [f"{number} of 5 layers converted" for number in range(1, 6)]
+
+
+def test_layer_is_converted_while_another_is_fetched(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with serving(source_layout(tmp_path, small_layers(2))) as (server, digests):
+        blob = server.default
+
+        def when_the_other_is_there(request: Request) -> Reply:
+            wait_until(lambda: any(cache.glob(f"{digests[1][7:]}.*")), "the other layer", 60)
+            return blob(request)
+
+        server.handlers[f"/v2/app/blobs/{digests[0]}"] = when_the_other_is_there
+        image("convert", f"{server.host}/app:1", tmp_path / "out", "--plain-http", "--cache", cache)
+
+
+def test_layer_that_cannot_be_fetched_ends_the_conversion_and_its_workers(tmp_path: Path) -> None:
+    with serving(source_layout(tmp_path, small_layers(3))) as (server, digests):
+        server.handlers[f"/v2/app/blobs/{digests[0]}"] = lambda request: Reply(200, {}, b"", length=10, silent=True)
+        server.handlers[f"/v2/app/blobs/{digests[2]}"] = lambda request: Reply(500)
+        text = refused("convert", f"{server.host}/app:1", tmp_path / "out", "--plain-http")
+    assert f"blob {digests[2]}: status 500" in text and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "kept", "expected"),
+    [
+        ([{"a": 1}, EMPTY, {"c": 1}], [True, True], [{"a": 1}, EMPTY, {"c": 1}]),
+        ([{"a": 1}, {"b": 1}], [False, True], [{"a": 1, "empty_layer": True}, {"b": 1}]),
+        ([], [], []),
+        ([{"a": 1}], [True, False, True], [OURS, OURS]),
+        (None, [True], [OURS]),
+        (["no entry", {"a": 1}], [True], [OURS]),
+    ],
+)  # fmt: skip
+def test_history_goes_with_the_layers(old: object, kept: list[bool], expected: list[object]) -> None:
+    assert new_history(old, kept) == [*expected, OURS]

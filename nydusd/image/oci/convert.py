@@ -1,6 +1,7 @@
 """Makes a nydus image of an OCI image: layer by layer, several at a time, then one bootstrap over all of them.
 
-Runs in the process of the command; each layer is converted in a worker process of a pool. A converted layer is kept in the
+Runs in the process of the command; each layer is fetched and converted in a worker process of a pool, so that one comes
+while another is converted. A converted layer is kept in the
 cache folder under the layer's digest and the options, complete or not at all, and taken from there the next time. The
 target is tagged last, when everything that its manifest names is there.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import mmap
 import os
 import shutil
 import tarfile
@@ -23,6 +25,7 @@ from nydusd.formats.model import BlobFeature, Compressor, Digester
 from nydusd.image.create import Built, create
 from nydusd.image.errors import CannotReferError, ImageError
 from nydusd.image.merge import MergeOptions, merge
+from nydusd.image.oci.history import new_history
 from nydusd.image.oci.model import (
     INDEXES,
     NYDUS_BLOB,
@@ -40,6 +43,7 @@ from nydusd.image.oci.model import (
 from nydusd.image.options import BuildOptions, Source
 from nydusd.image.output import os_failure, write_file
 from nydusd.image.pool import Pool
+from nydusd.image.progress import LayerProgress
 from nydusd.image.reader import load_metadata
 from nydusd.image.whiteout import Whiteouts
 from nydusd.storage.backend import make_backend
@@ -138,9 +142,11 @@ class _Conversion:
         # By reference, too, the old layers are not in the manifest: who pulls it would download and unpack them.
         entries: list[Json] = []
         diff_ids: list[str] = []
+        kept: list[bool] = []
         self._copy_layers([layer for layer in layers if layer["digest"] in referred])
         for layer, made in zip(layers, converted, strict=True):
-            if made.blob is not None and made.blob.name in used:
+            kept.append(made.blob is not None and made.blob.name in used)
+            if made.blob is not None and kept[-1]:
                 used.discard(made.blob.name)
                 digest = str(layer["digest"])
                 entries.append(self._blob_entry(made.blob, digest, reference=digest in referred))
@@ -148,30 +154,40 @@ class _Conversion:
         entry, diff_id = self._bootstrap_entry(bootstrap, converted)
         entries.append(entry)
         diff_ids.append(diff_id)
-        return self._publish(manifest, config, entries, diff_ids)
+        changed = config | {"rootfs": {"type": "layers", "diff_ids": diff_ids}}
+        changed["history"] = new_history(config.get("history"), kept)
+        return self._publish(manifest, changed, entries)
 
     def _convert_layers(self, layers: Sequence[Json]) -> list[ConvertedLayer]:
         """All layers, in order; those of the same digest once. What the cache has is not converted again."""
         wanted = {str(layer["digest"]): layer for layer in layers}
         folders = {digest: self._folder(digest) for digest in wanted}
-        missing = [digest for digest, folder in folders.items() if not folder.is_dir()]
-        tasks = []
-        for digest in missing:
-            path = self._work / digest.removeprefix("sha256:")
-            self._source.fetch(wanted[digest], str(path))
-            tasks.append(LayerTask(digest, str(path), str(folders[digest])))
-        processes = self._options.processes or len(os.sched_getaffinity(0))
-        if tasks:
-            count = min(len(tasks), processes, _LAYERS_AT_A_TIME)
-            each = max(1, processes // count)
+        missing = sorted(
+            (layer for digest, layer in wanted.items() if not folders[digest].is_dir()),
+            key=lambda layer: -int(str(layer["size"])),  # who comes last should not keep all others waiting
+        )
+        if missing:
+            tasks = [
+                LayerTask(str(layer["digest"]), str(self._layer_file(layer)), str(folders[str(layer["digest"])]))
+                for layer in missing
+            ]
+            count = min(len(tasks), self._options.processes or _LAYERS_AT_A_TIME, _LAYERS_AT_A_TIME)
+            each = max(1, (self._options.processes or len(os.sched_getaffinity(0))) // count)
 
             def work(task: LayerTask, _: memoryview) -> None:
+                self._source.fetch(wanted[task.digest], task.source)
                 self._convert_layer(task, each)
 
-            with Pool(work, count, 4096) as pool:
-                for _ in pool.run(tasks):
-                    pass
+            progress = LayerProgress({self._layer_file(layer): int(str(layer["size"])) for layer in missing})
+            self._source.close()  # connections are no good in two processes
+            with Pool(work, count, mmap.PAGESIZE) as pool:
+                for task, _ in pool.run_any(tasks, progress.show):
+                    progress.done(Path(task.source))
+            progress.end()
         return [_converted(folders[str(layer["digest"])]) for layer in layers]
+
+    def _layer_file(self, layer: Json) -> Path:
+        return self._work / str(layer["digest"]).removeprefix("sha256:")
 
     def _folder(self, digest: str) -> Path:
         options = self._options
@@ -223,7 +239,7 @@ class _Conversion:
         for layer in layers:
             digest = str(layer["digest"])
             if not self._target.has(digest):
-                path = self._work / digest.removeprefix("sha256:")
+                path = self._layer_file(layer)
                 if not path.exists():
                     self._source.fetch(layer, str(path))
                 self._target.put(str(path), digest, path.stat().st_size)
@@ -266,11 +282,8 @@ class _Conversion:
             found[f"{blob.blob_id}.blob.meta"] = meta_file_bytes(header, ci)
         return found
 
-    def _publish(self, manifest: Json, config: Json, entries: list[Json], diff_ids: list[str]) -> str:
-        changed = dict(config)
-        changed["rootfs"] = {"type": "layers", "diff_ids": diff_ids}
-        changed["history"] = [{"created_by": "nydus-image convert"}] * len(diff_ids)
-        data = packed(changed)
+    def _publish(self, manifest: Json, config: Json, entries: list[Json]) -> str:
+        data = packed(config)
         path = self._work / "new-config"
         write_file(path, data)
         self._target.put(str(path), digest_of(data), len(data))

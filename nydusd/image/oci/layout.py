@@ -81,6 +81,9 @@ class Layout:
         write_file(self._folder / "oci-layout", json.dumps({"imageLayoutVersion": "1.0.0"}).encode())
         write_file(self._folder / "index.json", packed(index))
 
+    def close(self) -> None:
+        """Nothing is kept open."""
+
 
 def _pieces(path: Path) -> Iterator[bytes]:
     try:

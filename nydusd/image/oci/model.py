@@ -46,6 +46,9 @@ class Store(Protocol):
     def tag(self, manifest: bytes, media_type: str) -> None:
         """Store a manifest and let the reference name it."""
 
+    def close(self) -> None:
+        """End all connections. The next use opens others, also in another process (a fork)."""
+
 
 def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
