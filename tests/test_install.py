@@ -73,6 +73,7 @@ def test_pages_completions_units_and_examples_are_there(installed: Path) -> None
         "share/zsh/site-functions/_nydusd",
         "share/doc/nydusd/examples/localfs-v2.toml",
         "share/doc/nydusd/metrics.md",
+        "share/doc/nydusd/openapi.yaml",
         "etc/tmpfiles.d/nydusd.conf",
     ):
         assert (installed / path).stat().st_size > 0, path

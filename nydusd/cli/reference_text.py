@@ -106,6 +106,7 @@ Questions and where to look:
 | --- | --- |
 | How much is served without waiting? | `rate(nydusd_chunk_reads_total[5m])` by `result` |
 | Does prefetch take the network from readers? | `rate(nydusd_fetched_bytes_total[5m])` by `cause` |
+| Does the quota do its work? | `nydusd_cache_used_bytes / nydusd_cache_quota_bytes`, `rate(nydusd_evicted_bytes_total[5m])` |
 | Is the proxy used? | `rate(nydusd_route_bytes_total[5m])` by `route` |
 | Does somebody hang? | `nydusd_hung_io_counts > 0`, `nydusd_longest_wait_seconds` |
 | Do reads fail? | `rate(nydusd_chunk_read_failures_total[5m]) > 0`, `rate(nydusd_backend_failures_total[5m]) > 0` |

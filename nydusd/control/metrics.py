@@ -17,6 +17,7 @@ from nydusd.errors import NydusError
 
 _IMAGE = ("image_ref",)
 _BLOB = ("blob",)
+_FOLDER = ("folder",)
 _PROCESS = ("role", "index")
 
 FAMILIES: Final = (
@@ -57,6 +58,14 @@ FAMILIES: Final = (
         "File system operations that failed, an absent file or attribute not counted.",
     ),
     Family("nydusd_read_latency_seconds", "histogram", "seconds", _IMAGE, "Time from a read's arrival to its answer."),
+    Family(
+        "nydusd_cumulative_read_block_bytes",
+        "histogram",
+        "bytes",
+        _IMAGE,
+        "Reads by their size. The bounds are bytes, as the name says; the exporter's are KiB.",
+        kept=True,
+    ),
     Family("nydusd_hung_io_counts", "gauge", "reads", (), "Reads that have waited for 10 s or longer.", kept=True),
     Family("nydusd_waiting_reads", "gauge", "reads", (), "Reads that wait for chunks now."),
     Family("nydusd_longest_wait_seconds", "gauge", "seconds", (), "For how long the oldest of them has waited."),
@@ -73,9 +82,20 @@ FAMILIES: Final = (
     Family("nydusd_chunks", "gauge", "chunks", ("blob", "state"), "Chunks of a blob by their state."),
     Family("nydusd_blob_bytes", "gauge", "bytes", _BLOB, "Plain length of a blob: what its cache file will hold."),
     Family("nydusd_cache_allocated_bytes", "gauge", "bytes", _BLOB, "Disk space that a cache file takes now."),
+    Family("nydusd_cache_free_bytes", "gauge", "bytes", _FOLDER, "Free space of the file system of a cache folder."),
     Family(
-        "nydusd_cache_free_bytes", "gauge", "bytes", ("folder",), "Free space of the file system of a cache folder."
+        "nydusd_cache_quota_bytes",
+        "gauge",
+        "bytes",
+        _FOLDER,
+        "What a cache folder may take; none if there is no quota.",
     ),
+    Family(
+        "nydusd_cache_used_bytes", "gauge", "bytes", _FOLDER, "What it took when it was last looked at for its quota."
+    ),
+    Family("nydusd_evicted_chunks_total", "counter", "chunks", _FOLDER, "Chunks that were taken out to make room."),
+    Family("nydusd_evicted_bytes_total", "counter", "bytes", _FOLDER, "The same in bytes of disk."),
+    Family("nydusd_removed_blobs_total", "counter", "blobs", _FOLDER, "Unused blobs that were removed to make room."),
     Family("nydusd_cache_partial_hits", "gauge", "reads", _IMAGE, "Reads that missed nothing, ever.", kept=True),
     Family("nydusd_cache_whole_hits", "gauge", "reads", _IMAGE, "Always 0: they are in the partial hits.", kept=True),
     Family("nydusd_cache_total_requests", "gauge", "reads", _IMAGE, "Reads of the cache, ever.", kept=True),
@@ -83,6 +103,25 @@ FAMILIES: Final = (
     Family("nydusd_cache_prefetch_data_bytes", "gauge", "bytes", _IMAGE, "Bytes prefetched, ever.", kept=True),
     Family("nydusd_cache_prefetch_requests_count", "gauge", "requests", _IMAGE, "Prefetch requests.", kept=True),
     Family("nydusd_cache_prefetch_workers", "gauge", "workers", _IMAGE, "Workers that may prefetch.", kept=True),
+    Family(
+        "nydusd_cache_prefetch_unmerged_chunks", "gauge", "chunks", _IMAGE, "Chunks of these requests, ever.", kept=True
+    ),
+    Family(
+        "nydusd_cache_prefetch_cumulative_time_millis",
+        "gauge",
+        "milliseconds",
+        _IMAGE,
+        "Time that these requests took, added up, ever.",
+        kept=True,
+    ),
+    Family(
+        "nydusd_cache_prefetch_duration_millis",
+        "gauge",
+        "milliseconds",
+        _IMAGE,
+        "From the begin of the first to the end of the last of them.",
+        kept=True,
+    ),
     Family("nydusd_cache_buffered_backend_size", "gauge", "bytes", _IMAGE, "Fetched, not yet written.", kept=True),
     # Where data comes from
     Family("nydusd_backend_requests_total", "counter", "requests", ("image_ref", "backend"), "Requests to a backend."),
@@ -147,6 +186,8 @@ OPERATIONS: Final = (
 )
 """In the order of `fop_hits` of GET /api/v1/metrics."""
 _READ_BOUNDS: Final = (200e-6, 0.001, 0.02, 0.05, 0.5, 1.0, 2.0)
+_SIZE_BOUNDS: Final = tuple((kib << 10) - 1 for kib in (1, 4, 16, 64, 128, 512, 1024))
+"""The most bytes of each class but the last."""
 _BACKEND_BOUNDS: Final = (0.001, 0.02, 0.05, 0.1, 0.5, 1.0, 2.0)
 _CAUSES: Final = {"user": "on_demand", "ahead": "read_ahead", "prefetch": "prefetch"}
 HUNG_SECONDS: Final = 10.0
@@ -163,6 +204,8 @@ def page(facts: Json) -> str:
         _add_blob(out, blob, folders)
     for folder in sorted(folders):
         out.add("nydusd_cache_free_bytes", _free(folder), folder=folder)
+    for folder, row in _table(facts, "folders").items():
+        _add_folder(out, str(folder), row)
     _add_load(out, _table(facts, "load"))
     _add_seats(out, _table(facts, "seats"))
     waits = [wait for wait in _list(facts, "waits") if isinstance(wait, int | float)]
@@ -241,6 +284,9 @@ def _add_image(out: Page, image: Mapping[str, object]) -> None:
     seconds = spent / 1e6 if isinstance(spent, int | float) else None
     out.histogram("nydusd_read_latency_seconds", _READ_BOUNDS, fs.get("read_latency_dist"), seconds, **own)
 
+    amount = fs.get("data_read")
+    out.histogram("nydusd_cumulative_read_block_bytes", _SIZE_BOUNDS, fs.get("block_count_read"), amount, **own)
+
     cache = _table(image, "blobcache")
     for name, key in (
         ("partial_hits", "partial_hits"),
@@ -250,9 +296,14 @@ def _add_image(out: Page, image: Mapping[str, object]) -> None:
         ("prefetch_data_bytes", "prefetch_data_amount"),
         ("prefetch_requests_count", "prefetch_requests_count"),
         ("prefetch_workers", "prefetch_workers"),
+        ("prefetch_unmerged_chunks", "prefetch_unmerged_chunks"),
+        ("prefetch_cumulative_time_millis", "prefetch_cumulative_time_millis"),
         ("buffered_backend_size", "buffered_backend_size"),
     ):
         out.add(f"nydusd_cache_{name}", cache.get(key), **own)
+
+    begin, end = (_millis(cache, f"prefetch_{moment}_time") for moment in ("begin", "end"))
+    out.add("nydusd_cache_prefetch_duration_millis", max(0.0, end - begin), **own)
 
     backend = _table(image, "backend_metrics")
     own["backend"] = str(image.get("backend"))
@@ -264,6 +315,19 @@ def _add_image(out: Page, image: Mapping[str, object]) -> None:
     if matrix and isinstance(millis, int | float):
         counts = [sum(column) for column in zip(*matrix, strict=True)]
         out.histogram("nydusd_backend_latency_seconds", _BACKEND_BOUNDS, counts, millis / 1000, **own)
+
+
+def _millis(cache: Mapping[str, object], name: str) -> float:
+    return _number(cache, f"{name}_secs") * 1000 + _number(cache, f"{name}_millis")
+
+
+def _add_folder(out: Page, folder: str, row: object) -> None:
+    if quota := _number(row, "quota"):
+        out.add("nydusd_cache_quota_bytes", quota, folder=folder)
+    out.add("nydusd_cache_used_bytes", row.get("used") if isinstance(row, Mapping) else None, folder=folder)
+    out.add("nydusd_evicted_chunks_total", _number(row, "evicted_chunks"), folder=folder)
+    out.add("nydusd_evicted_bytes_total", _number(row, "evicted_bytes"), folder=folder)
+    out.add("nydusd_removed_blobs_total", _number(row, "removed_blobs"), folder=folder)
 
 
 def _add_blob(out: Page, row: Mapping[str, object], folders: set[str]) -> None:

@@ -87,8 +87,12 @@ class ForkServer:
     Raises OSError when there is no room for it.
     """
 
-    def __init__(self, made: tuple[socket.socket, int, int] | None = None) -> None:
-        """`made`: our end of the line to a fork server that is there already, its pid, and an fd with our environment."""
+    def __init__(self, made: tuple[socket.socket, int, int] | None = None, stub: int = 0) -> None:
+        """`made`: our end of the line to a fork server that is there already, its pid, and an fd with our environment.
+
+        `stub`: the pid of the command that had a nursery make us, and lives as long as we do.
+        """
+        self.stub = stub
         self._servers: list[_Server] = []
         """The one that is asked, and its copy."""
         self._copying: socket.socket | None = None

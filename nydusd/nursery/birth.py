@@ -75,7 +75,7 @@ def be_born(birth: Birth) -> int:
     set_title("supervisor")
     from nydusd.cli.nydusd import main
 
-    status = main(arguments[1:], ForkServer((ours, pid, given)))
+    status = main(arguments[1:], ForkServer((ours, pid, given), birth.stub))
     sys.stdout.flush()
     with contextlib.suppress(OSError):  # nobody is there to be told
         birth.wire.send(f"exit {status}".encode())

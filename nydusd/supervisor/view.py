@@ -23,14 +23,24 @@ if TYPE_CHECKING:
 
 
 def _workers(daemon: Supervisor, _request: Json) -> Json:
-    own = {"role": "supervisor", "index": 0, "pid": daemon.pid, "generation": 1, "commit": GIT_COMMIT}
-    own |= {"state": "running", "busy": None, "jobs": None, "deaths": 0, "starts_in": None}
+    servers = daemon.fork_server
+    rows = [_plain("supervisor", 0, daemon.pid, GIT_COMMIT)]
+    if servers.stub:
+        rows.append(_plain("stub", 0, servers.stub, GIT_COMMIT))
+    rows += [_plain("fork server", index, pid, servers.commit) for index, pid in enumerate(servers.pids)]
+    rows += [_process(daemon, child) for child in [*daemon.children, *daemon.engine.staff.on_trial()]]
     return {
-        "processes": [own, *(_process(daemon, child) for child in [*daemon.children, *daemon.engine.staff.on_trial()])],
+        "processes": rows,
         "supervisor": daemon.pid,
         "uptime": time.monotonic() - daemon.started,
         "seats": daemon.engine.rest.seats.facts(),
     }
+
+
+def _plain(role: str, index: int, pid: int, commit: str) -> Json:
+    """A process that has no jobs and no place that another takes."""
+    row: Json = {"role": role, "index": index, "pid": pid, "generation": 1, "commit": commit}
+    return row | {"state": "running", "busy": None, "jobs": None, "deaths": 0, "starts_in": None}
 
 
 def _process(daemon: Supervisor, child: Child) -> Json:

@@ -106,7 +106,7 @@ class TestWorkers:
         )
         assert 0 < float(pss) <= float(rss)
         assert fetch.split() == ["fetch", "1", "0", "3", "17", "-", "-", "abc", "idle"]
-        assert total.startswith("2 processes, ")
+        assert total.startswith("1 process, ")
         assert total.endswith(" PSS in all, up 2 h 1 min")
 
     def test_says_what_is_stopped_and_what_works(
@@ -281,7 +281,7 @@ class TestTop:
         after = {**before, "read_count": 9, "read_amount_total": 4096, "read_cumulative_latency_millis_total": 300}
         daemon.by_op["metrics_backend"] = [before, after]
         text = "\n".join(self.run(api, capsys))
-        assert text.startswith("nydusd RUNNING, up 2 h 1 min, 1 image, 1 blobs, 2 processes, ")
+        assert text.startswith("nydusd RUNNING, up 2 h 1 min, 1 image, 1 blobs, 1 process, ")
         assert "reads    2.0 MiB/s  hit rate 75.0%  hits 15/s  misses 5/s" in text
         assert "4 reads wait, 2.0 KiB in shared memory, prefetch 0/s, failed reads 2" in text
         assert "decompress   1 of 2 workers busy, queued: user 3, ahead 2, prefetch 1" in text

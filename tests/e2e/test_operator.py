@@ -66,11 +66,23 @@ def test_workers_count_generations_and_jobs() -> None:
         wait_for_role(daemon, "decompress", len(os.sched_getaffinity(0)), without=victim)
         answer = json.loads(daemon.ctl("--raw", "workers"))
         rows = {(row["role"], row["index"]): row for row in answer["processes"]}
-        assert {role for role, _ in rows} == {"supervisor", "fuse", "fetch", "decompress", "api"}
+        assert {role for role, _ in rows} == {"supervisor", "fork server", "fuse", "fetch", "decompress", "api"}
         assert [row["generation"] for key, row in rows.items() if key[0] == "decompress"].count(2) == 1
         assert rows["fetch", 0]["jobs"] >= 1
         assert all(row["pss_bytes"] > 1 << 20 for row in rows.values())
         assert {row["commit"] for row in rows.values()} == {daemon.get("/api/v1/daemon")["version"]["git_commit"]}  # type: ignore[index]
+
+
+def test_every_process_of_a_daemon_is_shown_with_its_memory() -> None:
+    with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:
+
+        def memory() -> dict[int, int]:
+            answer = daemon.get("/api/v1/nydusd/workers")
+            assert isinstance(answer, dict)
+            return {row["pid"]: row["pss_bytes"] for row in answer["processes"] if row["pid"]}
+
+        wait_until(lambda: set(memory()) == {daemon.pid, *daemon.family()}, "all processes to be shown")
+        assert all(memory().values())
 
 
 def test_top_and_map_of_a_live_daemon() -> None:

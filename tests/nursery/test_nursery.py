@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -34,7 +35,10 @@ def test_the_second_daemon_starts_it_the_third_comes_from_it_and_the_last_one_en
             assert three.is_copy()
             assert cmdline(three.supervisor) == "nydusd: supervisor"
             assert wrong(three) == []
-            assert str(three.supervisor) in three.ctl("workers")
+            shown = {row["pid"]: row for row in json.loads(three.ctl("--raw", "workers"))["processes"]}
+            assert [(shown[pid]["role"], shown[pid]["pss_bytes"] > 0) for pid in (three.supervisor, three.pid)] == [
+                *(("supervisor", True), ("stub", True)),
+            ]
         assert is_running(nursery), "others live"
         one.stop()
         assert is_running(nursery), "another lives"

@@ -96,7 +96,7 @@ def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
     for process in list_at(workers, "processes"):
         pid = int(number_at(process, "pid"))
         for file in _OF_PROCESS if pid > 0 else ():
-            name = f"processes/{text_at(process, 'role')}-{pid}-{file}.txt"
+            name = f"processes/{text_at(process, 'role').replace(' ', '-')}-{pid}-{file}.txt"
             report.take(name, partial(_proc, pid, file))
     log = table_at(answers.get("mounts.json", {}), "log")
     report.take("nydusd.log", lambda: _log(log.get("file"), int(number_at(workers, "supervisor"))))

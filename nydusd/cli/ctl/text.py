@@ -37,6 +37,12 @@ def number_at(data: object, key: str) -> float:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else 0
 
 
+def count_of_processes(processes: Sequence[object]) -> str:
+    """How many of the places in a daemon have a process now."""
+    count = sum(number_at(process, "pid") > 0 for process in processes)
+    return f"{count} process{'' if count == 1 else 'es'}"
+
+
 def text_at(data: object, key: str) -> str:
     """The value under a key for a reader: text as it is, anything else as JSON."""
     value = data.get(key) if isinstance(data, Mapping) else None

@@ -15,10 +15,21 @@ from typing import NamedTuple
 
 from nydusd.cli.ctl.connection import Api, Json, RequestFailed
 from nydusd.cli.ctl.terminal import Screen, screen
-from nydusd.cli.ctl.text import MISSING, duration, list_at, number_at, one_line, size, table, table_at, text_at
+from nydusd.cli.ctl.text import (
+    MISSING,
+    count_of_processes,
+    duration,
+    list_at,
+    number_at,
+    one_line,
+    size,
+    table,
+    table_at,
+    text_at,
+)
 from nydusd.cli.ctl.verb import Verb
+from nydusd.cli.ctl.workers import ALONE, state_of
 from nydusd.cli.ctl.workers import PATH as WORKERS
-from nydusd.cli.ctl.workers import state_of
 
 LOAD = "/api/v1/nydusd/load"
 BACKEND = "/api/v1/metrics/backend"
@@ -111,7 +122,7 @@ def frame(before: Sample, now: Sample, rates: list[float], shown: Screen) -> Ite
     yield (
         f"nydusd {text_at(now.load, 'state')}, up {duration(number_at(now.workers, 'uptime'))}, "
         f"{images} image{'' if images == 1 else 's'}, {text_at(now.load, 'blobs')} blobs, "
-        f"{len(processes)} processes, {size(pss)} PSS"
+        f"{count_of_processes(processes)}, {size(pss)} PSS"
     )
     yield ""
     rate = f"{hits / (hits + misses):.1%}" if hits + misses else MISSING
@@ -161,7 +172,7 @@ def _row(before: Sample, process: object, seconds: float) -> list[str]:
     earlier = next((other for other in list_at(before.workers, "processes") if text_at(other, "pid") == pid), {})
     jobs = text_at(process, "jobs")
     return [
-        role if role in ("supervisor", "api") else f"{role} {text_at(process, 'index')}",
+        role if role in ALONE else f"{role} {text_at(process, 'index')}",
         pid,
         MISSING if jobs == MISSING else f"{_difference(earlier, process, 'jobs') / seconds:.1f}",
         jobs,

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from nydusd.cli.ctl.connection import Api, RequestFailed
 from nydusd.cli.ctl.text import (
     MISSING,
+    count_of_processes,
     duration,
     list_at,
     number_at,
@@ -37,6 +38,8 @@ from nydusd.errors import ConfigError
 
 PATH = "/api/v1/nydusd/workers"
 HEAD = ("PROCESS", "PID", "GENERATION", "JOBS", "RSS", "PSS", "BUILD", "STATE")
+ALONE = ("supervisor", "stub", "api")
+"""Roles of which there is one process."""
 _STOPPED = ("T", "t")
 _UPGRADE_PATIENCE = 130.0
 _WHY = re.compile(r'Other\((".*")\)', re.DOTALL)
@@ -93,7 +96,7 @@ def _show(api: Api, args: argparse.Namespace) -> Iterator[str]:
     processes = list_at(answer, "processes")
     yield table(HEAD, [_row(process) for process in processes])
     pss = sum(number_at(process, "pss_bytes") for process in processes)
-    yield f"\n{len(processes)} processes, {size(pss)} PSS in all, up {duration(number_at(answer, 'uptime'))}"
+    yield f"\n{count_of_processes(processes)}, {size(pss)} PSS in all, up {duration(number_at(answer, 'uptime'))}"
     yield from _seats(table_at(answer, "seats"), number_at(answer, "supervisor"))
 
 
@@ -116,7 +119,7 @@ def _seats(seats: Mapping[str, object], own: float) -> Iterator[str]:
 def _row(process: object) -> list[str]:
     role = text_at(process, "role")
     return [
-        role if role in ("supervisor", "api") else f"{role} {text_at(process, 'index')}",
+        role if role in ALONE else f"{role} {text_at(process, 'index')}",
         text_at(process, "pid"),
         text_at(process, "generation"),
         text_at(process, "jobs"),
