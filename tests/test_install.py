@@ -81,6 +81,16 @@ def test_pages_completions_units_and_examples_are_there(installed: Path) -> None
     assert f"ExecStart={installed}/bin/nydusd fuse" in unit
 
 
+def test_the_score_of_the_unit_is_the_one_of_the_docs(installed: Path) -> None:
+    unit = installed / "etc/systemd/system/nydusd@.service"
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", unit], capture_output=True, text=True, check=False
+    )
+    score = re.search(r"Overall exposure level for .*: ([0-9.]+) ", done.stdout)
+    assert score is not None, done.stderr
+    assert f"`systemd-analyze security --offline=true` gives {score[1]};" in (ROOT / "docs/operating.md").read_text()
+
+
 def test_installed_daemon_serves(installed: Path) -> None:
     daemon = Daemon(IMAGE.bootstrap, IMAGE.blobs)
     daemon.command[:3] = [str(installed / "bin/nydusd")]

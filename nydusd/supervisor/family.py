@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from nydusd import points
+from nydusd import logs, points
 from nydusd.cli.options import FuseOptions
 from nydusd.config.model import REMOTE_FETCH_WORKERS
 from nydusd.errors import NydusError
@@ -208,7 +208,7 @@ class Family:
         """Write down what a successor must know."""
         if not self.noted:
             return
-        more: Json = {"workers": self.wanted} | self.left()
+        more: Json = {"workers": self.wanted} | self.left() | self._for_operator()
         if self.session is not None and isinstance(self._options, FuseOptions):
             from nydusd.supervisor.adoption import parameters, record_of
 
@@ -220,6 +220,13 @@ class Family:
         pids = [*self.fork_server.pids, *(child.pid for child in self.children if child.role not in ("erofs", "guard"))]
         pids += self.others()
         self._runtime.record([pid for pid in pids if pid], more)
+
+    def _for_operator(self) -> Json:
+        """How `nydusctl` finds this record, and what else of us, when we do not answer."""
+        apisock, config = (
+            None if path is None else os.path.abspath(path) for path in (self._options.apisock, self._options.config)
+        )
+        return {"apisock": apisock, "config": config, "log": logs.current_file()}
 
     def succeed(self, fresh: ForkServer) -> None:
         """Go on with another fork server, which holds the session's fds already; `fresh` is the former then.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.cli.ctl import bugreport
+from nydusd.cli.ctl.connection import Api
 from nydusd.cli.nydusctl import main
 from tests.support.daemon import Daemon, image_config
 from tests.support.discipline import discipline
@@ -56,9 +57,20 @@ def test_holds_state_log_pictures_and_no_secret(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stopped", ["fuse", "all"])
 def test_is_made_while_processes_hang(tmp_path: Path, stopped: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Front ends that are stopped: every look at the mount hangs. All stopped: the API hangs as well."""
-    monkeypatch.setattr(bugreport, "_PATIENCE", 0.2)
-    with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:
-        victims = daemon.pids("fuse")
+    monkeypatch.setattr(bugreport, "_PATIENCE", 0.5)
+    asked: list[str] = []
+    text = Api.text
+
+    def counting(api: Api, path: str) -> bytes:
+        asked.append(path)
+        return text(api, path)
+
+    monkeypatch.setattr(Api, "text", counting)
+    log = discipline.log_folder / f"bugreport-{stopped}.log"
+    with Daemon(IMAGE.bootstrap, IMAGE.blobs, args=("-L", str(log))) as daemon:
+        (daemon.mountpoint / "dup/a").read_bytes()
+        victims = fronts = daemon.pids("fuse")
+        daemon_pid = daemon.pid
         if stopped == "all":
             victims = [daemon.pid, *daemon.pids("")]
         for pid in victims:
@@ -73,6 +85,13 @@ def test_is_made_while_processes_hang(tmp_path: Path, stopped: str, monkeypatch:
     assert b"nydusd" in found["mountinfo.txt"] or str(daemon.mountpoint).encode() in found["mountinfo.txt"]
     assert ("daemon.json" in found) == (stopped == "fuse")
     assert (b"daemon.json: " in found["missing.txt"]) == (stopped == "all")
+    assert (len(asked) == 1) == (stopped == "all"), "who does not answer is asked once"
+    for pid in [daemon_pid, *fronts]:
+        for part in ("status", "stack"):
+            assert any(name.endswith(f"-{pid}-{part}.txt") for name in found)
+    assert b"is mounted at" in found["nydusd.log"]
+    assert found["chunkmaps.png"].startswith(b"\x89PNG")
+    assert b"localfs" in found["config.json" if stopped == "all" else "daemon.json"]
 
 
 def test_without_a_daemon_holds_what_the_system_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

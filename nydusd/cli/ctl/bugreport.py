@@ -1,9 +1,9 @@
 """`nydusctl bugreport [-o FILE]`: a tarball of what whoever looks into a problem wants to see.
 
 In it: the daemon's state and configuration without secrets, its processes with their kernel stacks, its log, its metrics, the
-trace of each image, pictures of the chunk maps, the mounts of this system. Every part is waited for a few seconds only and
-nothing looks at a mount point, so a mount or a daemon that hangs costs its part: `missing.txt` says what is not there, and
-why.
+trace of each image, pictures of the chunk maps, the mounts of this system. Nothing looks at a mount point, and a daemon that
+once has not answered for a few seconds is asked no more: its processes, log, configuration and chunk maps are looked for by
+what is written down of it. `missing.txt` says what is not there, and why.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import platform
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from nydusd.cli.ctl.connection import Api
+from nydusd.cli.ctl.connection import Api, SilentError
 from nydusd.cli.ctl.picture import png, states_of
+from nydusd.cli.ctl.silent import Record
 from nydusd.cli.ctl.text import list_at, number_at, table_at, text_at
 from nydusd.cli.ctl.verb import Verb
 from nydusd.errors import NydusError
@@ -55,11 +56,23 @@ class _Report:
     def __init__(self) -> None:
         self.parts: dict[str, bytes] = {}
         self.missing: list[str] = []
+        self.silent = False
+        """Whether the daemon has not answered in time."""
+
+    def ask(self, name: str, get: Callable[[], bytes]) -> None:
+        """One part that the daemon tells, unless it tells nothing."""
+        if self.silent:
+            self.missing.append(f"{name}: not asked for")
+        else:
+            self.take(name, get)
 
     def take(self, name: str, get: Callable[[], bytes]) -> None:
         """One part; whatever goes wrong costs this part only."""
         try:
             self.parts[name] = get()
+        except SilentError as error:
+            self.silent = True
+            self.missing.append(f"{name}: {error}")
         except (NydusError, OSError, ValueError, subprocess.SubprocessError) as error:
             self.missing.append(f"{name}: {error}")
 
@@ -86,20 +99,28 @@ def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
         return json.dumps(data, indent=1).encode()
 
     for name, path in _ANSWERS.items():
-        report.take(name, partial(answer, name, path))
-    report.take("metrics.txt", lambda: api.text("/metrics/prometheus"))
-    report.take("chunkmaps.png", lambda: _chunk_maps(api))
-    report.take("trace.json", lambda: json.dumps(api.get("/api/v1/nydusd/trace")).encode())
+        report.ask(name, partial(answer, name, path))
+    report.ask("metrics.txt", lambda: api.text("/metrics/prometheus"))
+    report.ask("chunkmaps.png", lambda: _chunk_maps(api))
+    report.ask("trace.json", lambda: json.dumps(api.get("/api/v1/nydusd/trace")).encode())
     report.take("system.txt", _system)
     report.take("mountinfo.txt", lambda: Path("/proc/self/mountinfo").read_bytes())
-    workers = answers.get("workers.json", {})
-    for process in list_at(workers, "processes"):
-        pid = int(number_at(process, "pid"))
+    rows = list_at(answers.get("workers.json", {}), "processes")
+    processes = {int(number_at(row, "pid")): text_at(row, "role").replace(" ", "-") for row in rows}
+    log: object = table_at(answers.get("mounts.json", {}), "log").get("file")
+    if report.silent:
+        try:
+            record = Record(api.path)
+        except NydusError as error:
+            report.missing.append(f"what is written down of the daemon: {error}")
+        else:
+            processes, log = record.processes(), record.log_file()
+            report.take("config.json", record.configuration)
+            report.take("chunkmaps.png", record.chunk_maps)
+    for pid, role in processes.items():
         for file in _OF_PROCESS if pid > 0 else ():
-            name = f"processes/{text_at(process, 'role').replace(' ', '-')}-{pid}-{file}.txt"
-            report.take(name, partial(_proc, pid, file))
-    log = table_at(answers.get("mounts.json", {}), "log")
-    report.take("nydusd.log", lambda: _log(log.get("file"), int(number_at(workers, "supervisor"))))
+            report.take(f"processes/{role}-{pid}-{file}.txt", partial(_proc, pid, file))
+    report.take("nydusd.log", lambda: _log(log, [pid for pid in processes if pid > 0]))
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     path = args.output or f"nydusd-bugreport-{stamp}.tar.gz"
     try:
@@ -127,15 +148,17 @@ def _system() -> bytes:
     return "\n".join(lines).encode()
 
 
-def _log(file: object, pid: int) -> bytes:
-    """The end of the log: of its file, or of what the journal has of the daemon."""
+def _log(file: object, pids: Sequence[int]) -> bytes:
+    """The end of the log: of its file, or of what the journal has of these processes: it files a line under its writer."""
     if isinstance(file, str):
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as f:
             f.seek(max(0, os.fstat(fd).st_size - _LOG_BYTES))
             return f.read(_LOG_BYTES)
-    unit = ["journalctl", "--no-pager", "--quiet", "--lines=20000", f"_PID={pid}"]
-    return subprocess.run(unit, capture_output=True, timeout=_PATIENCE, check=True).stdout[-_LOG_BYTES:]
+    if not pids:
+        raise NydusError("no process of the daemon is known, and no file")
+    command = ["journalctl", "--no-pager", "--quiet", "--lines=20000", *(f"_PID={pid}" for pid in pids)]
+    return subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=True).stdout[-_LOG_BYTES:]
 
 
 VERB = Verb(("bugreport",), "a tarball of all that helps to look into a problem", run, add_arguments)

@@ -21,6 +21,10 @@ class RequestFailed(NydusError):
     """The API could not be reached, or it answered with an error."""
 
 
+class SilentError(RequestFailed):
+    """The API did not answer in time."""
+
+
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str, patience: float) -> None:
         super().__init__("unix", timeout=patience)
@@ -38,6 +42,11 @@ class Api:
     def __init__(self, path: str, patience: float = _PATIENCE) -> None:
         self._path = path
         self._patience = patience
+
+    @property
+    def path(self) -> str:
+        """Where the daemon listens."""
+        return self._path
 
     def with_patience(self, seconds: float) -> Api:
         """The same, with another time-out for each answer."""
@@ -81,7 +90,7 @@ class Api:
             response = connection.getresponse()
             answer = response.read(_MAX_ANSWER)
         except TimeoutError as error:
-            raise RequestFailed(f"{self._path}: no answer within {self._patience:g} s") from error
+            raise SilentError(f"{self._path}: no answer within {self._patience:g} s") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = (
                 error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__

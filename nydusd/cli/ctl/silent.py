@@ -1,0 +1,77 @@
+"""What is to be found of a daemon that does not answer: its record in the run-time folder, and what that leads to.
+
+Runs in the `nydusctl` process. The record (`state.json`) says which socket the API is at, so it is found by that. Nothing here
+waits for the daemon: files, /proc and shared memory are there whatever its processes do, and after they were killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from nydusd.cli.ctl.picture import png, states_of
+from nydusd.errors import CacheError, NydusError
+from nydusd.nursery.place import root
+
+Json = dict[str, object]
+
+
+class Record:
+    """What is written down of the daemon whose API is at a socket. Raises NydusError if nothing is."""
+
+    def __init__(self, socket: str) -> None:
+        # Only where a daemon is silent: it is a part of the supervisor's.
+        from nydusd.supervisor.checked import read_checked
+
+        for path in sorted(Path(root()).glob("*/state.json")):
+            try:
+                record = read_checked(path)
+            except CacheError:
+                continue
+            if record.get("apisock") == os.path.abspath(socket):
+                self.instance, self.content = path.parent.name, record
+                return
+        raise NydusError(f"no record below {root()} names the socket {socket}")
+
+    def processes(self) -> dict[int, str]:
+        """Those that were written down, with the kernel's names for them, and what they have started."""
+        rows = self.content.get("processes")
+        pids = [row[0] for row in rows if isinstance(row, list) and row] if isinstance(rows, list) else []
+        holders = self.content.get("holders")
+        pids += [row.get("pid") for row in holders if isinstance(row, dict)] if isinstance(holders, list) else []
+        return {pid: name for pid in dict.fromkeys(pids) if isinstance(pid, int) and (name := _name(pid))}
+
+    def log_file(self) -> str | None:
+        """None: it writes to stderr."""
+        file = self.content.get("log")
+        return file if isinstance(file, str) else None
+
+    def configuration(self) -> bytes:
+        """That of the command line, without secrets. Raises NydusError."""
+        from nydusd.config import load_config_file, redacted
+
+        path = self.content.get("config")
+        if not isinstance(path, str):
+            raise NydusError("the daemon was started without a configuration")
+        return json.dumps(redacted(load_config_file(path)), indent=1).encode()
+
+    def chunk_maps(self) -> bytes:
+        """A picture of all that are in shared memory. Raises OSError."""
+        from nydusd.control.enrich import with_states
+        from nydusd.storage.cache.manager import SEGMENT_DIGITS
+        from nydusd.storage.state.segment import names
+
+        prefix = f"nydusd.{self.instance}."
+        found = [name for name in names(prefix) if len(name) == len(prefix) + 1 + SEGMENT_DIGITS]
+        blobs = with_states({"blobs": [{"segment": name} for name in found]})["blobs"]
+        return png([states_of(blob) for blob in blobs] if isinstance(blobs, list) else [])
+
+
+def _name(pid: int) -> str:
+    """Of a process of ours; empty if it has ended, or the pid is another's by now."""
+    try:
+        name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").strip()
+    except OSError:
+        return ""
+    return name.removeprefix("nydusd: ").replace(" ", "-").replace("/", "-")[:32]
