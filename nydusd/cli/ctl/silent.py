@@ -35,12 +35,16 @@ class Record:
         raise NydusError(f"no record below {root()} names the socket {socket}")
 
     def processes(self) -> dict[int, str]:
-        """Those that were written down, with the kernel's names for them, and what they have started."""
-        rows = self.content.get("processes")
-        pids = [row[0] for row in rows if isinstance(row, list) and row] if isinstance(rows, list) else []
-        holders = self.content.get("holders")
-        pids += [row.get("pid") for row in holders if isinstance(row, dict)] if isinstance(holders, list) else []
-        return {pid: name for pid in dict.fromkeys(pids) if isinstance(pid, int) and (name := _name(pid))}
+        """Those of them that live, with what they call themselves."""
+        from nydusd.storage.state.lock import start_time
+
+        rows, holders = self.content.get("processes"), self.content.get("holders")
+        known = [tuple(row) for row in rows if isinstance(row, list)] if isinstance(rows, list) else []
+        if isinstance(holders, list):
+            known += [(row.get("pid"), row.get("start")) for row in holders if isinstance(row, dict)]
+        # Who has the pid now but began at another time is somebody else.
+        pids = [row[0] for row in known if len(row) == 2 and isinstance(row[0], int) and start_time(row[0]) == row[1]]
+        return {pid: _name(pid) for pid in dict.fromkeys(pids)}
 
     def log_file(self) -> str | None:
         """None: it writes to stderr."""
@@ -69,9 +73,9 @@ class Record:
 
 
 def _name(pid: int) -> str:
-    """Of a process of ours; empty if it has ended, or the pid is another's by now."""
+    """Of a process of ours, as a part of a file's name."""
     try:
         name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").strip()
     except OSError:
-        return ""
+        return "ended"
     return name.removeprefix("nydusd: ").replace(" ", "-").replace("/", "-")[:32]
