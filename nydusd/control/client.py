@@ -6,6 +6,7 @@ ahead, a body of 1 MiB, and one answer; nothing more is read from it until that 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import selectors
 import socket
@@ -32,10 +33,14 @@ class Request(NamedTuple):
 class Client:
     """An accepted connection. The server calls `read`, `next_request`, `answer`, `write` and asks for its state."""
 
-    def __init__(self, sock: socket.socket, paths: tuple[str, ...] = ()) -> None:
+    def __init__(self, sock: socket.socket, paths: tuple[str, ...] = (), number: int | None = None) -> None:
         self._sock = sock
         self.paths = paths
         """All that this client may ask for, without a body; empty: anything."""
+        self.number = number
+        """Under which the supervisor holds the connection, too; None: it does not."""
+        self.unread = False
+        """It has spoken, and must not be read yet."""
         self._max_body = 0 if paths else MAX_BODY
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD)
         self._head: h11.Request | None = None
@@ -65,7 +70,8 @@ class Client:
         wanted = 0
         if not self.closed:
             wanted |= selectors.EVENT_WRITE if self._out else 0
-            wanted |= selectors.EVENT_READ if self._discarding or not (self.waiting or self._out) else 0
+            can_read = self._discarding or not (self.waiting or self._out or self.unread)
+            wanted |= selectors.EVENT_READ if can_read else 0
         if wanted == self._watched:
             return
         if wanted and self._watched:
@@ -189,6 +195,9 @@ class Client:
             self.close()
 
     def close(self) -> None:
+        if self.number is None:
+            with contextlib.suppress(OSError):  # the supervisor may not have let go of it yet
+                self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
         self._out.clear()
         self.closed = True

@@ -4,7 +4,8 @@ Nothing here blocks, so a slow client delays nobody and a probe is answered whil
 a connection open for the whole life of a daemon and take its loss for the daemon's death: only a request that was begun
 and not finished has a time-out. Who comes to the TCP port for metrics has one in any case, and a small number of places
 apart from the others': it may be anybody, and must keep nobody from the API. The process keeps no state: after SIGKILL
-the supervisor starts another on the same listening socket, and its clients connect again.
+the supervisor starts another on the same listening socket, with the clients who had not said anything yet (`ipc/silent.py`);
+the others are disconnected, and connect again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from nydusd.control.client import Client, Request
 from nydusd.control.routes import METRICS_PATHS, Answer, Call, Refused, answer, error_answer, resolve
 from nydusd.errors import InternalError
 from nydusd.ipc.messages import CONTROL, NUMBER, decode, encode
+from nydusd.ipc.silent import SilentLine
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ _TURN: Final = 16
 """Requests of one client in a row; a client that pipelines more waits until the others had their turn."""
 _NO_FILES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _ACCEPT_PAUSE: Final = 1.0
+_SILENT_PAUSE: Final = 0.05
+"""Seconds until the supervisor, which had no room for a message, is told again."""
 
 
 class _Question(NamedTuple):
@@ -78,6 +82,7 @@ class ApiServer:
         listener: socket.socket | None,
         supervisor: zmq.Socket[bytes],
         lifeline_fd: int,
+        silent: SilentLine,
         metrics: socket.socket | None = None,
     ) -> None:
         self._doors: list[_Door] = []
@@ -86,12 +91,15 @@ class ApiServer:
         if metrics is not None:
             self._doors.append(_Door(metrics, _MAX_METRICS_CLIENTS, METRICS_PATIENCE, METRICS_PATHS))
         self._supervisor = supervisor
+        self._silent = silent
         self._lifeline_fd = lifeline_fd
         self._selector = selectors.DefaultSelector()
         self._questions: dict[int, _Question] = {}
         """By number."""
         self._ready: dict[Client, None] = {}
         """Clients with more complete requests than one turn."""
+        self._unread: dict[Client, None] = {}
+        """Clients who have spoken, and the supervisor does not know yet that it must let go of them."""
         self._number = 0
         self._end: float | None = None
 
@@ -101,6 +109,8 @@ class ApiServer:
         self._selector.register(self._supervisor.fileno(), selectors.EVENT_READ, None)
         for door in self._doors:
             self._listen(door, True)
+        for number, sock in self._silent.inherit().items():
+            self._let_in(self._doors[0], sock, number)
         try:
             while not self._finished():
                 self._step()
@@ -122,6 +132,8 @@ class ApiServer:
         for client in list(self._ready):
             del self._ready[client]
             self._advance(client)
+        for client in list(self._unread):
+            self._serve(client, selectors.EVENT_READ)
         self._expire(time.monotonic())
 
     def _timeout(self) -> float | None:
@@ -134,6 +146,8 @@ class ApiServer:
                 times.append(door.open_again)
         if self._end is not None:
             times.append(self._end)
+        if self._unread:
+            times.append(time.monotonic() + _SILENT_PAUSE)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     # Clients
@@ -157,8 +171,11 @@ class ApiServer:
                 log.warning("cannot accept a client: %s", error.strerror)
                 self._listen(door, False)
             return
+        self._let_in(door, sock, None if door.paths else self._silent.hold(sock))
+
+    def _let_in(self, door: _Door, sock: socket.socket, number: int | None) -> None:
         sock.setblocking(False)
-        client = Client(sock, door.paths)
+        client = Client(sock, door.paths, number)
         door.clients.add(client)
         self._watch(client)
         if len(door.clients) >= door.most:
@@ -168,9 +185,19 @@ class ApiServer:
     def _serve(self, client: Client, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
             client.write()
-        if mask & selectors.EVENT_READ and not client.closed:
+        if mask & selectors.EVENT_READ and not client.closed and self._may_read(client):
             client.read()
         self._advance(client)
+
+    def _may_read(self, client: Client) -> bool:
+        """Once something was read, the next API process could not go on with this client: so nobody is to hold it for that."""
+        if client.number is None or self._silent.let_go(client.number):
+            client.number = None
+            self._unread.pop(client, None)
+        else:
+            self._unread[client] = None
+        client.unread = client in self._unread
+        return not client.unread
 
     def _advance(self, client: Client) -> None:
         """Handle what the client has sent in full, then wait for what it needs next."""

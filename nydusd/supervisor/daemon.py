@@ -281,7 +281,7 @@ class Supervisor:
             self._told_to_stop()
         self._reap()
         now = time.monotonic()
-        self._family.tend_fork_server(events, now)
+        self._family.tend(events, now)
         if not self.stopping:
             self._family.restart(now)
             engine.staff.step(now)

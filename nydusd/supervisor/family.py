@@ -20,6 +20,7 @@ from nydusd.cli.options import FuseOptions
 from nydusd.config.model import REMOTE_FETCH_WORKERS
 from nydusd.errors import NydusError
 from nydusd.ipc.messages import Json
+from nydusd.ipc.silent import SilentHolder
 from nydusd.storage.backend import MODULES
 from nydusd.storage.cache.spec import LOCAL
 from nydusd.supervisor.children import Child, Turns, end_all, reap_strays
@@ -101,6 +102,7 @@ class Family:
         self._watch = Watch(config.nydusd.worker_patience)
         # What fetch workers share (tokens, redirects, which host is down): in memory, inherited by them alone.
         self._shared = os.memfd_create("nydusd-backend", os.MFD_CLOEXEC)
+        self._silent = SilentHolder(self.watch, self.forget)
         self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
         fork_server.started = self.remember
         self._watch_fork_server()
@@ -171,6 +173,8 @@ class Family:
             child.start(self.fork_server, spec, fds)
         finally:
             self._watch_fork_server()  # at once: it may be another, and numbers of its fds be the child's
+            if child.role == "api":
+                self._silent.begun()
         points.reach("start: child not noted")
         if child.process is not None:
             self.begin(child)
@@ -191,8 +195,10 @@ class Family:
             fds, more = self._frontend_spec(child.index)
             spec |= more | {"crashed": child.crashed}
         elif child.role == "api":
-            fds += [fd for fd in self.listeners if fd >= 0]
+            silent_fd, silent = self._silent.begin()
+            fds += [fd for fd in (*self.listeners, silent_fd) if fd >= 0]
             spec |= {"listen_fd": self.listeners[0], "metrics_fd": self.listeners[1], "front": self.front}
+            spec |= {"silent_fd": silent_fd, "silent": silent}
         elif (own := self.own_spec(child)) is not None:
             fds, more = own
             spec |= more
@@ -340,11 +346,14 @@ class Family:
             self._renew_front_end()
             reap_strays(self.children, [*self.fork_server.pids, *self.others()])
 
-    def tend_fork_server(self, ready: Container[Any], now: float) -> None:
-        """When it has ended or has something to say (`ready` are the fds that do), or when it is time: see to it at once.
+    def tend(self, ready: Container[Any], now: float) -> None:
+        """When the fork server has ended or has something to say (`ready` are the fds that do), or when it is time: see to it.
 
-        It holds what must not be lost, so until there is another, one of those that do is missing.
+        At once: it holds what must not be lost, so until there is another, one of those that do is missing. And take what the
+        API process says.
         """
+        if self._silent.fileno() in ready:
+            self._silent.take()
         if now < self.fork_server.due() and not any(fd in ready for fd in self._fork_fds):
             return
         if self.fork_server.tend():
@@ -392,11 +401,13 @@ class Family:
 
     def end(self) -> None:
         """End all processes."""
+        self._silent.close()
         self.fork_server.close()
         end_all(self.children, _END_PATIENCE)
 
     def leave(self, *, keep_fork_server: bool = False) -> None:
         """End all but the front ends, which hold what a successor needs, and perhaps the fork server, which does, too."""
+        self._silent.close()
         if keep_fork_server:
             self.fork_server.let_go()
             # The API process has an answer to give still: it ends by itself when this pipe is closed.

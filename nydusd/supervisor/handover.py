@@ -165,7 +165,7 @@ class Handover:
         now = time.monotonic()
         for child, status in self._family.reap(lambda _child, _identity: None):
             self._family.judge(child, status)
-        self._family.tend_fork_server(events, now)
+        self._family.tend(events, now)
         self._family.restart(now)
         self._notifier.alive(now)
         return daemon.stopping or bool(wake in events and os.read(wake, 64).strip(bytes([signal.SIGCHLD])))

@@ -15,6 +15,7 @@ import zmq
 from nydusd.control import server as server_module
 from nydusd.control.routes import ROUTES, Call
 from nydusd.control.server import ApiServer
+from nydusd.ipc.silent import SilentLine
 from tests.support.api import Wire
 from tests.support.discipline import wait_until
 
@@ -35,7 +36,7 @@ class Running:
         self._lifeline_out, self._lifeline = os.pipe()
         self._metrics = socket.create_server(("127.0.0.1", 0))
         self.metrics: tuple[str, int] = self._metrics.getsockname()
-        self.server = ApiServer(self._listener, dealer, self._lifeline_out, self._metrics)
+        self.server = ApiServer(self._listener, dealer, self._lifeline_out, SilentLine(None, 0), self._metrics)
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()
 

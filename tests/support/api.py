@@ -126,8 +126,8 @@ class Wire:
 
     def __init__(self, address: str | tuple[str, int]) -> None:
         self.sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+        self.sock.connect(address)  # waits, as it would not with a time-out, while many others connect
         self.sock.settimeout(SECONDS)
-        self.sock.connect(address)
         self._got = b""
 
     def __enter__(self) -> Self:
