@@ -8,14 +8,16 @@ import os
 import random
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.killing.scenes import read
+from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, read_direct
+from tests.support import oracle
 from tests.support.daemon import Daemon, wait_for_role
-from tests.support.discipline import detach_mount
+from tests.support.discipline import detach_mount, wait_until
 from tests.support.mounted import Tree
 
 NAMES = [f"{number:02}" for number in range(8)]
@@ -85,3 +87,47 @@ def _read_some(daemon: Daemon, names: list[str]) -> None:
     with contextlib.suppress(OSError):
         for name in names:
             read(daemon.mountpoint / name)
+
+
+def test_a_front_end_forgets_nothing_and_leaks_nothing_when_mounts_come_and_go(tree: Tree, tmp_path: Path) -> None:
+    """Beside the image of its command line, which stays as it was."""
+    cache = tmp_path / "cache"
+    own = config_for(IMAGE, cache, nydusd={"front_ends": 1})
+    with Daemon(IMAGE.bootstrap, IMAGE.blobs, cache=cache, config=own) as daemon:
+        (front_end,) = daemon.pids("fuse")
+        truth = oracle.truth(IMAGE.name)[ONE_CHUNK.encode()]
+        counts = []
+        for _ in range(5):
+            assert daemon.mount("/dup", tree.bootstrap, tmp_path, config=json.dumps(config(tree, cache))) == (204, "")
+            for name in NAMES:
+                assert read(daemon.mountpoint / "dup" / name) == tree.contents[name]
+            assert read_direct(daemon.mountpoint / ONE_CHUNK) == truth
+            assert daemon.umount("/dup") == (204, "")
+            assert read_direct(daemon.mountpoint / ONE_CHUNK) == truth
+            counts.append(len(os.listdir(f"/proc/{front_end}/fd")))
+        assert counts[-1] <= counts[1], counts
+        assert daemon.pids("fuse") == [front_end]
+
+
+def test_front_end_without_a_file_descriptor_learns_later_what_is_mounted(
+    tree: Tree, tmp_path: Path, expect_log: Callable[..., None]
+) -> None:
+    """Until then it does not say that there is nothing, and what it has open is read as ever."""
+    expect_log("the table of mounts .* cannot be read: .*Too many open files")
+    with Daemon(None, tmp_path, config=config(tree, tmp_path / "cache")) as daemon:
+        (front_end,) = daemon.pids("fuse")
+        assert daemon.mount("/one", tree.bootstrap, tmp_path, config=json.dumps(config(tree, tmp_path / "one"))) == (
+            204,
+            "",
+        )
+        assert read(daemon.mountpoint / "one" / NAMES[0]) == tree.contents[NAMES[0]]
+        with open(daemon.mountpoint / "one" / NAMES[0], "rb", buffering=0) as kept:
+            with no_fd_left(front_end):
+                text = json.dumps(config(tree, tmp_path / "two"))
+                assert daemon.mount("/two", tree.bootstrap, tmp_path, config=text) == (204, "")
+                with pytest.raises(OSError, match="Input/output error"):
+                    os.stat(daemon.mountpoint / "two")
+                assert kept.read() == tree.contents[NAMES[0]]
+            wait_until(lambda: os.path.isdir(daemon.mountpoint / "two"), "the second image", 60)
+        assert read(daemon.mountpoint / "two" / NAMES[1]) == tree.contents[NAMES[1]]
+        assert daemon.pids("fuse") == [front_end]

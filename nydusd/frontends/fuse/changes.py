@@ -6,6 +6,7 @@ Runs in a front-end process. Nothing here outlives it: a successor begins with t
 from __future__ import annotations
 
 import errno
+import time
 
 from nydusd.errors import NydusError
 
@@ -14,6 +15,9 @@ from .mount import Mount
 from .namespace import Namespace
 from .parking import Parking
 from .stats import Tally
+
+_RETRY = 0.1
+"""Seconds after which a table that could not be read (no file descriptor was left) is read again, if anybody asks anything."""
 
 
 class Changes:
@@ -27,6 +31,7 @@ class Changes:
         self.idle = False
         """Whether the loop serves nothing, so that the table may change at any instruction."""
         self._term = views.term
+        self._next_try = 0.0
         self._leaving: list[Mount] = []
         """Mounts that are gone, whose parked reads are not."""
 
@@ -38,27 +43,33 @@ class Changes:
         """
         while self.idle and self._views.shared[0] != self._views.generation:
             self.idle = False
-            self.take()
+            taken = self.take()
             self.idle = True
+            if not taken:
+                return
 
-    def take(self) -> None:
-        """Take over the new table of mounts; reads that wait for an image that is gone fail.
+    def take(self) -> bool:
+        """Take over the new table of mounts; reads that wait for an image that is gone fail. Whether it could be read.
 
         A supervisor that takes over publishes the table anew: then it is asked for all that is waited for.
         """
         if self._term != self._views.term:
             self._term = self._views.term
             self._parking.ask_successor()
+        if self._views.failure is not None and time.monotonic() < self._next_try:
+            return False
         try:
             gone = self._views.reload()
         except NydusError as e:
+            self._next_try = time.monotonic() + _RETRY
             self._complaints.log("%s", e)
-            return
+            return False
         for mount in gone:
             if not self._views.knows(mount.index):
                 self._parking.end_all(mount.device, errno.ESTALE)
         self._leaving += gone
         self.close_left()
+        return True
 
     def close_left(self) -> None:
         """Close what no parked read needs any more: one of an image that was replaced goes on with what it had."""

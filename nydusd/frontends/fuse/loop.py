@@ -47,6 +47,9 @@ Measured with one job of random 4 KiB reads of cached data, 2 cores: see docs/be
 _TRIM = 1.0
 """Seconds after which the pages of metadata are let go of: so what is mapped of many images is what was looked at of late."""
 
+_NAMES = (p.LOOKUP, p.READDIR, p.READDIRPLUS)
+"""Requests whose answer depends on what is mounted."""
+
 _AGAIN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
 """read(2): the request was interrupted before it was read, we were, or another clone was faster."""
 
@@ -248,6 +251,8 @@ class FrontEnd:
 
     def _ask_view(self, opcode: int, node: int, body: memoryview) -> bytes | int | None:
         """The answer of an image or of the pseudo file system, counted."""
+        if self._views.failure is not None and opcode in _NAMES:
+            raise self._views.failure  # an older table may say that there is nothing, and the kernel would believe it
         view = self._views[node >> INODE_BITS]
         stats = None if view.mount is None else view.mount.stats
         operation = OPERATION[opcode]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nydusd.errors import FormatError, InternalError, NydusError, UnmountedError
+from nydusd.errors import CacheError, FormatError, NydusError, UnmountedError
 from nydusd.storage.api.known_chunk import KnownChunk
 
 from .mount import PSEUDO_INDEX, Mount
@@ -77,6 +77,8 @@ class Namespace(dict[int, View]):
         self._pseudo_view = View(None, self._pseudo.table())
         self._images: dict[int, Place] = {}
         self.generation = 0
+        self.failure: CacheError | None = None
+        """Why the table could not be read when it was tried last: what is known here is of an older one."""
 
     def __missing__(self, index: int) -> View:
         """Raises UnmountedError for an image that is not mounted (any more), and what opening one raises."""
@@ -88,7 +90,7 @@ class Namespace(dict[int, View]):
             root = self._pseudo.places.get(ROOT)
             view = self._pseudo_view if root is None or root.index is None else self[root.index]
         else:
-            raise UnmountedError(f"image {index} is not mounted any more")
+            raise self.failure or UnmountedError(f"image {index} is not mounted any more")
         self[index] = view
         return view
 
@@ -102,12 +104,17 @@ class Namespace(dict[int, View]):
         return index in self._images
 
     def reload(self) -> list[Mount]:
-        """Read the table anew. Gives the mounts that are gone, or were replaced; the caller closes them."""
-        self.generation = self.shared[0]  # before the table is read: one that is newer is read twice, never not at all
+        """Read the table anew. Gives the mounts that are gone, or were replaced; the caller closes them.
+
+        Raises CacheError when it cannot be read: all is as before, and it must be tried again.
+        """
+        generation = self.shared[0]  # before the table is read: one that is newer is read twice, never not at all
         try:
             rows = json.loads((self._folder / "table.json").read_bytes())["places"]
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise InternalError(f"the table of mounts in {self._folder} cannot be read: {e}") from e
+            self.failure = CacheError(f"the table of mounts in {self._folder} cannot be read: {e}")
+            raise self.failure from e
+        self.generation, self.failure = generation, None
         places = tree_of(rows)
         images = {place.index: place for place in places.values() if place.index is not None}
         before, self._images = self._images, images
@@ -119,7 +126,8 @@ class Namespace(dict[int, View]):
                 view = self.pop(index, None)
                 if view is not None and view.mount is not None:
                     gone.append(view.mount)
-        self.pop(0, None)  # what the root is may have changed
+        if 0 not in before or 0 not in images:
+            self.pop(0, None)  # what stands for the root may have changed; an image of this index was dealt with above
         for index, view in self.items():
             if view.operations is not None and view.mount is not None:
                 self._cover(images[index], view.operations, view.mount)
