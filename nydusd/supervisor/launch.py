@@ -14,7 +14,7 @@ from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.segment import VERIFY
 from nydusd.supervisor.kin import FOLLOW, Kin
-from nydusd.supervisor.pool import WorkerPool
+from nydusd.supervisor.pool import ATTEMPTS, WorkerPool
 from nydusd.supervisor.slots import SlotTable
 from nydusd.supervisor.transfers import Transfers
 
@@ -170,6 +170,25 @@ class Launch:
         slot = {"arena": self._slots.arena.name, "offset": region[0], "length": region[1]}
         payload: Answer = {"verify": [], "slot": slot, "source": None}
         self._submit(Job("fill", cache, Priority.USER, payload, self._filled, chunks, region))
+
+    def part(self, job: Job, answer: Answer) -> bool:
+        """Workers died on a job of `start_in`: have its chunks filled one by one, to find out on which. False if not so."""
+        cache = job.cache
+        assert cache is not None
+        if answer.get("type") != "WorkerDied" or job.slot is None or cache.remote or job.cancelled:
+            return False
+        parts = cache.meta.split(job.chunks, 0)
+        if len(parts) < 2:
+            return False
+        at = job.slot[0]
+        for part in parts:
+            self._slots.hold(job.slot[0])
+            length = cache.meta.plain_bytes(part)
+            payload = job.payload | {"slot": job.payload["slot"] | {"offset": at, "length": length}}
+            self._submit(Job("fill", cache, job.priority, payload, self._filled, part, job.slot, attempts=ATTEMPTS - 1))
+            at += length
+        self._slots.drop(job.slot[0])
+        return True
 
     def _submit(self, job: Job) -> None:
         assert job.cache is not None

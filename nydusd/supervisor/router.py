@@ -296,6 +296,8 @@ class Router:
         points.reach("supervisor: job came back")
         if job.kind != "fetch":
             self._count(job, answer)
+        if self._launch.part(job, answer):
+            return
         if job.slot is not None:
             self._slots.place(job.slot[0], cache.handle, answer.get("placed", []))
         if not job.cancelled:

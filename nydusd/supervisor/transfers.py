@@ -113,10 +113,11 @@ class Transfers:
             self._enter(cache, part, Priority.AHEAD if behind else priority)
         self.retry()
 
-    def _enter(self, cache: BlobCache, part: list[int], priority: Priority) -> None:
+    def _enter(self, cache: BlobCache, part: list[int], priority: Priority, attempts: int = 0) -> None:
         at, size = cache.meta.span(part)
         transfer = _Transfer(cache, cache.spec.generation, self._stage, True, at, size)
         job = self._job(transfer, part, priority)
+        job.attempts = attempts
         if size > self._stage.size:
             self._refuse(
                 job, f"{size} bytes of stored chunks need more than the {self._stage.size} of nydusd.arena_size"
@@ -243,13 +244,16 @@ class Transfers:
             return
         self._end(transfer)
         wanted = {chunk for chunk in job.chunks if chunk in transfer.cache.waiters}
-        if transfer.staged and answer.get("type") == "RangeNotSatisfiableError":
-            # The stored blob is too short. What is asked for may be in front of its end, if its neighbours are not.
+        died = answer.get("type") == "WorkerDied"
+        if transfer.staged and (died or answer.get("type") == "RangeNotSatisfiableError"):
+            # The stored blob is too short: what is asked for may be in front of its end, if its neighbours are not.
+            # Or one of them kills workers: find out which.
             parts = self._parted(transfer.cache, job.chunks, wanted)
             if len(parts) > 1:
                 for part in parts:
                     behind = job.priority is Priority.USER and wanted.isdisjoint(part)
-                    self._enter(transfer.cache, part, Priority.AHEAD if behind else job.priority)
+                    attempts = ATTEMPTS - 1 if died else 0
+                    self._enter(transfer.cache, part, Priority.AHEAD if behind else job.priority, attempts)
                 self.retry()
                 return
         self._filled(job, answer)

@@ -299,6 +299,20 @@ def test_neighbour_behind_the_end_of_a_cut_off_blob_does_not_fail_what_is_asked_
     assert codes(greedy) == [(1, 0)]
 
 
+def test_chunk_that_kills_whoever_fetches_it_does_not_fail_its_neighbours(greedy: World) -> None:
+    workers(greedy)
+    greedy.ask(A, 1, greedy.far, 4, 1)
+    assert fetching(greedy) == [[4, 5]]
+    greedy.done(b"fetch-0", error("WorkerDied"))
+    assert fetching(greedy) == [[4]]
+    greedy.done(b"fetch-0", error("WorkerDied"))
+    assert codes(greedy) == [(1, errno.EIO)]
+    greedy.settle()
+    greedy.ask(A, 2, greedy.far, 5, 1)
+    greedy.settle()
+    assert codes(greedy) == [(1, errno.EIO), (2, 0)]
+
+
 def test_chunk_that_the_cache_file_may_hold_is_looked_for_there_first(world: World) -> None:
     world.far.state = "new"
     world.worker("fetch", b"f")

@@ -60,10 +60,14 @@ def code(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def running(built: Built, code: Path) -> Iterator[Daemon]:
+def running(built: Built, code: Path, cached: bool = True) -> Iterator[Daemon]:
     environment = {"PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory() as cache:
         config = image_config(built.blob.parent, Path(cache)) | {"nydusd": {"front_ends": 2, "worker_idle": 0}}
+        if not cached:
+            device = config["device"]
+            assert isinstance(device, dict)
+            device["cache"]["type"] = ""
         daemon = Daemon(built.bootstrap, built.blob.parent, config=config, environment=environment)
         daemon.command.insert(1, "-P")
         with daemon:
@@ -329,6 +333,26 @@ class TestWorkersThatDie:
                         assert os.pread(file.fileno(), CHUNK, number * CHUNK) == wanted
             wait_until(lambda: settled(daemon), "workers in all places", SECONDS)
             assert pids(daemon) != before
+
+    def test_chunk_that_kills_in_shared_memory_is_an_error_for_its_readers_alone(
+        self, built: Built, tree: Path, code: Path, tmp_path: Path, expect_log: ExpectLog
+    ) -> None:
+        """Without a cache: one read of it and its neighbours fails, and they are good after that."""
+        expect_log("workers died on it|is given up", "a read failed")
+        change(code, "workers/fill.py", "    segment = blob.segment\n    decoder", POISON)
+        with running(built, code, cached=False) as daemon:
+            wanted = (tree / "01").read_bytes()
+            fd = os.open(daemon.mountpoint / "01", os.O_RDONLY | os.O_DIRECT)
+            try:
+                with pytest.raises(OSError, match="Input/output error"):
+                    os.pread(fd, 4 * CHUNK, 4 * CHUNK)
+                for number in (5, 6, 7, 0):
+                    assert os.pread(fd, CHUNK, number * CHUNK) == wanted[number * CHUNK :][:CHUNK]
+                with pytest.raises(OSError, match="Input/output error"):
+                    os.pread(fd, CHUNK, 4 * CHUNK)
+            finally:
+                os.close(fd)
+            wait_until(lambda: settled(daemon), "workers in all places", SECONDS)
 
     def test_that_keep_dying_wait_longer_each_time_and_that_is_shown(
         self, built: Built, tree: Path, code: Path
