@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
         orphaned = os.getppid() != supervisor
         if (orphaned or known.ended) and not known.alive():
             if orphaned:
+                _remove_folders(known.folders)
                 left.forget(Path(spec["left"]), os.getpid())
             return 0
         if not orphaned or not _is_idle(int(spec["journal"])):
@@ -64,6 +65,16 @@ def _keep_open(files: dict[str, int], wanted: set[str]) -> None:
             files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     for path in files.keys() - wanted:
         os.close(files.pop(path))
+
+
+def _remove_folders(folders: Iterable[str]) -> None:
+    """Nothing is mounted any more: also what was made to be mounted on goes, since the next daemon finds nothing to take over.
+
+    If there is one already, it mounts nothing before it has ended us.
+    """
+    for folder in sorted(folders, key=len, reverse=True):
+        with contextlib.suppress(OSError):  # somebody has put something into it, or removed it
+            os.rmdir(folder)
 
 
 def _is_idle(journal: int) -> bool:
