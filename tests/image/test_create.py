@@ -406,6 +406,20 @@ def test_task_that_kills_every_worker_is_an_error() -> None:
     assert done == [0, 1, 2, 3, 4]
 
 
+def test_tasks_taken_in_any_order_are_all_done_when_a_worker_dies(tmp_path: Path) -> None:
+    died = tmp_path / "died"
+
+    def dying(task: int, slot: memoryview) -> int:
+        if task == 2 and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return task * task
+
+    with Pool(dying, 2, 4096) as pool:
+        done = dict(pool.run_any(range(7), lambda: None))
+    assert done == {task: task * task for task in range(7)} and died.exists()
+
+
 def test_killed_command_leaves_no_process_and_nothing_under_a_final_name(tree: Path, tmp_path: Path) -> None:
     fifo = tmp_path / "list"
     os.mkfifo(fifo)
