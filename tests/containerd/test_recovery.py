@@ -11,7 +11,7 @@ import pytest
 from tests.containerd.conftest import Shop
 from tests.containerd.images import SMALL
 from tests.containerd.node import Node, http_get, http_put
-from tests.support.discipline import descendants, is_running, wait_until
+from tests.support.discipline import cmdline, descendants, is_running, wait_until
 
 
 @pytest.mark.parametrize("mode", ["dedicated", "shared"])
@@ -58,6 +58,12 @@ def test_a_killed_daemon_is_succeeded_under_a_running_container(shop: Shop, mode
     with Node(mode, recover_policy="failover") as node:
         container = node.start_container(reference)
         (pid,) = node.daemon_pids()
+        # The API process alone: the snapshotter's probe goes on, and it does not wait for the end of a daemon that lives.
+        (api,) = (child for child in descendants(pid) if cmdline(child).startswith("nydusd: api"))
+        os.kill(api, signal.SIGKILL)
+        wait_until(lambda: not is_running(api) and _states(node) == ["RUNNING"], "the next API process", 30.0)
+        assert node.run_python(reference, "print(41)") == "41\n"
+        assert not [line for line in node.complaints() if "died" in line]
         os.kill(pid, signal.SIGKILL)
         assert node.exec_python(container, "import json; print(42)") == "42\n"
         wait_until(lambda: node.daemon_pids() not in ([], [pid]), "the next daemon", 30.0)
