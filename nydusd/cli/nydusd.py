@@ -113,7 +113,7 @@ def _configuration(options: Options) -> tuple[Config, list[BlobEntry]]:
             f"--fscache {options.fscache}: fscache is not available on this kernel: it has no {_CACHEFILES}; use `nydusd fuse`"
         )
     if options.config is None:
-        return config.Config(), []
+        return config.bare_config(), []
     from nydusd.config.blob_entry import parse_singleton_config
     from nydusd.config.file import read_named_file
 
@@ -121,7 +121,7 @@ def _configuration(options: Options) -> tuple[Config, list[BlobEntry]]:
     for entry in entries:
         for secret in config.secret_values(entry.config):
             logs.register_secret(secret)
-    return config.Config(), entries
+    return config.bare_config(), entries
 
 
 def _load(options: FuseOptions) -> Config:
@@ -130,7 +130,7 @@ def _load(options: FuseOptions) -> Config:
     if options.localfs_dir is not None:
         return config.localfs_dir_config(options.localfs_dir)
     if options.config is None:
-        return config.Config()
+        return config.bare_config()
     loaded = config.load_config_file(options.config)
     # Not left there: every process that we start would have it.
     auth = os.environ.pop(AUTH_VARIABLE, None)

@@ -2,10 +2,12 @@
 
 from nydusd.config.load import load_config, load_config_file, localfs_dir_config, with_registry_auth, with_settings
 from nydusd.config.model import Config
+from nydusd.config.node import bare_config
 from nydusd.config.redacted import redacted, secret_values, settings_secrets
 
 __all__ = (
     "Config",
+    "bare_config",
     "load_config",
     "load_config_file",
     "localfs_dir_config",

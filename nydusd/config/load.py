@@ -15,6 +15,7 @@ import msgspec
 from nydusd.config.file import read_named_file
 from nydusd.config.legacy import read_v1, v1_path
 from nydusd.config.model import Backend, Cache, Config, FileCache, LocalFs, Rafs, Remote
+from nydusd.config.node import bare_config, node_defaults
 from nydusd.config.parse import BadKey, TableReader, kind_of
 from nydusd.config.rules import check, check_auth, warnings
 from nydusd.errors import ConfigError
@@ -28,7 +29,8 @@ _MAX_DOTS_A_LINE: Final = 256
 def load_config(text: str, where: str) -> Config:
     """Recognise, convert and check a text. `where` names its origin in messages.
 
-    Raises `ConfigError` for anything that is not a valid configuration, with the path of the key at fault.
+    What it does not say in the table `nydusd` is as the node's defaults say (`node.py`). Raises `ConfigError` for anything
+    that is not a valid configuration, with the path of the key at fault.
     """
     try:
         size = len(text.encode())
@@ -37,6 +39,9 @@ def load_config(text: str, where: str) -> Config:
     if size > MAX_TEXT:
         raise ConfigError(f"{where}: the configuration has {size} bytes, the limit is {MAX_TEXT}")
     data = _parse_json(text, where) if text.lstrip().startswith("{") else _parse_toml(text, where)
+    given = data.get("nydusd", {})
+    if isinstance(given, dict) and (defaults := node_defaults()):
+        data["nydusd"] = defaults | given
     try:
         return _convert(data)
     except BadKey as error:
@@ -62,6 +67,7 @@ def localfs_dir_config(path: str) -> Config:
         backend=Backend(type="localfs", localfs=LocalFs(dir=path)),
         cache=Cache(type="blobcache", filecache=FileCache(work_dir=path)),
         rafs=Rafs(),
+        nydusd=bare_config().nydusd,
     )
 
 

@@ -26,9 +26,9 @@ class Singleton(Supervisor):
     """A daemon with an API, a table of images and a worker that looks at them."""
 
     def __init__(self, options: SingletonOptions, entries: list[BlobEntry], fork_server: ForkServer) -> None:
-        from nydusd.config import Config
+        from nydusd.config import bare_config
 
-        super().__init__(options, Config(), fork_server)
+        super().__init__(options, bare_config(), fork_server)
         self._entries = entries
         self.blobs = self._table = BlobTable()
 

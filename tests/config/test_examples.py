@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from nydusd.config import load_config_file
+from nydusd.config import bare_config, load_config_file
 
 FOLDER = Path(__file__).parents[2] / "conf"
 BACKENDS = {"localfs-v1.json": "localfs", "localfs-v2.toml": "localfs", "registry-v2.toml": "registry"}
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in FOLDER.iterdir()} - {"README.md", "grafana.json"} == set(BACKENDS)
+    assert {path.name for path in FOLDER.iterdir()} - {"README.md", "grafana.json", "nydusd.toml"} == set(BACKENDS)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -31,3 +31,8 @@ def test_the_two_local_examples_say_the_same() -> None:
     old = load_config_file(str(FOLDER / "localfs-v1.json"))
     new = load_config_file(str(FOLDER / "localfs-v2.toml"))
     assert old == new
+
+
+def test_the_example_for_a_node_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NYDUSD_DEFAULTS", str(FOLDER / "nydusd.toml"))
+    assert bare_config().nydusd.cache_quota == 20_000_000_000
