@@ -73,6 +73,8 @@ def _run(options: Options, fork_server: ForkServer) -> int:
     if isinstance(options, FuseOptions):
         options = _complete(options)
     logs.setup(options.log_level, options.log_file, "supervisor", options.log_rotation_size << 20)
+    if (file := logs.current_file()) is not None:
+        fork_server.stderr_to(os.path.abspath(file))
     _log_start(options, config)
 
     from nydusd.supervisor.main import run

@@ -16,6 +16,7 @@ When it has loaded what `argv` names it says {ready}. A request (`client.ForkSer
 - {release: numbers}: these are held no more. No answer.
 - {guard: {delay, command}}, and an fd with an environment: if the supervisor is killed and nobody has started another one
   `delay` seconds later, this process does (`guardian.py`). No child has it. No answer.
+- {stderr}, and an fd: what is printed here goes there from now on. No answer.
 - {copy}, and an fd: a copy of this process, a fork server with all that this one has, serves the line behind the fd.
   Answer: {copy: pid}, or {copy: 0} where there is no room. It begins with the first packet, and not at all without one.
 
@@ -130,6 +131,9 @@ class _Server:
                 if self._guard is not None:
                     os.close(self._guard["environment"])
                 self._guard = request["guard"] | {"environment": fds[0]}
+            elif "stderr" in request:
+                os.dup2(fds[0], 2)
+                os.close(fds[0])
             elif "copy" in request:
                 self._copy(fds[0])
             elif (task := self._spawn(request, fds)) is not None:

@@ -101,6 +101,7 @@ class ForkServer:
         """What it holds for a supervisor to come, under our numbers."""
         self._released: list[int] = []
         """What was let go of while a copy was made, which may have it."""
+        self._stderr: str | None = None
         self._delay = 0.0
         self._interval = _INTERVAL
         """Seconds between two that are started now: more and more where none can load what it must."""
@@ -187,6 +188,17 @@ class ForkServer:
         for server in self._servers:
             _send(server, {"release": list(fds)}, ())
 
+    def stderr_to(self, path: str) -> None:
+        """Have it write what it prints, such as its stacks, to the end of this file; and each one that takes its place."""
+        self._stderr = path
+        for server in self._servers:
+            self._redirect(server)
+
+    def _redirect(self, server: _Server) -> None:
+        if self._stderr is not None:
+            with contextlib.suppress(OSError), open(self._stderr, "ab", buffering=0) as file:
+                _send(server, {"stderr": True}, [file.fileno()])
+
     def guard(self, delay: float) -> None:
         """Have it start this command again if this process is killed, and nobody else does so for `delay` seconds."""
         self._delay = delay
@@ -242,6 +254,8 @@ class ForkServer:
         """Have the processes of this one be the other's, and the other's this one's."""
         self._servers, other._servers = other._servers, self._servers
         self._copying, other._copying = other._copying, self._copying
+        for server in self._servers:
+            self._redirect(server)
 
     def close(self) -> None:
         """End it. Its children stay."""
@@ -306,6 +320,7 @@ class ForkServer:
                 raise
         server = _Server(ours, pid, commit_on_disk(), ready=False)
         self._servers.append(server)
+        self._redirect(server)
         self.started()
         self._have_held(server, self.held)
         if server.holds:

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Sequence
 
+from nydusd import logs
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
@@ -20,6 +21,7 @@ def begin_guard(argv: Sequence[str]) -> Json:
     spec = read_spec(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_title("guard")
+    logs.setup_child(spec["log"], "guard")
     with contextlib.suppress(OSError):
         os.setsid()  # what ends the daemon's process group is not meant for readers
     return spec

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+
+import pytest
 
 from tests.supervisor.lives import IMAGE, config_for
 from tests.support.daemon import Daemon
-from tests.support.discipline import is_running, parent, wait_until
+from tests.support.discipline import cmdline, is_running, parent, wait_until
 
 
-def test_any_process_logs_its_stacks_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("verb", "to_file"), [("fuse", False), ("fuse", True), ("erofs", True)])
+def test_any_process_logs_its_stacks_and_goes_on(tmp_path: Path, verb: str, to_file: bool) -> None:
     config = config_for(IMAGE, tmp_path / "cache", nydusd={"worker_idle": 0})
-    with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config) as daemon:
-        wait_until(lambda: len(daemon.pids("fork server")) == 2, "the copy of the fork server")
+    file = tmp_path / "it.log"
+    args = ("--log-file", str(file)) if to_file else ()
+    with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, verb=verb, args=args) as daemon:
+        wait_until(lambda: len(daemon.pids("fork server")) == 2, "the copy of the fork server", 60)
+        log = file if to_file else daemon.log
         # Not those between a fork server and its child: they end at once.
-        pids = [daemon.pid, *(pid for pid in daemon.family() if parent(pid) == daemon.pid and is_running(pid))]
-        for pid in pids:
-            daemon.ask_for_stacks(pid)
-        assert all(map(is_running, pids))
+        for pid in [daemon.pid, *(pid for pid in daemon.family() if parent(pid) == daemon.pid and is_running(pid))]:
+            before = log.stat().st_size
+            os.kill(pid, signal.SIGUSR1)
+
+            def told(before: int = before) -> bool:
+                return b"most recent call first" in log.read_bytes()[before:]
+
+            wait_until(told, f"the stacks of {cmdline(pid)}", 60)
+            assert is_running(pid)
         assert daemon.request("GET", "/api/v1/daemon")[0] == 200
