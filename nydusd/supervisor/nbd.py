@@ -112,7 +112,7 @@ class NbdDaemon(Supervisor):
         """The pids of those who hold the clients of a killed supervisor, if all can be gone on with."""
         assert isinstance(self.options, NbdOptions)
         note = nbd_left.noted(record)
-        found = None if note is None else nbd_left.take(note)
+        found = None if note is None else nbd_left.take(note, record)
         if note is None or found is None:
             return None
         try:
@@ -151,7 +151,7 @@ class NbdDaemon(Supervisor):
         note = self._noted
         if note is None:
             return {}
-        return {"nbd": nbd_left.to_json(note), "holders": [{"pid": pid} for pid in pids if pid]}
+        return {"nbd": nbd_left.to_json(note), "holders": nbd_left.who([pid for pid in pids if pid])}
 
     # --- what the clients need --------------------------------------------------------------------------------
 

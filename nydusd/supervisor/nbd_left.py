@@ -28,10 +28,12 @@ from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.nbd_clients import MEMORY
 from nydusd.supervisor.orphans import Orphan
-from nydusd.supervisor.runtime import end
+from nydusd.supervisor.runtime import alive, end
 
 log = logging.getLogger(__name__)
 
+_KEEPER_SECONDS = 20.0
+"""How long a fork server that was started in a supervisor's last moments may take to have what it was given."""
 _ARRIVAL_SECONDS = 1.0
 """How long a client whom the killed supervisor has let in may lie in the line to a process before that takes it."""
 _LOOK_SECONDS = 0.01
@@ -88,9 +90,17 @@ def to_json(note: Note) -> Json:
     return raw
 
 
-def take(note: Note) -> Left | None:
+def who(pids: Sequence[int]) -> list[Json]:
+    """What the record says of those who have, or are given, what is to be taken over."""
+    return [{"pid": pid, "start": start_time(pid)} for pid in pids]
+
+
+def take(note: Note, record: Json) -> Left | None:
     """What is left of an export; None, and a line in the log, if that is too little."""
-    holders = list(_holders(note.memory))
+    until = time.monotonic() + _KEEPER_SECONDS
+    # What a fork server was given lies in its line until it has loaded, and is then held by nobody whom we could ask.
+    while not (holders := list(_holders(note.memory))) and time.monotonic() < until and _any_lives(record):
+        time.sleep(_LOOK_SECONDS)
     try:
         memory = _copy(holders, f"{MEMORY}:{note.memory}")
         listener = _copy(holders, f"socket:[{note.listener}]")
@@ -106,6 +116,13 @@ def take(note: Note) -> Left | None:
     finally:
         for holder in holders:
             holder.process.close()
+
+
+def _any_lives(record: Json) -> bool:
+    """Whether one of those whom a record names is there still."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        return any(alive((int(row["pid"]), int(row.get("start", 0)))) for row in record["holders"])
+    return False
 
 
 class _Holder:
