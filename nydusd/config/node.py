@@ -1,12 +1,13 @@
 """What holds for all daemons of a node: a file with the table `nydusd`, which is under what a configuration says.
 
 nydus-snapshotter fills a template that knows no key of ours, and starts a shared daemon without a configuration: there this
-file is the only place for a quota, a deadline or the number of workers. Read whenever a configuration is; it need not be there.
+file is the only place for a quota, a deadline or the number of workers. It need not be there.
 """
 
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Final
 
 from nydusd.config.file import read_named_file
@@ -22,8 +23,16 @@ _SIZE_MAX: Final = 1 << 16
 
 
 def node_defaults() -> dict[str, object]:
-    """The keys of the node's file, checked. Raises ConfigError for a wrong one: a typing error must not cost the quota."""
-    path = os.environ.get(VARIABLE, PATH)
+    """The keys of the node's file as it was when this process first asked: what is running stays as it was started.
+
+    Raises ConfigError for a wrong file: a typing error must not cost the quota.
+    """
+    return _read(os.environ.get(VARIABLE, PATH), os.getpid())
+
+
+@cache
+def _read(path: str, _pid: int) -> dict[str, object]:
+    """`_pid`: a copy of this process looks by itself."""
     if not os.path.lexists(path):
         return {}
     import tomllib  # takes longer than all else here, and most nodes have no such file

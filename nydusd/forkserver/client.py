@@ -184,7 +184,8 @@ class ForkServer:
     def release(self, fds: Sequence[int]) -> None:
         """Have it hold these no more, which are about to be closed here."""
         self.held = [fd for fd in self.held if fd not in fds]
-        self._released += fds
+        if self._copying is not None:
+            self._released += fds
         for server in self._servers:
             _send(server, {"release": list(fds)}, ())
 

@@ -84,6 +84,9 @@ class Family:
         self.begins_at_rest: Callable[[str], bool] = lambda _role: False
         """Whether a child of this role is started only when it is needed."""
         self._options = options
+        # Now: the folder that we were started in may be removed.
+        named = {"apisock": options.apisock, "config": options.config}
+        self._paths: Json = {name: None if path is None else os.path.abspath(path) for name, path in named.items()}
         self._config = config
         self._runtime = runtime
         self._poller = poller
@@ -229,10 +232,7 @@ class Family:
 
     def _for_operator(self) -> Json:
         """How `nydusctl` finds this record, and what else of us, when we do not answer."""
-        apisock, config = (
-            None if path is None else os.path.abspath(path) for path in (self._options.apisock, self._options.config)
-        )
-        return {"apisock": apisock, "config": config, "log": logs.current_file()}
+        return self._paths | {"log": logs.current_file()}
 
     def succeed(self, fresh: ForkServer) -> None:
         """Go on with another fork server, which holds the session's fds already; `fresh` is the former then.

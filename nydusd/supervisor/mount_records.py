@@ -101,7 +101,7 @@ def readable(table: MountTable, given: Config, needed: str | None) -> list[Recor
         try:
             found.append(Recorded(index, place, table.record(names), given))
         except (CacheError, ConfigError) as e:
-            if place == needed:
+            if needed is not None and place == parse_place(needed)[0]:
                 raise
             log.error("the image at %s cannot be taken over: %s; it is unmounted", place, e)
             table.forget(names)

@@ -34,5 +34,5 @@ def test_the_two_local_examples_say_the_same() -> None:
 
 
 def test_the_example_for_a_node_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NYDUSD_DEFAULTS", str(FOLDER / "nydusd.toml"))
+    monkeypatch.setenv("NYDUSD_DEFAULTS", str(FOLDER / "nydusd.toml"))  # no other test names this one
     assert bare_config().nydusd.cache_quota == 20_000_000_000

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.config import bare_config, load_config, localfs_dir_config
+from nydusd.config import node as node_file
 from nydusd.errors import ConfigError
 
 V1 = {"device": {"backend": {"type": "localfs", "config": {"dir": "/blobs"}}}, "mode": "direct"}
@@ -17,6 +18,7 @@ V2 = {"version": 2, "backend": {"type": "localfs", "localfs": {"dir": "/blobs"}}
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "nydusd.toml"
+    node_file._read.cache_clear()
     monkeypatch.setenv("NYDUSD_DEFAULTS", str(path))
     return path
 
@@ -28,6 +30,14 @@ def test_what_a_configuration_does_not_say_the_node_does(node: Path, form: dict[
     assert (config.cache_quota, config.read_deadline, config.metrics_listen) == (1000, 7.0, "127.0.0.1:9")
     assert load_config(json.dumps(form), "it").nydusd.read_deadline == 5.0
     assert bare_config().nydusd == localfs_dir_config("/blobs").nydusd == load_config(json.dumps(form), "it").nydusd
+
+
+def test_what_runs_stays_as_it_was_started(node: Path) -> None:
+    """A file that is wrong now fails no mount of a daemon that serves."""
+    node.write_text("[nydusd]\ncache_quota = 1000\n")
+    assert bare_config().nydusd.cache_quota == 1000
+    node.write_text("[nydusd")
+    assert load_config(json.dumps(V1), "it").nydusd.cache_quota == 1000
 
 
 def test_without_the_file_all_is_as_documented(node: Path) -> None:

@@ -207,8 +207,23 @@ def test_layer_that_cannot_be_fetched_ends_the_conversion_and_its_workers(tmp_pa
     with serving(source_layout(tmp_path, small_layers(3))) as (server, digests):
         server.handlers[f"/v2/app/blobs/{digests[0]}"] = lambda request: Reply(200, {}, b"", length=10, silent=True)
         server.handlers[f"/v2/app/blobs/{digests[2]}"] = lambda request: Reply(500)
-        text = refused("convert", f"{server.host}/app:1", tmp_path / "out", "--plain-http")
+        text = refused(
+            "convert", f"{server.host}/app:1", tmp_path / "out", "--plain-http", "--cache", tmp_path / "kept"
+        )
     assert f"blob {digests[2]}: status 500" in text and not (tmp_path / "out").exists()
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_a_storage_server_is_told_no_credentials_and_names_no_token_server(tmp_path: Path, docker: Path) -> None:
+    with serving(source_layout(tmp_path, small_layers(1))) as (registry, digests), faulty() as storage:
+        docker.write_text(json.dumps({"auths": {registry.host: {"auth": AUTH}}}))
+        registry.handlers[f"/v2/app/blobs/{digests[0]}"] = lambda request: Reply(307, {"Location": f"{storage.url}/it"})
+        challenge = f'Bearer realm="{storage.url}/token",service="storage"'
+        storage.default = lambda request: Reply(401, {"WWW-Authenticate": challenge})
+        text = refused("convert", f"{registry.host}/app:1", tmp_path / "out", "--plain-http")
+    assert "status 401" in text
+    assert {request.path for request in storage.requests} == {"/it"}
+    assert all("authorization" not in request.headers for request in storage.requests)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -67,8 +69,9 @@ def front_end(export: Export) -> int:
 
 
 def end(pid: int) -> None:
-    """SIGKILL somebody, and wait for that."""
-    subprocess.run(["kill", "-KILL", str(pid)], check=True)
+    """SIGKILL somebody, who may have ended by now, and wait for that."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not is_running(pid), "its end", 60)
 
 

@@ -185,27 +185,34 @@ def _unnoted(journal: int, known: Sequence[int]) -> Iterator[int]:
     for name in os.listdir("/proc"):
         if not name.isdecimal() or int(name) in known or int(name) == os.getpid():
             continue
-        with contextlib.suppress(OSError):
+        try:
             pidfd = os.pidfd_open(int(name))  # before the look: from now on the number is no other's
-            if _is_ours(name) and _holds(name, wanted):
-                yield pidfd
-            else:
-                os.close(pidfd)
+        except OSError:  # it has ended
+            continue
+        if _is_ours(name) and _holds(name, wanted):
+            yield pidfd
+        else:
+            os.close(pidfd)
 
 
 def _is_ours(pid: str) -> bool:
     """Whether a process is of a daemon: by its title, or what a guard has become and has none yet."""
-    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return False
     return command.startswith(b"nydusd: ") or b"\0nydusd.frontends.erofs\0" in command
 
 
 def _holds(pid: str, wanted: os.stat_result) -> bool:
     """Whether a process has this file in memory open, under whatever number. Files on disks are not asked for anything."""
-    with os.scandir(f"/proc/{pid}/fd") as entries:
-        return any(
-            os.readlink(entry.path).startswith("/memfd:") and os.path.samestat(os.stat(entry.path), wanted)
-            for entry in entries
-        )
+    with contextlib.suppress(OSError):  # it has ended
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            path = f"/proc/{pid}/fd/{name}"
+            with contextlib.suppress(OSError):  # closed meanwhile, as a front end does at each event
+                if os.readlink(path).startswith("/memfd:") and os.path.samestat(os.stat(path), wanted):
+                    return True
+    return False
 
 
 def _living(pid: int, start: int) -> int:

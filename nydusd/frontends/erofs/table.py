@@ -32,6 +32,8 @@ _KIND = "erofs-"
 _READ_AHEAD_KIB = 2048
 """While a blob is incomplete: each page that is not in the page cache asks us, so that few large reads are better."""
 _READ_AHEAD_USUAL_KIB = 128
+_OLD: dict[str, Any] = {"before": ()}
+"""What daemons of before 2026-11-26 read of a mount, and nobody else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ def create() -> int:
 
 def write(fd: int, table: Table) -> None:
     """Replace what is there. Raises OSError, FormatError for more than there is room for."""
-    raw = {"ended": table.ended, "folders": table.folders, "mounts": [asdict(mounted) for mounted in table.mounts]}
+    raw = {"ended": table.ended, "folders": table.folders, "mounts": [asdict(m) | _OLD for m in table.mounts]}
     content = json.dumps(raw).encode()
     if len(content) + _LENGTH.size > _HALF:
         raise FormatError("table of mounts", "size", f"{len(content)} bytes, {_HALF} at most: too many mounts")

@@ -124,6 +124,8 @@ class _Conversion:
         self._options = options
         self._work = work
         self._cache = options.cache or work / "cache"
+        self._part = f".layer-{os.getpid()}-"
+        """What the names of folders begin with in which our workers make layers."""
 
     def run(self) -> str:
         manifest = find_manifest(self._source, self._options.platform)
@@ -180,9 +182,13 @@ class _Conversion:
 
             progress = LayerProgress({self._layer_file(layer): int(str(layer["size"])) for layer in missing})
             self._source.close()  # connections are no good in two processes
-            with Pool(work, count, mmap.PAGESIZE) as pool:
-                for task, _ in pool.run_any(tasks, progress.show):
-                    progress.done(Path(task.source))
+            try:
+                with Pool(work, count, mmap.PAGESIZE) as pool:
+                    for task, _ in pool.run_any(tasks, progress.show):
+                        progress.done(Path(task.source))
+            finally:
+                for part in self._cache.glob(f"{self._part}*"):  # of workers that were killed
+                    shutil.rmtree(part, ignore_errors=True)
             progress.end()
         return [_converted(folders[str(layer["digest"])]) for layer in layers]
 
@@ -199,7 +205,7 @@ class _Conversion:
         """In a worker: make the layer's files in a folder beside, then give it its name."""
         folder = Path(task.folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".layer-", dir=folder.parent))
+        part = Path(tempfile.mkdtemp(prefix=self._part, dir=folder.parent))
         try:
             (part / "blobs").mkdir()
             try:

@@ -53,7 +53,8 @@ class Registry:
         target = urljoin(self._base, url)
         for attempt in (1, 2):
             sent = {**(headers or {})}
-            if self._login.header and urlsplit(target)[:2] == urlsplit(self._base)[:2]:
+            own = urlsplit(target)[:2] == urlsplit(self._base)[:2]
+            if self._login.header and own:
                 sent["Authorization"] = self._login.header
             try:
                 content = body() if callable(body) else body
@@ -63,11 +64,12 @@ class Registry:
                 if answer.status in (301, 302, 303, 307, 308) and method in ("GET", "HEAD"):
                     location = urljoin(target, answer.headers.get("Location", ""))
                     answer.drain_conn()
-                    # A storage server must not see the registry's credentials.
+                    # A storage server must not see the registry's credentials, nor say where to send them.
+                    own = False
                     answer = self._http.request(method, location, preload_content=not stream, retries=3)
             except urllib3.exceptions.HTTPError as error:
                 raise ImageError(f"{self._name.text}: {urlsplit(target).netloc}: {reason(error)}") from error
-            if answer.status != 401 or attempt == 2:
+            if answer.status != 401 or attempt == 2 or not own:
                 return answer
             answer.drain_conn()
             self._login.take(answer.headers.get("WWW-Authenticate", ""))
