@@ -91,7 +91,11 @@ class Round:
     def _holders(self) -> list[int]:
         if "fuse" in self.front_ends:
             return self._noted("keeper", "fuse")
-        return [pid for role in self.front_ends for pid in self.daemon.pids(role)]
+        return [pid for role in self.front_ends for pid in self.alive(role)]
+
+    def alive(self, role: str) -> list[int]:
+        """Processes of this role that run on: not those that we have killed, and that have a moment left."""
+        return [pid for pid in self.daemon.pids(role) if (pid, start_time(pid)) not in self.killed]
 
     def _noted(self, *roles: str) -> list[int]:
         """Processes of these roles that run on, and of which a successor knows that they hold the mount."""
@@ -171,6 +175,8 @@ def supervisor_and_front_ends(this: Round) -> None:
     role = this.choose.choice(this.front_ends)
     if role == "fuse":
         this.keeper_of_the_mount()
+    for other in set(this.front_ends) - {role}:
+        wait_until(lambda other=other: bool(this.alive(other)), f"a {other} that is left", 60)  # type: ignore[misc]
     victims = this.daemon.pids(role)
     this.kill_supervisor()
     this.kill(role, victims)
