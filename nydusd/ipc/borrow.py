@@ -6,10 +6,11 @@ anybody may come for it; a number that was used again would be another file.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 _PIDFD_GETFD = 438
 """The system call's number, the same on all architectures but alpha."""
@@ -37,3 +38,15 @@ def borrow(pid: int, number: int, is_it: Callable[[], bool]) -> int:
         return copy_of(pidfd, number)
     finally:
         os.close(pidfd)
+
+
+def memories_of(pid: int, name: str = "") -> Iterator[os.stat_result]:
+    """The memfds that a process has open whose name begins like this. Raises OSError when it has ended.
+
+    Files on disks are not asked for anything: that may take as long as it likes.
+    """
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        path = f"/proc/{pid}/fd/{number}"
+        with contextlib.suppress(OSError):  # that one was closed meanwhile, as a front end does at each event
+            if os.readlink(path).startswith(f"/memfd:{name}"):
+                yield os.stat(path)

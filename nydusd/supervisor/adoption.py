@@ -29,6 +29,7 @@ from nydusd import points
 from nydusd.errors import MountError, NydusError
 from nydusd.frontends.fuse import journal
 from nydusd.frontends.fuse.session import Lane, Negotiated, Session, clone
+from nydusd.ipc.borrow import memories_of
 from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.handover import FUSE_DEVICE, READABLE_BY, VERSION, why_unknown
@@ -304,12 +305,7 @@ def _strangers(record: _Record, known: Sequence[int]) -> list[Orphan]:
 
 def _holds(pid: int, inodes: Collection[int]) -> bool:
     """Whether a process has one of these journals. Raises OSError when it has ended."""
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):  # that one was closed meanwhile
-            path = f"/proc/{pid}/fd/{fd}"
-            if os.readlink(path).startswith(journal.LINK) and os.stat(path).st_ino in inodes:
-                return True
-    return False
+    return any(memory.st_ino in inodes for memory in memories_of(pid, journal.NAME))
 
 
 def _end_strangers(record: _Record, known: Sequence[int]) -> None:

@@ -24,6 +24,7 @@ import msgspec
 
 from nydusd import points
 from nydusd.frontends.nbd.kept import CLIENTS_MOST, LAYOUT, inodes_of
+from nydusd.ipc.borrow import memories_of
 from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.nbd_clients import MEMORY
@@ -166,7 +167,7 @@ def _processes() -> Iterator[int]:
 def _memories(pid: int) -> list[int]:
     """Inodes of such memories that a process has open."""
     with contextlib.suppress(OSError):
-        return [int(what.split(":")[1]) for what, _ in _open_in(pid) if what.startswith(f"{MEMORY}:")]
+        return [memory.st_ino for memory in memories_of(pid, MEMORY)]
     return []
 
 

@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.daemon import wait_for_role
 from tests.support.discipline import cmdline, descendants, is_running, wait_until
-from tests.support.faulty_server import Reply, Request, faulty
+from tests.support.faulty_server import Reply, Request
 from tests.support.mounted import CHUNK, Hub, Mounted, Tree
 
 Expect = Callable[..., None]
@@ -85,12 +85,6 @@ class Held:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     return Tree(NAMES, tmp_path_factory.mktemp("tree"))
-
-
-@pytest.fixture
-def hub(tree: Tree) -> Iterator[Hub]:
-    with faulty() as server:
-        yield Hub(tree, server)
 
 
 def own(role: str) -> list[int]:

@@ -20,7 +20,7 @@ from tests.erofs.test_mounts import OTHER, SMALL, Many
 from tests.killing.plan import Plan
 from tests.support.daemon import image_config
 from tests.support.discipline import discipline, wait_until
-from tests.support.faulty_server import Reply, Request, faulty
+from tests.support.faulty_server import Reply, Request
 from tests.support.mounted import CHUNK, REPO, Hub, Tree
 
 Expect = Callable[..., None]
@@ -42,12 +42,6 @@ def read_again(fd: int) -> bytes:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     return Tree(NAMES, tmp_path_factory.mktemp("tree"))
-
-
-@pytest.fixture
-def hub(tree: Tree) -> Iterator[Hub]:
-    with faulty() as server:
-        yield Hub(tree, server)
 
 
 @pytest.fixture

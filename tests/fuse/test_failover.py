@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nydusd.frontends.fuse.journal import LINK
+from nydusd.frontends.fuse.journal import NAME
 from tests.support.daemon import Daemon
 from tests.support.discipline import wait_until
 from tests.support.mounted import Tree
@@ -23,7 +23,7 @@ def spoil_journals(pid: int) -> int:
     spoiled = 0
     for number in os.listdir(f"/proc/{pid}/fd"):
         path = f"/proc/{pid}/fd/{number}"
-        if os.readlink(path).startswith(LINK):
+        if os.readlink(path).startswith(f"/memfd:{NAME}"):
             with open(path, "r+b", buffering=0) as journal:
                 journal.write(bytes(8))
             spoiled += 1

@@ -14,28 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.image import Built, build
+from bench.image import Built
 from nydusd.frontends.nbd import protocol
 from tests.killing.plan import Plan
 from tests.nbd.test_export import Export, answered, command, exactly, is_closed, read, serving
 from tests.support.daemon import image_config
 from tests.support.discipline import is_running, wait_until
 from tests.support.oracle import Image
-from tests.support.trees import random_tree
 
-FILES, FILE_SIZE, CHUNK = 6, 1 << 20, 1 << 16
 POINTS = ("clients: memory copied", "clients: noted", "clients: before a front end")
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    tree = random_tree(tmp_path_factory.mktemp("tree"), FILES, FILE_SIZE)
-    return build(tree, tmp_path_factory.mktemp("image"), CHUNK)
-
-
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    return Plan(tmp_path_factory.mktemp("plan") / "plan")
 
 
 def export_of(built: Built, cache: Path, plan: Plan) -> Export:

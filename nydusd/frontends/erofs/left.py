@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from nydusd.errors import MountError
 from nydusd.frontends.fuse.session import resolve_mountpoint
-from nydusd.ipc.borrow import copy_of
+from nydusd.ipc.borrow import copy_of, memories_of
 from nydusd.storage.state.lock import start_time
 
 from .session import Fds, top_mount
@@ -189,7 +189,7 @@ def _unnoted(journal: int, known: Sequence[int]) -> Iterator[int]:
             pidfd = os.pidfd_open(int(name))  # before the look: from now on the number is no other's
         except OSError:  # it has ended
             continue
-        if _is_ours(name) and _holds(name, wanted):
+        if _is_ours(name) and _holds(int(name), wanted):
             yield pidfd
         else:
             os.close(pidfd)
@@ -204,14 +204,10 @@ def _is_ours(pid: str) -> bool:
     return command.startswith(b"nydusd: ") or b"\0nydusd.frontends.erofs\0" in command
 
 
-def _holds(pid: str, wanted: os.stat_result) -> bool:
-    """Whether a process has this file in memory open, under whatever number. Files on disks are not asked for anything."""
+def _holds(pid: int, wanted: os.stat_result) -> bool:
+    """Whether a process has this file in memory open, under whatever number."""
     with contextlib.suppress(OSError):  # it has ended
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            path = f"/proc/{pid}/fd/{name}"
-            with contextlib.suppress(OSError):  # closed meanwhile, as a front end does at each event
-                if os.readlink(path).startswith("/memfd:") and os.path.samestat(os.stat(path), wanted):
-                    return True
+        return any(os.path.samestat(memory, wanted) for memory in memories_of(pid))
     return False
 
 

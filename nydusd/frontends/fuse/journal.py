@@ -22,9 +22,8 @@ _MAGIC = 0x31_4C_4E_52_4A_59_4E  # NYJRNL1: another layout, another number
 _HEADER = Struct("=QQQ")
 """magic; the request that a successor is serving again, by `unique` (0: none); how many have crashed at it."""
 
-_NAME = "nydusd-journal"
-LINK = f"/memfd:{_NAME}"
-"""What a link in /proc/PID/fd to a journal begins with."""
+NAME = "nydusd-journal"
+"""What the name of a journal's memfd begins with."""
 REQUEST_SIZE = 64 * 1024
 """Bytes of the request buffer. A request without payload is small; a BATCH_FORGET fills whatever there is."""
 _REQUEST = p.PAGE
@@ -44,7 +43,7 @@ _LIVES = 3
 
 def create() -> int:
     """A new, empty journal: its fd, not inheritable. The caller closes it. Raises OSError."""
-    fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+    fd = os.memfd_create(NAME, os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, _SIZE)
         os.pwrite(fd, _HEADER.pack(_MAGIC, 0, 0), 0)
