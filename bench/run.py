@@ -30,6 +30,8 @@ from bench.processes import cpu, memory
 FOLDER = Path(os.environ.get("NYDUSD_BENCH_DIR", "/var/tmp/nydusd-bench"))
 ROUNDS = int(os.environ.get("NYDUSD_BENCH_ROUNDS", "3"))
 SECONDS = float(os.environ.get("NYDUSD_BENCH_SECONDS", "2"))
+PLACES = 200_000
+"""How many places of random reads are chosen; then they come again, and are asked for anew all the same."""
 PACKAGES = "python3,perl,git,gcc,vim"
 HIGHER_IS_BETTER = ("cold MB/s", "warm MB/s", "random 1 job, 1/s", "random 4 jobs, 1/s")
 
@@ -172,9 +174,9 @@ def read_all(root: Path, skip: Sequence[str] = ()) -> float:
 
 
 def random_reader(files: list[bytes], seed: int, queue: SimpleQueue[int]) -> None:
-    """Read 4 KiB at random places for SECONDS; reports how many."""
+    """Read 4 KiB at random places, which are chosen before, for SECONDS; reports how many."""
     choose = random.Random(seed)
-    page = mmap.mmap(-1, 4096)
+    page = [mmap.mmap(-1, 4096)]
     try:
         opened = [(os.open(path, os.O_RDONLY | os.O_DIRECT), os.path.getsize(path) // 4096) for path in files]
         direct = True
@@ -183,15 +185,16 @@ def random_reader(files: list[bytes], seed: int, queue: SimpleQueue[int]) -> Non
         for fd, _ in opened:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         direct = False
+    places = [(fd, choose.randrange(pages) * 4096) for fd, pages in choose.choices(opened, k=PLACES)]
     count = 0
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end:
-        fd, pages = opened[choose.randrange(len(opened))]
-        offset = choose.randrange(pages) * 4096
-        if not direct:
-            os.posix_fadvise(fd, offset, 4096, os.POSIX_FADV_DONTNEED)
-        os.preadv(fd, [page], offset)
-        count += 1
+        start = count % PLACES
+        for fd, offset in places[start : start + 50]:
+            if not direct:
+                os.posix_fadvise(fd, offset, 4096, os.POSIX_FADV_DONTNEED)
+            os.preadv(fd, page, offset)
+        count += 50
     queue.put(count)
 
 

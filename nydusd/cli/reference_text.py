@@ -51,7 +51,7 @@ daemon: write the stacks of that process to the log (fork servers: to stderr; th
 
 `NYDUSD_RUNTIME_DIR`: where sockets and state of running daemons are (/run/nydusd).
 
-`NYDUSD_NURSERY`: `off` to start without the help of the node's nursery, and to start none.
+`NYDUSD_NURSERY`: `off` to start without the node's nursery, and to start none; `always` to start one for a single daemon.
 """,
         ),
         (

@@ -10,7 +10,7 @@ the daemons, and tells the stub of one that a signal has ended. Another copy of 
 seats of the daemons' workers (`nydusd.nursery.desk`): here that would write to pages that all copies share.
 
 What holds after SIGKILL: daemons live on; the next one starts by itself, and another nursery after it. Ends when no daemon is
-left on the node: the last one asks for it, and it looks from time to time.
+left on the node: the last one that stops asks for it, and it looks from time to time.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from nydusd.proctitle import set_title
 
 _LOOK = 10.0
 """Seconds between looks whether any daemon is left."""
+_LOOK_AGAIN = 3.0
+"""Seconds that whoever starts a killed daemon again has for it."""
 _DAWDLE = 5.0
 """Seconds that a connection may stay without a request."""
 _PAUSE = 0.05
@@ -84,13 +86,16 @@ class Nursery:
         os.rename(part, self._path)  # so whoever finds it can connect
         self._listener.setblocking(False)
         self._poll.register(self._listener, select.POLLIN)
-        next_look = 0.0
+        next_look, needed = 0.0, True
         while True:
             now = time.monotonic()
             if now >= next_look:
-                next_look = now + _LOOK
-                if self._is_outdated() or not is_any_alive():
+                alive = is_any_alive()
+                if self._is_outdated() or not (alive or needed):
                     break
+                # One that was killed is about to be started again, from here.
+                needed = alive
+                next_look = now + (_LOOK if alive else _LOOK_AGAIN)
                 for fd in [fd for fd, connection in self._waiting.items() if now - connection.since > _DAWDLE]:
                     self._forget(fd)
                 if self._seats[0] < 0 and (seats := self._have_seats_kept()) is not None:

@@ -42,9 +42,12 @@ def is_any_alive(without: int = 0) -> bool:
     return False
 
 
-def start_if_useful() -> None:
-    """Start a nursery if another daemon than ours lives, and there is none yet."""
-    if place.is_off() or not is_any_alive(without=os.getpid()):
+def start_if_useful(*, for_one: bool = False) -> None:
+    """Start a nursery if another daemon than ours lives or it is wanted for one, and there is none yet.
+
+    `for_one`: whoever looks after this daemon has it succeeded when it is killed.
+    """
+    if place.is_off() or not (for_one or place.is_for_one() or is_any_alive(without=os.getpid())):
         return
     try:
         stem = place.stem(place.identity())

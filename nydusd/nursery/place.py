@@ -35,6 +35,11 @@ def is_off() -> bool:
     return os.environ.get("NYDUSD_NURSERY", "") == "off"
 
 
+def is_for_one() -> bool:
+    """Whether the operator wants a nursery for a single daemon, too: whoever succeeds it then need not load anything."""
+    return os.environ.get("NYDUSD_NURSERY", "") == "always"
+
+
 def identity() -> bytes:
     """What a process started now would run. Every release changes `version.py`, which holds version and commit."""
     code = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "version.py")

@@ -108,6 +108,11 @@ class Supervisor:
         assert self._engine is not None
         return self._engine
 
+    @property
+    def is_looked_after(self) -> bool:
+        """Whether it is known that somebody starts this command again if we are killed (systemd does, but without a stub)."""
+        return self.options.supervisor is not None or (self._family.guarded and self.config.nydusd.guardian > 0)
+
     # --- start ------------------------------------------------------------------------------------------------
 
     def start(self) -> None:

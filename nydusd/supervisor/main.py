@@ -53,7 +53,7 @@ def _run(supervisor: Supervisor) -> int:
     logging.getLogger().addHandler(supervisor.errors)
     try:
         supervisor.start()
-        nursery.start_if_useful()
+        nursery.start_if_useful(for_one=supervisor.is_looked_after)
         supervisor.run()
     except CannotStartError:
         raise

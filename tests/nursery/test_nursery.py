@@ -14,7 +14,8 @@ import pytest
 
 from nydusd.nursery import client, place
 from nydusd.nursery.__main__ import Nursery
-from tests.supervisor.lives import ROOT, wrong
+from tests.supervisor.lives import IMAGE, ROOT, wrong
+from tests.support.daemon import image_config
 from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
 from tests.support.nursery import Another, is_ready, nurseries, running_nursery
 
@@ -80,6 +81,26 @@ def test_one_that_hangs_costs_a_start_some_time_and_makes_no_second_daemon_later
 def daemons_of(nursery: int) -> list[int]:
     children = [int(pid) for pid in Path(f"/proc/{nursery}/task/{nursery}/children").read_text().split()]
     return [pid for pid in children if cmdline(pid) != "nydusd: seats"]
+
+
+@pytest.mark.parametrize(("environment", "more"), [({"NYDUSD_NURSERY": "always"}, {}), ({}, {"guardian": 600})])
+def test_a_daemon_alone_is_succeeded_by_a_copy(
+    environment: dict[str, str], more: dict[str, object], tmp_path: Path
+) -> None:
+    runtime = discipline.folder / f"alone{len(more)}"
+    config = image_config(IMAGE.blobs, tmp_path / "cache") | {"nydusd": more}
+    with Another(runtime, environment, config=config) as daemon:
+        wait_until(lambda: is_ready(runtime), "a nursery")
+        (nursery,) = nurseries()
+        for _ in range(2):
+            daemon.kill_supervisor()
+            daemon.start()
+            assert daemon.is_copy()
+            assert wrong(daemon) == []
+        assert nurseries() == [nursery]
+        daemon.stop()
+        assert not is_running(nursery)
+    assert list(runtime.iterdir()) == []
 
 
 def test_the_last_daemon_kills_one_that_hangs() -> None:

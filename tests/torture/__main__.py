@@ -29,12 +29,14 @@ from tests.support.readers import PIECE, longest_reads, pieces_read
 from tests.support.trees import half_random_tree
 from tests.support.verifying import Verifying
 from tests.torture.acts import Counts, Round
+from tests.torture.copied import CopiedDaemon, wait_for_end
 
 READERS = 16
 FILES, FILE_SIZE, CHUNK = 64, 1 << 20, 1 << 16
 ROUND_SECONDS = 30.0
 _LOG_SHOWN = 64 * 1024
 WAY = os.environ.get("TORTURE_WAY", "fuse")
+NURSERY = {"": None, "0": False, "1": True}[os.environ.get("TORTURE_NURSERY", "")]
 FRONT_ENDS = ("erofs", "guard") if WAY == "fanotify" else ("fuse",)
 
 
@@ -71,14 +73,18 @@ class Trial:
         if self.remote:
             device["backend"] = registry.backend()
         self.keeper = Keeper(folder) if WAY == "fuse" and choose.random() < 0.5 else None
-        self.daemon = Daemon(
+        self.copied = NURSERY if NURSERY is not None else choose.random() < 0.5
+        self.daemon = (CopiedDaemon if self.copied else Daemon)(
             built.bootstrap,
             built.blob.parent,
             cache=folder / "cache",
             config=config,
             verb="fuse" if WAY == "fuse" else "erofs",
             args=("--driver", WAY) if WAY != "fuse" else self.keeper.args if self.keeper is not None else (),
+            environment={"NYDUSD_NURSERY": "always" if self.copied else "off"},
         )
+        if isinstance(self.daemon, CopiedDaemon):
+            self.daemon.choose = random.Random(choose.random())
         self.round = Round(self.daemon, self.keeper, FRONT_ENDS, choose, counts, cached=self.cached)
         self.progress = folder / "progress"
 
@@ -100,6 +106,8 @@ class Trial:
             wait_for_role(daemon, "api", 1)
             if self.problems:
                 self._tell()
+        if self.copied:
+            wait_for_end()
         self.problems += [line for line in discipline.logs.problems() if "workers died" not in line]
 
     def longest(self) -> tuple[float, list[str]]:
@@ -146,7 +154,7 @@ def main() -> int:
             rounds += 1
             print(
                 f"round {rounds}: {'cache' if this.cached else 'no cache'}, {'registry' if this.remote else 'folder'},"
-                f" {'kept' if this.keeper else 'restarted'},"
+                f" {'kept' if this.keeper else 'restarted'}, {'from a nursery' if this.copied else 'by itself'},"
                 f" {counts.acts.total() - acts} acts, {counts.kills.total() - kills} kills,"
                 f" {pieces_read(this.progress):,} reads, longest {took:.2f} s (around: {', '.join(around) or 'nothing'})",
                 flush=True,

@@ -22,6 +22,7 @@ from nydusd.storage.state.lock import start_time
 from tests.support.daemon import Daemon
 from tests.support.discipline import discipline, is_running, wait_until
 from tests.support.keeper import Keeper, succeed, upgrade
+from tests.torture.copied import CopiedDaemon, of_nursery
 from tests.torture.upgrades import Upgrades
 
 _RECENT = timedelta(seconds=1)
@@ -147,6 +148,15 @@ def one(role: str) -> Callable[[Round], None]:
     return act
 
 
+def of_the_node(role: str) -> Callable[[Round], None]:
+    """What serves all daemons of a node."""
+
+    def act(this: Round) -> None:
+        this.kill(role, of_nursery(role))
+
+    return act
+
+
 def one_front_end(this: Round) -> None:
     one(this.choose.choice(this.front_ends))(this)
 
@@ -217,6 +227,10 @@ def emptied(this: Round) -> None:
         this.daemon.request("PUT", "/api/v1/nydusd/quota", b'{"target": 0}', seconds=5)
 
 
+def from_a_nursery(this: Round) -> bool:
+    return isinstance(this.daemon, CopiedDaemon)
+
+
 def always(_this: Round) -> bool:
     return True
 
@@ -228,6 +242,8 @@ ACTS: dict[str, tuple[Callable[[Round], None], Callable[[Round], bool]]] = {
     "fork server": (one("fork server"), always),
     "fork server and its copy": (fork_servers, always),
     "api": (one("api"), always),
+    "nursery": (of_the_node("nursery"), from_a_nursery),
+    "seats": (of_the_node("seats"), from_a_nursery),
     "stopped for a moment": (stopped, always),
     "supervisor": (supervisor, always),
     "supervisor and front ends": (supervisor_and_front_ends, always),

@@ -1,0 +1,60 @@
+"""`CopiedDaemon`: a daemon of which each start but the first is a copy of a nursery, so that a stub stands for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+from nydusd.storage.state.lock import start_time
+from tests.support.daemon import Daemon
+from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
+
+
+class CopiedDaemon(Daemon):
+    """Its supervisor is a child of the nursery. What was started is killed, or the supervisor, at random."""
+
+    choose = random.Random()
+
+    def supervisors(self) -> list[int]:
+        """Those that run, or ran last, of this mount: one, but in an upgrade or for a moment after a kill."""
+        found = []
+        for state in Path(self._environment["NYDUSD_RUNTIME_DIR"]).glob("*/state.json"):
+            record = json.loads(state.read_bytes())
+            if record["mountpoint"] == self.place and record.get("processes"):
+                pid, start = record["processes"][0]
+                with contextlib.suppress(OSError):
+                    if start_time(pid) == start:
+                        found.append(pid)
+        return found
+
+    def family(self) -> list[int]:
+        found = super().family()
+        for supervisor in self.supervisors():
+            found += [pid for pid in (supervisor, *descendants(supervisor)) if pid not in (self.pid, *found)]
+        return found
+
+    def kill_supervisor(self) -> None:
+        """SIGKILL the stub, or what it stands for; the other one ends by that."""
+        assert self._process is not None
+        supervisors = self.supervisors()
+        victim = supervisors[0] if supervisors and self.choose.random() < 0.5 else self.pid
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+        self._process.wait()
+        wait_until(lambda: not any(map(is_running, supervisors)), "the end of the supervisor", 60)
+
+
+def of_nursery(role: str) -> list[int]:
+    """The processes of this run with this title: `nursery`, or `seats`."""
+    return [pid for pid in descendants(os.getpid()) if cmdline(pid) == f"nydusd: {role}" and is_running(pid)]
+
+
+def wait_for_end() -> None:
+    """After the last daemon has ended."""
+    wait_until(lambda: not of_nursery("nursery") and not of_nursery("seats"), "the end of the nursery", 60)
+    for path in discipline.runtime.glob("nursery-*"):  # of one that was killed: whoever comes next removes them
+        path.unlink()
