@@ -148,7 +148,12 @@ class Mapped:
 
 def pieces_read(progress: Path) -> int:
     """How many pieces the readers of a PROGRESS file have read so far."""
-    return sum(row[0] for row in _rows(progress))
+    return sum(pieces_of_each(progress))
+
+
+def pieces_of_each(progress: Path) -> list[int]:
+    """How many pieces each reader of a PROGRESS file has read so far."""
+    return [row[0] for row in _rows(progress)]
 
 
 def longest_read(progress: Path) -> float:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.discipline import wait_until
-from tests.support.readers import longest_read, pieces_read
+from tests.support.readers import longest_read, pieces_of_each, pieces_read
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60.0
@@ -73,3 +73,13 @@ class Verifying:
         seen = self.pieces()
         what = f"any progress of the readers after {self.doings} (seed {self._seed})"
         wait_until(lambda: self.pieces() > seen + more or self.have_ended(), what, SECONDS)
+
+    def all_go_on(self) -> None:
+        """Return when each of them has been answered what it asks for now, or found something wrong."""
+        seen = pieces_of_each(self._progress)
+
+        def have() -> bool:
+            now = pieces_of_each(self._progress)
+            return all(after > before + 1 for before, after in zip(seen, now, strict=False)) or self.have_ended()
+
+        wait_until(have, f"any progress of each reader after {self.doings} (seed {self._seed})", SECONDS)

@@ -1,7 +1,11 @@
 """`make torture`: processes of a daemon are killed at random while 16 readers compare every byte.
 
 TORTURE_MINUTES (10) says how long, TORTURE_SEED repeats the choices of a run, TORTURE_ROUND begins it with that round,
-TORTURE_WAY (fuse) is how the image is read: fuse, fanotify or blobfs. A round is one daemon: with a cache folder that
+TORTURE_WAY (fuse) is how the image is read: fuse, fanotify or blobfs. With TORTURE_PACE=calm nothing more is done until each
+reader has been answered what it asked for meanwhile: the longest read is then what one act costs, not several in a row.
+TORTURE_NURSERY=1 or 0: with all daemons, or none, successors come from a nursery (else with half of them).
+
+A round is one daemon: with a cache folder that
 is empty at first, or with none (all data comes through shared memory); its blob in a folder or a registry; looked after as
 by nydus-snapshotter, or by the same command started again. What may happen to it is in `acts.py`. After each round the
 daemon is told to end, and what it leaves behind is looked for. At the end come counts: of acts by their kind, and of killed
@@ -37,6 +41,7 @@ ROUND_SECONDS = 30.0
 _LOG_SHOWN = 64 * 1024
 WAY = os.environ.get("TORTURE_WAY", "fuse")
 NURSERY = {"": None, "0": False, "1": True}[os.environ.get("TORTURE_NURSERY", "")]
+CALM = os.environ.get("TORTURE_PACE", "") == "calm"
 FRONT_ENDS = ("erofs", "guard") if WAY == "fanotify" else ("fuse",)
 
 
@@ -99,6 +104,8 @@ class Trial:
                 while time.monotonic() < until and not readers.have_ended():
                     time.sleep(self.choose.random() ** 2 / 2)
                     self.round.hurt()
+                    if CALM:
+                        readers.all_go_on()
             finally:
                 self.problems += readers.stop()
                 self.round.upgrades.wait()

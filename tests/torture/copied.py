@@ -35,7 +35,8 @@ class CopiedDaemon(Daemon):
         found = super().family()
         for supervisor in self.supervisors():
             found += [pid for pid in (supervisor, *descendants(supervisor)) if pid not in (self.pid, *found)]
-        return found
+        of_others = {*of_nursery("nursery"), *of_nursery("seats")}
+        return [pid for pid in found if pid not in of_others]
 
     def kill_supervisor(self) -> None:
         """SIGKILL the stub, or what it stands for; the other one ends by that."""
