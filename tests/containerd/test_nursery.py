@@ -1,16 +1,18 @@
-"""An unmodified nydus-snapshotter in dedicated mode, where its daemons come from a nursery: it notices no difference."""
+"""An unmodified nydus-snapshotter whose daemons come from a nursery: it notices no difference."""
 
 from __future__ import annotations
 
 import os
 import signal
 
+import pytest
+
 from tests.containerd.conftest import Shop
 from tests.containerd.images import SMALL
 from tests.containerd.node import Node
-from tests.containerd.test_recovery import runs
-from tests.support.discipline import cmdline, descendants, is_running, wait_until
-from tests.support.nursery import Another, running_nursery
+from tests.containerd.test_recovery import api_pids, runs
+from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
+from tests.support.nursery import Another, is_ready, nurseries, running_nursery
 
 
 def test_containers_run_from_daemons_of_a_nursery_also_after_one_was_killed(shop: Shop) -> None:
@@ -32,3 +34,27 @@ def test_containers_run_from_daemons_of_a_nursery_also_after_one_was_killed(shop
             "the end of all of its processes",
             60.0,
         )
+
+
+def test_the_one_shared_daemon_is_succeeded_from_a_nursery_of_its_own(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = shop.references[SMALL]
+    monkeypatch.setenv("NYDUSD_NURSERY", "")
+    with Node("shared", recover_policy="failover") as node:
+        container = node.start_container(reference)
+        wait_until(lambda: is_ready(discipline.runtime), "a nursery", 60.0)
+        (nursery,) = nurseries()
+        for _ in range(2):
+            (pid,) = node.daemon_pids()
+            os.kill(pid, signal.SIGKILL)
+            assert node.exec_python(container, "import json; print(42)") == "42\n"
+            wait_until(lambda pid=pid: node.daemon_pids() not in ([], [pid]), "the next daemon", 30.0)  # type: ignore[misc]
+            wait_until(lambda: bool(api_pids(node)), "its start", 60.0)
+            assert cmdline(*api_pids(node)) == "nydusd: supervisor"
+            assert api_pids(node) != node.daemon_pids(), "it has a stub"
+        assert nurseries() == [nursery]
+        node.watch_daemon_logs()
+        node.nerdctl("rm", "-f", container)
+        node.nerdctl("rmi", reference)
+    assert nurseries() == []
