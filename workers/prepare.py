@@ -12,6 +12,7 @@ import errno
 import hashlib
 import logging
 import os
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _TRIES = 5
 _NO_FILE = (0, 0, 0)
+_OF_DICTIONARIES = 4
+"""How many bytes of a layout tell the dictionaries of a blob that has any."""
 _CHECKABLE = int(ChunkFlag.DIGEST | ChunkFlag.CRC)
 
 
@@ -102,9 +105,9 @@ def _chunk_table(blob: OpenBlob) -> tuple[ChunkTable, bytes]:
     """
     spec, info = blob.spec, blob.spec.info
     if info.is_tarfs:
-        return _with_layout(build_tarfs(info))
+        return with_layout(build_tarfs(info))
     if not info.has_ci:
-        return _with_layout(build_from_raw(info, _raw_chunks(spec)))
+        return with_layout(build_from_raw(info, _raw_chunks(spec)))
     check_ci_sizes(info, f"blob {info.blob_id}")
     doubtful: tuple[ChunkTable, bytes] | None = None
     for path in blob.meta_paths():
@@ -112,13 +115,13 @@ def _chunk_table(blob: OpenBlob) -> tuple[ChunkTable, bytes]:
             with open(path, "rb") as f:
                 content = f.read(info.ci_uncompressed_size + 3 * 4096)
             header, ci = parse_meta_file(content, info, str(path))
-            known = _with_layout(build_from_ci(info, ci, header, _raw_chunks(spec), mark=spec.cookie is None))
+            known = with_layout(build_from_ci(info, ci, header, _raw_chunks(spec), mark=spec.cookie is None), ci)
         except FileNotFoundError:
             continue
         except (OSError, FormatError) as e:
             log.warning("blob metadata: %s; fetching it again", str(e))
             continue
-        if map_file.recorded_layout(spec.map_path) in ("", known[1].hex()) or _is_vouched_for(spec, known[0]):
+        if map_file.recorded_layout(spec.map_path) in ("", known[1].hex()) or _is_vouched_for(spec, *known):
             return known
         # Sound in itself, and another one than that which was used: a bit may have been flipped.
         log.warning("blob metadata %s: it is not what the chunk map was stored for; fetching it again", path)
@@ -135,21 +138,33 @@ def _chunk_table(blob: OpenBlob) -> tuple[ChunkTable, bytes]:
     stored = _store_meta(blob, meta_file_bytes(header, ci))
     if not stored and table.dict_size:
         raise CacheError(f"blob metadata of {info.blob_id} could not be stored, and its dictionaries are needed")
-    return _with_layout(table)
+    return with_layout(table, ci)
 
 
-def _is_vouched_for(spec: BlobSpec, table: ChunkTable) -> bool:
+def _is_vouched_for(spec: BlobSpec, table: ChunkTable, layout: bytes) -> bool:
     """Whether a segment of the same data file has this table, but for what its image lists: then no bit was flipped."""
     try:
         facts = os.stat(spec.data_path or "")
     except OSError:
         return False
-    return any(not contradiction(segment, table) for segment in segments_of(facts.st_dev, facts.st_ino))
+    own = layout[-_OF_DICTIONARIES:] if table.dict_size else b""
+    return any(
+        segment.identity.layout.endswith(own) and not contradiction(segment, table)
+        for segment in segments_of(facts.st_dev, facts.st_ino)
+    )
 
 
-def _with_layout(table: ChunkTable) -> tuple[ChunkTable, bytes]:
-    """The table, and what tells it from others."""
-    return table, hashlib.sha256(b"".join((table.records, table.digests, table.contexts))).digest()
+def with_layout(table: ChunkTable, ci: bytes = b"") -> tuple[ChunkTable, bytes]:
+    """The table, and what tells it from others.
+
+    Where it has dictionaries, which are in the chunk information `ci`, the end of that tells those, by themselves: images with
+    a blob in common list different chunks of it, and have the dictionaries from one file.
+    """
+    layout = hashlib.sha256(b"".join((table.records, table.digests, table.contexts))).digest()
+    if table.dict_size:
+        dictionaries = memoryview(ci)[table.dict_offset : table.dict_offset + table.dict_size]
+        layout = layout[:-_OF_DICTIONARIES] + zlib.crc32(dictionaries).to_bytes(_OF_DICTIONARIES, "little")
+    return table, layout
 
 
 def _store_meta(blob: OpenBlob, content: bytes) -> bool:

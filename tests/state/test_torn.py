@@ -1,7 +1,7 @@
 """State that was torn or flipped anywhere: rebuilt, or refused by name. Never a crash, never a wrong byte.
 
-Files on disk (blob metadata; the chunk map and its record are in test_map_file.py), records in the run-time folder, and shared
-memory that a successor reads.
+Files on disk (blob metadata, of which test_torn_metadata.py has more; the chunk map and its record are in test_map_file.py),
+records in the run-time folder, and shared memory that a successor reads.
 """
 
 from __future__ import annotations
@@ -26,17 +26,11 @@ from nydusd.frontends.erofs.session import Fds
 from nydusd.frontends.fuse import journal as reads
 from nydusd.storage.state.segment import _CHECK, _HEADER, CHECK_OFFSET, EMPTY, HEADER_SIZE, READY, Segment
 from nydusd.supervisor.checked import read_checked, write_checked
+from tests.support.damages import damages
 from tests.support.segments import make_segment, segment_name
 from tests.workers.harness import Jobs, jobs
 
 SEED = 7
-
-
-def damages(good: bytes, at: int) -> Iterator[bytes]:
-    """Cut off before this byte, and each of its bits flipped."""
-    yield good[:at]
-    for bit in range(8):
-        yield good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :]
 
 
 @contextlib.contextmanager

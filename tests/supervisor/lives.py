@@ -158,6 +158,12 @@ def copy_blobs(image: oracle.Image, folder: Path) -> Path:
     return folder
 
 
+def device_of(daemon: Daemon) -> str:
+    """The device number of what is mounted."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return next(line.split()[2] for line in lines if line.split()[4] == str(daemon.mountpoint))
+
+
 def state_file(daemon: Daemon) -> Path:
     (path,) = (path for path in discipline.runtime.glob("*/state.json") if str(daemon.mountpoint) in path.read_text())
     return path
