@@ -15,7 +15,7 @@ import pytest
 
 from nydusd.frontends.fuse import journal
 from nydusd.supervisor import adoption
-from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, not_started, read_direct, wrong
+from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, device_of, not_started, read_direct, wrong
 from tests.support import oracle
 from tests.support.daemon import Daemon
 from tests.support.discipline import becomes_true, is_running, wait_until
@@ -45,11 +45,6 @@ from nydusd.cli.nydusd import main
 sys.exit(main(sys.argv[1:]))
 """
 """A `nydusd` with a bug: its loop raises when there is a certain file."""
-
-
-def device_of(daemon: Daemon) -> str:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return next(line.split()[2] for line in lines if line.split()[4] == str(daemon.mountpoint))
 
 
 def wait_for_failure(daemon: Daemon) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from bench.image import build
 from nydusd.ipc.messages import Json
-from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, read_direct, wrong
+from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, device_of, read_direct, wrong
 from tests.support import oracle
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import discipline, is_running, wait_until
@@ -45,11 +45,6 @@ def left_to(keeper: Keeper, folder: Path) -> Iterator[Daemon]:
         keeper.save(daemon)
         daemon.kill_all()
         yield daemon
-
-
-def device_of(daemon: Daemon) -> str:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return next(line.split()[2] for line in lines if line.split()[4] == str(daemon.mountpoint))
 
 
 class TestFailover:
