@@ -1,56 +1,59 @@
-"""`make endurance`: 100 upgrades of the workers under 20 mounts with open files, and 300 mounts and umounts, leave a daemon as
-it was.
+"""`make endurance`: with 20 mounts and open files 100 upgrades of the workers, and 100 successions of the whole daemon under
+readers; then 300 mounts and umounts. They leave a daemon as it was.
 
-ENDURANCE_UPGRADES (100), ENDURANCE_MOUNTS (300) say how often. The exit status is 0 if nothing has grown.
+ENDURANCE_UPGRADES (100), ENDURANCE_SUCCESSIONS (100), ENDURANCE_MOUNTS (300) say how often. The exit status is 0 if nothing has
+grown.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from pathlib import Path
 
-from tests.endurance import Usage, growth, mounts_and_umounts, upgrades_with_open_files
-from tests.support.daemon import Daemon
+from tests.endurance import MOUNTS_MOST, daemon_with_image, mounts_and_umounts, successions, upgrades_with_open_files
 from tests.support.discipline import discipline
+from tests.support.keeper import Keeper
 
-MOUNTS = 20
 WARM_UP = 10
 
 
 def main() -> int:
-    upgrades = int(os.environ.get("ENDURANCE_UPGRADES", "100"))
-    rounds = int(os.environ.get("ENDURANCE_MOUNTS", "300"))
+    upgrades, succeeded, rounds = (
+        int(os.environ.get(f"ENDURANCE_{name}", number))
+        for name, number in (("UPGRADES", "100"), ("SUCCESSIONS", "100"), ("MOUNTS", "300"))
+    )
+    scenarios = {
+        "upgrades": f"{upgrades} upgrades of the workers, {MOUNTS_MOST} mounts with open files",
+        "successions": f"{succeeded} successions of the daemon under readers, {MOUNTS_MOST} mounts with open files",
+        "mounts": f"{rounds} mounts and umounts",
+    }
     problems: list[str] = []
     discipline.start()
     try:
         before = discipline.snapshot()
-        for what in ("upgrades", "mounts"):
+        for what, name in scenarios.items():
             began = time.monotonic()
             folder = discipline.folder / what
             folder.mkdir()
-            with Daemon(None, Path("/nonexistent")) as daemon:
+            with contextlib.closing(Keeper(folder)) as keeper, daemon_with_image(folder, keeper.args) as daemon:
                 if what == "upgrades":
-                    name = f"{MOUNTS} mounts with open files, {upgrades} upgrades of the workers"
-                    found = upgrades_with_open_files(daemon, folder, MOUNTS, upgrades, WARM_UP)
+                    found = upgrades_with_open_files(daemon, folder, MOUNTS_MOST, upgrades, WARM_UP)
+                elif what == "successions":
+                    found = successions(daemon, keeper, folder, MOUNTS_MOST, succeeded, WARM_UP)
                 else:
-                    name = f"{rounds} mounts and umounts"
                     found = mounts_and_umounts(daemon, folder, rounds, WARM_UP * 3)
             print(f"{name}, {time.monotonic() - began:.0f} s")
-            show(found)
-            problems += growth(*found)
+            print(f"  after the warm-up: {found.before}")
+            print(f"  at the end: {found.after}", flush=True)
+            problems += [f"{name}: {sentence}" for sentence in found.growth()]
         problems += discipline.logs.problems() + [f"left behind: {what}" for what in discipline.leftovers(before)]
     finally:
         discipline.finish()
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0
-
-
-def show(found: list[Usage]) -> None:
-    for name, each in zip(("after the warm-up", "at the end"), found, strict=True):
-        print(f"  {name}: {each}", flush=True)
 
 
 if __name__ == "__main__":
