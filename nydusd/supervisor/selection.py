@@ -1,7 +1,8 @@
 """Which way `nydusd erofs` takes: the best that kernel, cache folder and image allow, or the one that was asked for.
 
-Runs in the process that becomes the supervisor, before anything is started. Each way that is passed over is logged with the
-reason, and so is the one that is taken; `nydusctl info` tells it, too.
+Runs in the process that becomes the supervisor, before anything is started. The way that is taken is logged, with the reason
+against each better one; `nydusctl info` tells the same with each image. After SIGKILL an empty file, `.nydusd-*.tmp`, may stay
+in the cache folder, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nydusd.errors import MountError, UnsupportedError
@@ -30,6 +32,15 @@ _FILES_SINCE = (6, 12)
 """The first kernel whose EROFS mounts files without a block device."""
 _BLOCK_BITS, _TAR_BITS = 1024 + 12, 9
 """Where a v6 superblock says how large its blocks are, and what it says in tarfs images alone."""
+Reasons = dict[str, Callable[[], str | None]]
+"""The ways but FUSE, the best first: what is missing for each, None if nothing is."""
+_ASKED = "it was asked for"
+_ONE_IMAGE = "it serves the image of --bootstrap only"
+_ENOUGH = {
+    "tarfs": "all data is in tars on this machine",
+    "fanotify": "the kernel has all it needs",
+    "blobfs": "the kernel has all it needs",
+}
 
 
 def daemon_for(options: ErofsOptions, config: Config, fork_server: ForkServer) -> Supervisor:
@@ -70,58 +81,62 @@ def choose(
     Raises UnsupportedError when the one that was asked for is not there.
     """
     if asked == "fuse":
-        return asked, "it was asked for"
-    if asked in ("auto", "tarfs"):
-        no_tars = _why_no_tars(bootstrap, local)
-        if no_tars is None:
-            return "tarfs", "all data is in tars on this machine"
-        if asked == "tarfs":
-            raise UnsupportedError(f"--driver tarfs: {no_tars}; use another, or `auto`")
+        return asked, _ASKED
     no_erofs = _why_no_erofs(bootstrap, work_dir)
-    reasons = {"fanotify": no_erofs or (None if left else _why_no_fanotify(str(work_dir))), "blobfs": no_erofs}
-    if asked != "auto":
-        if reasons[asked] is not None:
-            raise UnsupportedError(f"--driver {asked}: {reasons[asked]}; use `nydusd fuse`")
-        return asked, "it was asked for"
-    passed: list[str] = []
-    for way, reason in reasons.items():
-        if reason is None:
-            return way, "; ".join(passed) or "this kernel and the cache folder have all it needs"
-        passed.append(f"not {way}: {reason}")
-    return "fuse", "; ".join(passed if reasons["fanotify"] != no_erofs else [f"not EROFS: {no_erofs}"])
+    if left and asked == "auto" and no_erofs is None:
+        return "fanotify", "a killed daemon has left its mount, which is taken over"
+    reasons: Reasons = {
+        "tarfs": lambda: _why_no_tars(bootstrap, local),
+        "fanotify": lambda: no_erofs or (None if left else _why_no_fanotify(str(work_dir))),
+        "blobfs": lambda: no_erofs,
+    }
+    if asked == "auto":
+        return _best(reasons)
+    if (reason := reasons[asked]()) is not None:
+        instead = "another, or `auto`" if asked == "tarfs" else "`nydusd fuse`"
+        raise UnsupportedError(f"--driver {asked}: {reason}; use {instead}")
+    return asked, _ASKED
 
 
 def choose_without_image(asked: str, *, left: bool = False) -> tuple[str, str]:
     """The same for a daemon whose images come by the API. Raises UnsupportedError."""
-    if asked in ("tarfs", "blobfs"):
-        raise UnsupportedError(
-            f"--driver {asked}: serves the image of --bootstrap only; use fanotify, or `nydusd fuse`"
-        )
     if asked == "fuse":
-        return asked, "it was asked for"
-    reason = _why_no_erofs_here()
-    if reason is None and not left:
-        try:
-            os.close(fanotify.open_group())
-        except MountError as e:
-            reason = str(e)
-    if reason is None:
-        return "fanotify", "it was asked for" if asked == "fanotify" else "this kernel has all it needs"
-    if asked == "fanotify":
-        raise UnsupportedError(f"--driver fanotify: {reason}; use `nydusd fuse`")
-    return "fuse", f"not fanotify: {reason}"
+        return asked, _ASKED
+    reasons: Reasons = {
+        "tarfs": lambda: _ONE_IMAGE,
+        "fanotify": lambda: _why_no_erofs_here() or (None if left else _why_no_group()),
+        "blobfs": lambda: _ONE_IMAGE,
+    }
+    if asked == "auto":
+        return _best(reasons)
+    if (reason := reasons[asked]()) is not None:
+        instead = "`nydusd fuse`" if asked == "fanotify" else "fanotify, or `nydusd fuse`"
+        raise UnsupportedError(f"--driver {asked}: {reason}; use {instead}")
+    return asked, _ASKED
+
+
+def _best(reasons: Reasons) -> tuple[str, str]:
+    """The first way against which there is no reason, else FUSE; and the reasons against those before it."""
+    passed: dict[str, list[str]] = {}
+    taken = "fuse"
+    for way, why_not in reasons.items():
+        reason = why_not()
+        if reason is None:
+            taken = way
+            break
+        passed.setdefault(reason, []).append(way)
+    against = [f"not {', '.join(ways)}: {reason}" for reason, ways in passed.items()]
+    return taken, "; ".join([_ENOUGH[taken], *against] if taken != "fuse" else against)
 
 
 def _why_no_tars(bootstrap: str, local: bool) -> str | None:
     """What is missing to mount the image over the tars themselves; None if nothing is."""
     if reason := _why_no_erofs_here():
         return reason
-    if not local:
-        return "its tars are not in a local folder"
     with contextlib.suppress(OSError), open(bootstrap, "rb") as f:
         head = memoryview(f.read(4096))
         if detect(head) is BootstrapKind.V6 and head[_BLOCK_BITS] == _TAR_BITS:
-            return None
+            return None if local else "its tars are not in a local folder"
     return f"{bootstrap} is no tarfs image"
 
 
@@ -149,6 +164,15 @@ def _why_no_erofs_here() -> str | None:
     if os.path.isdir(f"/lib/modules/{release}/kernel/fs/erofs"):  # the kernel loads it at the mount
         return None
     return f"kernel {release} has no EROFS"
+
+
+def _why_no_group() -> str | None:
+    """What is missing for fanotify, whatever the cache folder is. None if nothing is."""
+    try:
+        os.close(fanotify.open_group())
+    except MountError as e:
+        return str(e)
+    return None
 
 
 def _why_no_fanotify(folder: str) -> str | None:
