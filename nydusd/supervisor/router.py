@@ -247,12 +247,14 @@ class Router:
         failure = 0 if request.put_off else next(filter(None, map(cache.failure, missing)), 0)
         if failure or not missing:
             self._finish(request, failure)
+        elif cache.uses_slots and cache.pinned:
+            self._finish(request, errno.ENOSPC)  # the kernel reads the file by itself: memory is of no use to it
         elif cache.uses_slots or not (cache.pinned or all(map(cache.meta.is_listed, missing))):
             self._admit_by_slot(request, missing)
         else:
             self._wait_for(request, missing)
             self._launch.miss(cache, missing)
-            if not cache.outage:
+            if not cache.outage and not cache.no_room_until:
                 self._launch.read_ahead(cache, request.first, request.chunks[-1])
 
     def _wait_for(self, request: Request, chunks: Iterable[int]) -> None:

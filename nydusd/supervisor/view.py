@@ -14,6 +14,7 @@ from nydusd import logs
 from nydusd.errors import NydusError
 from nydusd.ipc.inflight import waiting
 from nydusd.ipc.messages import Json
+from nydusd.supervisor.uncached import told
 from nydusd.version import GIT_COMMIT, build_info
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def _mounts(daemon: Supervisor, _request: Json) -> Json:
             elif cache.outage:
                 failed.append(f"readers wait for the backend: {cache.outage}")
             if cache.no_room_until:
-                uncached.append(f"reads go on uncached: cache folder {cache.spec.work_dir}: {cache.no_room_why}")
+                uncached.append(told(cache))
         images.append(
             {
                 "mountpoint": image.place,

@@ -171,7 +171,7 @@ def test_a_file_system_is_told_from_another_that_is_made_at_the_same_time(
 
 
 def test_an_image_is_not_mounted_over_a_cache_file_that_its_blob_does_not_have(tree: Tree, expect_log: Expect) -> None:
-    expect_log("reads of blob .* go on uncached")
+    expect_log("blob .*: reads of what is not cached fail until it can be used")
     with Many() as many:
         many.cache.mkdir()
         data = many.cache / f"{tree.blob_id}.blob.data"

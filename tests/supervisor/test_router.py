@@ -301,6 +301,27 @@ class TestFullDisk:
         assert world.plain.chunk_map.is_ready(0)
         assert world.plain.no_room_until == 0
 
+    def test_where_the_kernel_reads_the_file_they_get_an_error_and_the_disk_is_tried_again_soon(
+        self, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        world.worker("decompress", b"w")
+        world.plain.pinned = True
+        for number in range(2):
+            world.ask(A, number, world.plain, CHUNKS - 1, 1)
+            world.fill_next(unstored=range(CHUNKS))
+            assert codes(world).pop() == (number, errno.ENOSPC)
+            world.ask(A, 10 + number, world.plain, 0, 1)
+            assert codes(world).pop() == (10 + number, errno.ENOSPC), "at once"
+            assert not world.sent and not world.decompress.queued() and not world.leases
+            world.clock.now += 1.1
+        assert world.plain.prefetch_at > world.clock.now, "nothing is fetched for nobody meanwhile"
+        assert "reads of what is not cached fail until it can be used" in caplog.text
+        world.ask(A, 20, world.plain, 0, 1)
+        assert 0 in world.plain.jobs
+        world.settle()
+        assert codes(world).pop() == (20, 0)
+        assert world.plain.no_room_until == 0
+
     def test_one_warning_however_long_it_lasts(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
         world.worker("decompress", b"w")
         full_disk(world)

@@ -31,7 +31,7 @@ from nydusd.supervisor.slots import SlotTable
 from tests.support.blobs import blob_info
 
 CHUNKS = 24
-ANSWERED_WITH = {0, errno.EIO, errno.ENOMEM}
+ANSWERED_WITH = {0, errno.EIO, errno.ENOMEM, errno.ENOSPC}
 _worlds = count(1)
 
 

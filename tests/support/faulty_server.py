@@ -8,6 +8,7 @@ said by the fields of `Reply`.
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import socket
 import ssl
@@ -88,6 +89,9 @@ class Faulty:
         self.port: int = self._server.server_address[1]
         self.host = f"127.0.0.1:{self.port}"
         self.url = f"{'https' if context else 'http'}://{self.host}"
+        self._serve()
+
+    def _serve(self) -> None:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 
@@ -112,6 +116,26 @@ class Faulty:
         waiting.set()
         self._server.cut_all()
         wait_until(lambda: not self._server.open, "the end of all connections")
+
+    @classmethod
+    def that_may_refuse(cls) -> Faulty:
+        """A server that can `refuse`. Its port is one that nobody gets who does not name it."""
+        for port in random.sample(range(20000, 30000), 100):
+            with contextlib.suppress(OSError):
+                return cls(port=port)
+        raise AssertionError("no port is free")
+
+    def refuse(self) -> None:
+        """Refuse connections from now on, until `accept`, and end those there are. The socket keeps a port that was named."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.socket.shutdown(socket.SHUT_RDWR)
+        self.cut()
+
+    def accept(self) -> None:
+        """Serve again."""
+        self._server.socket.listen(self._server.request_queue_size)
+        self._serve()
 
     def close(self) -> None:
         """End the server and all its connections."""

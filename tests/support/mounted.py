@@ -90,7 +90,10 @@ class Hub:
 
 
 class Mounted:
-    """A `Daemon` on a `Tree` with a registry backend. `backend` goes over the keys that it has by default."""
+    """A `Daemon` on a `Tree` with a registry backend. `backend` goes over the keys that it has by default.
+
+    `args` and `cache`: as of `Daemon`.
+    """
 
     def __init__(
         self,
@@ -101,16 +104,19 @@ class Mounted:
         environment: dict[str, str] | None = None,
         tuning: dict[str, object] | None = None,
         verb: str = "fuse",
+        args: tuple[str, ...] = (),
+        cache: Path | None = None,
     ) -> None:
         self.tree = tree
         self._folder = Path(tempfile.mkdtemp(prefix="m", dir=discipline.folder))
+        cache = cache or self._folder / "cache"
         common: dict[str, object] = {"timeout": 1, "connect_timeout": 1, "retry_limit": 3, "failure_memory": 0.2}
         if kind == "registry":
             common |= {"scheme": "http", "repo": REPO, "auth": AUTH}
         config: dict[str, object] = {
             "version": 2,
             "backend": {"type": kind, kind: common | backend},
-            "cache": {"type": "blobcache", "filecache": {"work_dir": str(self._folder / "cache")}},
+            "cache": {"type": "blobcache", "filecache": {"work_dir": str(cache)}},
             "rafs": {"mode": "direct", "batch_size": 0},
             # One of each: what one of them has learnt is known to all then, and faults come in the order of the reads.
             "nydusd": {"fetch_workers": 1, "decompress_workers": 1} | (tuning or {}),
@@ -122,10 +128,11 @@ class Mounted:
         self.daemon = Daemon(
             tree.bootstrap,
             self._folder,
-            cache=self._folder / "cache",
+            cache=cache,
             config=config,
             environment=known | (environment or {}),
             verb=verb,
+            args=args,
         )
 
     def __enter__(self) -> Self:

@@ -261,10 +261,10 @@ class FrontEnd:
         if waiting is None:
             return
         del waiting.pending[request]
-        if code:
+        if code == errno.ENOSPC or (in_memory and not code):
+            self._end(waiting, errno.ENOSPC, "the cache folder cannot be used")
+        elif code:
             self._end(waiting, code, os.strerror(code))
-        elif in_memory:
-            self._end(waiting, errno.ENOSPC, "the cache folder has no room for it")
         elif not waiting.pending:
             self._check(waiting)
 

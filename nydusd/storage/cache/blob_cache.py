@@ -63,7 +63,7 @@ class BlobCache:
         self.stored = 0  # ready chunks at the last checkpoint, -1: not known
         self.checkpointing = False  # or chunks are being taken out: never both
         self.pinned = False  # the kernel reads the cache file by itself: nothing may be taken out
-        self.prefetch_at = self.prefetch_delay = 0.0  # not before, because the backend could not be reached
+        self.prefetch_at = self.prefetch_delay = 0.0  # not before: no backend could be reached, or there was no room
         self.no_room_until = 0.0  # 0: the cache folder could be used the last time
         self.no_room_why = ""
         self.kin: list[BlobCache] = [self]
