@@ -13,6 +13,7 @@ import pytest
 
 from bench.image import Built, build
 from bench.run import regular_files
+from nydusd.frontends.erofs import table
 from tests.erofs.test_images import differences
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import mounts_under, wait_until
@@ -207,6 +208,30 @@ fd = os.open(sys.argv[1], os.O_RDONLY)
 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 sys.stdout.buffer.write(os.read(fd, 4 << 20))
 """
+
+
+def read_ahead(daemon: Daemon) -> list[int]:
+    """KiB of each file system that the daemon has mounted; what they are called is in its table of mounts."""
+    guard = Path(f"/proc/{daemon.pids('guard')[0]}/fd")
+    (entry,) = (entry for entry in guard.iterdir() if os.readlink(entry).startswith("/memfd:nydusd-mounts"))
+    with open(entry, "rb") as memory:
+        names = [name for mounted in table.read(memory.fileno()).mounts for name in mounted.names or ()]
+    return [int(Path(f"/sys/class/bdi/{name}/read_ahead_kb").read_text()) for name in names]
+
+
+def test_the_read_ahead_is_raised_until_all_ranges_are_there(large: tuple[Path, Built]) -> None:
+    tree, built = large
+    names = sorted((path.name for path in tree.iterdir()), reverse=True)  # so nothing is fetched ahead of the reader
+    with Daemon(built.bootstrap, built.blob.parent, verb="erofs", args=("--driver", "fanotify")) as daemon:
+        wait_for_role(daemon, "guard", 1)
+        assert read_ahead(daemon) == [2048]
+        for name in names[:-1]:
+            assert (daemon.mountpoint / name).read_bytes() == (tree / name).read_bytes()
+        assert "the kernel reads it by itself" not in daemon.log.read_text()
+        assert read_ahead(daemon) == [2048]
+        assert (daemon.mountpoint / names[-1]).read_bytes() == (tree / names[-1]).read_bytes()
+        wait_until(lambda: read_ahead(daemon) == [128], "the usual read-ahead", 60)
+        assert "the kernel reads it by itself" in daemon.log.read_text()
 
 
 def test_what_is_cached_is_read_without_the_front_end_while_other_ranges_are_missing(
