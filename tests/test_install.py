@@ -20,6 +20,7 @@ from tests.support.oracle import image, truth
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = image("v6-zstd-blake3")
 UNIT = ROOT / "systemd" / "nydusd@.service"
+DROP_IN = ROOT / "systemd" / "nydusd-erofs.conf"
 
 EXAMPLE = """
 set -e
@@ -77,8 +78,11 @@ def test_pages_completions_units_and_examples_are_there(installed: Path) -> None
         "etc/tmpfiles.d/nydusd.conf",
     ):
         assert (installed / path).stat().st_size > 0, path
-    unit = (installed / "etc/systemd/system/nydusd@.service").read_text()
-    assert f"ExecStart={installed}/bin/nydusd fuse" in unit
+    for path, verb in (
+        ("etc/systemd/system/nydusd@.service", "fuse"),
+        ("share/doc/nydusd/examples/nydusd-erofs.conf", "erofs"),
+    ):
+        assert f"ExecStart={installed}/bin/nydusd {verb}" in (installed / path).read_text()
 
 
 def test_the_score_of_the_unit_is_the_one_of_the_docs(installed: Path) -> None:
@@ -122,14 +126,15 @@ def test_local_example_mounts_as_it_is(example: str, tmp_path: Path) -> None:
     assert b".blob.data.chunk_map" in done.stderr
 
 
-def settings() -> dict[str, str]:
-    lines = UNIT.read_text().splitlines()
+def settings(file: Path = UNIT) -> dict[str, str]:
+    lines = file.read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if re.match(r"[A-Z]\w+=", line))
 
 
-def test_unit_starts_what_the_command_line_takes() -> None:
-    command = shlex.split(settings()["ExecStart"].replace("%i", "one"))
-    assert command[0] == "@PREFIX@/bin/nydusd"
+@pytest.mark.parametrize(("file", "verb"), [(UNIT, "fuse"), (DROP_IN, "erofs")])
+def test_unit_starts_what_the_command_line_takes(file: Path, verb: str) -> None:
+    command = shlex.split(settings(file)["ExecStart"].replace("%i", "one"))
+    assert command[:2] == ["@PREFIX@/bin/nydusd", verb]
     options = parse_arguments(command[1:])
     assert (options.config, options.apisock) == ("/etc/nydusd/one.toml", "/run/nydusd/one.sock")
 

@@ -55,10 +55,10 @@ class Machine:
             self._process = subprocess.Popen(
                 [*command, "sh", "-c", INIT.format(units=self.units)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        wait_until(lambda: self._init() != 0, "pid 1")
+        wait_until(lambda: self.init() != 0, "pid 1")
         wait_until(lambda: self.run("systemctl", "is-active", "default.target").returncode == 0, "systemd")
 
-    def _init(self) -> int:
+    def init(self) -> int:
         """The pid of its pid 1, as we see it; 0 before it is there."""
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         assert self._process.poll() is None, self.log.read_text()
@@ -66,7 +66,7 @@ class Machine:
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command inside."""
-        inside = ["nsenter", "--target", str(self._init()), "--mount", "--pid", "--uts", "--ipc", "--cgroup"]
+        inside = ["nsenter", "--target", str(self.init()), "--mount", "--pid", "--uts", "--ipc", "--cgroup"]
         return subprocess.run([*inside, *command], capture_output=True, text=True, timeout=60, check=False)
 
     def systemctl(self, *arguments: str) -> str:
@@ -81,7 +81,7 @@ class Machine:
 
     def close(self) -> None:
         """SIGKILL to pid 1 ends all in its namespace."""
-        os.kill(self._init(), signal.SIGKILL)
+        os.kill(self.init(), signal.SIGKILL)
         self._process.wait()
         for path in self._folders:
             path.rmdir()

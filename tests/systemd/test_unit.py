@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import sys
@@ -18,9 +16,9 @@ from tests.support.discipline import wait_until
 from tests.support.readers import PIECE
 from tests.support.trees import random_tree
 from tests.support.verifying import Verifying
-from tests.systemd.machine import ROOT, Machine, machine
+from tests.systemd.machine import ROOT, Machine
+from tests.systemd.service import UNIT, asked, device, kill, log_of, service, stop_and_look
 
-UNIT = "nydusd@one.service"
 FILES, FILE_SIZE, CHUNK = 8, 1 << 20, 1 << 16
 READERS = 4
 
@@ -38,36 +36,14 @@ def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 @pytest.fixture
 def node(tmp_path: Path, built: Built) -> Iterator[Machine]:
     """A machine whose `nydusd@one` is ours, with the image, not started yet. `mnt` in its folder is the mount point."""
-    commands = tmp_path / "prefix" / "bin"
-    commands.mkdir(parents=True)
-    os.symlink(Path(sys.executable).parent / "nydusd", commands / "nydusd")
-    (tmp_path / "mnt").mkdir()
-    with machine(tmp_path) as it:
-        text = (ROOT / "systemd" / "nydusd@.service").read_text().replace("@PREFIX@", str(tmp_path / "prefix"))
-        assert "WatchdogSec=10" in text
-        text = text.replace("WatchdogSec=10", "WatchdogSec=2")
-        (it.units / "nydusd@.service").write_text(text)
-        (tmp_path / "one.env").write_text(f"BOOTSTRAP={built.bootstrap}\nMOUNTPOINT={tmp_path / 'mnt'}\n")
-        (tmp_path / "one.toml").write_text(json.dumps(image_config(built.blob.parent, tmp_path / "cache")))
-        for name in ("one.env", "one.toml"):
-            assert it.run("cp", str(tmp_path / name), "/etc/nydusd").returncode == 0
-        it.systemctl("daemon-reload")
+    with service(tmp_path, built.bootstrap, image_config(built.blob.parent, tmp_path / "cache"), watchdog=2) as it:
         yield it
 
 
 def verifying(node: Machine, tree: Path, folder: Path) -> Verifying:
     """Readers of the mount, inside."""
-    inside = ["nsenter", "--target", str(node._init()), "--mount", "--pid"]
+    inside = ["nsenter", "--target", str(node.init()), "--mount", "--pid"]
     return Verifying(folder / "mnt", tree, folder, READERS, inside=inside)
-
-
-def stop_and_look(node: Machine, folder: Path) -> None:
-    """Stop the service; AssertionError for what it leaves."""
-    node.systemctl("stop", UNIT)
-    assert node.show(UNIT, "Result") == "success"
-    assert node.run("mountpoint", "-q", str(folder / "mnt")).returncode != 0
-    assert node.run("pgrep", "-f", "nydusd").stdout == ""
-    assert node.run("ls", "/run/nydusd", "/dev/shm").stdout.split() == ["/dev/shm:", "/run/nydusd:"]
 
 
 def test_is_ready_when_it_serves_and_leaves_nothing_when_it_is_stopped(node: Machine, tmp_path: Path) -> None:
@@ -88,33 +64,16 @@ def test_is_succeeded_under_load_and_no_reader_notices(
     with verifying(node, tree, tmp_path) as readers:
         for _ in range(times):
             readers.go_on(0)
-            pid = node.show(UNIT, "MainPID")
-            signal = "STOP" if how == "hung" else "KILL"  # one that hangs is the watchdog's case
-            node.systemctl("kill", f"--signal={signal}", f"--kill-who={'all' if how == 'all killed' else 'main'}", UNIT)
-            wait_until(
-                lambda pid=pid: (
-                    node.show(UNIT, "MainPID") not in ("0", pid)  # type: ignore[misc]
-                    and node.show(UNIT, "ActiveState") == "active"
-                ),
-                "a successor",
-                90,
-            )
+            # One that hangs is the watchdog's case.
+            kill(node, "all" if how == "all killed" else "main", "STOP" if how == "hung" else "KILL")
         readers.go_on(READERS)
     assert readers.pieces() > FILES * FILE_SIZE // PIECE
     assert int(node.show(UNIT, "MainPID")) != before
-    assert "mounting anew" not in node.log.read_text(), node.log.read_text()
+    assert "mounting anew" not in log_of(tmp_path).read_text()
     node.systemctl("stop", UNIT)
     assert node.run("pgrep", "-f", "nydusd").stdout == ""
 
 
-ASK = """
-import http.client, socket, sys
-api = http.client.HTTPConnection("localhost")
-api.sock = socket.socket(socket.AF_UNIX)
-api.sock.connect(sys.argv[1])
-api.request("GET", "/api/v1/nydusd/workers")
-print(api.getresponse().read().decode())
-"""
 BUILD = re.compile(r'^GIT_COMMIT: Final = ".*"$', re.MULTILINE)
 
 
@@ -129,24 +88,19 @@ def test_restart_brings_newer_code_under_load_and_keeps_the_mount(node: Machine,
     command.chmod(0o755)
 
     def builds() -> set[str]:
-        done = node.run(sys.executable, "-c", ASK, "/run/nydusd/one.sock")
-        processes = json.loads(done.stdout)["processes"] if done.returncode == 0 else []
+        processes = (asked(node, "/api/v1/nydusd/workers") or {"processes": []})["processes"]
         return {row["commit"] if row["state"] != "restarting" else "" for row in processes}
 
-    def device() -> str:
-        lines = node.run("cat", "/proc/self/mountinfo").stdout.splitlines()
-        return next(line.split()[2] for line in lines if line.split()[4] == str(tmp_path / "mnt"))
-
     node.systemctl("start", UNIT)
-    before = device()
+    before = device(node, tmp_path)
     with verifying(node, tree, tmp_path) as readers:
         readers.go_on(0)
         version = code / "nydusd" / "version.py"
         version.write_text(BUILD.sub('GIT_COMMIT: Final = "newer"', version.read_text()))
         node.systemctl("restart", UNIT)
-        assert device() == before
+        assert device(node, tmp_path) == before
         wait_until(lambda: builds() == {"newer"} or readers.have_ended(), "processes of the newer build", 90)
         readers.go_on(READERS)
-    assert device() == before
-    assert "mounting anew" not in node.log.read_text(), node.log.read_text()
+    assert device(node, tmp_path) == before
+    assert "mounting anew" not in log_of(tmp_path).read_text()
     stop_and_look(node, tmp_path)

@@ -1,4 +1,4 @@
-"""The kernel's calls to make a mount before it is seen: fsopen(2) and what follows, open_tree(2), move_mount(2), openat2(2).
+"""The kernel's calls to make a mount before it is seen: fsopen(2) and what follows, open_tree(2), move_mount(2).
 
 Called by the supervisor. After SIGKILL a mount is either nowhere, and gone with its last fd, or at its place.
 """
@@ -9,18 +9,14 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterable
-from struct import Struct
 
 from nydusd.errors import MountError
 
-_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2 = 429, 430, 431, 432, 437
+_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 429, 430, 431, 432
 _CLOEXEC = 1
 _SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
 _RDONLY, _NOSUID, _NODEV, _NOATIME = 0x1, 0x2, 0x4, 0x10
 _FROM_EMPTY, _TO_EMPTY, _BENEATH = 0x4, 0x40, 0x200
-_HOW = Struct("=QQQ")
-"""flags, mode, resolve."""
-_NO_MAGIC_LINKS, _NO_SYMLINKS, _BELOW = 0x2, 0x4, 0x8
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -49,16 +45,20 @@ def attach(mount: int, place: int, what: str, *, beneath: bool = False) -> None:
 
 
 def open_below(folder: int, path: str) -> int:
-    """An O_PATH fd of a folder below another: no symbolic link on the way, nothing above it. Raises OSError."""
-    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-    how = _HOW.pack(flags, 0, _BELOW | _NO_SYMLINKS | _NO_MAGIC_LINKS)
-    while True:
-        fd: int = _libc.syscall(_OPENAT2, folder, os.fsencode(path) or b".", how, len(how))
-        if fd >= 0:
-            return fd
-        code = ctypes.get_errno()
-        if code != errno.EAGAIN:  # somebody has renamed something on the way
-            raise OSError(code, os.strerror(code), path)
+    """An O_PATH fd of a folder below another: no symbolic link on the way, nothing above it. Raises OSError.
+
+    Name by name: openat2(2) is not there for services (systemd's RestrictSUIDSGID refuses it, for it cannot see its flags).
+    """
+    at = os.dup(folder)
+    for name in path.split("/"):
+        try:
+            if name == "..":
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
+            below = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+        finally:
+            os.close(at)
+        at = below
+    return at
 
 
 def _call(number: int, *arguments: object, what: str) -> int:
