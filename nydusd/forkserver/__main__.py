@@ -47,7 +47,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from nydusd import points
-from nydusd.forkserver.client import FDS_MAX, PACKET_MAX
+from nydusd.forkserver.line import FDS_MAX, PACKET_MAX
 
 _PID = struct.Struct("=i")
 _FDS_END = 1 << 20

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
 import logging
 import math
 import os
-import re
 import signal
 import socket
 import sys
@@ -21,14 +19,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nydusd.forkserver.process import Process
+from nydusd.forkserver.environment import environment
+from nydusd.forkserver.line import PACKET_MAX, Server
+from nydusd.forkserver.process import Process, take_in_orphans
 from nydusd.version import GIT_COMMIT, commit_on_disk
 
 log = logging.getLogger(__name__)
 
-PACKET_MAX = 64 * 1024
-FDS_MAX = 253
-_SET_CHILD_SUBREAPER = 36
 _PATIENCE = 5.0
 """Seconds that a fork server may take to answer: it takes a few milliseconds."""
 _PATIENCE_WITH_COPY = 1.0
@@ -39,11 +36,6 @@ _INTERVAL = 0.1
 """Seconds between two that are started, so that one that cannot live costs little."""
 _INTERVAL_NO_ROOM = 2.0
 """The same where there was no room for one."""
-_SECRET_NAME = re.compile(
-    r"(?i)secret|token|auth|passw|credential|cookie|key|sign|proxy|^NYDUS_HEADER_|^DOCKER_CONFIG$"
-)
-_SECRET_VALUE = re.compile(r"://[^/\s]*@")
-"""What may hold credentials, by its name or as an URL: only a process that talks to backends gets it."""
 
 FOR_DAEMON = (
     "nydusd.frontends.fuse.__main__",
@@ -61,26 +53,6 @@ class LoadingError(OSError):
     """There is a fork server, or will be, and it is not ready: ask again when it is."""
 
 
-class _Server:
-    """One process, and our end of the line to it. Raises OSError when it cannot be held."""
-
-    def __init__(self, line: socket.socket, pid: int, commit: str, ready: bool) -> None:
-        self.line = line
-        self.process = Process(pid)
-        self.commit = commit
-        self.ready = ready
-        self.holds = False
-        """Whether all that is to be held is in its line at least, from where it takes it whatever becomes of us."""
-        self.since = time.monotonic()
-
-    def close(self) -> None:
-        """End it. Its children stay."""
-        self.line.close()
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait(_PATIENCE)
-        self.process.close()
-
-
 class ForkServer:
     """The daemon's fork server, and a copy of it that takes its place at once when it is gone: `tend` sees to both.
 
@@ -93,7 +65,7 @@ class ForkServer:
         `stub`: the pid of the command that had a nursery make us, and lives as long as we do.
         """
         self.stub = stub
-        self._servers: list[_Server] = []
+        self._servers: list[Server] = []
         """The one that is asked, and its copy."""
         self._copying: socket.socket | None = None
         """Our end of the line to the copy that was asked for."""
@@ -107,8 +79,8 @@ class ForkServer:
         """Seconds between two that are started now: more and more where none can load what it must."""
         self._unguarded = False
         """The one that is asked could not be told to guard us."""
-        self._next_start = self._next_copy = 0.0
-        """When the next one may be started, or a copy asked for, at the soonest."""
+        self._next_start = self._next_copy = self._next_try = 0.0
+        """When the next one may be started, a copy asked for, or one told what is late, at the soonest."""
         self.waits = True
         """Whether a child may wait for a fork server that is loading: else `spawn` raises LoadingError."""
         self.started: Callable[[], None] = lambda: None
@@ -118,7 +90,7 @@ class ForkServer:
         if made is None:
             self._start()
         else:
-            self._servers = [_Server(made[0], made[1], GIT_COMMIT, ready=False)]
+            self._servers = [Server(made[0], made[1], GIT_COMMIT, ready=False)]
 
     @property
     def pid(self) -> int:
@@ -151,7 +123,7 @@ class ForkServer:
         `load`: modules that the fork server is to have loaded before. Raises OSError when none does it, LoadingError when
         none is ready and that is not waited for.
         """
-        _take_in_orphans()
+        take_in_orphans()
         request = json.dumps({"module": module, "fds": list(fds), "load": list(load)}).encode()
         for tries_left in (2, 1, 0):  # a fork server, its copy, and another
             if not self.waits and not self.ready:
@@ -179,7 +151,7 @@ class ForkServer:
         """Have it hold copies of these fds, under our numbers, for a supervisor to come; each one that takes its place, too."""
         self.held = list(dict.fromkeys([*self.held, *fds]))
         for server in self._servers:
-            self._have_held(server, fds)
+            server.hold(fds)
 
     def release(self, fds: Sequence[int]) -> None:
         """Have it hold these no more, which are about to be closed here."""
@@ -187,7 +159,7 @@ class ForkServer:
         if self._copying is not None:
             self._released += fds
         for server in self._servers:
-            _send(server, {"release": list(fds)}, ())
+            server.release(fds)
 
     def stderr_to(self, path: str) -> None:
         """Have it write what it prints, such as its stacks, to the end of this file; and each one that takes its place."""
@@ -195,10 +167,10 @@ class ForkServer:
         for server in self._servers:
             self._redirect(server)
 
-    def _redirect(self, server: _Server) -> None:
+    def _redirect(self, server: Server) -> None:
         if self._stderr is not None:
             with contextlib.suppress(OSError), open(self._stderr, "ab", buffering=0) as file:
-                _send(server, {"stderr": True}, [file.fileno()])
+                server.tell({"stderr": True}, [file.fileno()])
 
     def guard(self, delay: float) -> None:
         """Have it start this command again if this process is killed, and nobody else does so for `delay` seconds."""
@@ -213,9 +185,10 @@ class ForkServer:
         """When `tend` has something to do in any case (`time.monotonic()`)."""
         if not self._servers:
             return self._next_start
+        late = self._next_try if any(server.is_late for server in self._servers) else math.inf
         if not self._servers[0].ready:
-            return self._servers[0].since + _FIRST_PATIENCE
-        return self._next_copy if self._unguarded or (len(self._servers) == 1 and self._copying is None) else math.inf
+            return min(late, self._servers[0].since + _FIRST_PATIENCE)
+        return min(late, self._next_copy if self._unguarded or self._wants_copy else math.inf)
 
     def tend(self) -> bool:
         """Replace those that have ended, have a copy made; whether there are others now. Does not wait for anybody.
@@ -234,9 +207,14 @@ class ForkServer:
         for server in [server for server in self._servers if server.process.poll() is not None]:
             log.warning("the fork server (pid %d) is gone", server.process.pid)
             self._drop(server)
+        now = time.monotonic()
         for server in self._servers:
             self._hear(server)
-        now = time.monotonic()
+            if server.is_late:
+                self._next_try = now + _INTERVAL
+                server.catch_up()
+                if server.holds:
+                    self.started()
         if self._servers and not self._servers[0].ready and now - self._servers[0].since > _FIRST_PATIENCE:
             self._drop(self._servers[0])
         if not self._servers:
@@ -244,8 +222,13 @@ class ForkServer:
                 self._start()
         elif now >= self._next_copy and self._unguarded:
             self._have_guarded()
-        elif now >= self._next_copy and len(self._servers) == 1 and self._servers[0].ready and self._copying is None:
+        elif now >= self._next_copy and self._wants_copy and self._servers[0].ready:
             self._ask_for_copy()
+
+    @property
+    def _wants_copy(self) -> bool:
+        """Whether one is missing and can be asked for: that would have what its original is told before it is made."""
+        return len(self._servers) == 1 and self._copying is None and not self._servers[0].is_late
 
     def _no_room(self, error: OSError) -> None:
         log.error("no fork server can be started, copied or made a guardian: %s; trying again", error.strerror)
@@ -281,7 +264,7 @@ class ForkServer:
             self._copying.close()
             self._copying = None
 
-    def _drop(self, server: _Server) -> None:
+    def _drop(self, server: Server) -> None:
         """Without it: its copy takes its place, if there is one."""
         first = server is self._servers[0]
         self._servers.remove(server)
@@ -319,24 +302,14 @@ class ForkServer:
             except OSError:
                 ours.close()
                 raise
-        server = _Server(ours, pid, commit_on_disk(), ready=False)
+        server = Server(ours, pid, commit_on_disk(), ready=False)
         self._servers.append(server)
         self._redirect(server)
         self.started()
-        self._have_held(server, self.held)
+        server.hold(self.held)
         if server.holds:
             self.started()
         self._have_guarded()
-
-    @staticmethod
-    def _have_held(server: _Server, fds: Sequence[int]) -> None:
-        server.holds = server.holds or bool(fds)
-        for start in range(0, len(fds), FDS_MAX):
-            part = list(fds[start : start + FDS_MAX])
-            if not _send(server, {"hold": part}, part):
-                server.holds = False
-                # It is counted on to have them: without them, better another.
-                server.process.send_signal(signal.SIGKILL)
 
     def _have_guarded(self) -> None:
         """By the one that is asked; where there is no room for what it needs, later.
@@ -351,19 +324,23 @@ class ForkServer:
                 with open("/proc/self/environ" if self._given < 0 else f"/proc/self/fd/{self._given}", "rb") as given:
                     environ.write(given.read())
                 command = [sys.executable, "-P", "-m", "nydusd", *sys.argv[1:]]
-                _send(self._servers[0], {"guard": {"delay": self._delay, "command": command}}, [environ.fileno()])
-            self._unguarded = False
+                told = {"guard": {"delay": self._delay, "command": command}}
+                self._unguarded = not self._servers[0].tell(told, [environ.fileno()])
+                if self._unguarded:
+                    self._next_copy = time.monotonic() + _INTERVAL
         except OSError as e:
             self._unguarded = True
             self._no_room(e)
 
     def _ask_for_copy(self) -> None:
-        _take_in_orphans()
+        take_in_orphans()
         self._next_copy = time.monotonic() + _INTERVAL
         self._released.clear()
         self._copying, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            _send(self._servers[0], {"copy": True}, [theirs.fileno()])
+            if not self._servers[0].tell({"copy": True}, [theirs.fileno()]):
+                self._copying.close()
+                self._copying = None
 
     def _ask(self, request: bytes, fds: Sequence[int]) -> dict[str, Any] | None:
         """The answer; None if there is none."""
@@ -372,7 +349,7 @@ class ForkServer:
         first = self._servers[0]
         patience = _PATIENCE if len(self._servers) == 1 else _PATIENCE_WITH_COPY
         try:
-            first.line.settimeout(patience)
+            first.line.settimeout(patience if first.ready else _FIRST_PATIENCE)
             socket.send_fds(first.line, [request], list(fds))
             while True:
                 first.line.settimeout(patience if first.ready else _FIRST_PATIENCE)
@@ -385,14 +362,14 @@ class ForkServer:
         except OSError:  # a time-out is one, too
             return None
 
-    def _hear(self, server: _Server) -> None:
+    def _hear(self, server: Server) -> None:
         """Take what it has to say unasked."""
         with contextlib.suppress(OSError):  # nothing, or it is gone
             server.line.settimeout(0)
             while packet := server.line.recv(PACKET_MAX):
                 self._takes(server, json.loads(packet))
 
-    def _takes(self, server: _Server, answer: dict[str, Any]) -> bool:
+    def _takes(self, server: Server, answer: dict[str, Any]) -> bool:
         """Whether that was none of a request that is waited for."""
         if "ready" in answer:
             server.ready = True
@@ -401,7 +378,7 @@ class ForkServer:
             line, self._copying = self._copying, None
             if line is not None:
                 try:
-                    copy = _Server(line, answer["copy"], server.commit, ready=True)
+                    copy = Server(line, answer["copy"], server.commit, ready=True)
                 except OSError:  # no room for one, or it is gone already
                     line.close()
                     self._next_copy = time.monotonic() + _INTERVAL_NO_ROOM
@@ -410,37 +387,9 @@ class ForkServer:
                     with contextlib.suppress(OSError):
                         os.setpriority(os.PRIO_PROCESS, answer["copy"], os.getpriority(os.PRIO_PROCESS, 0))
                     self._servers.append(copy)
-                    _send(copy, {}, ())
-                    _send(copy, {"release": self._released}, ())
-                    self._have_held(copy, self.held)
+                    copy.tell({})
+                    copy.release(self._released)
+                    copy.hold(self.held)
         else:
             return False
         return True
-
-
-def _send(server: _Server, request: dict[str, Any], fds: Sequence[int]) -> bool:
-    """Without waiting for it, nor for an answer; whether it went. That it is gone is noticed elsewhere."""
-    with contextlib.suppress(OSError):
-        server.line.settimeout(0)
-        socket.send_fds(server.line, [json.dumps(request).encode()], list(fds))
-        return True
-    return False
-
-
-@functools.cache
-def _take_in_orphans() -> None:
-    """Become a subreaper: a child whose parent ends, as the fork server has it, becomes ours. Raises OSError."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-
-
-def environment(*, secrets: bool) -> dict[str, str]:
-    """What a child finds in its environment: ours, with or without what may hold credentials."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if secrets or not (_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
-    }

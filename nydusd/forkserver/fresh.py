@@ -15,7 +15,8 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from nydusd.forkserver.client import PACKET_MAX, ForkServer
+from nydusd.forkserver.client import ForkServer
+from nydusd.forkserver.line import PACKET_MAX
 from nydusd.forkserver.process import Process
 
 

@@ -6,9 +6,12 @@ Its end is noticed by whoever holds this. The exit status is known to the proces
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
+
+_SET_CHILD_SUBREAPER = 36
 
 
 class Process:
@@ -53,3 +56,13 @@ class Process:
     def close(self) -> None:
         """Let go of it; only `pid` and `status` are known from then on."""
         os.close(self.pidfd)
+
+
+@functools.cache
+def take_in_orphans() -> None:
+    """Become a subreaper: a child whose parent ends, as the fork server has it, becomes ours. Raises OSError."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from nydusd import priority
 from nydusd.forkserver.__main__ import main as be_fork_server
-from nydusd.forkserver.client import FOR_DAEMON, ForkServer, environment
+from nydusd.forkserver.client import FOR_DAEMON, ForkServer
+from nydusd.forkserver.environment import environment
 from nydusd.ipc.spec import read_spec, write_spec
 from nydusd.nursery import place
 from nydusd.nursery.stand import NOTHING

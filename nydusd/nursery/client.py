@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from nydusd.errors import CacheError
-from nydusd.forkserver.client import environment
+from nydusd.forkserver.environment import environment
 from nydusd.nursery import place
 from nydusd.nursery.peers import peer_pid
 from nydusd.supervisor.checked import read_checked

@@ -18,7 +18,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from nydusd.forkserver.client import FOR_DAEMON, environment
+from nydusd.forkserver.client import FOR_DAEMON
+from nydusd.forkserver.environment import environment
 
 _LOADED = (
     *FOR_DAEMON,

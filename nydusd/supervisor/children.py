@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nydusd.errors import NydusError
-from nydusd.forkserver.client import ForkServer, LoadingError, environment
+from nydusd.forkserver.client import ForkServer, LoadingError
+from nydusd.forkserver.environment import environment
 from nydusd.forkserver.process import Process
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import write_spec
@@ -108,8 +109,13 @@ class Child:
         except LoadingError:
             self.restart_at = time.monotonic()
         except OSError as e:
-            self._back_off()
-            raise NydusError(f"{self.name} cannot be started: {e.strerror or e}") from e
+            raise self.no_room(e) from e
+
+    def no_room(self, error: OSError) -> NydusError:
+        """The system has refused what a process needs: `restart_at` says when to try again. What to raise."""
+        self._started = time.monotonic()  # it was tried: the next pause is longer
+        self._back_off()
+        return NydusError(f"{self.name} cannot be started: {error.strerror or error}")
 
     def write_spec(self, spec: Json) -> int:
         """Make ready for the next process: an fd with its spec, which the caller closes. Raises OSError."""

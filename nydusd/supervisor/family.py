@@ -170,7 +170,10 @@ class Family:
 
         Raises NydusError when there is no room for another; it is tried again then.
         """
-        spec, fds = self.spec_of(child)
+        try:
+            spec, fds = self.spec_of(child)
+        except OSError as e:
+            raise child.no_room(e) from e
         points.reach("start: before a child")
         try:
             child.start(self.fork_server, spec, fds)

@@ -60,10 +60,15 @@ class Left(NamedTuple):
     holders: list[tuple[int, int]]
 
     def end_holders(self, ours: Sequence[int]) -> None:
-        """End them, and those that they have made since; not our own processes, which hold all this by now."""
+        """End them, and those that they have made since; not our own processes, which hold all this by now.
+
+        Waits until they are gone, however long that takes: before that, nobody else may serve these clients.
+        """
         for holder in self.holders:
+            log.info("ending pid %d, which has the clients' sockets open", holder[0])
             end(holder)
         while strangers := [pid for pid in _processes() if pid not in ours and self.note.memory in _memories(pid)]:
+            log.warning("waiting for the end of %s: clients' sockets are still open there", _named(strangers))
             for pid in strangers:
                 end((pid, start_time(pid)))
 
@@ -99,8 +104,14 @@ def who(pids: Sequence[int]) -> list[Json]:
 def take(note: Note, record: Json) -> Left | None:
     """What is left of an export; None, and a line in the log, if that is too little."""
     until = time.monotonic() + _KEEPER_SECONDS
+    said = False
     # What a fork server was given lies in its line until it has loaded, and is then held by nobody whom we could ask.
-    while not (holders := list(_holders(note.memory))) and time.monotonic() < until and _any_lives(record):
+    while not (holders := list(_holders(note.memory))) and time.monotonic() < until and (there := _living(record)):
+        if not said:
+            said = True
+            log.info(
+                "waiting for %s to take the clients that it was given, %g s at most", _named(there), _KEEPER_SECONDS
+            )
         time.sleep(_LOOK_SECONDS)
     try:
         memory = _copy(holders, f"{MEMORY}:{note.memory}")
@@ -119,11 +130,16 @@ def take(note: Note, record: Json) -> Left | None:
             holder.process.close()
 
 
-def _any_lives(record: Json) -> bool:
-    """Whether one of those whom a record names is there still."""
+def _living(record: Json) -> list[int]:
+    """Those whom a record names and who are there still."""
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-        return any(alive((int(row["pid"]), int(row.get("start", 0)))) for row in record["holders"])
-    return False
+        rows = [(int(row["pid"]), int(row.get("start", 0))) for row in record["holders"]]
+        return [process[0] for process in rows if alive(process)]
+    return []
+
+
+def _named(pids: Sequence[int]) -> str:
+    return ", ".join(f"pid {pid}" for pid in pids)
 
 
 class _Holder:

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from nydusd.forkserver import client
-from nydusd.forkserver.client import ForkServer, LoadingError, _send, environment
+from nydusd.forkserver.client import ForkServer, LoadingError
+from nydusd.forkserver.environment import environment
 from nydusd.forkserver.guardian import guard
 from nydusd.forkserver.process import Process
 from nydusd.ipc.spec import write_spec
@@ -228,6 +229,85 @@ def test_what_it_is_to_hold_is_held_under_our_numbers_by_whoever_takes_its_place
         os.close(writer)
 
 
+def open_in(pid: int, like: int) -> list[int]:
+    """The numbers under which a process has this file of ours open."""
+    wanted, found = os.fstat(like), []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), wanted):
+                found.append(int(name))
+    return sorted(found)
+
+
+def test_what_its_line_has_no_room_for_it_is_told_later_and_is_not_killed_for() -> None:
+    """It is stopped, or is loading, while clients of an export come and go."""
+    one, other = os.memfd_create("one"), os.memfd_create("other")
+    with open(one, "rb"), open(other, "rb"), fork_server() as server:
+        process, _ = spawn(server)
+        assert process.wait(10) == 0
+        process.close()
+        pid, first = server.pid, server._servers[0]
+        before, stay = os.dup(one), os.dup(one)
+        server.hold([before, stay])
+        assert server.holders == [pid]
+        os.kill(pid, signal.SIGSTOP)
+        for _ in range(10_000):
+            client = os.dup(one)
+            server.hold([client])
+            server.release([client])
+            os.close(client)
+            if first.is_late:
+                break
+        assert first.is_late, "a line that takes everything"
+        server.release([before])
+        again = os.dup2(other, before, inheritable=False)  # the number is another file's now
+        new = os.dup(one)
+        server.hold([again, new])
+        server.guard(1000)
+        server.tend()
+        assert (server.pids, server.holders, server._copying) == ([pid], [], None)
+        assert server._unguarded
+        assert server.due() < math.inf
+        holders: list[list[int]] = []
+        server.started = lambda: holders.append(server.holders)
+        os.kill(pid, signal.SIGCONT)
+
+        def has_all() -> bool:
+            server.tend()
+            return pid in server.holders and not server._unguarded
+
+        wait_until(has_all, "all is told", 60)
+        assert [pid] in holders, "who depends on it is told that it holds all"
+        process, _ = spawn(server)  # when that is there, all that was told before is done
+        assert process.wait(10) == 0
+        process.close()
+        assert server.pid == pid
+        assert open_in(pid, one) == sorted([stay, new])
+        assert open_in(pid, other) == [again]
+        for fd in (stay, new, again):
+            os.close(fd)
+
+
+def test_one_that_is_stopped_while_it_loads_is_waited_for_though_its_line_is_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Longer than for one that has loaded."""
+    monkeypatch.setattr(client, "_PATIENCE", 0.1)
+    reader, writer = os.pipe()
+    with open(reader, "rb"), open(writer, "wb"), fork_server() as server:
+        pid = server.pid
+        os.kill(pid, signal.SIGSTOP)
+        while not server._servers[0].is_late:
+            server.hold([reader])
+        go_on = threading.Timer(0.5, os.kill, (pid, signal.SIGCONT))
+        go_on.start()
+        process, _ = spawn(server)
+        go_on.join()
+        assert process.wait(10) == 0
+        process.close()
+        assert server.pid == pid
+
+
 def test_one_that_cannot_load_is_tried_more_and_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     """As while a package is being upgraded. When it can be loaded again, all is as before."""
     monkeypatch.setattr(client, "_INTERVAL_NO_ROOM", 4 * client._INTERVAL)
@@ -261,7 +341,7 @@ def test_the_environment_for_another_daemon_is_in_no_child_and_makes_way_for_wha
         assert process.wait(10) == 0
         process.close()
         (number,) = environments(server.pid)
-        assert _send(server._servers[0], {"hold": [number]}, [0])
+        assert server._servers[0].tell({"hold": [number]}, [0])
         process, _ = spawn(server)  # when that is there, it holds
         assert process.wait(10) == 0
         process.close()

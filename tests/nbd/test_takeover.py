@@ -18,7 +18,7 @@ from bench.image import Built
 from nydusd.frontends.nbd import protocol
 from tests.killing.plan import Plan
 from tests.nbd.test_export import Export, answered, command, exactly, is_closed, read, serving
-from tests.support.daemon import image_config
+from tests.support.daemon import image_config, wait_for_role
 from tests.support.discipline import is_running, wait_until
 from tests.support.oracle import Image
 
@@ -113,6 +113,46 @@ def test_clients_outlive_the_fork_servers_and_the_supervisor(export: Export, dis
             end(pid)
         export.start()
         reads_anywhere(wire, disk, 8)
+
+
+OWN_SOCKETS = 2
+"""Of a fork server without clients: its line, and the listening socket that it holds."""
+
+
+def sockets_of(pid: int) -> int:
+    """How many sockets a process has open."""
+    count = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            count += os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:")
+    return count
+
+
+def test_a_burst_of_clients_while_the_fork_servers_take_nothing_costs_nobody_anything(
+    export: Export, disk: bytes
+) -> None:
+    """They are not killed for it, and when they go on they hold who is there and nobody else."""
+    wait_for_role(export, "fork server", 2)
+    keepers = export.pids("fork server")
+    with serving(export) as first:
+        wait_until(lambda: {sockets_of(pid) for pid in keepers} == {OWN_SOCKETS + 1}, "both hold the client", 60)
+        for pid in keepers:
+            os.kill(pid, signal.SIGSTOP)
+        for _ in range(160):
+            with serving(export):
+                pass
+        with serving(export) as last:
+            assert export.pids("fork server") == keepers
+            for pid in keepers:
+                os.kill(pid, signal.SIGCONT)
+            wait_until(lambda: {sockets_of(pid) for pid in keepers} == {OWN_SOCKETS + 2}, "both hold both", 60)
+            served_by = front_end(export)
+            export.kill_supervisor()
+            end(served_by)
+            assert [pid for pid in keepers if is_running(pid)] == keepers
+            export.start()
+            reads_anywhere(first, disk, 11)
+            reads_anywhere(last, disk, 12)
 
 
 def test_the_next_supervisor_may_be_killed_at_any_step(export: Export, disk: bytes, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,7 @@ import zmq
 from nydusd.cli.options import FuseOptions
 from nydusd.config import Config
 from nydusd.errors import MountError, NydusError
+from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.children import Child, end_all
 from nydusd.supervisor.family import Family
@@ -198,6 +200,30 @@ def test_workers_of_two_supervisors_have_different_names_and_front_ends_have_not
             names.append({child.identity for child in children})
             family.close()
         assert names[0] & names[1] == {b"fuse-0-0"}
+
+
+def test_a_child_for_which_there_is_no_file_descriptor_is_tried_again_and_ends_no_supervisor(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As the line to the front end of an export, whose clients have taken them all."""
+    with fork_server() as server:
+        family = Family(FuseOptions(mountpoint="/mnt/image"), Config(), server, Runtime("/mnt/image"), zmq.Poller())
+        child = Child("nbd", 0, "none")
+
+        def refused(_child: Child) -> tuple[list[int], Json]:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        family.own_spec = refused
+        with pytest.raises(NydusError, match="Too many open files"):
+            family.add(child)
+        for _ in range(2):
+            assert child.restart_at is not None
+            server._servers[0].ready = True
+            family.restart(child.restart_at)
+        assert (child.process, child.deaths) == (None, 3)
+        assert caplog.text.count("nbd 0 cannot be started: Too many open files; trying again") == 2
+        family.end()
+        family.close()
 
 
 def test_endpoint_that_is_too_long_is_an_error_that_says_so(tmp_path: Path) -> None:

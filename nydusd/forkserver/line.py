@@ -1,0 +1,90 @@
+"""One fork server, as the supervisor knows it: its process, our end of the line to it, and what it is still to be told.
+
+Runs in the supervisor, which waits for no fork server: one that is loading, or stopped, takes nothing from its line, and when
+that is full the rest is late. Of the fds that it is to hold or to hold no more it is told when there is room again; nothing is
+lost by that, for the supervisor has them all.
+
+What holds after SIGKILL of the supervisor: the fork server holds what was in its line. What was late is lost where nobody else
+has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from nydusd.forkserver.process import Process
+
+PACKET_MAX = 64 * 1024
+FDS_MAX = 253
+_END_SECONDS = 5.0
+"""How long a killed process may take to vanish."""
+
+
+class Server:
+    """One process, and our end of the line to it. Raises OSError when it cannot be held."""
+
+    def __init__(self, line: socket.socket, pid: int, commit: str, ready: bool) -> None:
+        self.line = line
+        self.process = Process(pid)
+        self.commit = commit
+        self.ready = ready
+        self.since = time.monotonic()
+        self._holds_any = False
+        self._late: dict[int, bool] = {}
+        """By number, whether it is still to be told to hold what we have there, or to hold that no more.
+
+        Only the last word on a number counts: what it holds under that gives way to what comes.
+        """
+
+    @property
+    def holds(self) -> bool:
+        """Whether all that is to be held is in its line at least, from where it takes it whatever becomes of us."""
+        return self._holds_any and True not in self._late.values()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether `catch_up` has something to tell."""
+        return bool(self._late)
+
+    def hold(self, fds: Sequence[int]) -> None:
+        """Have it hold copies of these, under our numbers; they stay open until `release`."""
+        self._holds_any = self._holds_any or bool(fds)
+        self._late |= dict.fromkeys(fds, True)
+        self.catch_up()
+
+    def release(self, fds: Sequence[int]) -> None:
+        """Have it hold these no more."""
+        self._late |= dict.fromkeys(fds, False)
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Tell it what it was not told yet, as far as there is room."""
+        for what, holds in (("release", False), ("hold", True)):
+            numbers = [number for number, wanted in self._late.items() if wanted is holds]
+            for start in range(0, len(numbers), FDS_MAX):
+                part = numbers[start : start + FDS_MAX]
+                if not self.tell({what: part}, part if holds else ()):
+                    return
+                for number in part:
+                    del self._late[number]
+
+    def tell(self, request: dict[str, Any], fds: Sequence[int] = ()) -> bool:
+        """Without waiting for it, nor for an answer; whether it went. That it is gone is noticed elsewhere."""
+        with contextlib.suppress(OSError):
+            self.line.settimeout(0)
+            socket.send_fds(self.line, [json.dumps(request).encode()], list(fds))
+            return True
+        return False
+
+    def close(self) -> None:
+        """End it. Its children stay."""
+        self.line.close()
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(_END_SECONDS)
+        self.process.close()
