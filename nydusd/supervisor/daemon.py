@@ -125,6 +125,8 @@ class Supervisor:
         self._runtime.claim(self._take_all, self.fork_server.pids)
         self.factory.begin(self._runtime.first)
         self._know_mounts(rows)
+        if self.handover.waited:
+            self._first_state = "RUNNING" if self.handover.told_to_start else "READY"
 
     def _begin_with_image(self) -> tuple[Image, Request]:
         """`_begin` of a daemon with one image, that of the command line, which is not shown by FUSE."""
@@ -375,6 +377,7 @@ class Supervisor:
                 steps.callback(engine.close)
             if session is not None:
                 steps.callback(session.close)
+            steps.callback(self._workers_have_ended)
             steps.callback(self._family.end)
             if engine is not None:
                 steps.callback(engine.store_all, self._turn)
@@ -385,9 +388,13 @@ class Supervisor:
             if self._metrics is not None:
                 steps.callback(self._metrics.close)
 
+    def _workers_have_ended(self) -> None:
+        """In a stop: what they may have borrowed of us can be closed, and nobody can have come after us yet."""
+
     def _let_go(self) -> None:
         """Leave everything to the next one. Front ends serve what is cached until then."""
         self._family.leave(keep_fork_server=self.handover.leaving)
+        self._workers_have_ended()
         if self._listener is not None:
             self._listener.remove()
         if self.handover.sockets is not None:

@@ -5,33 +5,45 @@ Runs in the supervisor, which is the front end here: what the kernel says on /de
 
 What holds after SIGKILL of the supervisor: the guard has the device, so what is cached is read on and other readers wait. The
 next daemon on this folder takes the device from the guard, or from systemd's fd store, and has the kernel say again what was
-not answered. A stop with images mounted leaves the guard, too. If nobody has it, reads of what is not in the page cache fail
-until the next mount.
+not answered. A stop with images mounted leaves the guard, too. If all are killed and whoever keeps the session (`--supervisor`)
+has the device, it comes from there (`take_sent`). If nobody has it, reads of what is not in the page cache fail until the next
+mount.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import zmq
 
-from nydusd.config.blob_entry import BlobEntry, parse_blob_entry
+from nydusd.config.blob_entry import BlobEntry
 from nydusd.errors import CacheError, NydusError
 from nydusd.frontends.fscache.device import PATH, BusyError, CacheDevice
-from nydusd.frontends.fscache.left import Files, Held
+from nydusd.frontends.fscache.left import Files, Held, Taken
 from nydusd.ipc.messages import Json, SlotRef
-from nydusd.storage.api.domain import additions
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.blobs import BlobError, check_folder
 from nydusd.supervisor.children import Child
-from nydusd.supervisor.fscache_images import Bound, domain_of, is_prefetched, place_of, use_tables
+from nydusd.supervisor.fscache_images import (
+    Bound,
+    Told,
+    domain_of,
+    images_in,
+    is_prefetched,
+    noted,
+    place_of,
+    read_noted,
+    tables_of,
+    use_tables,
+)
+from nydusd.supervisor.handover import EndedError
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.kernel_files import KERNEL, KernelFiles, Wanted
 from nydusd.supervisor.runtime import end
@@ -78,28 +90,48 @@ class FscacheDaemon(Singleton):
 
     def start(self) -> None:
         """Everything up to RUNNING. Raises NydusError."""
-        self._begin(rows=1)
+        try:
+            if self.options.upgrade and not self._runtime.is_free():
+                self.handover.wait_for_predecessor(self)
+            self._begin(rows=1)
+        except EndedError:
+            self.stopping = True
+            return
         self._table.bound, self._table.dropped, self._table.sharing = self._add, self._drop, self._sharing
         self._table.repeated, self._table.cull = self._repeated, self._cull
-        found = self._files.take(self._store.given(self._stored).get("device"))
+        found = self._take_left()
         if found is not None:
-            self._device, self._family.inherited = CacheDevice(found[0]), True
+            self._device, self._family.inherited = CacheDevice(found.device), True
             log.warning("%s: the cache of a daemon that has ended is taken over", self._folder)
+            if self.options.supervisor is not None and not self.handover.waited:
+                # We serve, but whoever started us after a crash waits for this, to tell us to take over and to start.
+                self._first_state = "INIT"
         else:
             self._begin_cache()
         self._bind()
-        self._recall([] if found is None else found[2])
+        self._recall([] if found is None or found.images is None else found.images)
+        told = []
         for entry in self._entries:
             check_folder(entry)
             if not self._repeated(entry):
-                self._table.bind(entry, *self._inspect(entry))
+                told.append(Told(entry, inspect(entry.metadata, [self.run_dir])))
+        self._bind_told(told)
         if self._device is not None:
-            self._serve(self._device, None if found is None else found[1])
+            self._serve(self._device, None if found is None else found.guard)
         for role, count in (("fetch", self.config.fetch_worker_count), ("decompress", self._writers)):
             for index in range(count):
                 self._family.add(Child(role, index, "workers"))
         self.open_api()
         self._ready(f"{len(self._bound)} images for the kernel's cache in {self._folder}")
+
+    def _take_left(self) -> Taken | None:
+        """What a daemon before us has left: its guard has the device, else systemd, or whoever has sent it to us."""
+        sent, stored = self.handover.sent, self._store.given(self._stored).get("device")
+        if sent is None:
+            return self._files.take(stored)
+        found = self._files.take(os.dup(sent.fd) if stored is None else stored)
+        self.handover.forget()
+        return found if found is None or found.images is not None else found._replace(images=images_in(sent.state))
 
     def _begin_cache(self) -> None:
         try:
@@ -116,9 +148,15 @@ class FscacheDaemon(Singleton):
         `former`: the guard that had it, which may answer by now. It ends before anything is said once more: what it took
         would be answered without data, or by nobody.
         """
-        self._family.add(self._guard)
+        try:
+            self._family.add(self._guard)
+        except NydusError as e:
+            if former is not None:
+                raise
+            log.error("%s; trying again", e)
         if former is not None:
             end(former)
+            self._note()  # as its last act it may have removed what was noted, where nothing was mounted any more
         self._store.hold(self._stored, {"device": device.fd})
         self._poller.register(device.fd, zmq.POLLIN)
         self._sources[device.fd] = self._take_messages
@@ -128,13 +166,13 @@ class FscacheDaemon(Singleton):
             )
 
     def take_sent(self, sent: Sent) -> None:
-        """Whoever kept the device for us gives it back."""
-        if self._device is not None:
+        """Whoever kept the device for us gives it back. What was noted here of images is newer than what was sent with it."""
+        if self._device is not None or self.handover.waiting:
             super().take_sent(sent)
             return
-        os.set_blocking(sent.fd, False)
         self._device, self._family.inherited = CacheDevice(sent.fd), True
-        self._recall(list(sent.state.get("images", ())))
+        images = self._files.images()
+        self._recall(images_in(sent.state) if images is None else images)
         self._serve(self._device)
 
     def session_device(self) -> int:
@@ -144,34 +182,40 @@ class FscacheDaemon(Singleton):
         return -1 if self._device is None else self._device.fd
 
     def session_state(self) -> Json:
-        return {"images": self._noted_images()}
+        return {"images": [noted(bound) for bound in self._bound.values()]}
 
-    def _recall(self, images: list[Json]) -> None:
-        """Know again what a predecessor was told of. An image that is not there any more is left out."""
-        from nydusd.config import secret_values
-        from nydusd.logs import register_secret
+    def _recall(self, images: Sequence[Json]) -> None:
+        """Know again what a predecessor was told of."""
+        present = {bound.entry.text for bound in self._bound.values()}
+        found = read_noted(images, self.run_dir)
+        if not present <= {told.entry.text for told in found}:  # with these nobody has compared them
+            found = [told._replace(adds=None) for told in found]
+        self._bind_told([told for told in found if told.entry.text not in present])
 
-        for raw in images:
+    # --- images -----------------------------------------------------------------------------------------------
+
+    def _bind_told(self, images: Sequence[Told]) -> None:
+        """Bind images without asking workers. Raises NydusError for one that cannot be, unless a predecessor was told of it."""
+        tables, trusted = tables_of(self._bound.values(), images), True
+        for told in images:
+            self._notifier.alive(time.monotonic())  # one table after the other: so long nobody else is served
+            entry, facts, domain = told.entry, told.facts, tables[domain_of(told.entry)]
             try:
-                entry = parse_blob_entry(raw["entry"], "kept blob entry")
-                for secret in secret_values(entry.config):
-                    register_secret(secret)
-                facts, adds = self._inspect(entry)
-                if raw.get("dropped"):
+                adds = told.adds if told.adds is not None and trusted else domain.additions(facts)
+                if told.dropped:
                     self._add(entry, facts, adds)
                     self._bound[place_of(entry)].dropped = True
                 else:
                     self._table.bind(entry, facts, adds)
-                    self._recalled.add(entry.text)
-            except (NydusError, KeyError, TypeError) as e:
+            except NydusError as e:
+                if not told.kept:
+                    raise
+                trusted = False  # what the others add may be said without it
                 log.warning("an image of the daemon before is lost: %s", e)
-
-    # --- images -----------------------------------------------------------------------------------------------
-
-    def _inspect(self, entry: BlobEntry) -> tuple[ImageFacts, set[str]]:
-        """What there is to know of an image, in a start. Raises NydusError."""
-        facts = inspect(entry.metadata, [self.run_dir])
-        return facts, additions(facts, self._sharing(entry, facts), domain_of(entry))
+                continue
+            domain.know(place_of(entry), facts)
+            if told.kept and not told.dropped:
+                self._recalled.add(entry.text)
 
     def _repeated(self, entry: BlobEntry) -> bool:
         known = entry.text in self._recalled
@@ -252,9 +296,6 @@ class FscacheDaemon(Singleton):
 
     # --- what a successor needs -------------------------------------------------------------------------------
 
-    def _noted_images(self) -> list[Json]:
-        return [{"entry": json.loads(bound.entry.text), "dropped": bound.dropped} for bound in self._bound.values()]
-
     def _note(self) -> None:
         """Write down what the guard and a successor need; a full disk costs that, no more.
 
@@ -270,7 +311,7 @@ class FscacheDaemon(Singleton):
         names = [bound.name for bound in self._bound.values()]
         held = Held((self._guard.pid, start_time(self._guard.pid)), self._device.fd, sizes, names)
         try:
-            self._files.write(held, self._noted_images())
+            self._files.write(held, [noted(bound) for bound in self._bound.values()])
         except CacheError as e:
             log.warning("%s; a successor will not know the images", e)
 
@@ -349,15 +390,21 @@ class FscacheDaemon(Singleton):
     def stop(self) -> None:
         """Images that are mounted are left to the guard, for the next daemon."""
         mounted = any(bound.is_mounted for bound in self._bound.values())
-        used = self._device is not None and (self._kept or mounted)
+        used = self._device is not None and (self._kept or mounted or self._leaves_all())
         if used:
-            log.warning("images are mounted still; the guard keeps the cache for the next daemon")
+            log.warning(
+                "the guard keeps the cache for the next daemon%s", "; images are mounted still" if mounted else ""
+            )
             self.children[:] = [child for child in self.children if child is not self._guard]
         super().stop()
-        if self._kernel is not None:
-            self._kernel.close()
         if self._device is not None:
             self._device.close()
             if not used:
                 self._store.drop()
                 self._files.remove()
+
+    def _workers_have_ended(self) -> None:
+        """No descriptor of the kernel's files may be left when the next daemon has it say once more what nobody answered."""
+        if self._kernel is not None:
+            self._kernel.close()
+            self._kernel = None

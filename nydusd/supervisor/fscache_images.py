@@ -1,18 +1,28 @@
 """The images of `nydusd singleton --fscache`: what is known of each, and by whose chunk tables a blob of a domain is served.
 
-Part of the supervisor. Nothing of it outlives that: a successor is told of the images anew (`frontends/fscache/left.py`).
+Part of the supervisor. What holds after SIGKILL: what `noted` says of each, in the file that `frontends/fscache/left.py` keeps
+or with whoever keeps the session, by which a successor knows them again (`read_noted`).
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from nydusd.config.blob_entry import BlobEntry
-from nydusd.storage.api.image import ImageFacts
+from nydusd.config.blob_entry import BlobEntry, parse_blob_entry
+from nydusd.errors import NydusError
+from nydusd.ipc.messages import Json
+from nydusd.storage.api.domain import Tables
+from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.supervisor.images import Image
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -38,6 +48,72 @@ class Bound:
     def name(self) -> str:
         """What the kernel calls it under /sys/fs/erofs."""
         return self.entry.id if self.domain == self.entry.id else f"{self.domain},{self.entry.id}"
+
+
+class Told(NamedTuple):
+    """An image to be bound in a start or a takeover. `adds`: see `Bound.adds`, None if its table is to be compared for that.
+
+    `dropped`: as in `Bound`. `kept`: the daemon before was told of it, and not we.
+    """
+
+    entry: BlobEntry
+    facts: ImageFacts
+    adds: set[str] | None = None
+    dropped: bool = False
+    kept: bool = False
+
+
+def noted(bound: Bound) -> Json:
+    """What a successor must know of an image; it may hold secrets."""
+    note: Json = {"entry": json.loads(bound.entry.text), "dropped": bound.dropped}
+    return note | {"adds": sorted(bound.adds), "identity": bound.facts.identity}
+
+
+def images_in(state: Json) -> list[Json]:
+    """What whoever keeps the session has sent of them."""
+    images = state.get("images")
+    return images if isinstance(images, list) else []
+
+
+def read_noted(images: Sequence[Json], folder: str) -> list[Told]:
+    """The images of a predecessor, in the order in which it has bound them. One that is not there any more is left out.
+
+    What an image adds depends on those before it. So where one of these is gone, or is another file now, or where a former
+    release has noted it, tables are compared from there on. An extracted bootstrap is kept in `folder`.
+    """
+    from nydusd.config import secret_values
+    from nydusd.logs import register_secret
+
+    found: list[Told] = []
+    trusted = True
+    for raw in images:
+        try:
+            entry = parse_blob_entry(raw["entry"], "kept blob entry")
+            for secret in secret_values(entry.config):
+                register_secret(secret)
+            facts = inspect(entry.metadata, [folder])
+            trusted = trusted and raw.get("identity") == facts.identity and isinstance(raw.get("adds"), list)
+            adds = {str(blob_id) for blob_id in raw["adds"]} if trusted else None
+            found.append(Told(entry, facts, adds, bool(raw.get("dropped")), kept=True))
+        except (NydusError, KeyError, TypeError, AttributeError) as e:
+            trusted = False
+            log.warning("an image of the daemon before is lost: %s", e)
+    return found
+
+
+def tables_of(bound: Iterable[Bound], told: Sequence[Told]) -> dict[str, Tables]:
+    """By domain, what is to be compared with when these are bound one after the other."""
+    bound = list(bound)
+    images = [*((b.domain, b.facts) for b in bound), *((domain_of(image.entry), image.facts) for image in told)]
+    uses = Counter((domain, blob_id) for domain, facts in images for blob_id in {blob.blob_id for blob in facts.blobs})
+    shared: dict[str, set[str]] = {domain: set() for domain, _ in images}
+    for (domain, blob_id), count in uses.items():
+        if count > 1:
+            shared[domain].add(blob_id)
+    tables = {domain: Tables(domain, blobs) for domain, blobs in shared.items()}
+    for each in bound:
+        tables[each.domain].know(place_of(each.entry), each.facts)
+    return tables
 
 
 def domain_of(entry: BlobEntry) -> str:

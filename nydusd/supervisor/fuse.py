@@ -106,11 +106,6 @@ class FuseDaemon(Supervisor):
 
     # --- takeover ---------------------------------------------------------------------------------------------
 
-    def _begin(self, rows: int) -> None:
-        super()._begin(rows)
-        if self.handover.waited:
-            self._first_state = "RUNNING" if self.handover.told_to_start else "READY"
-
     def _take(self, record: Json) -> list[int] | None:
         """The pids of what a killed supervisor has left and we take over or end later; None if nothing is taken over."""
         if not record:

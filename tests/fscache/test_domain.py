@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +17,9 @@ import pytest
 from nydusd.cli.options import SingletonOptions
 from nydusd.errors import FormatError
 from nydusd.formats import open_bootstrap
+from nydusd.formats.model import RawChunk
 from nydusd.ipc.messages import Json
-from nydusd.storage.api.domain import additions
+from nydusd.storage.api.domain import Tables, _chunks_of, additions
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.requests import Job
 from nydusd.supervisor import blobs
@@ -97,6 +100,111 @@ def test_who_says_something_else_of_a_shared_blob_is_told_of_which_and_what_to_d
             additions(replace(lower, blobs=[replace(info, **cast(Any, wrong))]), [("/d/lower", lower)], "d")
 
 
+class Made:
+    """Images of one domain whose tables are made up: `choose` says which chunks of which blobs, and who contradicts others.
+
+    `reads` counts how often the table of each was read. The bootstrap of some was removed.
+    """
+
+    def __init__(self, like: ImageFacts, choose: random.Random, count: int, folder: Path) -> None:
+        self.tables: dict[str, list[RawChunk]] = {}
+        self.reads: Counter[str] = Counter()
+        self.images: list[tuple[str, ImageFacts]] = []
+        folder.mkdir()
+        for number in range(count):
+            path = folder / str(number)
+            if choose.random() < 0.9:
+                path.touch()
+            names = choose.sample("abcde", choose.randrange(1, 4))
+            self.tables[str(path)] = [
+                chunk(blob, index, at, wrong=choose.random() < 0.01)
+                for blob, name in enumerate(names)
+                for at, index in enumerate(choose.sample(range(20), choose.randrange(1, 20)))
+            ]
+            infos = [replace(like.blobs[0], index=index, blob_id=name) for index, name in enumerate(names)]
+            self.images.append((f"/{number}", replace(like, bootstrap=str(path), blobs=infos)))
+
+    def read(self, facts: ImageFacts) -> list[RawChunk]:
+        self.reads[facts.bootstrap] += 1
+        return self.tables[facts.bootstrap]
+
+    def listed(self, facts: ImageFacts, blob_id: str) -> dict[int, RawChunk]:
+        indexes = [info.index for info in facts.blobs if info.blob_id == blob_id]
+        return {chunk.index: chunk for chunk in self.tables[facts.bootstrap] if chunk.blob_index in indexes}
+
+    def expected(self, new: ImageFacts, others: Sequence[tuple[str, ImageFacts]]) -> set[str] | str:
+        """By definition: what it adds, or the place of the image that it contradicts."""
+        found = set()
+        for info in new.blobs:
+            sharing = [each for each in others if info.blob_id in [there.blob_id for there in each[1].blobs]]
+            known: dict[int, tuple[RawChunk, str]] = {}
+            for place, other in sharing:
+                if os.path.exists(other.bootstrap):
+                    for index, there in self.listed(other, info.blob_id).items():
+                        known.setdefault(index, (there, place))
+            for index, one in self.listed(new, info.blob_id).items() if sharing else ():
+                if index not in known:
+                    found.add(info.blob_id)
+                elif known[index][0].digest != one.digest:
+                    return f"than in the image {known[index][1]},"
+        return found
+
+
+def chunk(blob: int, index: int, place: int, *, wrong: bool) -> RawChunk:
+    digest = bytes([1 + index, wrong]) * 16
+    return RawChunk(digest, blob, 1, 100 + index, 4096, 100 * index, 4096 * index, 7 * place, index, 9)
+
+
+def test_many_images_bound_one_after_the_other_are_told_what_pairs_of_them_say(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = added = 0
+    for seed in range(40):
+        made = Made(facts_of(folder / "lower.boot"), random.Random(seed), 12, tmp_path / str(seed))
+        monkeypatch.setattr("nydusd.storage.api.domain._chunks_of", made.read)
+        told = Tables("d", "abcde")
+        bound: list[tuple[str, ImageFacts]] = []
+        for place, facts in made.images:
+            expected = made.expected(facts, bound)
+            if not os.path.exists(facts.bootstrap):  # since it was bound
+                told.know(place, facts)
+                bound.append((place, facts))
+            elif isinstance(expected, str):
+                refused += 1
+                with pytest.raises(FormatError, match=expected):
+                    told.additions(facts)
+                with pytest.raises(FormatError, match=expected):
+                    additions(facts, bound, "d")
+            else:
+                assert told.additions(facts) == additions(facts, bound, "d") == expected, (seed, place)
+                added += bool(expected)
+                told.know(place, facts)
+                bound.append((place, facts))
+    assert refused > 20
+    assert added > 100
+
+
+@pytest.mark.parametrize("count", [5, 50])
+def test_each_table_is_read_once_and_of_those_whose_additions_are_known_none(
+    count: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(facts_of(folder / "lower.boot"), random.Random(1), count, tmp_path / "made")
+    for path in made.tables:
+        Path(path).touch()
+        made.tables[path] = [chunk(blob, index, 0, wrong=False) for blob in range(3) for index in range(9)]
+    monkeypatch.setattr("nydusd.storage.api.domain._chunks_of", made.read)
+    told = Tables("d", "abcde")
+    for place, facts in made.images:
+        told.know(place, facts)
+    assert made.reads.total() == 0
+    told = Tables("d", "abcde")
+    for place, facts in made.images:
+        told.additions(facts)
+        told.know(place, facts)
+    assert set(made.reads.values()) == {1}
+    assert made.reads.total() == count
+
+
 # --- the daemon -----------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +216,7 @@ class World:
         self.folder = folder
         self.renewed: list[str] = []
         self.jobs: list[Job] = []
+        self.successors: list[World] = []
         mounts = SimpleNamespace(bind=lambda image: None, unbind=lambda place: None)
         kernel = SimpleNamespace(renew=lambda cache: self.renewed.append(cache.spec.info.blob_id))
         daemon.mounts = cast(Any, mounts)
@@ -165,9 +274,11 @@ def world(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("NYDUSD_RUNTIME_DIR", str(tmp_path))
     with fork_server() as server:
         daemon = FscacheDaemon(SingletonOptions(fscache=str(tmp_path)), [], cast(Any, server))
-        yield World(daemon, folder)
-        daemon._kernel = daemon._engine = None
-        daemon.stop()
+        made = World(daemon, folder)
+        yield made
+        for each in (made, *made.successors):
+            each.daemon._kernel = each.daemon._engine = None
+            each.daemon.stop()
 
 
 def test_the_chunks_of_all_images_of_a_domain_are_known_whichever_was_first(world: World) -> None:
@@ -182,6 +293,67 @@ def test_the_chunks_of_all_images_of_a_domain_are_known_whichever_was_first(worl
     assert world.chunks() == known
     (found,) = [c for c in world.daemon.factory.blobs() if c.spec.info.blob_id == blob_of(folder)]
     assert (found.spec.bootstrap, found.spec.more) == (str(folder / "lower.boot"), ()), "the other may be deleted now"
+
+
+def successor(world: World, images: Sequence[Json], monkeypatch: pytest.MonkeyPatch) -> tuple[World, list[str]]:
+    """Another daemon that was told the same by what is noted, and whose tables it has read for that."""
+    read: list[str] = []
+
+    def noting(facts: ImageFacts) -> Iterator[RawChunk]:
+        read.append(Path(facts.bootstrap).name)
+        return _chunks_of(facts)
+
+    monkeypatch.setattr("nydusd.storage.api.domain._chunks_of", noting)
+    made = World(
+        FscacheDaemon(cast(SingletonOptions, world.daemon.options), [], world.daemon.fork_server), world.folder
+    )
+    world.successors.append(made)
+    made.daemon._recall(json.loads(json.dumps(images)))
+    return made, read
+
+
+def adds_of(world: World) -> dict[str, set[str]]:
+    return {place: bound.adds for place, bound in world.daemon._bound.items()}
+
+
+def test_a_successor_knows_what_each_image_adds_and_compares_only_what_is_not_as_it_was_noted(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = world.folder
+    for name in ("merged", "lower"):
+        (tmp_path / f"{name}.boot").write_bytes((folder / f"{name}.boot").read_bytes())
+        world.bind(name, tmp_path / f"{name}.boot")
+    world.bind("other", folder / "upper.boot", domain="e")
+    expected = adds_of(world)
+    assert expected == {"/d/merged": set(), "/d/lower": {blob_of(folder)}, "/e/other": set()}
+    images = world.daemon.session_state()["images"]
+    same, read = successor(world, images, monkeypatch)
+    assert (adds_of(same), read, same.chunks()) == (expected, [], world.chunks())
+    former = [{key: raw[key] for key in ("entry", "dropped")} for raw in images]
+    same, read = successor(world, former, monkeypatch)
+    assert (adds_of(same), sorted(read)) == (expected, ["lower.boot", "merged.boot"])
+    os.utime(tmp_path / "lower.boot")
+    same, read = successor(world, images, monkeypatch)
+    assert (adds_of(same), sorted(read)) == (expected, ["lower.boot", "merged.boot"])
+    (tmp_path / "merged.boot").unlink()
+    assert "is lost" not in caplog.text
+    same, read = successor(world, images, monkeypatch)
+    assert f"an image of the daemon before is lost: {tmp_path}/merged.boot" in caplog.text
+    assert adds_of(same) == {"/d/lower": set(), "/e/other": set()}, "what another has listed must not be missing"
+    assert read == []
+
+
+def test_a_liar_that_has_taken_the_place_of_an_image_is_not_bound_again(
+    world: World, liar: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.bind("lower", world.folder / "lower.boot")
+    copy = tmp_path / "copy.boot"
+    copy.write_bytes((world.folder / "lower.boot").read_bytes())
+    world.bind("copy", copy)
+    images = world.daemon.session_state()["images"]
+    copy.write_bytes(liar.read_bytes())
+    assert list(successor(world, images, monkeypatch)[0].daemon._bound) == ["/d/lower"]
+    assert "another digest than in the image /d/lower" in caplog.text
 
 
 def test_an_image_that_adds_nothing_changes_nothing(world: World) -> None:

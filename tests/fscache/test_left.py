@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from nydusd.cli.options import SingletonOptions
@@ -14,6 +15,7 @@ from nydusd.frontends.fscache.device import CacheDevice
 from nydusd.frontends.fscache.left import Held
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.fscache import FscacheDaemon
+from nydusd.supervisor.handover import Sent
 from tests.support.fork_server import fork_server
 
 IMAGES = [{"entry": 1}, {"entry": 2}]
@@ -32,10 +34,10 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FscacheD
         yield daemon
 
 
-def taken(daemon: FscacheDaemon) -> tuple[int, list[Any]]:
+def taken(daemon: FscacheDaemon) -> tuple[int, list[Any] | None]:
     held = daemon._files.read()
     assert held is not None
-    return held.holder[0], daemon._files._images()
+    return held.holder[0], daemon._files.images()
 
 
 def test_the_former_guard_stays_noted_until_there_is_another(daemon: FscacheDaemon) -> None:
@@ -59,6 +61,67 @@ def test_a_daemon_that_has_not_served_and_fails_leaves_nothing(daemon: FscacheDa
     daemon.fail()
     daemon.stop()
     assert daemon._files.read() is None
+
+
+def test_a_daemon_that_leaves_to_its_successor_leaves_what_is_noted_though_nothing_is_mounted(
+    daemon: FscacheDaemon,
+) -> None:
+    daemon._family.inherited = False
+    daemon.handover.leaving = True
+    pids = daemon.fork_server.pids
+    daemon.stop()
+    assert taken(daemon) == (os.getpid(), IMAGES)
+    for pid in pids:
+        os.waitpid(pid, 0)  # it is left to the successor, and ends as it holds nothing
+    for fd in (daemon._family.lifeline, daemon._family._shared):
+        os.close(fd)
+
+
+def sent(images: object) -> Sent:
+    return Sent(os.memfd_create("device"), {"images": images})
+
+
+def test_what_was_noted_of_images_is_preferred_to_what_was_sent_with_the_device(
+    daemon: FscacheDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written at each change, and sent when somebody asks for it."""
+    served: list[object] = []
+    monkeypatch.setattr(daemon, "_serve", served.append)
+    monkeypatch.setattr(daemon, "_recall", served.append)
+    other = [{"entry": 3}]
+    for noted, images, expected in ((True, other, IMAGES), (False, other, other), (False, "junk", [])):
+        if not noted:
+            daemon._files.remove()
+        assert daemon._device is not None
+        daemon._device.close()
+        daemon._device = None
+        daemon.take_sent(sent(images))
+        assert served == [expected, daemon._device]
+        served.clear()
+    daemon.stop()
+
+
+def test_a_successor_that_waited_takes_the_device_from_the_guard_and_what_was_sent_when_there_is_none(
+    daemon: FscacheDaemon,
+) -> None:
+    guards = os.memfd_create("of the guard")
+    held = Held((os.getpid(), start_time(os.getpid())), guards, {}, [])
+    daemon._files.write(held, cast(Any, IMAGES))
+    for alive, told in ((True, IMAGES), (False, IMAGES), (False, [{"entry": 3}])):
+        if not alive:
+            daemon._files.write(msgspec.structs.replace(held, holder=(os.getpid(), 1)), cast(Any, IMAGES))
+        if told is not IMAGES:
+            daemon._files.remove()
+        daemon.handover.sent = sent([{"entry": 3}])
+        name = os.readlink(f"/proc/self/fd/{guards if alive else daemon.handover.sent.fd}")
+        found = daemon._take_left()
+        assert found is not None
+        assert os.readlink(f"/proc/self/fd/{found.device}") == name
+        assert found.images == told
+        assert daemon.handover.sent is None
+        os.close(found.device)
+    os.close(guards)
+    daemon.stop()
 
 
 def test_the_former_guard_has_ended_before_the_kernel_says_anything_once_more(

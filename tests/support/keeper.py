@@ -7,14 +7,29 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
-from tests.support.daemon import Daemon
 from tests.support.discipline import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 150.0
+"""Seconds, also for a machine that is emulated by one that has other things to do."""
+
+
+class Daemon(Protocol):
+    """A daemon that is kept: `tests.support.daemon`'s, or that of the guest in which fscache is tested."""
+
+    command: list[str]
+    apisock: Path
+    log: Path
+    _process: subprocess.Popen[bytes] | None
+    _environment: dict[str, str]
+
+    def request(self, method: str, path: str, body: bytes | None = None, seconds: float = 30.0) -> tuple[int, bytes]:
+        """One request to the API: status and body."""
 
 
 class Keeper:
@@ -28,7 +43,7 @@ class Keeper:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(self.path)
         self._socket.listen()
-        self._socket.settimeout(60)
+        self._socket.settimeout(PATIENCE)
 
     def save(self, daemon: Daemon) -> None:
         """Have a daemon send them."""
@@ -48,7 +63,7 @@ class Keeper:
     def _asking(self, daemon: Daemon, what: str, status: int) -> Iterator[socket.socket]:
         answers: list[int] = []
         asking = threading.Thread(
-            target=lambda: answers.append(daemon.request("PUT", f"/api/v1/daemon/fuse/{what}", seconds=60)[0])
+            target=lambda: answers.append(daemon.request("PUT", f"/api/v1/daemon/fuse/{what}", seconds=PATIENCE)[0])
         )
         asking.start()
         wire, _ = self._socket.accept()
@@ -78,7 +93,7 @@ def begin(daemon: Daemon, *more: str) -> None:
             cwd=ROOT,
             env=daemon._environment,
         )
-    wait_until(lambda: state_of(daemon) == "INIT", "INIT", 60)
+    wait_until(lambda: state_of(daemon) == "INIT", "INIT", PATIENCE)
 
 
 def state_of(daemon: Daemon) -> str | None:
@@ -90,19 +105,22 @@ def state_of(daemon: Daemon) -> str | None:
 
 
 def put(daemon: Daemon, what: str) -> int:
-    return daemon.request("PUT", f"/api/v1/daemon/{what}", seconds=60)[0]
+    return daemon.request("PUT", f"/api/v1/daemon/{what}", seconds=PATIENCE)[0]
 
 
 def succeed(daemon: Daemon, keeper: Keeper) -> None:
     """Have a daemon whose supervisor was killed succeeded by the same command."""
     begin(daemon)
     keeper.give(daemon)
-    wait_until(lambda: put(daemon, "start") == 204, "its start", 60)
-    wait_until(lambda: state_of(daemon) == "RUNNING", "RUNNING", 60)
+    wait_until(lambda: put(daemon, "start") == 204, "its start", PATIENCE)
+    wait_until(lambda: state_of(daemon) == "RUNNING", "RUNNING", PATIENCE)
 
 
-def upgrade(daemon: Daemon, keeper: Keeper) -> None:
-    """Have a daemon succeeded by another process of the same command, with another API socket, while it serves."""
+def upgrade(daemon: Daemon, keeper: Keeper, before_exit: Callable[[], object] = lambda: None) -> None:
+    """Have a daemon succeeded by another process of the same command, with another API socket, while it serves.
+
+    `before_exit` is called when the next one is ready, and the old one about to be told to exit.
+    """
     old, sock = daemon._process, daemon.apisock
     assert old is not None
     place = daemon.command.index("-A") + 1
@@ -112,10 +130,11 @@ def upgrade(daemon: Daemon, keeper: Keeper) -> None:
     keeper.give(daemon)
     assert state_of(daemon) == "READY"
     daemon.apisock = sock
+    before_exit()
     assert put(daemon, "exit") == 204
-    assert old.wait(60) == 0
+    assert old.wait(PATIENCE) == 0
     assert not sock.exists()
     daemon.apisock = new
     assert put(daemon, "start") == 204
-    wait_until(lambda: state_of(daemon) == "RUNNING", "RUNNING", 60)
+    wait_until(lambda: state_of(daemon) == "RUNNING", "RUNNING", PATIENCE)
     keeper.save(daemon)

@@ -40,11 +40,19 @@ class Held(msgspec.Struct):
         return any(os.path.isdir(f"{_SYSFS}/{name}") for name in self.mounts)
 
 
+class Taken(NamedTuple):
+    """`device`: a descriptor of it, ours. `guard`: who holds it still (pid, start time). `images`: None if none are noted."""
+
+    device: int
+    guard: tuple[int, int] | None
+    images: list[Json] | None
+
+
 class Files(NamedTuple):
     """The paths."""
 
     held: Path
-    images: Path
+    told: Path
 
     @classmethod
     def beside(cls, folder: str) -> Files:
@@ -53,7 +61,7 @@ class Files(NamedTuple):
 
     def write(self, held: Held, images: Sequence[Mapping[str, object]]) -> None:
         """Raises CacheError."""
-        _write(self.images, {"images": list(images)})
+        _write(self.told, {"images": list(images)})
         _write(self.held, msgspec.to_builtins(held))
 
     def read(self) -> Held | None:
@@ -63,27 +71,28 @@ class Files(NamedTuple):
         except (OSError, msgspec.MsgspecError):
             return None
 
-    def take(self, stored: int | None) -> tuple[int, tuple[int, int] | None, list[Json]] | None:
-        """The device, which guard holds it still, and the images. None if nobody holds it. Raises CacheError.
+    def take(self, stored: int | None) -> Taken | None:
+        """What is there to go on with; None if nobody holds the device. Raises CacheError.
 
-        `stored`: the device as systemd has kept it, for when no guard lives; it is ours.
+        `stored`: the device as systemd, or who keeps our session, has kept it, for when no guard lives; it is ours.
         """
         held = self.read()
         if held is None or not held.holder[1] or start_time(held.holder[0]) != held.holder[1]:
-            return None if stored is None else (stored, None, self._images())
+            return None if stored is None else Taken(stored, None, self.images())
         if stored is not None:
             os.close(stored)
         try:
             pid, start = held.holder
-            return borrow(pid, held.device, lambda: start_time(pid) == start), held.holder, self._images()
+            device = borrow(pid, held.device, lambda: start_time(pid) == start)
         except OSError as e:
             raise CacheError(f"{self.held}: pid {held.holder[0]} does not give its device: {e.strerror}") from e
+        return Taken(device, held.holder, self.images())
 
-    def _images(self) -> list[Json]:
-        """Those that are noted; what cannot be read costs the images, not the device."""
+    def images(self) -> list[Json] | None:
+        """Those that are noted, None if nothing is. What cannot be read costs the images, not the device."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return list(json.loads(self.images.read_bytes())["images"])
-        return []
+            return list(json.loads(self.told.read_bytes())["images"])
+        return None
 
     def remove(self) -> None:
         for path in self:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from struct import Struct
 
 from nydusd.errors import FormatError
 from nydusd.formats import open_bootstrap
@@ -43,35 +45,126 @@ _CRC = 0x10
 _NO_DIGEST = bytes(32)
 
 
-def additions(new: ImageFacts, others: Sequence[tuple[str, ImageFacts]], domain: str) -> set[str]:
-    """The blobs of an image of which it lists chunks that none of the others (place, facts) lists.
+class Tables:
+    """What the images of one domain list of their blobs, in the order in which they are bound, and the next compared with that.
 
-    Raises FormatError when it says something else of a blob than one of them.
+    Each image's table is read once at most, and not at all before one is compared that has a blob in common with others: so
+    many images cost what their tables are long, not what each pair of them is. `blobs`: those that several of them have; of
+    others nothing is kept.
     """
-    found: set[str] = set()
-    for info in new.blobs:
-        known: dict[int, tuple[RawChunk, str]] = {}
-        shared = False
-        for place, other in others:
-            for there in other.blobs:
-                if there.blob_id != info.blob_id:
-                    continue
-                shared = True
-                if not os.path.exists(other.bootstrap):
-                    continue  # somebody has removed it, and what it has listed is known to nobody any more
+
+    def __init__(self, domain: str, blobs: Collection[str]) -> None:
+        self._domain = domain
+        self._blobs = frozenset(blobs)
+        self._unread: deque[tuple[str, ImageFacts]] = deque()
+        self._places: list[str] = []
+        """Of those that were read."""
+        self._known: dict[str, _Known] = {}
+        """By blob, if an image has it."""
+        self._compared: tuple[ImageFacts, _Listed] | None = None
+        """The last that was compared, and its table."""
+
+    def know(self, place: str, facts: ImageFacts) -> None:
+        """This image is bound."""
+        if self._compared is not None and self._compared[0] is facts:
+            self._learn(place, *self._compared)
+        else:
+            self._unread.append((place, facts))
+        self._compared = None
+
+    def additions(self, new: ImageFacts) -> set[str]:
+        """The blobs of an image of which it lists chunks that none of those that are known lists.
+
+        Raises FormatError when it says something else of a blob than one of them.
+        """
+        if self._blobs.isdisjoint(info.blob_id for info in new.blobs):
+            return set()
+        while self._unread:
+            place, facts = self._unread[0]
+            # If somebody has removed it, what it has listed is known to nobody any more.
+            self._learn(place, facts, self._listed(facts) if os.path.exists(facts.bootstrap) else None)
+            self._unread.popleft()
+        listed = self._listed(new)
+        found: set[str] = set()
+        for info in new.blobs:
+            known = self._known.get(info.blob_id)
+            if known is None:
+                continue
+            for there, place in known.descriptions.values():
                 if field := _differs(info, there):
-                    raise _contradiction(new, info, domain, f"has another {field} than in the image {place}")
-                for chunk in _listed(other, there):
-                    known.setdefault(chunk.index, (chunk, place))
-        if not shared:
-            continue
-        for chunk in _listed(new, info):
-            if chunk.index not in known:
-                found.add(info.blob_id)
-            elif why := _chunk_differs(info, chunk, known[chunk.index][0]):
-                place = known[chunk.index][1]
-                raise _contradiction(new, info, domain, f"chunk {chunk.index} has {why} than in the image {place}")
-    return found
+                    raise _contradiction(new, info, self._domain, f"has another {field} than in the image {place}")
+            for chunk in listed[info.index]:
+                packed = known.chunks.get(chunk.index)
+                if packed is None:
+                    found.add(info.blob_id)
+                elif packed[: _RECORD.size] != _packed(chunk) and (
+                    why := _chunk_differs(info, chunk, _unpacked(packed, chunk))
+                ):
+                    place = self._places[_ORDER.unpack_from(packed, _RECORD.size)[0]]
+                    why = f"chunk {chunk.index} has {why} than in the image {place}"
+                    raise _contradiction(new, info, self._domain, why)
+        self._compared = new, listed
+        return found
+
+    def _learn(self, place: str, facts: ImageFacts, listed: _Listed | None) -> None:
+        """From now on what this image lists is known."""
+        order = _ORDER.pack(len(self._places))
+        self._places.append(place)
+        for info in facts.blobs:
+            if info.blob_id not in self._blobs:
+                continue
+            known = self._known.setdefault(info.blob_id, _Known())
+            if listed is None:
+                continue
+            known.descriptions.setdefault(_description(info), (info, place))
+            for chunk in listed[info.index]:
+                if chunk.index not in known.chunks:
+                    known.chunks[chunk.index] = _packed(chunk) + order
+
+    def _listed(self, facts: ImageFacts) -> _Listed:
+        """The chunks that an image lists of these blobs, by the blob's index. Raises FormatError."""
+        listed: _Listed = {info.index: [] for info in facts.blobs if info.blob_id in self._blobs}
+        for chunk in _chunks_of(facts):
+            if (of := listed.get(chunk.blob_index)) is not None:
+                of.append(chunk)
+        return listed
+
+
+def additions(new: ImageFacts, others: Sequence[tuple[str, ImageFacts]], domain: str) -> set[str]:
+    """`Tables.additions` of an image, where the others (place, facts) are known."""
+    tables = Tables(domain, {info.blob_id for info in new.blobs})
+    for place, facts in others:
+        tables.know(place, facts)
+    return tables.additions(new)
+
+
+class _Known:
+    """What is known of a blob: the ways in which it is described, each by the first who does, and chunks by their index.
+
+    Of a chunk: its record, `_packed`, a quarter of what it takes as a tuple; and which image was the first to list it.
+    """
+
+    __slots__ = ("chunks", "descriptions")
+
+    def __init__(self) -> None:
+        self.descriptions: dict[tuple[object, ...], tuple[BlobInfo, str]] = {}
+        self.chunks: dict[int, bytes] = {}
+
+
+_Listed = dict[int, list[RawChunk]]
+_RECORD = Struct("<32sIIIQQI")
+_ORDER = Struct("<I")
+
+
+def _packed(chunk: RawChunk) -> bytes:
+    """All that two records of one chunk can differ in."""
+    return _RECORD.pack(chunk.digest, chunk.flags, chunk.csize, chunk.usize, chunk.coff, chunk.uoff, chunk.crc)
+
+
+def _unpacked(packed: bytes, other: RawChunk) -> RawChunk:
+    """The record again, with the blob's index and the place in a file as in another one of that chunk."""
+    digest, flags, csize, usize, coff, uoff, crc = _RECORD.unpack_from(packed)
+    return other._replace(digest=digest, flags=flags, csize=csize, usize=usize, coff=coff, uoff=uoff, crc=crc)
 
 
 def _contradiction(new: ImageFacts, info: BlobInfo, domain: str, why: str) -> FormatError:
@@ -79,15 +172,19 @@ def _contradiction(new: ImageFacts, info: BlobInfo, domain: str, why: str) -> Fo
     return FormatError(new.bootstrap, f"blob {info.blob_id}", f"{why}, which is in the domain {domain}, too; {advice}")
 
 
-def _listed(facts: ImageFacts, info: BlobInfo) -> Iterator[RawChunk]:
-    """The chunks of a blob that an image lists. Raises FormatError."""
+def _chunks_of(facts: ImageFacts) -> Iterator[RawChunk]:
+    """The chunk table of an image. Raises FormatError."""
     try:
         with open(facts.bootstrap, "rb") as f:
             view = memoryview(mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ))
     except (OSError, ValueError) as e:
         raise FormatError(facts.bootstrap, "bootstrap", f"cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    image = open_bootstrap(view, facts.bootstrap, facts.path_id, extracted=facts.extracted)
-    return (chunk for chunk in image.raw_chunks() if chunk.blob_index == info.index)
+    return open_bootstrap(view, facts.bootstrap, facts.path_id, extracted=facts.extracted).raw_chunks()
+
+
+def _description(info: BlobInfo) -> tuple[object, ...]:
+    """All that `_differs` looks at."""
+    return (info.features & _KIND, *(getattr(info, name) for name in _FIELDS))
 
 
 def _differs(one: BlobInfo, other: BlobInfo) -> str:

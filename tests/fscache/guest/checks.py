@@ -1,218 +1,50 @@
 """What is checked of fscache in the guest: `python -m tests.fscache.guest.checks`. It prints one line a check, in their order.
 
-Runs as root in the guest that `run.sh` boots, on the real /dev/cachefiles. The checks follow one another with the same
-daemon, because its start takes seconds in an emulated machine; `tests/fscache/test_guest.py` makes a test of each.
+The checks follow one another with the same daemon, because its start takes seconds in an emulated machine: the first that
+fails ends them. `tests/fscache/guest/__main__.py` boots the guest and counts them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
+import functools
 import hashlib
-import http.client
 import json
 import os
+import shutil
 import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nydusd.formats import open_bootstrap
+from tests.fscache.guest.world import (
+    CACHE,
+    DOMAIN,
+    RUNTIME,
+    TAG,
+    WORK,
+    Reader,
+    Store,
+    bind,
+    daemon,
+    drop_page_cache,
+    entry,
+    kill_all,
+    mount,
+    request,
+    same,
+    unmount,
+    wait,
+)
 from tests.image.build import image as nydus_image
-from tests.support import manifest
+from tests.support import keeper, manifest
 from tests.support.oracle import Image, image, images
 
-WORK = Path("/tmp/fscache-checks")
-CACHE = Path(os.environ.get("FSCACHE_DIR", "/nonexistent"))
-API = WORK / "api.sock"
-PATIENCE = 150.0
-DOMAIN = "shared"
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def wait(what: str, condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE:g} s"
-        time.sleep(0.05)
-
-
-def request(method: str, path: str, body: bytes | None = None) -> tuple[int, str]:
-    class Connection(http.client.HTTPConnection):
-        def connect(self) -> None:
-            self.sock = socket.socket(socket.AF_UNIX)
-            self.sock.settimeout(PATIENCE)
-            self.sock.connect(str(API))
-
-    connection = Connection("nydusd")
-    with contextlib.closing(connection):
-        connection.request(method, path, body)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-
-
-class Daemon:
-    """`nydusd singleton --fscache`, started again as often as wanted."""
-
-    def __init__(self) -> None:
-        self.log = WORK / "log"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, store: Store | None = None) -> None:
-        command = [sys.executable, "-m", "nydusd", "singleton", "--fscache", str(CACHE), "-A", str(API)]
-        with self.log.open("ab") as log:
-            command += ["--fscache-threads", "2", "--fscache-tag", "checks"]
-            environment = dict(os.environ)
-            if store is not None:
-                command = store.giving(command)
-                environment["NOTIFY_SOCKET"] = store.path
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, close_fds=False
-            )
-        wait("RUNNING", self._is_running)
-
-    def _is_running(self) -> bool:
-        assert self.process is not None
-        assert self.process.poll() is None, f"the daemon ended:\n{self.log.read_text()[-3000:]}"
-        try:
-            return '"RUNNING"' in request("GET", "/api/v2/daemon")[1]
-        except OSError:
-            return False
-
-    def pids(self, title: str) -> list[int]:
-        """Processes by the title that they give themselves."""
-        return [pid for pid, name in processes() if name.startswith(f"nydusd: {title}")]
-
-    def end(self, number: signal.Signals) -> int:
-        assert self.process is not None
-        self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
-
-
-class Store:
-    """The receiving end of systemd's fd store, for one descriptor."""
-
-    def __init__(self) -> None:
-        self.path = str(WORK / "notify")
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
-        self._socket.settimeout(PATIENCE)
-        self._fd, self._name = -1, ""
-
-    def take(self) -> None:
-        """Wait for the device."""
-        while self._fd < 0:
-            data, fds, _, _ = socket.recv_fds(self._socket, 4096, 4)
-            if fds:
-                self._fd = fds[0]
-                self._name = data.decode().split("FDNAME=")[1].split("\n")[0]
-
-    def giving(self, command: list[str]) -> list[str]:
-        """A command that gives it to another."""
-        if self._fd < 0:
-            return command
-        program = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.closerange(4, 64); "
-        program += "os.environ |= {'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1', 'LISTEN_FDNAMES': sys.argv[2]}; "
-        program += "os.execv(sys.argv[3], sys.argv[3:])"
-        os.set_inheritable(self._fd, True)
-        return [sys.executable, "-c", program, str(self._fd), self._name, *command]
-
-    def close(self) -> None:
-        """Give it up: whoever is killed from now on leaves nothing."""
-        os.close(self._fd)
-        self._socket.close()
-
-
-def processes() -> Iterator[tuple[int, str]]:
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with contextlib.suppress(OSError):
-                yield (
-                    int(name),
-                    Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"),
-                )
-
-
-def entry(name: str, what: Image, domain: str = DOMAIN) -> bytes:
-    config = {
-        "id": name,
-        "backend_type": "localfs",
-        "backend_config": {"dir": str(what.blobs)},
-        "cache_type": "fscache",
-        "cache_config": {"work_dir": str(WORK)},
-        "metadata_path": str(what.bootstrap),
-    }
-    return json.dumps({"type": "bootstrap", "id": name, "domain_id": domain, "config": config}).encode()
-
-
-def bind(name: str, what: Image, domain: str = DOMAIN) -> None:
-    assert request("PUT", "/api/v2/blobs", entry(name, what, domain)) == (204, "")
-
-
-def mount(name: str, domain: str | None = DOMAIN) -> Path:
-    place = WORK / name
-    place.mkdir(exist_ok=True)
-    options = f"fsid={name}" if domain is None else f"domain_id={domain},fsid={name}"
-    if _libc.mount(b"none", os.fsencode(place), b"erofs", ctypes.c_ulong(1), options.encode()):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return place
-
-
-def unmount(place: Path) -> None:
-    assert _libc.umount2(os.fsencode(place), 0) == 0, os.strerror(ctypes.get_errno())
-
-
-def drop_page_cache() -> None:
-    Path("/proc/sys/vm/drop_caches").write_text("3")
-
-
-def same(what: Image, place: Path) -> None:
-    found = manifest.differences(manifest.load(what.manifest), manifest.walk(place))
-    assert found == [], found[:5]
-
-
-class Reader(threading.Thread):
-    """Reads a whole image while something happens; `finish` says what it saw."""
-
-    def __init__(self, what: Image, place: Path) -> None:
-        super().__init__(daemon=True)
-        self._what, self._place = what, place
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            same(self._what, self._place)
-        except BaseException as e:
-            self._error = e
-
-    def finish(self) -> None:
-        self.join(PATIENCE)
-        assert not self.is_alive(), "a reader hangs"
-        if self._error is not None:
-            raise self._error
-
-
-def kill_all() -> None:
-    """SIGKILL of the daemon and of all that it has started, which are stopped first."""
-    assert daemon.process is not None
-    pids = [daemon.process.pid, *daemon.pids("")]
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-    daemon.process.wait(PATIENCE)
-    wait("their end", lambda: not daemon.pids(""))
-
-
 FIRST, SECOND, THIRD = image("v6-zstd-blake3"), image("v6-smallchunk"), image("v6-batch")
-daemon = Daemon()
 
 
 def an_image_is_read_cold_while_workers_are_killed() -> None:
@@ -229,6 +61,11 @@ def an_image_is_read_cold_while_workers_are_killed() -> None:
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.2)
     reader.finish()
+
+
+def the_kernel_calls_the_cache_by_its_tag() -> None:
+    rows = [row.split() for row in Path("/proc/fs/fscache/caches").read_text().splitlines()]
+    assert [row[-1] for row in rows[2:]] == [TAG], rows
 
 
 def what_is_cached_is_read_again_without_a_fetch() -> None:
@@ -252,6 +89,26 @@ def every_image_that_no_other_check_reads_shows_its_manifest() -> None:
         same(what, place)
         unmount(place)
         assert request("DELETE", f"/api/v2/blobs?domain_id={DOMAIN}&blob_id={what.name}")[0] == 204
+
+
+def every_larger_image_shows_its_manifest() -> None:
+    """Those beside the repository, where $NYDUSD_FIXTURES names them; tarfs is refused."""
+    for what in images():
+        if not what.name.startswith("large:v6"):
+            continue
+        name = what.name.replace(":", "-")
+        if what.name == "large:v6-tarfs":
+            status, message = request("PUT", "/api/v2/blobs", entry(name, what, name))
+            assert status == 500
+            assert "blocks of 4096 bytes" in message
+            continue
+        began = time.monotonic()
+        bind(name, what, name)
+        place = mount(name, name)
+        same(what, place)
+        unmount(place)
+        assert request("DELETE", f"/api/v2/blobs?domain_id={name}&blob_id={name}")[0] == 204
+        print(f"   {what.name}: no difference, {time.monotonic() - began:.1f} s", flush=True)
 
 
 def what_cannot_be_bound_or_mounted_is_refused() -> None:
@@ -427,14 +284,71 @@ def a_stop_without_mounts_leaves_nothing() -> None:
     unmount(WORK / "last")
     assert daemon.end(signal.SIGTERM) == 0
     wait("their end", lambda: not daemon.pids(""))
-    runtime = Path(os.environ["NYDUSD_RUNTIME_DIR"])
-    assert [path.name for path in runtime.iterdir() if "fscache" in path.name] == []
+    assert [path.name for path in RUNTIME.iterdir() if "fscache" in path.name] == []
+
+
+@functools.cache
+def keeping() -> keeper.Keeper:
+    """Who keeps the device of the daemon, as nydus-snapshotter does: that is started again for this."""
+    made = keeper.Keeper(WORK)
+    daemon.command += made.args
+    daemon.start()
+    return made
+
+
+def an_upgrade_goes_on_with_reads_that_nobody_has_answered() -> None:
+    """The old daemon's workers are stopped: what it has taken is left for the next one to answer."""
+    keeping()
+    bind("upgraded", SECOND, "handover")
+    place = mount("upgraded", "handover")
+    keeping().save(daemon)
+    readers: list[Reader] = []
+
+    def have_reads_under_way() -> None:
+        for pid in daemon.pids("fetch") + daemon.pids("decompress"):
+            os.kill(pid, signal.SIGSTOP)
+        readers.append(Reader(SECOND, place))
+        wait("a reader whom nobody answers", readers[0].waits)
+
+    keeper.upgrade(daemon, keeping(), have_reads_under_way)
+    readers[0].finish()
+    assert '"read_count":0' not in request("GET", "/api/v1/metrics/backend?id=/handover/upgraded")[1]
+
+
+def with_a_keeper_the_supervisor_may_be_killed_or_everything_with_its_folder_gone() -> None:
+    """The guard has the device in the first case, and only the keeper in the second, where it alone knows the images, too."""
+    for name, what, kill in (("first", FIRST, lambda: daemon.end(signal.SIGKILL)), ("third", THIRD, kill_all)):
+        bind(name, what, "handover")
+        place = mount(name, "handover")
+        keeping().save(daemon)
+        reader = Reader(what, place)
+        metrics = f"/api/v1/metrics/backend?id=/handover/{name}"
+        wait("a fetch", lambda metrics=metrics: '"read_count":0' not in request("GET", metrics)[1])  # type: ignore[misc]
+        kill()
+        if kill is kill_all:
+            shutil.rmtree(RUNTIME)
+        keeper.succeed(daemon, keeping())
+        reader.finish()
+    drop_page_cache()
+    for name, what in (("upgraded", SECOND), ("first", FIRST), ("third", THIRD)):
+        same(what, WORK / name)
+
+
+def a_stop_of_what_was_kept_leaves_nothing() -> None:
+    for name in ("upgraded", "first", "third"):
+        unmount(WORK / name)
+    keeping().close()
+    assert daemon.end(signal.SIGTERM) == 0
+    wait("their end", lambda: not daemon.pids(""))
+    assert [path.name for path in RUNTIME.iterdir() if "fscache" in path.name] == []
 
 
 CHECKS = (
     an_image_is_read_cold_while_workers_are_killed,
+    the_kernel_calls_the_cache_by_its_tag,
     what_is_cached_is_read_again_without_a_fetch,
     every_image_that_no_other_check_reads_shows_its_manifest,
+    *([every_larger_image_shows_its_manifest] if os.environ.get("NYDUSD_FIXTURES") else []),
     what_cannot_be_bound_or_mounted_is_refused,
     images_of_a_domain_share_a_blob_of_which_one_lists_more_and_a_liar_is_refused,
     readers_live_through_a_kill_of_the_supervisor_and_of_the_guard,
@@ -445,14 +359,21 @@ CHECKS = (
     with_the_device_in_an_fd_store_everything_of_ours_may_be_killed_at_once,
     nobody_reads_zeros_when_all_processes_are_killed_at_once,
     a_stop_without_mounts_leaves_nothing,
+    an_upgrade_goes_on_with_reads_that_nobody_has_answered,
+    with_a_keeper_the_supervisor_may_be_killed_or_everything_with_its_folder_gone,
+    a_stop_of_what_was_kept_leaves_nothing,
 )
 
 
-def main() -> int:
-    """Run all checks; the first that fails ends them, for the others build on it."""
+def chosen(names: Sequence[str]) -> list[Callable[[], None]]:
+    """These checks, all if none is named. Some need those before them."""
+    return [check for check in CHECKS if not names or check.__name__ in names]
+
+
+def main(names: Sequence[str]) -> int:
+    """Run checks; the first that fails ends them, for the others build on it."""
     WORK.mkdir()
-    os.environ["NYDUSD_RUNTIME_DIR"] = str(WORK / "run")
-    for check in CHECKS:
+    for check in chosen(names):
         began = time.monotonic()
         try:
             check()
@@ -468,4 +389,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
