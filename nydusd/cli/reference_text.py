@@ -37,7 +37,8 @@ SECTIONS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
             "SIGNALS",
             """
 `SIGTERM` and `SIGINT`: unmount, store the chunk maps, end all processes, leave nothing behind. `SIGUSR1`, to any process of the
-daemon: write the stacks of that process to the log (fork servers: to stderr; the nursery, which has neither: nowhere).
+daemon: write the stacks of that process to the log. Nursery and seats, which serve all daemons of a node, write theirs to
+`/run/nydusd/nursery-*.log`.
 """,
         ),
         (
@@ -99,6 +100,13 @@ live with the blob's shared memory and so survive a supervisor that was killed. 
 daemon's file system (`/` if there is one image only): the daemon does not know under which name it was pulled. `blob` is
 the blob's id. Names with † are those of nydus-snapshotter's exporter, kept where they mean the same; they are gauges
 there, so they are here, though they only grow.
+
+Reads that wait (`nydusd_waiting_reads`, `nydusd_longest_wait_seconds`, `nydusd_hung_io_counts`) are those of all front ends:
+FUSE, EROFS with fanotify, fscache, block devices. A read is one from the moment its front end has seen that something is
+missing; 128 are shown of each front end at most. What follows only front ends over FUSE count: operations, reads by size,
+latency (`image_ref`), and the trace. Where the kernel's EROFS reads an image (fanotify, tarfs, fscache), or a client a block
+device, nobody tells us which file is read, and hits of the kernel's not at all: these stay 0 and empty; with blobfs they count
+reads of blobs, and there is no trace.
 
 Questions and where to look:
 

@@ -243,7 +243,8 @@ class ErofsDaemon(Supervisor):
         fds = self._kernel.fds
         if child.role == "guard":
             return list(fds), self._guard_spec(self._front_spec(fds, self.pid, crashed=False))
-        return list(fds), self._front_spec(fds, self.pid, crashed=child.crashed)
+        board = {"inflight": self.mounts.board_name}
+        return list(fds), self._front_spec(fds, self.pid, crashed=child.crashed) | board
 
     def _front_spec(self, fds: Fds, supervisor: int, *, crashed: bool) -> Json:
         return fds._asdict() | {

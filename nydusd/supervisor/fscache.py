@@ -24,6 +24,7 @@ from nydusd.config.blob_entry import BlobEntry
 from nydusd.errors import CacheError, NydusError
 from nydusd.frontends.fscache.device import PATH, BusyError, CacheDevice
 from nydusd.frontends.fscache.left import Files, Held, Taken
+from nydusd.ipc.inflight import open_row
 from nydusd.ipc.messages import Json, SlotRef
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.blob_cache import BlobCache
@@ -338,6 +339,7 @@ class FscacheDaemon(Singleton):
             self._find,
             self._prune,
             self.config.nydusd.read_deadline,
+            open_row(self.mounts.board_name, 0),
         )
 
     def _take_messages(self) -> None:

@@ -19,6 +19,7 @@ from nydusd.errors import CacheError, FormatError, StaleCacheError
 from nydusd.frontends.fscache import messages
 from nydusd.frontends.fscache.device import CacheDevice, completed, lacks
 from nydusd.frontends.fuse.complaints import Complaints
+from nydusd.ipc.inflight import InflightRow
 from nydusd.ipc.messages import LOST, SlotRef
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
@@ -51,12 +52,13 @@ class Object:
 
 @dataclass(eq=False, slots=True)
 class Reader:
-    """The kernel waits for a range of a blob."""
+    """The kernel waits for a range of a blob. `shown`: where that is shown."""
 
     read: messages.Read
     object: Object
     cache: BlobCache
     until: float
+    shown: int
     again: bool = False
 
 
@@ -73,7 +75,7 @@ class Wanted:
 class KernelFiles:
     """`find(domain, key)` says what a file is to hold, None for one that is unknown; `closed()` is called after each CLOSE.
 
-    A reader waits `patience` seconds for a blob that cannot be opened.
+    A reader waits `patience` seconds for a blob that cannot be opened. `board`: where it is shown that the kernel waits.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class KernelFiles:
         find: Callable[[str, str], Wanted | None],
         closed: Callable[[], None],
         patience: float,
+        board: InflightRow | None = None,
     ) -> None:
         self._router = router
         self._mounts = mounts
@@ -95,6 +98,7 @@ class KernelFiles:
         self._find = find
         self._closed = closed
         self._patience = patience
+        self._board = board
         self._pid = os.getpid()
         self._objects: dict[int, Object] = {}
         self._closing: list[Object] = []
@@ -180,7 +184,8 @@ class KernelFiles:
     def _end(self, number: int) -> None:
         """Nobody waits for this any more."""
         self._unopened.pop(number, None)
-        if self._readers.pop(number, None) is not None:
+        if (reader := self._readers.pop(number, None)) is not None:
+            self._hide(reader.shown)
             self._router.cancel(KERNEL, number)
 
     def _read(self, read: messages.Read) -> None:
@@ -191,15 +196,19 @@ class KernelFiles:
             self._copy(wanted, read)
         else:
             until = time.monotonic() + self._patience
-            reader = Reader(read, wanted, wanted.cache, until)
+            if (former := self._readers.get(read.number)) is not None:  # the kernel says it once more
+                self._hide(former.shown)
+            reader = Reader(read, wanted, wanted.cache, until, self._show(wanted, read))
             self._readers[read.number] = self._unopened[read.number] = reader
             self._try_opened()
 
     def _copy(self, wanted: Object, read: messages.Read) -> None:
         """A part of a metadata file is read: a worker copies it."""
+        shown = self._show(wanted, read)
 
         def copied(_job: Job, answer: Answer) -> None:
             wanted.jobs -= 1
+            self._hide(shown)
             if "error" in answer:
                 self._complaints.log("a read failed: %s", answer["error"])
             completed(wanted.fd, read.number)
@@ -210,6 +219,14 @@ class KernelFiles:
         wanted.jobs += 1
         job = Job("copy_bootstrap", None, Priority.USER, payload | {"cookie": [self._pid, wanted.fd]}, copied)
         self._fetch.submit(job)
+
+    def _show(self, wanted: Object, read: messages.Read) -> int:
+        """The kernel begins to wait: the place where that is shown."""
+        return -1 if self._board is None else self._board.begin(read.number, os.fstat(wanted.fd).st_ino)
+
+    def _hide(self, shown: int) -> None:
+        if self._board is not None:
+            self._board.end(shown)
 
     # --- readers ----------------------------------------------------------------------------------------------
 
@@ -300,7 +317,8 @@ class KernelFiles:
     def _finish(self, reader: Reader, why: str = "") -> None:
         """Answer the kernel. Where something is missing it looks itself, and fails the read with EIO."""
         self._unopened.pop(reader.read.number, None)
-        self._readers.pop(reader.read.number, None)
+        if self._readers.pop(reader.read.number, None) is not None:
+            self._hide(reader.shown)
         if why:
             self._complaints.log("a read failed: blob %s: %s", reader.cache.spec.info.blob_id, why)
         completed(reader.object.fd, reader.read.number)

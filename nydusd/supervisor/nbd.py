@@ -185,6 +185,7 @@ class NbdDaemon(Supervisor):
             "front": self._runtime.front,
             "read_deadline": self.config.nydusd.read_deadline,
             "image": self._image.spec(),
+            "inflight": self.mounts.board_name,
         }
 
     def _started(self, child: Child) -> None:

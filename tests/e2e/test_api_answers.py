@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import pytest
@@ -169,24 +168,19 @@ def test_a_fuse_daemon_binds_no_blobs(daemon: Daemon) -> None:
     assert daemon.request("DELETE", "/api/v2/blobs?blob_id=x")[0] == 204
 
 
-def test_a_read_that_waits_is_shown_until_it_is_answered() -> None:
-    with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon, ThreadPoolExecutor(1) as pool:
-        assert daemon.get("/api/v1/metrics/inflight") is None
-        path = Path(os.fsdecode(os.fsencode(daemon.mountpoint) + b"/" + FILES[0]))
-        inode = path.stat().st_ino
-        workers = [*daemon.pids("fetch"), *daemon.pids("decompress")]
-        for pid in workers:
-            os.kill(pid, signal.SIGSTOP)
-        try:
-            answer = pool.submit(path.read_bytes)
-            wait_until(lambda: daemon.get("/api/v1/metrics/inflight") is not None, "the read to be shown")
-            shown = daemon.get("/api/v1/metrics/inflight")
-        finally:
-            for pid in workers:
-                os.kill(pid, signal.SIGCONT)
-        assert isinstance(shown, list)
-        (row,) = shown
-        assert (row["inode"], row["opcode"]) == (inode, 15)
-        assert row.keys() == {"inode", "opcode", "unique", "timestamp_secs"}
-        assert answer.result(60) == oracle.truth(IMAGE.name)[FILES[0]]
-        wait_until(lambda: daemon.get("/api/v1/metrics/inflight") is None, "the board to be empty")
+def test_events_are_the_last_errors_with_their_time(tmp_path: Path, expect_log: Callable[..., None]) -> None:
+    expect_log("blob .* cannot be opened", "a read failed")
+    nowhere = tmp_path / "blobs"
+    nowhere.mkdir()
+    (blob,) = IMAGE.blobs.iterdir()
+    with Daemon(IMAGE.bootstrap, nowhere) as daemon:
+        with pytest.raises(OSError, match="Input/output error"):
+            Path(os.fsdecode(os.fsencode(daemon.mountpoint) + b"/" + FILES[0])).read_bytes()
+        found = metrics(daemon, "/api/v1/daemon/events")
+    errors = found["errors"]
+    assert isinstance(errors, list)
+    assert found["total_errors"] == len(errors)
+    assert found["total_size"] == sum(len(line.encode()) for line in errors)
+    times, told = zip(*(line.split(" - ", 1) for line in errors), strict=True)
+    assert any(line.startswith(f"blob {blob.name} cannot be opened: ") for line in told)
+    assert all(parsedate_to_datetime(time).tzinfo is not None for time in times)

@@ -13,17 +13,19 @@ from typing import Any, cast
 import pytest
 
 from nydusd.frontends.fscache.device import CacheDevice
+from nydusd.ipc.inflight import InflightRow, make_board, waiting
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Job
 from nydusd.supervisor.kernel_files import KERNEL, KernelFiles, Wanted
+from tests.support.segments import segment_name
 
 OPEN, CLOSE, READ = 0, 1, 2
 
 
 class World:
-    """The files, and all around them. `jobs` were submitted; `busy`: a worker has a job of the blob."""
+    """The files, and all around them. `jobs` were submitted; `busy`: a worker has a job of the blob; `shown`: who waits."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, board: str) -> None:
         ours, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self.kernel.settimeout(10)
@@ -34,6 +36,7 @@ class World:
         self.let_go: list[object] = []
         self.closed = 0
         self.busy = False
+        self._board = make_board(board, 1)
         self.blob = SimpleNamespace(
             users=1,
             state="new",
@@ -62,7 +65,19 @@ class World:
         pool = SimpleNamespace(submit=self.jobs.append, has=lambda cache: self.busy)
         mounts = SimpleNamespace(let_go=self.let_go.append)
         make = cast(Callable[..., KernelFiles], KernelFiles)
-        self.files = make(router, mounts, prefetch, pool, pool, self._find, self._closed, 30.0)
+        self._row = InflightRow(board, 0)
+        self.files = make(router, mounts, prefetch, pool, pool, self._find, self._closed, 30.0, self._row)
+
+    def close(self) -> None:
+        self.files.close()
+        self.device.close()
+        self.kernel.close()
+        self._row.close()
+        self._board.close()
+
+    def shown(self) -> list[tuple[int, int]]:
+        """The number and the file of each read that is shown to wait."""
+        return [(row["unique"], row["inode"]) for row in waiting(self._board)]
 
     def _find(self, domain: str, key: str) -> Wanted | None:
         return self.wanted.get(key) if domain == "d" else None
@@ -91,11 +106,10 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    yield made
-    made.files.close()
-    made.device.close()
-    made.kernel.close()
+    with segment_name() as board:
+        made = World(tmp_path, board)
+        yield made
+        made.close()
 
 
 def is_open(fd: int) -> bool:
@@ -134,10 +148,12 @@ def test_a_read_of_a_metadata_file_is_a_copy_by_a_worker_and_its_descriptor_outl
         [os.getpid(), fd],
     )
     assert job.payload["offset"] <= 4096 < job.payload["offset"] + job.payload["length"]
+    assert world.shown() == [(7, os.fstat(fd).st_ino)]
     world.say(CLOSE)
     world.files.turn()
     assert is_open(fd), "the worker may not have borrowed it yet, and its number must not become another's"
     job.done(job, {})
+    assert world.shown() == []
     world.files.turn()
     assert (is_open(fd), world.files.waits) == (False, False)
 
@@ -146,12 +162,15 @@ def test_a_blob_is_opened_and_prefetched_and_its_readers_wait_for_that(world: Wo
     fd, answer = world.open("blob")
     assert answer == f"copen 7,{1 << 20}"
     assert (world.blob.users, world.blob.spec.cookie, world.prefetched) == (2, (os.getpid(), fd), [(0, -1)])
-    world.say(READ, struct.pack("=QQ", 0, 4096), number=8)
+    for _ in range(2):  # after a takeover the kernel says once more what was not answered
+        world.say(READ, struct.pack("=QQ", 0, 4096), number=8)
+        assert world.shown() == [(8, os.fstat(fd).st_ino)]
     assert world.files.waits
     assert all(what[0] == "open" for what in world.asked)
     world.blob.state = "failed"
     world.files.turn()
     assert not world.files.waits, "what cannot be opened fails its readers at once"
+    assert world.shown() == []
 
 
 def test_the_descriptor_of_a_blob_is_closed_when_no_worker_has_a_job_of_it(world: World) -> None:
@@ -160,6 +179,7 @@ def test_the_descriptor_of_a_blob_is_closed_when_no_worker_has_a_job_of_it(world
     world.busy = True
     world.say(CLOSE)
     assert ("cancel", KERNEL, 8) in world.asked
+    assert world.shown() == [], "nobody reads a file that is closed"
     assert (world.closed, world.blob.spec.cookie) == (1, (0, 0))
     world.files.turn()
     assert (is_open(fd), world.files.waits, world.let_go) == (True, True, [])

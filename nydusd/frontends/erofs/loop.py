@@ -23,6 +23,7 @@ from nydusd import points
 from nydusd.errors import CacheError, NydusError
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
+from nydusd.ipc.inflight import InflightRow
 from nydusd.ipc.messages import AHEAD, LOST
 from nydusd.storage.api.io import ChunkRun
 
@@ -44,9 +45,9 @@ _REST = 2.0
 
 
 class _Waiting:
-    """A reader that waits: its event's number, what it still needs, until when."""
+    """A reader that waits: its event's number, what it still needs, until when, and where that is shown (`slot`)."""
 
-    __slots__ = ("blobs", "count", "deadline", "number", "offset", "pending", "place", "rounds", "runs")
+    __slots__ = ("blobs", "count", "deadline", "number", "offset", "pending", "place", "rounds", "runs", "slot")
 
     def __init__(self, number: int, place: int, offset: int, count: int, blobs: list[Blob], deadline: float) -> None:
         self.number = number
@@ -56,6 +57,7 @@ class _Waiting:
         self.blobs = blobs
         self.deadline = deadline
         self.rounds = 1
+        self.slot = -1
         self.pending: dict[int, tuple[ChunkRun, int]] = {}
         self.runs: list[tuple[Blob, ChunkRun]] = []
 
@@ -64,7 +66,7 @@ class FrontEnd:
     """Serves the events of `group`. `inherited`: numbers of a predecessor's events that `journal.reserve` occupies.
 
     `make_known(complain)` gives what is mounted; `orphaned()`: whether the supervisor is gone; `alone`: it stays so, and
-    what is missing cannot be fetched. A reader waits `patience` seconds at most.
+    what is missing cannot be fetched. A reader waits `patience` seconds at most. `board`: where it is shown meanwhile.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class FrontEnd:
         inherited: set[int],
         patience: float = 30.0,
         alone: bool = False,
+        board: InflightRow | None = None,
     ) -> None:
         self._group = group
         self._journal = journal
@@ -89,6 +92,7 @@ class FrontEnd:
         self._own_numbers = self._inherited - inherited
         self._patience = patience
         self._alone = alone
+        self._board = board
         self._waiting: dict[int, _Waiting] = {}
         self._owners: dict[int, _Waiting] = {}
         self._complaints = Complaints("erofs")
@@ -220,6 +224,9 @@ class FrontEnd:
             self._next_ask = time.monotonic() + ASK_AGAIN
         self._waiting[waiting.number] = waiting
         waiting.runs = runs
+        if self._board is not None and waiting.slot < 0:
+            inode = waiting.blobs[0].file[1] if len(waiting.blobs) == 1 else 0
+            waiting.slot = self._board.begin(waiting.number, inode)
         if self._alone:
             return
         for _, run in runs:
@@ -298,6 +305,9 @@ class FrontEnd:
             self._owners.pop(number, None)
             self._line().cancel(number)
         waiting.pending.clear()
+        if self._board is not None:
+            self._board.end(waiting.slot)
+            waiting.slot = -1
         self._journal.drop(waiting.place)
         points.reach("fanotify: dropped")
         # Only now may the kernel use the number again.

@@ -7,7 +7,8 @@ and then refuses what is not cached.
 
 The spec: `index`, `identity` (its ZeroMQ name, optional), `group`, `journal`, `table` (fds, see `session.Fds`), `supervisor`
 (its pid), `crashed` (its predecessor died by itself; optional), `front` (the supervisor's endpoint), `read_deadline`
-(seconds), `alone` (there is no supervisor; optional), `log` {`level`, `file`}.
+(seconds), `alone` (there is no supervisor; optional), `inflight` (the board of reads that wait; optional), `log` {`level`,
+`file`}.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 
 from nydusd import logs
 from nydusd.frontends.fuse.parking import Client
+from nydusd.ipc.inflight import open_row
 from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
 
@@ -58,6 +60,7 @@ def main(argv: list[str]) -> int:
         inherited=inherited,
         patience=float(spec["read_deadline"]),
         alone=bool(spec.get("alone")),
+        board=open_row(spec.get("inflight"), int(spec["index"])),
     )
     # Events make no reference cycles: what is alive now stays, and looking for garbage would only cost.
     gc.collect()

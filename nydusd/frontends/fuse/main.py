@@ -16,7 +16,6 @@ optional): see `failover.py`.
 from __future__ import annotations
 
 import gc
-import logging
 import mmap
 import os
 import signal
@@ -24,9 +23,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nydusd import logs
-from nydusd.errors import CacheError, FormatError
+from nydusd.errors import FormatError
 from nydusd.formats import open_bootstrap
-from nydusd.ipc.inflight import InflightRow
+from nydusd.ipc.inflight import open_row
 from nydusd.ipc.shared_number import map_number
 from nydusd.ipc.spec import read_spec
 from nydusd.ipc.trace import Trace
@@ -40,8 +39,6 @@ from .mount import Mount
 from .namespace import Namespace
 from .parking import Client
 from .stats import Stats
-
-log = logging.getLogger(__name__)
 
 Opener = Callable[[Mapping[str, Any], int, int], Mount]
 
@@ -82,7 +79,7 @@ def main(argv: list[str], opener: Opener | None = None) -> int:
         interrupt_in=int(spec.get("interrupt_in", -1)),
         interrupt_out=[int(fd) for fd in spec.get("interrupt_out", [])],
         wake=wake,
-        board=open_board(spec.get("inflight"), index),
+        board=open_row(spec.get("inflight"), index),
         failover=Failover(str(spec.get("failover_policy", "resend")), str(spec.get("device", ""))),
     )
     # Before this handler is there, SIGURG is ignored, as is every process's default.
@@ -92,17 +89,6 @@ def main(argv: list[str], opener: Opener | None = None) -> int:
     gc.freeze()
     front_end.run()
     return 0
-
-
-def open_board(name: str | None, row: int) -> InflightRow | None:
-    """Our row of the board of reads that wait; without one they are served all the same, unseen."""
-    if name is None:
-        return None
-    try:
-        return InflightRow(name, row)
-    except CacheError as e:
-        log.error("reads that wait are not shown: %s", e)
-        return None
 
 
 def open_mount(spec: Mapping[str, Any], row: int, index: int = 0) -> Mount:

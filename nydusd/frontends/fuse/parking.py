@@ -19,7 +19,6 @@ from nydusd.storage.api.io import ChunkRun
 
 from .journal import Journal
 from .mount import Device, Mount
-from .protocol import READ
 
 if TYPE_CHECKING:
     from nydusd.ipc.client import Reply  # loads ZeroMQ
@@ -130,7 +129,7 @@ class Parking:
             self._tick = now + self._interval
         self.reads[read.unique] = read
         if self._board is not None:
-            read.slot = self._board.begin(read.unique, read.ino, READ)
+            read.slot = self._board.begin(read.unique, read.ino)
         self._ask(read, ask)
         points.reach("fuse: miss asked for")
 

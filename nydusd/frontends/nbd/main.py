@@ -6,9 +6,9 @@ cached; the next supervisor takes copies of all that is open here, ends us, and 
 Without a supervisor we end with the last client.
 
 The spec: `index`, `identity`, `lifeline_fd`, `front` (the supervisor's endpoint), `read_deadline` (seconds), `image` (as in
-`Image.spec`), `log`, `line` (fd: clients come there, by number and with three fds, and numbers of those that have gone are
-sent), `known` (memfd, see `kept.py`), `clients` (number, then the fds, of those who are there). The listening socket is open,
-too, for the next supervisor: whoever connects meanwhile waits there.
+`Image.spec`), `inflight` (the board of reads that wait), `log`, `line` (fd: clients come there, by number and with three fds,
+and numbers of those that have gone are sent), `known` (memfd, see `kept.py`), `clients` (number, then the fds, of those who
+are there). The listening socket is open, too, for the next supervisor: whoever connects meanwhile waits there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from nydusd.formats import open_bootstrap
 from nydusd.frontends.blobfs.device import RangeDevice
 from nydusd.frontends.fuse.main import map_bootstrap
 from nydusd.frontends.fuse.parking import Client
+from nydusd.ipc.inflight import open_row
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
@@ -180,4 +181,5 @@ def _image(spec: Json) -> tuple[Layout, Reads]:
 
         return ChunkClient(front, identity)
 
-    return layout, Reads(layout, device, connect, float(spec["read_deadline"]))
+    board = open_row(spec["inflight"], int(spec["index"]))
+    return layout, Reads(layout, device, connect, float(spec["read_deadline"]), board)

@@ -17,9 +17,11 @@ from nydusd.frontends.attempt import Ask, Attempt
 from nydusd.frontends.blobfs.device import RangeDevice
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
+from nydusd.ipc.inflight import InflightRow
 from nydusd.ipc.messages import AHEAD, SlotRef
 from nydusd.storage.api.io import ChunkRun
 
+from . import kept
 from .connection import Connection
 from .layout import METADATA, NOTHING, Layout
 from .protocol import Request
@@ -28,9 +30,9 @@ log = logging.getLogger(__name__)
 
 
 class _Waiting(Attempt):
-    """A read: what it needs of blobs, and what it has asked for."""
+    """A read: what it needs of blobs, what it has asked for, and where it is shown that it waits (`shown`)."""
 
-    __slots__ = ("asked", "connection", "deadline", "pending", "slots")
+    __slots__ = ("asked", "connection", "deadline", "pending", "shown", "slots")
 
     def __init__(
         self, connection: Connection, asked: Request, device: RangeDevice, vec: list[Extent], deadline: float
@@ -39,18 +41,30 @@ class _Waiting(Attempt):
         self.connection = connection
         self.asked = asked
         self.deadline = deadline
+        self.shown = -1
         self.pending: dict[int, tuple[ChunkRun, int]] = {}
         self.slots: list[SlotRef] = []
 
 
 class Reads:
-    """`connect` makes the line to the supervisor, at the first miss. A read waits `patience` seconds at most."""
+    """`connect` makes the line to the supervisor, at the first miss. A read waits `patience` seconds at most.
 
-    def __init__(self, layout: Layout, device: RangeDevice, connect: Callable[[], Client], patience: float) -> None:
+    `board`: where it is shown meanwhile.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        device: RangeDevice,
+        connect: Callable[[], Client],
+        patience: float,
+        board: InflightRow | None = None,
+    ) -> None:
         self._layout = layout
         self._device = device
         self._connect = connect
         self._patience = patience
+        self._board = board
         self.client: Client | None = None
         self._waiting: dict[int, _Waiting] = {}
         self._owners: dict[int, _Waiting] = {}
@@ -125,6 +139,9 @@ class Reads:
         if not self._waiting:
             self._tick = time.monotonic() + ASK_AGAIN
         self._waiting[id(waiting)] = waiting
+        if self._board is not None and waiting.shown < 0:
+            unique = waiting.connection.number * kept.SLOTS + waiting.asked.slot
+            waiting.shown = self._board.begin(unique, 0)  # a disk has no inodes
         for blob, first, count in ask.runs:
             run = ChunkRun(self._device.handle(blob), first, count)
             number = self.client.request(run, ask.flags)
@@ -177,6 +194,9 @@ class Reads:
     def _drop(self, waiting: _Waiting) -> None:
         """Nothing is to be done for a read any more."""
         self._waiting.pop(id(waiting), None)
+        if self._board is not None:
+            self._board.end(waiting.shown)
+            waiting.shown = -1
         if self.client is not None:
             for number in waiting.pending:
                 self._owners.pop(number, None)
