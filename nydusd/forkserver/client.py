@@ -74,6 +74,7 @@ class ForkServer:
         self._released: list[int] = []
         """What was let go of while a copy was made, which may have it."""
         self._stderr: str | None = None
+        self._stderr_inode = 0
         self._delay = 0.0
         self._interval = _INTERVAL
         """Seconds between two that are started now: more and more where none can load what it must."""
@@ -167,9 +168,17 @@ class ForkServer:
         for server in self._servers:
             self._redirect(server)
 
+    def follow_stderr(self) -> None:
+        """If that file was rotated, have it write to the new one."""
+        if self._stderr is not None:
+            with contextlib.suppress(OSError):
+                if os.stat(self._stderr).st_ino != self._stderr_inode:
+                    self.stderr_to(self._stderr)
+
     def _redirect(self, server: Server) -> None:
         if self._stderr is not None:
             with contextlib.suppress(OSError), open(self._stderr, "ab", buffering=0) as file:
+                self._stderr_inode = os.fstat(file.fileno()).st_ino
                 server.tell({"stderr": True}, [file.fileno()])
 
     def guard(self, delay: float) -> None:

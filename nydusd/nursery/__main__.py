@@ -21,6 +21,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 import time
 from typing import NamedTuple
@@ -41,6 +42,8 @@ _DAWDLE = 5.0
 """Seconds that a connection may stay without a request."""
 _PAUSE = 0.05
 _PACKET_MAX = 64 * 1024
+_LOG_MOST, _LOG_KEPT = 64 << 10, 16 << 10
+"""Bytes of what nursery and seats have printed: from the first on the oldest go, until the second are left."""
 
 
 class _Connection:
@@ -90,6 +93,7 @@ class Nursery:
         while True:
             now = time.monotonic()
             if now >= next_look:
+                shorten(2, _LOG_MOST, _LOG_KEPT)
                 alive = is_any_alive()
                 if self._is_outdated() or not (alive or needed):
                     break
@@ -152,8 +156,9 @@ class Nursery:
         ):  # somebody has cleared the folder, and there may be another nursery
             if os.path.samestat(os.fstat(self._lock), os.stat(lock)):
                 os.unlink(self._path)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(f"{place.stem(self._identity)}.seats")
+                for suffix in (".seats", ".log"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(place.stem(self._identity) + suffix)
                 os.unlink(lock)
 
     def _accept(self) -> None:
@@ -228,12 +233,22 @@ class Nursery:
         wire.close()
 
 
+def shorten(fd: int, most: int, kept: int) -> None:
+    """If a file that is written at its end has more than `most` bytes, leave the last `kept`. What comes now may be lost."""
+    with contextlib.suppress(OSError):
+        facts = os.fstat(fd)
+        if stat.S_ISREG(facts.st_mode) and facts.st_size > most:
+            end = os.pread(fd, kept, facts.st_size - kept)
+            os.ftruncate(fd, 0)
+            os.write(fd, end)
+
+
 def main(argv: list[str]) -> int:
     """Serve until no daemon is left; in a copy, be the daemon, or its fork server."""
     lock = int(argv[0])
     os.set_inheritable(lock, False)
     os.setsid()  # what a terminal sends to its processes is not for us
-    faulthandler.register(signal.SIGUSR1)  # in the daemon again, with its log; here it must only not kill
+    faulthandler.register(signal.SIGUSR1, file=2)  # by its number: a copy has the daemon's, until it knows its log
     identity = place.identity()
     set_title("nursery")
     rehearse()

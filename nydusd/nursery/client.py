@@ -58,13 +58,15 @@ def start_if_useful(*, for_one: bool = False) -> None:
             return
         try:
             os.set_inheritable(lock, True)
-            nothing = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            stdio = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(2)]
+            stdio.append((os.POSIX_SPAWN_OPEN, 2, f"{stem}.log", flags, 0o600))
             command = [sys.executable, "-P", "-m", "nydusd.nursery", str(lock)]
             pid = os.posix_spawn(
                 sys.executable,
                 command,
                 environment(secrets=False),
-                file_actions=nothing,
+                file_actions=stdio,
                 setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM],
             )
         finally:
@@ -114,7 +116,7 @@ def _end(path: Path) -> None:
         lock = _take_lock(str(path))
         if lock is not None:  # it has ended, or was killed
             wire_path.unlink(missing_ok=True)
-            for suffix in (".new", ".seats", ".seats.new"):
+            for suffix in (".new", ".seats", ".seats.new", ".log"):
                 path.with_suffix(suffix).unlink(missing_ok=True)
             path.unlink()
             os.close(lock)

@@ -1,10 +1,10 @@
 """Where the nursery is found, and for whom it is. Used by the stub, the nursery, supervisors and API processes; imports
 next to nothing.
 
-`nursery-UID-X.sock`, `.seats` and `.lock` in the run-time root (/run/nydusd or $NYDUSD_RUNTIME_DIR). X tells apart what
+`nursery-UID-X.sock`, `.seats`, `.log` and `.lock` in the run-time root (/run/nydusd or $NYDUSD_RUNTIME_DIR). X tells apart what
 would run differently: another build, interpreter, or what an interpreter takes from its environment when it begins. The lock
-is held as long as the nursery lives, from before its process begins. After SIGKILL the files stay; who gets the lock
-removes them.
+is held as long as the nursery lives, from before its process begins. The log is what nursery and seats print: stacks
+(SIGUSR1), and why one of them ended. After SIGKILL the files stay; who gets the lock removes them.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from nydusd.ipc.messages import Json
 from nydusd.ipc.silent import SilentHolder
 from nydusd.storage.backend import MODULES
 from nydusd.storage.cache.spec import LOCAL
+from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.children import Child, Turns, end_all, reap_strays
 from nydusd.supervisor.seats import Seats, seats_of
 from nydusd.supervisor.watch import Watch
@@ -43,6 +44,8 @@ _BOOT = 3.0
 """Seconds in which a child that ends by itself means that the daemon cannot start."""
 _OUTLIVING = ("fuse", "erofs", "guard")
 """Roles of children that the next supervisor may find, and must know by their names."""
+_HOLDING = ("erofs", "guard")
+"""Roles of those that are not in the record as processes: a successor takes over what they hold before it ends them."""
 _HOLDERS = 8
 """Front ends that hold the fds of a lane."""
 _END_PATIENCE = 2.0
@@ -228,14 +231,18 @@ class Family:
                 self._parameters = parameters(self._options, self._config)
             self._have_held(self.session)
             more |= record_of(self.session, self._parameters, self.children, self.fork_server)
-        # Not those that hold what a successor takes over before it ends them.
-        pids = [*self.fork_server.pids, *(child.pid for child in self.children if child.role not in ("erofs", "guard"))]
+        pids = [*self.fork_server.pids, *(child.pid for child in self.children if child.role not in _HOLDING)]
         pids += self.others()
         self._runtime.record([pid for pid in pids if pid], more)
 
     def _for_operator(self) -> Json:
         """How `nydusctl` finds this record, and what else of us, when we do not answer."""
-        return self._paths | {"log": logs.current_file()}
+        besides = [child.pid for child in self.children if child.role in _HOLDING]
+        besides.append(self.fork_server.stub)
+        return self._paths | {
+            "log": logs.current_file(),
+            "besides": [[pid, start_time(pid)] for pid in besides if pid],
+        }
 
     def succeed(self, fresh: ForkServer) -> None:
         """Go on with another fork server, which holds the session's fds already; `fresh` is the former then.
@@ -345,6 +352,7 @@ class Family:
     def look_after(self, pools: dict[str, WorkerPool], now: float) -> None:
         """When it is time: end workers that hang, let go of strays."""
         if now >= self._watch.next_look():
+            self.fork_server.follow_stderr()
             self._end_hung(pools, now)
             self._renew_front_end()
             reap_strays(self.children, [*self.fork_server.pids, *self.others()])

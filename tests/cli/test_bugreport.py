@@ -14,9 +14,10 @@ import pytest
 
 from nydusd.cli.ctl import bugreport
 from nydusd.cli.ctl.connection import Api
+from nydusd.cli.ctl.silent import Record
 from nydusd.cli.nydusctl import main
 from tests.support.daemon import Daemon, image_config
-from tests.support.discipline import discipline
+from tests.support.discipline import discipline, is_running, parent, wait_until
 from tests.support.oracle import image
 
 IMAGE = image("v6-zstd-blake3")
@@ -54,8 +55,8 @@ def test_holds_state_log_pictures_and_no_secret(tmp_path: Path) -> None:
         assert any(f"-{pid}-status.txt" in name for name in found)
 
 
-@pytest.mark.parametrize("stopped", ["fuse", "all"])
-def test_is_made_while_processes_hang(tmp_path: Path, stopped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("verb", "stopped"), [("fuse", "fuse"), ("fuse", "all"), ("erofs", "all")])
+def test_is_made_while_processes_hang(tmp_path: Path, verb: str, stopped: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Front ends that are stopped: every look at the mount hangs. All stopped: the API hangs as well."""
     monkeypatch.setattr(bugreport, "_PATIENCE", 0.5)
     asked: list[str] = []
@@ -66,13 +67,23 @@ def test_is_made_while_processes_hang(tmp_path: Path, stopped: str, monkeypatch:
         return text(api, path)
 
     monkeypatch.setattr(Api, "text", counting)
-    log = discipline.log_folder / f"bugreport-{stopped}.log"
-    with Daemon(IMAGE.bootstrap, IMAGE.blobs, args=("-L", str(log))) as daemon:
+    log = discipline.log_folder / f"bugreport-{verb}-{stopped}.log"
+    config = image_config(IMAGE.blobs, tmp_path / "cache") | {"nydusd": {"worker_idle": 0}}
+    with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=("-L", str(log)), verb=verb) as daemon:
         (daemon.mountpoint / "dup/a").read_bytes()
-        victims = fronts = daemon.pids("fuse")
-        daemon_pid = daemon.pid
-        if stopped == "all":
-            victims = [daemon.pid, *daemon.pids("")]
+        fronts = daemon.pids(verb)
+
+        def everybody() -> set[int]:
+            # Not those between a fork server and its child: they end at once.
+            return {daemon.pid, *(pid for pid in daemon.family() if parent(pid) == daemon.pid and is_running(pid))}
+
+        def all_noted() -> bool:
+            return (
+                len(daemon.pids("fork server")) == 2 and everybody() == Record(str(daemon.apisock)).processes().keys()
+            )
+
+        wait_until(all_noted, "the record of all processes", 60)
+        victims = fronts if stopped == "fuse" else everybody()
         for pid in victims:
             os.kill(pid, signal.SIGSTOP)
         try:
@@ -86,12 +97,42 @@ def test_is_made_while_processes_hang(tmp_path: Path, stopped: str, monkeypatch:
     assert ("daemon.json" in found) == (stopped == "fuse")
     assert (b"daemon.json: " in found["missing.txt"]) == (stopped == "all")
     assert (len(asked) == 1) == (stopped == "all"), "who does not answer is asked once"
-    for pid in [daemon_pid, *fronts]:
+    for pid in {*fronts, *victims}:
         for part in ("status", "stack"):
             assert any(name.endswith(f"-{pid}-{part}.txt") for name in found)
     assert b"is mounted at" in found["nydusd.log"]
     assert found["chunkmaps.png"].startswith(b"\x89PNG")
     assert b"localfs" in found["config.json" if stopped == "all" else "daemon.json"]
+
+
+def test_of_the_journal_it_has_the_lines_of_all_processes_and_of_those_of_the_unit_that_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "journalctl"
+    tool.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    tool.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    units = {7: "nydusd@a.service", 8: "nydusd@a.service", 9: None}
+    monkeypatch.setattr(bugreport, "_unit", units.__getitem__)
+    asked = bugreport._log(None, [7, 8, 9]).decode().splitlines()
+    assert asked[-5:] == ["_PID=7", "_PID=8", "_PID=9", "+", "_SYSTEMD_UNIT=nydusd@a.service"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "unit"),
+    [
+        ("0::/system.slice/system-nydusd.slice/nydusd@a.service\n", "nydusd@a.service"),
+        ("4:cpu:/\n1:name=systemd:/system.slice/nydus-snapshotter.service/sub\n0::/\n", "nydus-snapshotter.service"),
+        ("0::/user.slice/user-0.slice/user@0.service/app.slice/x.service\n", None),
+        ("0::/user.slice/user-0.slice/session-2.scope\n", None),
+        ("0::/\n", None),
+    ],
+)
+def test_the_unit_of_a_process_is_told_by_its_control_group(
+    groups: str, unit: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _path: groups)
+    assert bugreport._unit(7) == unit
 
 
 def test_without_a_daemon_holds_what_the_system_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from nydusd.nursery import client, place
-from nydusd.nursery.__main__ import Nursery
+from nydusd.nursery.__main__ import Nursery, shorten
 from tests.supervisor.lives import IMAGE, ROOT, wrong
 from tests.support.daemon import image_config
 from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
-from tests.support.nursery import Another, is_ready, nurseries, running_nursery
+from tests.support.nursery import Another, is_ready, nurseries, running_nursery, seats_kept
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_the_second_daemon_starts_it_the_third_comes_from_it_and_the_last_one_en
         one.stop()
         assert is_running(nursery), "another lives"
         two.stop()
-        assert not is_running(nursery)
+        wait_until(lambda: not is_running(nursery), "the end of the nursery", 60)
         assert list(runtime.iterdir()) == []
 
 
@@ -78,6 +78,45 @@ def test_one_that_hangs_costs_a_start_some_time_and_makes_no_second_daemon_later
         assert wrong(daemon) == []
 
 
+def test_on_sigusr1_it_and_what_keeps_the_seats_log_their_stacks_and_go_on(nursery: int) -> None:
+    (log,) = discipline.runtime.glob("nursery-*.log")
+    for pid in (nursery, *seats_kept()):
+        before = log.stat().st_size
+        os.kill(pid, signal.SIGUSR1)
+
+        def told(before: int = before) -> bool:
+            return b"most recent call first" in log.read_bytes()[before:]
+
+        wait_until(told, f"the stacks of {cmdline(pid)}", 60)
+        assert is_running(pid)
+    assert len(seats_kept()) == 1
+    with Another() as daemon:
+        assert daemon.is_copy()
+        (log,) = discipline.runtime.glob("nursery-*.log")
+        assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_its_log_has_a_bounded_length(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    try:
+        for number in range(10_000):
+            os.write(fd, b"%07d\n" % number)
+        shorten(fd, 80_000, 800)
+        assert len(path.read_bytes()) == 80_000
+        os.write(fd, b"one more\n")
+        shorten(fd, 80_000, 809)
+        os.write(fd, b"the next\n")
+        lines = path.read_bytes().split()
+        assert (len(lines), lines[0], lines[-1]) == (104, b"0009900", b"next")
+    finally:
+        os.close(fd)
+    reading, writing = os.pipe()
+    shorten(writing, 0, 0)  # a terminal, a pipe: nothing is kept there
+    os.close(reading)
+    os.close(writing)
+
+
 def daemons_of(nursery: int) -> list[int]:
     children = [int(pid) for pid in Path(f"/proc/{nursery}/task/{nursery}/children").read_text().split()]
     return [pid for pid in children if cmdline(pid) != "nydusd: seats"]
@@ -99,7 +138,7 @@ def test_a_daemon_alone_is_succeeded_by_a_copy(
             assert wrong(daemon) == []
         assert nurseries() == [nursery]
         daemon.stop()
-        assert not is_running(nursery)
+        wait_until(lambda: not is_running(nursery), "the end of the nursery", 60)
     assert list(runtime.iterdir()) == []
 
 
@@ -111,7 +150,7 @@ def test_the_last_daemon_kills_one_that_hangs() -> None:
         os.kill(nursery, signal.SIGSTOP)
         one.stop()
         two.stop()
-        assert not is_running(nursery)
+        wait_until(lambda: not is_running(nursery), "the end of the nursery", 60)
         assert list(runtime.iterdir()) == []
 
 

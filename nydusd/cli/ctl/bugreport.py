@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import tarfile
 import time
@@ -149,7 +150,9 @@ def _system() -> bytes:
 
 
 def _log(file: object, pids: Sequence[int]) -> bytes:
-    """The end of the log: of its file, or of what the journal has of these processes: it files a line under its writer."""
+    """The end of the log: of its file, or of what the journal has of these processes, and of those of their unit that have
+    ended: it files a line under its writer.
+    """
     if isinstance(file, str):
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as f:
@@ -158,7 +161,19 @@ def _log(file: object, pids: Sequence[int]) -> bytes:
     if not pids:
         raise NydusError("no process of the daemon is known, and no file")
     command = ["journalctl", "--no-pager", "--quiet", "--lines=20000", *(f"_PID={pid}" for pid in pids)]
+    for unit in sorted({unit for pid in pids if (unit := _unit(pid)) is not None}):
+        command += ["+", f"_SYSTEMD_UNIT={unit}"]
     return subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=True).stdout[-_LOG_BYTES:]
+
+
+def _unit(pid: int) -> str | None:
+    """The service of systemd's that a process belongs to. None as well for one that somebody has started by hand."""
+    try:
+        groups = Path(f"/proc/{pid}/cgroup").read_text()
+    except OSError:
+        return None
+    found = re.search(r":/system\.slice/(?:.*/)?([^/\n]+\.service)(?:/|$)", groups, re.MULTILINE)
+    return None if found is None else found[1]
 
 
 VERB = Verb(("bugreport",), "a tarball of all that helps to look into a problem", run, add_arguments)

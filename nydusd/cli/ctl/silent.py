@@ -38,8 +38,11 @@ class Record:
         """Those of them that live, with what they call themselves."""
         from nydusd.storage.state.lock import start_time
 
-        rows, holders = self.content.get("processes"), self.content.get("holders")
-        known = [tuple(row) for row in rows if isinstance(row, list)] if isinstance(rows, list) else []
+        holders = self.content.get("holders")
+        known = []
+        for name in ("processes", "besides"):
+            rows = self.content.get(name)
+            known += [tuple(row) for row in rows if isinstance(row, list)] if isinstance(rows, list) else []
         if isinstance(holders, list):
             known += [(row.get("pid"), row.get("start")) for row in holders if isinstance(row, dict)]
         # Who has the pid now but began at another time is somebody else.
