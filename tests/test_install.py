@@ -75,6 +75,7 @@ def test_pages_completions_units_and_examples_are_there(installed: Path) -> None
         "share/doc/nydusd/examples/localfs-v2.toml",
         "share/doc/nydusd/metrics.md",
         "share/doc/nydusd/openapi.yaml",
+        "share/doc/nydusd/erofs.svg",
         "etc/tmpfiles.d/nydusd.conf",
     ):
         assert (installed / path).stat().st_size > 0, path

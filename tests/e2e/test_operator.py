@@ -6,10 +6,13 @@ import json
 import os
 import socket
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.supervisor.lives import wrong
+from tests.support.api import Wire
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import wait_until
 from tests.support.oracle import image
@@ -108,6 +111,23 @@ def test_commands_answer_while_every_front_end_is_stopped() -> None:
         finally:
             for pid in fronts:
                 os.kill(pid, 18)
+
+
+def test_reads_are_answered_while_clients_of_the_api_have_said_half_of_what_they_want() -> None:
+    request = "PUT /api/v1/daemon HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n" + '{"log_level":"info"}'
+    with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon, ExitStack() as stack:
+        slow = [stack.enter_context(Wire(str(daemon.apisock))) for _ in range(60)]
+        for length, wire in enumerate(slow, 1):
+            wire.send(request[:length])
+        # And some that read nothing of what they asked for: more than a socket buffers.
+        deaf = [stack.enter_context(Wire(str(daemon.apisock))) for _ in range(5)]
+        for wire in deaf:
+            wire.send("GET /metrics/prometheus HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
+        assert wrong(daemon) == [], "each byte of the image, of which nothing was cached"
+        assert all(wire.is_open() for wire in slow), "they wait still"
+        assert wrong(daemon) == []
+        slow[9].send(request[10:])
+        assert slow[9].response().status == 204
 
 
 def scrape(port: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -83,6 +84,21 @@ def test_list_replaces_the_table_and_wrong_lines_in_it_harm_nothing(tmp_path: Pa
         assert prefetching.is_cached("dup/a")
         assert not prefetching.is_cached(ONE_CHUNK)
         assert "/no/such/file is not in the image" in daemon.log.read_text()
+
+
+def test_files_that_the_api_names_are_fetched_and_no_others(tmp_path: Path) -> None:
+    config = config_for(IMAGE, tmp_path / "cache", amplify_io=0, fs_prefetch={"enable": True, "prefetch_all": False})
+    prefetching = Prefetching(IMAGE, tmp_path, {})
+    prefetching.daemon = Daemon(None, IMAGE.blobs)
+    with prefetching.daemon as daemon:
+        for method, file in (("POST", "dup/a"), ("PUT", ONE_CHUNK)):
+            before = prefetching.metrics()["entries_count"] if method == "PUT" else 0
+            more = {"config": json.dumps(config), "prefetch_files": ["/no/such/file", f"/{file}"]}
+            assert daemon.mount("/", IMAGE.bootstrap, IMAGE.blobs, method, **more) == (204, "")
+            prefetching.wait_for_chunks(before + 1)
+            settled(prefetching)
+            assert prefetching.is_cached(file)
+        assert not prefetching.is_cached("sizes/300K-text")
 
 
 def test_list_that_names_the_root_fetches_all(tmp_path: Path) -> None:
