@@ -12,9 +12,9 @@ import sys
 import time
 import traceback
 
-from tests.killing.kernel_scenes import SCENES
+from tests.killing.catalogue import SCENES
 from tests.killing.plan import all_points
-from tests.killing.scenes import FILES
+from tests.killing.scene import FILES
 from tests.support.discipline import discipline
 from tests.support.mounted import Tree
 

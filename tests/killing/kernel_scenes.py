@@ -1,30 +1,13 @@
-"""The same with images that the kernel's EROFS reads by itself, over the cache files; and the list of all scenes."""
+"""Scenes of images that the kernel's EROFS reads by itself, over the cache files."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from pathlib import Path
 
-from tests.killing.scenes import (
-    FILES,
-    SECONDS,
-    Anew,
-    InMemory,
-    Life,
-    LockLeft,
-    MakeRoom,
-    OfOthers,
-    Remote,
-    Scene,
-    Shared,
-    Successors,
-    TakeOver,
-    read,
-)
+from tests.killing.scene import FILES, SECONDS, read
+from tests.killing.scenes import Life, Shared
 from tests.support.daemon import Daemon
 from tests.support.discipline import wait_until
-from tests.support.mounted import Tree
 
 ALONE = b"the kernel reads it by itself"
 """What a front end logs when nothing of a blob is missing."""
@@ -82,20 +65,3 @@ class KernelSuccessors(Kernel):
     def serve(self) -> None:
         wait_until(self.daemon.serves, "the daemon to serve", SECONDS)
         self.read_while_front_ends_are_killed("erofs")
-
-
-SCENES: dict[str, Callable[[Tree, Path], Scene]] = {
-    "an image comes and goes": Shared,
-    "without a cache": InMemory,
-    "from a registry": Remote,
-    "the supervisor is succeeded": TakeOver,
-    "room is made": MakeRoom,
-    "front ends are succeeded": Successors,
-    "who had the lock is gone": LockLeft,
-    "a daemon's life": Life,
-    "after the end of all": Anew,
-    "in the cache of others": OfOthers,
-    "EROFS with fanotify": Kernel,
-    "its front end is succeeded": KernelSuccessors,
-    "the kernel mounts what the API is told": KernelShared,
-}

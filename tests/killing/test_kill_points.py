@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.killing.kernel_scenes import SCENES
+from tests.killing.catalogue import SCENES
 from tests.killing.plan import all_points
-from tests.killing.scenes import FILES
+from tests.killing.scene import FILES
 from tests.support.mounted import Tree
 
 SAMPLE = {

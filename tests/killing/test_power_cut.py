@@ -20,7 +20,7 @@ from nydusd.formats import open_bootstrap
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.map_file import HEADER_SIZE
 from nydusd.storage.state.segment import READY, RECORD, VERIFY, Segment
-from tests.killing.scenes import read
+from tests.killing.scene import read
 from tests.support.daemon import Daemon
 from tests.support.discipline import wait_until
 from tests.support.disk import Disk, Recording, mounted

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killing.scenes import read
+from tests.killing.scene import read
 from tests.support.clock import Clock
 from tests.support.daemon import wait_for_role
 from tests.support.discipline import wait_until

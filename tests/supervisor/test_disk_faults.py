@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killing.scenes import read
+from tests.killing.scene import read
 from tests.support.daemon import Daemon
 from tests.support.discipline import wait_until
 from tests.support.disk import GOOD, NO_READS, NO_WRITES, Disk

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killing.scenes import read
+from tests.killing.scene import read
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import discipline, is_running, wait_until
 from tests.support.memory_group import MemoryGroup

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killing.scenes import read
+from tests.killing.scene import read
 from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, read_direct
 from tests.support import oracle
 from tests.support.daemon import Daemon, wait_for_role
