@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _PROCESSES = re.compile(rb'"processes": *(\[\[[0-9, \[\]]*\]\])')
 """In a record that is damaged elsewhere."""
+TRIAL = "trial"
+"""What folder and shared memory of a trial of new workers are called (`trial.py`)."""
 _LOOKS, _LOOK_SECONDS = 50, 0.01
 """How often a lock is tried that no living daemon seems to have, and the pause between."""
 _END_SECONDS = 5.0
@@ -119,10 +121,13 @@ class Runtime:
         """Remove what nobody uses any more; unless `keep`, all but the state of blobs."""
         for left in names(self.prefix[1:]):
             kind = left.removeprefix(self.prefix)
-            if left.endswith((".arena", ".stage")) or (
-                not keep and kind.startswith(("mounts", "inflight", "count", "files"))
+            if (
+                left.endswith((".arena", ".stage"))
+                or kind.startswith(TRIAL)  # in the middle of which the former was killed
+                or (not keep and kind.startswith(("mounts", "inflight", "count", "files")))
             ):
                 remove(left)
+        shutil.rmtree(self.folder / TRIAL, ignore_errors=True)
         if not keep:
             for path in self.folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

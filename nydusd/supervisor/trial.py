@@ -7,7 +7,8 @@ backend is away) is no fault of the new ones.
 
 All is written to an arena of the trial's own, so nothing that is wrong gets near a cache file or a reader.
 
-What holds after SIGKILL of the supervisor: arena and segment stay under names of this daemon, the next one removes them.
+What holds after SIGKILL of the supervisor: arenas, segment and folder stay under names of this daemon (`runtime.TRIAL`), by
+which the next one removes them when it has ended the workers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.segment import EMPTY, RECORD, Identity, Segment, remove
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.pool import WorkerPool
-from nydusd.supervisor.runtime import Runtime
+from nydusd.supervisor.runtime import TRIAL, Runtime
 
 Steps = Generator[None, None, None]
 Result = Generator[None, None, Json]
@@ -41,7 +42,6 @@ _BYTES_MOST = 8 << 20
 _DEADLINE = 20.0
 """Seconds that a backend may take for it."""
 
-_NAME = "trial"
 _LINE = b"New workers must give this before they are trusted.\n"
 PLAIN: Final = _LINE * 300
 STORED: Final = bytes.fromhex(
@@ -79,9 +79,9 @@ class Trial:
         self._send = send
         self._pools = pools
         self._factory = factory
-        self._folder = Path(runtime.folder) / _NAME
-        self._segment = f"{runtime.prefix}{_NAME}"
-        self._arena_name = f"{runtime.prefix}{runtime.term}.{_NAME}"
+        self._folder = Path(runtime.folder) / TRIAL
+        self._segment = f"{runtime.prefix}{TRIAL}"
+        self._arena_name = f"{runtime.prefix}{runtime.term}.{TRIAL}"
         self._arenas: list[Arena] = []
         self._answers: dict[bytes, Json] = {}
         self.note = ""
@@ -142,10 +142,10 @@ class Trial:
     def _make_blob(self) -> BlobSpec:
         """A blob of one chunk in a local file, opened as `prepare` opens one."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        (self._folder / _NAME).write_bytes(STORED)
+        (self._folder / TRIAL).write_bytes(STORED)
         info = BlobInfo(
             index=0,
-            blob_id=_NAME,
+            blob_id=TRIAL,
             features=int(BlobFeature.ALIGNED),
             chunk_size=1 << 20,
             chunk_count=1,
@@ -166,7 +166,7 @@ class Trial:
             prefetch_size=0,
             cipher_key=b"",
             cipher_iv=b"",
-            meta_blob_id=_NAME,
+            meta_blob_id=TRIAL,
         )
         flags = int(ChunkFlag.COMPRESSED | ChunkFlag.DIGEST)
         Segment.create(

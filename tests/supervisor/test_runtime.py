@@ -20,11 +20,12 @@ from nydusd.config import Config
 from nydusd.errors import MountError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
+from nydusd.storage.state.segment import names
 from nydusd.supervisor.children import Child, end_all
 from nydusd.supervisor.family import Family
 from nydusd.supervisor.handover import Handover
 from nydusd.supervisor.listener import Listener
-from nydusd.supervisor.runtime import Runtime
+from nydusd.supervisor.runtime import TRIAL, Runtime
 from nydusd.supervisor.sockets import Sockets
 from tests.support.fork_server import fork_server
 
@@ -91,6 +92,17 @@ class TestRuntime:
             (runtime.folder / "folder").mkdir()
             runtime.claim()
             assert orphan.wait() == -9
+        assert [path.name for path in runtime.folder.iterdir()] == ["state.json"]
+        runtime.remove()
+
+    def test_trial_that_ended_with_its_supervisor_is_cleared_away_by_the_one_that_takes_over(self) -> None:
+        runtime = Runtime("/mnt/image")
+        for name in (TRIAL, f"{TRIAL}.77", f"0.{TRIAL}.1.arena"):
+            Path(f"/dev/shm{runtime.prefix}{name}").touch()
+        (runtime.folder / TRIAL).mkdir(parents=True)
+        (runtime.folder / TRIAL / TRIAL).touch()
+        runtime.claim(lambda _record: [])
+        assert names(runtime.prefix[1:]) == []
         assert [path.name for path in runtime.folder.iterdir()] == ["state.json"]
         runtime.remove()
 
