@@ -109,6 +109,7 @@ class Runtime:
             _end_all(process for process in processes if process[0] not in (kept or ()))
             points.reach("start: processes of the former ended")
             self._clear(keep=kept is not None)
+            self.leave_line()
             points.reach("start: cleared")
         except OSError as e:
             raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
@@ -136,7 +137,7 @@ class Runtime:
         """Make the folder `waiting`, for a daemon that waits for its predecessor's end. Raises MountError."""
         try:
             self.waiting.parent.mkdir(parents=True, exist_ok=True)
-            self._line = _locked(self._line_path)
+            self._line = self._place_in_line()
             _make_folder(self.waiting)
         except BlockingIOError:
             raise MountError(
@@ -144,6 +145,17 @@ class Runtime:
             ) from None
         except OSError as e:
             raise MountError(f"run-time folder {e.filename or self.waiting}: {e.strerror}") from e
+
+    def _place_in_line(self) -> int:
+        """The lock of who waits. Who looks whether somebody does, or removes what one has left, holds it for a moment.
+
+        Raises BlockingIOError when another waits.
+        """
+        for _ in range(_LOOKS):
+            with contextlib.suppress(BlockingIOError):
+                return _locked(self._line_path)
+            time.sleep(_LOOK_SECONDS)
+        return _locked(self._line_path)
 
     def is_free(self) -> bool:
         """Whether no daemon has this mount point; it is ours then. Raises MountError."""
@@ -171,14 +183,21 @@ class Runtime:
         return False
 
     def leave_line(self) -> None:
-        """Remove what was made for waiting, by us or by one that was killed."""
-        if self.has_successor() and self._line < 0:
-            return
+        """Remove what was made for waiting, by us or by one that was killed; not while another waits.
+
+        The lock goes last: whoever is killed here leaves it to be found, with what it is for.
+        """
+        if self._line < 0:
+            if not self._line_path.exists():
+                return
+            try:
+                self._line = _locked(self._line_path)
+            except OSError:  # above all: it is taken
+                return
         shutil.rmtree(self.waiting, ignore_errors=True)
         self._line_path.unlink(missing_ok=True)
-        if self._line >= 0:
-            os.close(self._line)
-            self._line = -1
+        os.close(self._line)
+        self._line = -1
 
     def let_go(self) -> None:
         """The mount point is another's; what is in the folder stays."""

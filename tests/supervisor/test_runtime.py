@@ -106,6 +106,17 @@ class TestRuntime:
         assert [path.name for path in runtime.folder.iterdir()] == ["state.json"]
         runtime.remove()
 
+    def test_place_of_one_that_was_killed_while_it_waited_goes_with_the_next_start(self, tmp_path: Path) -> None:
+        runtime, waiting, third = (Runtime("/mnt/image") for _ in range(3))
+        waiting.wait_in_line()
+        runtime.claim()
+        assert runtime.has_successor()
+        os.close(waiting._line)  # as the kernel does
+        runtime.let_go()
+        third.claim()
+        assert {path.suffix for path in (tmp_path / "run").iterdir()} == {"", ".lock"}
+        third.remove()
+
     def test_process_that_only_has_the_number_of_one_is_spared(self) -> None:
         runtime = Runtime("/mnt/image")
         runtime.folder.mkdir(parents=True)
