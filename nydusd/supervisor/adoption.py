@@ -265,6 +265,7 @@ def _take_over(
         for _ in record.lanes:
             for number in session.open_lanes(1)[0]:
                 on_failure.callback(os.close, number)
+            points.reach("takeover: one lane made")
     points.reach("takeover: all is ours")
     # But not what would be the last to hold all this if we were killed before it is noted whom we have started.
     _end_strangers(record, [*known, *(keeper.pid for keeper in keepers)])

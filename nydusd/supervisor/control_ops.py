@@ -18,6 +18,7 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from nydusd import points
 from nydusd.errors import CacheError, ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.logs import clean
@@ -114,6 +115,7 @@ def _takeover(daemon: Supervisor, _request: Json) -> None:
             raise NydusError(f"UpgradeManager({json.dumps(_error_text('Recv', e))})") from e
         except NydusError as e:
             raise NydusError(f"UpgradeManager({json.dumps(str(e))})") from e
+    points.reach("handover: state received")
     daemon.take_sent(sent)
     daemon.state = "READY"
 
@@ -130,8 +132,10 @@ def _sendfd(daemon: Supervisor, _request: Json) -> None:
             raise NotHereError
         try:
             state = json.dumps(_state_to_keep(daemon)).encode()
+            points.reach("handover: before the state is sent")
             sent = socket.send_fds(wire, [state], [fd])
             wire.sendall(state[sent:])
+            points.reach("handover: state sent")
         except OSError as e:
             raise NydusError(f"UpgradeManager({json.dumps(_error_text('Send', e))})") from e
 

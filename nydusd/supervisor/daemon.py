@@ -338,6 +338,7 @@ class Supervisor:
     def ask_to_exit(self) -> None:
         """As the API has it: end without unmounting; if a successor waits for that, leave everything to it."""
         self.handover.leaving = self._runtime.has_successor()
+        points.reach("handover: told to exit")
         self.ask_to_stop(unmount=False)
 
     def ask_to_stop(self, unmount: bool = True) -> None:
@@ -395,12 +396,14 @@ class Supervisor:
         """Leave everything to the next one. Front ends serve what is cached until then."""
         self._family.leave(keep_fork_server=self.handover.leaving)
         self._workers_have_ended()
+        points.reach("handover: others ended")
         if self._listener is not None:
             self._listener.remove()
         if self.handover.sockets is not None:
             self.handover.sockets.close()
         if self.handover.waiting:
             self._runtime.leave_line()
+        points.reach("handover: before the lock is free")
         self._runtime.let_go()
 
     @staticmethod

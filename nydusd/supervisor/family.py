@@ -250,6 +250,7 @@ class Family:
         Noted before the former one ends: whoever is killed in between, a successor finds one that has them.
         """
         self.fork_server.trade_places(fresh)
+        points.reach("upgrade: servers traded")
         self.fork_server.hold(self.fork_server.held)  # some may be newer than it is
         self._watch_fork_server()
         self._have_guarded()

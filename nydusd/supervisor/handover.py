@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import zmq
 
+from nydusd import points
 from nydusd.errors import NydusError
 from nydusd.ipc import messages
 from nydusd.ipc.messages import Json, decode, encode
@@ -128,12 +129,16 @@ class Handover:
     def wait_for_predecessor(self, daemon: Supervisor) -> None:
         """Until the daemon that serves here, and goes on to do so, has been told to exit and we to take over."""
         self._runtime.wait_in_line()
+        points.reach("handover: in line")
         self._wait(daemon, self._runtime.waiting, lambda: daemon.state != "INIT" and self._runtime.is_free())
+        points.reach("handover: predecessor gone")
         self._runtime.leave_line()
+        points.reach("handover: line left")
 
     def wait_for_session(self, daemon: Supervisor) -> None:
         """Until whoever keeps the session has sent it."""
         self._wait(daemon, self._runtime.folder, lambda: self.sent is not None)
+        points.reach("handover: session came")
 
     def _wait(self, daemon: Supervisor, folder: Path, done: Callable[[], bool]) -> None:
         """Answer the API in INIT, by sockets in `folder`, until it is `done`. Raises EndedError when told to end before."""
@@ -144,7 +149,9 @@ class Handover:
         for source in (self.sockets.front, wake):
             self._poller.register(source, zmq.POLLIN)
         self._family.front = f"ipc://{folder}/front"
+        points.reach("handover: can be asked")
         daemon.open_api()
+        points.reach("handover: API listens")
         log.info("waiting to take over %s", self._serves)
         while not done():
             if self._turn(daemon, wake):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from nydusd import points
 from nydusd.errors import ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.supervisor.children import Child
@@ -112,6 +113,7 @@ class Staff:
         self.family.wanted |= counts
         self._changing |= counts.keys()
         self.family.remember()
+        points.reach("scale: noted")
         answer = {role: {"before": len(self._staying(role)), "wanted": self.family.count(role)} for role in counts}
         log.info("workers: %s", ", ".join(f"{role} {row['before']} -> {row['wanted']}" for role, row in answer.items()))
         return answer
@@ -144,6 +146,7 @@ class Staff:
                 child.send(signal.SIGKILL)
             elif not self.pools[child.role].is_busy(child.identity):
                 child.send(signal.SIGTERM)
+                points.reach("scale: one is told to end")
 
     def _change(self, role: str) -> None:
         staying = sorted(self._staying(role), key=lambda child: child.index)
@@ -156,6 +159,7 @@ class Staff:
             free = next(index for index in range(len(staying) + 1) if all(child.index != index for child in staying))
             try:
                 self.family.add(Child(role, free, "workers"))
+                points.reach("scale: one started")
             except NydusError as e:
                 log.error("%s; trying again", e)
 

@@ -19,6 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from nydusd import points
 from nydusd.errors import NydusError
 from nydusd.formats.model import BlobFeature, BlobInfo, ChunkFlag, Cipher, Compressor, Digester
 from nydusd.ipc.arena import PAGE, Arena
@@ -94,6 +95,7 @@ class Trial:
     def run(self, workers: Sequence[Child]) -> Steps:
         """Try them all. Raises TrialError, or NydusError or OSError when there is no room for it."""
         yield from self._own_blob(workers)
+        points.reach("trial: own blob is good")
         chosen = self._choose()
         if chosen is None or all(worker.role != "decompress" for worker in workers):
             self.note = "no blob of an image is open to be tried"
@@ -118,6 +120,7 @@ class Trial:
 
     def _own_blob(self, workers: Sequence[Child]) -> Steps:
         spec = self._make_blob()
+        points.reach("trial: blob made")
         arena = self._new_arena(len(workers) * _pages(len(PLAIN)))
         asked: dict[bytes, Json] = {}
         for number, worker in enumerate(workers):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from nydusd import points
 from nydusd.errors import NydusError
 from nydusd.forkserver.fresh import FreshServer
 from nydusd.ipc.messages import DONE, HELLO, PROTOCOL, Json
@@ -103,12 +104,15 @@ class Upgrade:
         family, staff = self._family, self._staff
         before = {child.commit for child in staff.workers()}
         server = self._server = FreshServer()
+        points.reach("upgrade: server not noted")
         family.watch(server.fileno())
         family.remember()  # before it holds anything: so that a successor ends it
+        points.reach("upgrade: server noted")
         self._doing = "loading the code that is on disk"
         server.hold(
             family.fork_server.held
         )  # before any child is made: so it has them when it takes the old one's place
+        points.reach("upgrade: server holds")
         while not server.is_ready():
             yield
         self._doing = "starting the new generation"
@@ -120,6 +124,7 @@ class Upgrade:
             yield from self._start(server, child)
         while not all(child.identity in self._hellos for child in self.candidates):
             yield
+        points.reach("upgrade: all have said hello")
         for child in self.candidates:
             spoken = self._hellos[child.identity].get("protocol")
             if spoken != PROTOCOL:
@@ -129,12 +134,14 @@ class Upgrade:
                 )
         self._doing = "the trial of the new generation"
         yield from self._trial.run(self.candidates)
+        points.reach("upgrade: trial passed")
         old_ones, number = self._switch(server), len(self.candidates)
         self._doing = "the end of the old generation"
         after = {child.commit for child in self.candidates}
         self.candidates, self._deadline = [], math.inf
         while any(child in family.children for child in old_ones):
             yield
+        points.reach("upgrade: old ones gone")
         self._result = {
             "workers": number,
             "from": ", ".join(sorted(before)),
@@ -151,13 +158,16 @@ class Upgrade:
         finally:
             os.close(spec_fd)
         identity = child.identity
+        points.reach("upgrade: candidate asked for")
         self._staff.guests[identity] = lambda kind, body: self._hear(identity, kind, body)
         self.candidates.append(child)
         while (process := server.take_child()) is None:
             yield
         child.begin(process, server.commit)
+        points.reach("upgrade: candidate not noted")
         self._family.watch(child.pidfd)
         self._family.remember()
+        points.reach("upgrade: candidate noted")
 
     def _switch(self, server: FreshServer) -> list[Child]:
         """Give the jobs to the new generation; gives the old workers. From here on there is no way back, nor a need of one."""
@@ -169,11 +179,15 @@ class Upgrade:
             family.children.append(child)
             family.live.add(child.identity)
             staff.pools[child.role].worker_ready(child.identity)
+        points.reach("upgrade: new ones have the jobs")
         for child in old_ones:
             staff.dismiss(child)
+        points.reach("upgrade: old ones dismissed")
         family.succeed(server)
+        points.reach("upgrade: succession noted")
         self._server = None
         server.close()
+        points.reach("upgrade: former server ended")
         staff.recount()
         self._trial.close()
         log.info("the jobs are given to a new generation of workers, %s", ", ".join(c.name for c in self.candidates))
