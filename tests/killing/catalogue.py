@@ -19,6 +19,7 @@ from tests.killing.scenes import (
     Successors,
     TakeOver,
 )
+from tests.killing.upgrade_scenes import Handover, SentSession, Upgraded
 from tests.support.mounted import Tree
 
 SCENES: dict[str, Callable[[Tree, Path], Scene]] = {
@@ -35,4 +36,7 @@ SCENES: dict[str, Callable[[Tree, Path], Scene]] = {
     "EROFS with fanotify": Kernel,
     "its front end is succeeded": KernelSuccessors,
     "the kernel mounts what the API is told": KernelShared,
+    "workers are upgraded": Upgraded,
+    "a daemon is upgraded": Handover,
+    "the session was sent": SentSession,
 }

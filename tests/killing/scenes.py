@@ -12,8 +12,17 @@ from contextlib import ExitStack
 
 from nydusd.storage.cache.manager import SEGMENT_DIGITS
 from nydusd.storage.state.segment import Segment, names
+from nydusd.supervisor.runtime import TRIAL
 from tests.killing.scene import FILES, SECONDS, Config, Scene, read
-from tests.support.discipline import becomes_true, detach_mount, discipline, wait_until
+from tests.support.discipline import (
+    becomes_true,
+    cmdline,
+    descendants,
+    detach_mount,
+    discipline,
+    is_running,
+    wait_until,
+)
 from tests.support.faulty_server import faulty
 from tests.support.mounted import CHUNK, REPO, Hub
 from tests.support.segments import in_child, join
@@ -67,14 +76,14 @@ class Shared(Scene):
         kept = (".arena", ".stage", ".mounts", ".inflight")
 
         def left() -> list[str]:
-            return [name for name in names(prefix) if not name.endswith(kept)]
+            return [name for name in names(prefix) if not name.endswith(kept) or TRIAL in name]
 
         assert becomes_true(lambda: not left(), SECONDS), f"left in shared memory: {left()}"
         folder = discipline.runtime / prefix.split(".")[1]
         wait_until(lambda: os.listdir(folder / "mounts") == ["table.json"], "the end of the records", SECONDS)
 
         def stray() -> list[str]:
-            return [str(p) for p in folder.rglob("*") if p.name.endswith(".tmp") or p.name.startswith("trace")]
+            return [str(p) for p in folder.rglob("*") if p.name.endswith(".tmp") or p.name.startswith(("trace", TRIAL))]
 
         assert becomes_true(lambda: not stray(), SECONDS), stray()
 
@@ -104,13 +113,27 @@ class Remote(Shared):
         return {"type": "registry", "config": {"scheme": "http", "host": host, "repo": REPO, "timeout": 30}}
 
 
-class TakeOver(Shared):
-    """The supervisor is killed while an image is mounted, of which half was read."""
+class HalfRead(Shared):
+    """Half of an image was read when it begins, and no process but the daemon's is there when it ends."""
 
     def before(self) -> None:
         self.mount()
-        for name in FILES[::2]:
+        for name in FILES[len(FILES) // 2 :]:  # the latter half: what comes behind a chunk is taken along
             assert read(self.daemon.mountpoint / self.place / name) == self.tree.contents[name]
+
+    def after(self) -> None:
+        super().after()
+        assert becomes_true(lambda: not self.strays(), SECONDS), f"left: {self.strays()}"
+
+    def strays(self) -> list[str]:
+        """Processes that were the daemon's once."""
+        known = {self.daemon.pid, *self.daemon.family()}
+        titles = {pid: cmdline(pid) for pid in descendants(os.getpid()) if pid not in known and is_running(pid)}
+        return [f"{pid} ({title})" for pid, title in titles.items() if title.startswith("nydusd: ")]
+
+
+class TakeOver(HalfRead):
+    """The supervisor is killed while an image is mounted, of which half was read."""
 
     def work(self) -> None:
         pid = self.daemon.pid

@@ -15,6 +15,9 @@ SAMPLE = {
     "an image comes and goes": ("fill: written", "fuse: before a miss is answered", "map: record written"),
     "a daemon's life": ("stop: unmounted",),
     "the kernel mounts what the API is told": ("erofs: written down", "erofs: mounted"),
+    "workers are upgraded": ("upgrade: succession noted",),
+    "a daemon is upgraded": ("handover: predecessor gone",),
+    "the session was sent": ("takeover: one lane made",),
 }
 
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from tests.support.discipline import wait_until
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 150.0
 """Seconds, also for a machine that is emulated by one that has other things to do."""
+_LOOK_SECONDS = 0.1
 
 
 class Daemon(Protocol):
@@ -43,34 +44,57 @@ class Keeper:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(self.path)
         self._socket.listen()
-        self._socket.settimeout(PATIENCE)
+        self._socket.settimeout(_LOOK_SECONDS)
 
     def save(self, daemon: Daemon) -> None:
-        """Have a daemon send them."""
-        with self._asking(daemon, "sendfd", 204) as wire:
-            state, fds, _, _ = socket.recv_fds(wire, 4096, 4)
-            while piece := wire.recv(4096):
-                state += piece
+        """Have a daemon send them. If that fails, AssertionError or OSError, the former ones are kept."""
+        fds: list[int] = []
+        try:
+            with self._asking(daemon, "sendfd", 204) as wire:
+                state, fds, _, _ = socket.recv_fds(wire, 4096, 4)
+                while piece := wire.recv(4096):
+                    state += piece
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
         self.forget()
         self.state, self.fds = state, fds[:1]
 
     def give(self, daemon: Daemon, status: int = 204) -> None:
-        """Have a daemon take over."""
+        """Have a daemon take over. AssertionError or OSError if it does not, or has no time to say so."""
         with self._asking(daemon, "takeover", status) as wire:
             socket.send_fds(wire, [self.state], self.fds)
 
     @contextmanager
     def _asking(self, daemon: Daemon, what: str, status: int) -> Iterator[socket.socket]:
         answers: list[int] = []
-        asking = threading.Thread(
-            target=lambda: answers.append(daemon.request("PUT", f"/api/v1/daemon/fuse/{what}", seconds=PATIENCE)[0])
-        )
+
+        def ask() -> None:
+            with suppress(OSError):  # it was killed
+                answers.append(daemon.request("PUT", f"/api/v1/daemon/fuse/{what}", seconds=PATIENCE)[0])
+
+        asking = threading.Thread(target=ask)
         asking.start()
-        wire, _ = self._socket.accept()
-        with wire:
-            yield wire
-        asking.join()
+        try:
+            with self._called(asking) as wire:
+                yield wire
+        finally:
+            asking.join()
         assert answers == [status]
+
+    def _called(self, asking: threading.Thread) -> socket.socket:
+        """The line to the daemon that was asked. OSError when it has answered, or was killed, and has not called."""
+        while True:
+            over = not asking.is_alive()
+            try:
+                wire, _ = self._socket.accept()
+            except TimeoutError:
+                if over:
+                    raise
+            else:
+                wire.settimeout(PATIENCE)
+                return wire
 
     def forget(self) -> None:
         for fd in self.fds:
