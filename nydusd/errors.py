@@ -131,10 +131,33 @@ class UnreadableError(CacheError):
     temporary: ClassVar[bool] = True
 
 
+class ScarceError(CacheError):
+    """No file descriptor or no memory is left to open something with. Nothing is wrong with it: it can be opened later."""
+
+    temporary: ClassVar[bool] = True
+
+
 class EvictedError(CacheError):
     """Chunks were taken out of the cache file, to make room, while they were read. Asking again fetches them anew."""
 
     temporary: ClassVar[bool] = True
+
+
+_SCARCE = (_errno.EMFILE, _errno.ENFILE, _errno.ENOMEM)
+
+
+def is_scarce(error: BaseException) -> bool:
+    """Whether something could not be done because file descriptors or memory are used up, whatever it was.
+
+    The library for POSIX shared memory says so without a number, as it does of nothing else.
+    """
+    return isinstance(error, OSError) and (error.errno in _SCARCE or (type(error) is OSError and error.errno is None))
+
+
+def cache_error(what: str, error: Exception) -> CacheError:
+    """The error for a file or a piece of shared memory that cannot be opened: ScarceError when that is not its fault."""
+    number = error.errno if isinstance(error, OSError) else 0
+    return (ScarceError if is_scarce(error) else CacheError)(f"{what}: {error}", number)
 
 
 class MountError(NydusError):

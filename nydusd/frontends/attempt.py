@@ -1,4 +1,7 @@
-"""A read that lacked chunks: what it is to ask the supervisor for, each time that it still cannot be done.
+"""A read that could not be done at once: what it is to ask the supervisor for, each time that it still cannot be done.
+
+Nothing is asked for because a file descriptor or memory is lacking (`ScarceError`): the blob is as good as ever, for others
+too. Such a read is tried again a moment later, as often as its deadline allows.
 
 Runs in the front ends that read cache files themselves (FUSE, block export). Nothing here waits or sends: who waits is with
 them. It dies with the process: a successor begins a read anew, and counts anew.
@@ -14,6 +17,8 @@ from nydusd.formats.model import Extent
 from nydusd.ipc.messages import LOST, UNREADABLE
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
 
+LATER = 0.1
+"""Seconds after which a read that lacked a file descriptor or memory is tried again."""
 _ANEW_MOST = 4
 """How often the chunks of one read may be lost or unreadable: the blob may have to be opened anew more than once."""
 
@@ -38,28 +43,34 @@ class Ask(NamedTuple):
 class Attempt:
     """The pieces `vec` of blobs of `device`, on their way to a reader. What is taken away again is asked for again."""
 
-    __slots__ = ("_anew", "_evictions", "device", "vec")
+    __slots__ = ("_anew", "_asked", "_evictions", "device", "unsent", "vec")
 
     def __init__(self, device: Chunks, vec: list[Extent]) -> None:
         self.device = device
         self.vec = vec
         self._anew = 0
+        self._asked = False
         self._evictions = 0
+        self.unsent: Ask | None = None
+        """What was to be asked for when there was no file descriptor for the line to the supervisor."""
 
     def ask(self, runs: list[ChunkRun], flags: int = 0) -> Ask:
         """To ask for just this."""
+        self._asked = True
         self._evictions = self.device.evictions(self.vec)
         return Ask(runs, flags)
 
     def check(self, pieces: Mapping[tuple[int, int], memoryview]) -> Ask | None:
         """All that was asked for has come, it is said: in the cache file, or as `pieces`. None: it has, read now.
 
-        Raises StaleCacheError when it was said too often and is not true, CorruptChunkError as `missing` does.
+        If nothing was asked for yet, what lacks is. Raises StaleCacheError when it was said too often and is not true,
+        CorruptChunkError and ScarceError as `missing` does.
         """
         absent = self._absent(pieces)
         if not absent:
             return None
-        if not self._is_settled_now() and self.device.evictions(self.vec) == self._evictions:
+        settled = self._is_settled_now()
+        if self._asked and not settled and self.device.evictions(self.vec) == self._evictions:
             # Nothing was taken away. So the supervisor means another file than the one that is open here, or is wrong.
             self.device.refresh(self.vec)
             absent = self._absent(pieces)

@@ -9,12 +9,13 @@ What holds after SIGKILL: a lease ends with the process that holds it, because o
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 
 import posix_ipc
 
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, cache_error
 
 PAGE = 4096
 
@@ -33,33 +34,38 @@ class Arena:
 
     @classmethod
     def create(cls, name: str, size: int) -> Arena:
-        """Raises CacheError when shared memory is full. An object of this name is replaced, and stays with who has it."""
+        """Raises CacheError when shared memory is full, ScarceError when no file descriptor is left.
+
+        An object of this name is replaced, and stays with who has it.
+        """
         size = -(-size // PAGE) * PAGE
         try:
             with contextlib.suppress(posix_ipc.ExistentialError):
                 posix_ipc.unlink_shared_memory(name)
             shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, 0o600)
         except (OSError, posix_ipc.Error) as e:
-            raise CacheError(f"shared memory {name}: {e}") from e
+            raise cache_error(f"shared memory {name}", e) from e
         try:
             os.ftruncate(shm.fd, size)
             return cls(name, mmap.mmap(shm.fd, size), shm.fd)
         except OSError as e:
             shm.close_fd()
             posix_ipc.unlink_shared_memory(name)
+            if e.errno in (errno.EMFILE, errno.ENFILE):
+                raise cache_error(f"shared memory {name}", e) from e
             raise CacheError(f"shared memory {name}: {size} bytes: {e.strerror}", e.errno) from e
 
     @classmethod
     def open(cls, name: str) -> Arena:
-        """Map an arena that the supervisor has made. Raises CacheError."""
+        """Map an arena that the supervisor has made. Raises CacheError, ScarceError."""
         try:
             shm = posix_ipc.SharedMemory(name)
         except (OSError, posix_ipc.Error) as e:
-            raise CacheError(f"shared memory {name}: {e}") from e
+            raise cache_error(f"shared memory {name}", e) from e
         try:
             return cls(name, mmap.mmap(shm.fd, os.fstat(shm.fd).st_size))
         except OSError as e:
-            raise CacheError(f"shared memory {name}: {e.strerror}", e.errno) from e
+            raise cache_error(f"shared memory {name}", e) from e
         finally:
             shm.close_fd()
 

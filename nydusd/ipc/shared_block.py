@@ -11,7 +11,7 @@ import os
 
 import posix_ipc
 
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, cache_error
 
 
 def make_block(name: str, size: int) -> mmap.mmap:
@@ -30,7 +30,10 @@ def make_block(name: str, size: int) -> mmap.mmap:
 
 
 def map_block(name: str, size: int = 0, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
-    """What another process has made: `size` bytes of it, 0 for all. Raises CacheError when there is no such block."""
+    """What another process has made: `size` bytes of it, 0 for all.
+
+    Raises CacheError when there is no such block, ScarceError when it cannot be mapped now.
+    """
     try:
         shm = posix_ipc.SharedMemory(name)
         try:
@@ -38,4 +41,4 @@ def map_block(name: str, size: int = 0, prot: int = mmap.PROT_READ | mmap.PROT_W
         finally:
             shm.close_fd()
     except (OSError, ValueError, posix_ipc.Error) as e:
-        raise CacheError(f"shared memory {name}: {e}") from e
+        raise cache_error(f"shared memory {name}", e) from e

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from nydusd.errors import ConfigError
+from nydusd.errors import ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.api.image import ImageFacts
@@ -52,12 +52,15 @@ class Image:
         """Whether its configuration is the command line's."""
         cache_config = _cache_config(config, domain)
         names: Sequence[Former | None] = former or [None] * len(facts.blobs)
-        self.caches = [
-            factory.new_blob_cache(
-                cache_config, info, facts.identity, facts.bootstrap, facts.path_id, facts.extracted, name
-            )
-            for info, name in zip(facts.blobs, names, strict=True)
-        ]
+        self.caches: list[BlobCache] = []
+        try:
+            for info, name in zip(facts.blobs, names, strict=True):
+                image = facts.identity, facts.bootstrap, facts.path_id, facts.extracted
+                self.caches.append(factory.new_blob_cache(cache_config, info, *image, name))
+        except NydusError:
+            for cache in self.caches:
+                cache.users -= 1
+            raise
 
     @property
     def facts(self) -> Json:

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from nydusd.errors import NydusError
+from nydusd.errors import NydusError, ScarceError
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority, Request
 from nydusd.supervisor.outages import Outages
@@ -57,7 +57,7 @@ class Openings:
         if job.cancelled:
             return
         name = cache.spec.info.blob_id
-        error = answer.get("error")
+        error, retry_after = answer.get("error"), answer.get("retry_after")
         if error is None:
             try:
                 cache.opened()
@@ -66,8 +66,10 @@ class Openings:
                 log.info("blob %s: %d of %d chunks are in the cache", name, answer["ready"], answer["count"])
             except (NydusError, OSError) as e:
                 error = str(e)
+                if isinstance(e, ScarceError):
+                    retry_after = 0.0
         if error is not None:
-            cache.open_failed(error, answer.get("retry_after"))
+            cache.open_failed(error, retry_after)
             level = logging.WARNING if cache.unreachable else logging.ERROR
             log.log(level, "blob %s cannot be opened: %s", name, error)
         waiting, cache.waiting = cache.waiting, []

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from nydusd import points
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, ScarceError
 from nydusd.ipc.messages import AHEAD, LOST, UNREADABLE, SlotRef
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.blob_cache import BlobCache
@@ -273,6 +273,8 @@ class Router:
         try:
             left = self._room.enter(request, missing)
         except CacheError as e:
+            if isinstance(e, ScarceError) and self.outages.put_off(request, 0.0, str(e)):
+                return
             log.error("blob %s: %s", request.cache.spec.info.blob_id, e)
             self._finish(request, errno.ENOMEM)
             return

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nydusd.errors import ScarceError
 from nydusd.frontends.blobfs.device import RangeDevice
 from nydusd.frontends.nbd.connection import Connection
 from nydusd.frontends.nbd.layout import Layout, Piece
@@ -20,6 +21,7 @@ from nydusd.ipc.messages import LOST, UNREADABLE, SlotRef
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state.eviction import punch
 from nydusd.storage.state.segment import EMPTY, READY, Identity
+from tests.support.discipline import wait_until
 from tests.support.segments import Place, make_segment, segment_name
 
 PLACES = [Place(0, 4096), Place(8192, 4096)]
@@ -211,6 +213,41 @@ def test_what_the_disk_does_not_give_comes_in_shared_memory(
     assert disk.serve(in_memory=True) == [(ChunkRun(70, 0, 2), UNREADABLE)]
     assert client.got == (0, CONTENT[0])
     assert "cache file at 0: Input/output error: fetching it again" in caplog.text
+
+
+def test_a_cache_file_for_which_no_file_descriptor_is_left_is_read_later(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_more(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", no_more)
+    client = disk.read(0, SIZE)
+    assert client.got is None
+    monkeypatch.undo()
+    wait_until(lambda: disk.reads.service() is None, "the answer", 60)
+    assert client.got == (0, CONTENT[0])
+    assert disk.asked == {}
+    assert "cache file: [Errno 24] Too many open files: who needs it waits" in caplog.text
+
+
+def test_chunks_are_asked_for_when_there_can_be_a_line_to_the_supervisor(disk: Disk) -> None:
+    lines: list[Disk] = []
+
+    def connect() -> Disk:
+        if not lines:
+            raise ScarceError("no file descriptor is left")
+        return lines[0]
+
+    disk.reads = Reads(TwoBlobs(), disk.device, connect, 30.0)
+    disk.evict(0)
+    client = disk.read(0, SIZE)
+    assert client.got is None
+    lines.append(disk)
+    wait_until(lambda: disk.reads.service() is not None and bool(disk.asked), "the request", 60)
+    disk.fill(0)
+    assert disk.serve() == [(ChunkRun(70, 0, 2), 0)]
+    assert client.got == (0, CONTENT[0])
 
 
 def test_a_cache_file_that_was_cut_off_is_fetched_again(disk: Disk) -> None:

@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import random
-import resource
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from tests.support import oracle
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import detach_mount, wait_until
 from tests.support.mounted import Tree
+from tests.support.scarce import no_fd_left
 
 NAMES = [f"{number:02}" for number in range(8)]
 
@@ -32,18 +33,6 @@ def config(tree: Tree, cache: Path) -> dict[str, object]:
     backend = {"type": "localfs", "config": {"dir": str(tree.bootstrap.parent / "blobs")}}
     device = {"backend": backend, "cache": {"type": "blobcache", "config": {"work_dir": str(cache)}}}
     return {"device": device, "mode": "direct", "amplify_io": 0, "nydusd": {"front_ends": 1, "decompress_workers": 1}}
-
-
-@contextlib.contextmanager
-def no_fd_left(pid: int) -> Iterator[None]:
-    """A process that can open nothing more, unless it closes something."""
-    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(used) + 1)) - used), before[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
 def test_worker_without_a_file_descriptor_lets_go_of_some(tree: Tree, tmp_path: Path) -> None:
@@ -131,3 +120,72 @@ def test_front_end_without_a_file_descriptor_learns_later_what_is_mounted(
             wait_until(lambda: os.path.isdir(daemon.mountpoint / "two"), "the second image", 60)
         assert read(daemon.mountpoint / "two" / NAMES[1]) == tree.contents[NAMES[1]]
         assert daemon.pids("fuse") == [front_end]
+
+
+def test_front_end_without_a_file_descriptor_lets_go_of_other_images_blobs(tree: Tree, tmp_path: Path) -> None:
+    """What it closes for the one it opens again for the other: nobody waits for anybody."""
+    with Daemon(None, tmp_path, config=config(tree, tmp_path / "cache")) as daemon:
+        (front_end,) = daemon.pids("fuse")
+        for place in ("one", "two"):
+            text = json.dumps(config(tree, tmp_path / place))
+            assert daemon.mount(f"/{place}", tree.bootstrap, tmp_path, config=text) == (204, "")
+            assert sorted(os.listdir(daemon.mountpoint / place)) == NAMES
+        assert read(daemon.mountpoint / "one" / NAMES[0]) == tree.contents[NAMES[0]]
+        with no_fd_left(front_end):
+            for place in ("two", "one", "two"):
+                for name in NAMES:
+                    assert read(daemon.mountpoint / place / name) == tree.contents[name]
+        assert daemon.pids("fuse") == [front_end]
+
+
+def test_supervisor_without_a_file_descriptor_keeps_readers_waiting_and_tells_clients(
+    tree: Tree, tmp_path: Path
+) -> None:
+    """It cannot look at a blob that a worker has opened; it can later. What is open already is read as ever."""
+    found: list[bytes] = []
+    with Daemon(None, tmp_path, config=config(tree, tmp_path / "cache")) as daemon:
+        for place in ("one", "two"):
+            text = json.dumps(config(tree, tmp_path / place))
+            assert daemon.mount(f"/{place}", tree.bootstrap, tmp_path, config=text) == (204, "")
+        assert read(daemon.mountpoint / "one" / NAMES[0]) == tree.contents[NAMES[0]]
+        processes = {role: daemon.pids(role) for role in ("fuse", "fetch", "decompress", "api")}
+        late = threading.Thread(target=lambda: found.append(read(daemon.mountpoint / "two" / NAMES[0])))
+        (data,) = (tmp_path / "two").glob("*.blob.data")
+        with no_fd_left(daemon.pid):
+            data.unlink()  # so that it has to be opened anew
+            late.start()
+            wait_until(
+                lambda: "cannot be opened: shared memory" in daemon.log.read_text(),
+                "the blob that cannot be opened",
+                60,
+            )
+            assert read(daemon.mountpoint / "one" / NAMES[1]) == tree.contents[NAMES[1]]
+            assert daemon.says_running()
+            text = json.dumps(config(tree, tmp_path / "three"))
+            status, why = daemon.mount("/three", tree.bootstrap, tmp_path, config=text)
+            assert status == 204 or (status >= 500 and "files" in why), (status, why)
+        late.join(60)
+        assert found == [tree.contents[NAMES[0]]]
+        if status != 204:
+            assert daemon.mount("/three", tree.bootstrap, tmp_path, config=text) == (204, "")
+        assert read(daemon.mountpoint / "three" / NAMES[2]) == tree.contents[NAMES[2]]
+        assert {role: daemon.pids(role) for role in processes} == processes
+
+
+def test_api_process_without_a_file_descriptor_answers_later(tree: Tree, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    answers: list[object] = []
+    with Daemon(tree.bootstrap, tmp_path, cache=cache, config=config(tree, cache)) as daemon:
+        (api,) = daemon.pids("api")
+        client = threading.Thread(target=lambda: answers.append(daemon.get("/api/v1/daemon", seconds=60)))
+        with no_fd_left(api), contextlib.ExitStack() as others:
+            for _ in range(8):  # it may have closed something since
+                others.enter_context(socket.socket(socket.AF_UNIX)).connect(str(daemon.apisock))
+            wait_until(lambda: "cannot accept a client" in daemon.log.read_text(), "a client to be refused", 60)
+            client.start()
+            for name in NAMES:
+                assert read(daemon.mountpoint / name) == tree.contents[name]
+        client.join(60)
+        (answer,) = answers
+        assert isinstance(answer, dict) and answer["state"] == "RUNNING"
+        assert daemon.pids("api") == [api]

@@ -8,7 +8,7 @@ opened.
 
 from __future__ import annotations
 
-from nydusd.errors import StaleCacheError
+from nydusd.errors import ScarceError, StaleCacheError
 from nydusd.formats.model import Extent
 from nydusd.storage.api.device import BlobDevice, Pieces
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
@@ -28,9 +28,12 @@ class RangeDevice(BlobDevice):
 
     def extents(self, blob: int, offset: int, length: int) -> list[Extent]:
         """The pieces of a range of a blob, in order, as far as the blob reaches."""
-        if not self._is_open(blob):
-            return [Extent(blob, 0, offset, 0, length, _UNKNOWN)]
-        return self.cut(blob, offset, length)
+        try:
+            if self._is_open(blob):
+                return self.cut(blob, offset, length)
+        except ScarceError:
+            pass  # `missing` will say so, to who can wait
+        return [Extent(blob, 0, offset, 0, length, _UNKNOWN)]
 
     def missing(self, vec: BlobIoVec, again: bool = False) -> list[ChunkRun]:
         for extent in vec:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from nydusd import logs
 from nydusd.frontends.fuse.parking import Client
 from nydusd.ipc.inflight import open_row
+from nydusd.ipc.line import open_line
 from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
 
@@ -43,9 +44,7 @@ def main(argv: list[str]) -> int:
     front, identity = str(spec["front"]), str(spec.get("identity") or "erofs").encode()
 
     def connect() -> Client:
-        from nydusd.ipc.client import ChunkClient
-
-        return ChunkClient(front, identity)
+        return open_line(front, identity)
 
     def know(complain: Callable[[str], None]) -> Known:
         return Known(int(spec["table"]), int(spec["group"]), int(spec["index"]), complain)

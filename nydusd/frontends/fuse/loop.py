@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from nydusd import points
+from nydusd.errors import ScarceError
 from nydusd.ipc.inflight import InflightRow
 
 from . import protocol as p
@@ -115,10 +116,11 @@ class FrontEnd:
             pass
 
     def _serve_blocking(self, parked: dict[int, Parked]) -> bool:
-        """Serve until a read is parked. False when the mount is gone."""
+        """Serve until a read has to wait. False when the mount is gone."""
+        unopened = self._reads.unopened
         fd, readv, buffers, dispatch, give_way = self._fd, os.readv, [self._request], self.dispatch, os.sched_yield
         tries = 0
-        while not parked:
+        while not parked and not unopened:
             try:
                 length = readv(fd, buffers) if tries < _SPIN else self._block(buffers)
             except BlockingIOError:
@@ -153,9 +155,8 @@ class FrontEnd:
             os.set_blocking(self._fd, False)
 
     def _serve_polling(self, parked: dict[int, Parked]) -> bool:
-        """Serve until no read is parked any more. False when the mount is gone."""
+        """Serve until no read has to wait any more. False when the mount is gone."""
         poll = select.poll()
-        poll.register(self._parking.client.fileno(), select.POLLIN)
         for extra in (self._interrupt_in, self._wake):
             if extra >= 0:
                 poll.register(extra, select.POLLIN)
@@ -163,11 +164,13 @@ class FrontEnd:
         while True:
             if self._views.shared[0] != self._views.generation:
                 self.changes.take()
-            timeout = self._parking.service()
+            timeout = min(self._reads.service(), self._parking.service())
             self.changes.close_left()
-            if not parked:
+            if not parked and not self._reads.unopened:
                 return True
             poll.register(self._fd, 0 if self._journal.full else select.POLLIN)
+            if (line := self._parking.fileno()) >= 0:
+                poll.register(line, select.POLLIN)
             self._tally.flush()
             for ready, _ in poll.poll(math.ceil(timeout * 1000)):
                 if ready == self._interrupt_in:
@@ -211,7 +214,10 @@ class FrontEnd:
             else:
                 result = handler(node, self._request[p.REQUEST.size : length])
         except Exception as e:
-            self._answers.fail(unique, self._errno_of(e, opcode, node))
+            if opcode == p.READ and isinstance(e, ScarceError):
+                self._reads.put_off(self._request, unique, e)
+            else:
+                self._answers.fail(unique, self._errno_of(e, opcode, node))
             return
         if type(result) is bytes:
             self._answers.body(unique, result)
@@ -229,6 +235,9 @@ class FrontEnd:
             if self._may_serve(unique, p.READ, node):
                 try:
                     self._reads.read(request, unique, node, pid, place)
+                except ScarceError as e:
+                    self._reads.put_off(request, unique, e, place)
+                    continue
                 except Exception as e:
                     self._answers.fail(unique, self._errno_of(e, p.READ, node))
             if unique not in self._parking.reads:
@@ -236,7 +245,8 @@ class FrontEnd:
             elif interrupted:
                 self._parking.interrupt(unique)
         length, opcode, unique, node, _ = p.REQUEST.unpack_from(self._request)
-        if length and unique not in self._parking.reads and self._may_serve(unique, opcode, node):
+        waiting = unique in self._parking.reads or unique in self._reads.unopened
+        if length and not waiting and self._may_serve(unique, opcode, node):
             self.dispatch(min(length, REQUEST_SIZE))
         points.reach("fuse: successor has taken up all")
         journal.served_again()

@@ -23,9 +23,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nydusd import logs
-from nydusd.errors import FormatError
+from nydusd.errors import FormatError, cache_error, is_scarce
 from nydusd.formats import open_bootstrap
 from nydusd.ipc.inflight import open_row
+from nydusd.ipc.line import open_line
 from nydusd.ipc.shared_number import map_number
 from nydusd.ipc.spec import read_spec
 from nydusd.ipc.trace import Trace
@@ -57,9 +58,7 @@ def main(argv: list[str], opener: Opener | None = None) -> int:
     front = str(spec["front"])
 
     def connect() -> Client:
-        from nydusd.ipc.client import ChunkClient
-
-        return ChunkClient(front, identity)
+        return open_line(front, identity)
 
     def open_one(mount: Mapping[str, Any], number: int) -> Mount:
         return (opener or open_mount)(mount, index, number)
@@ -92,7 +91,10 @@ def main(argv: list[str], opener: Opener | None = None) -> int:
 
 
 def open_mount(spec: Mapping[str, Any], row: int, index: int = 0) -> Mount:
-    """The mount that a spec describes; `row`: our counters. Raises FormatError for a bad bootstrap, or CacheError."""
+    """The mount that a spec describes; `row`: our counters.
+
+    Raises FormatError for a bad bootstrap, or CacheError; ScarceError if it can be opened when a file descriptor is free.
+    """
     path = str(spec["bootstrap"])
     view = map_bootstrap(path, spec.get("bootstrap_size"))
     bootstrap = open_bootstrap(view, path, spec["path_id"], extracted=bool(spec["extracted"]))
@@ -104,10 +106,15 @@ def open_mount(spec: Mapping[str, Any], row: int, index: int = 0) -> Mount:
 
 
 def map_bootstrap(path: str, size: int | None) -> memoryview:
-    """The file's bytes, mapped read-only. Raises FormatError when it is empty or its size is not the recorded one."""
+    """The file's bytes, mapped read-only.
+
+    Raises FormatError when it is empty or its size is not the recorded one, ScarceError when it cannot be mapped now.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as e:
+        if is_scarce(e):
+            raise cache_error(f"bootstrap {path}", e) from e
         raise FormatError(path, "bootstrap", f"cannot be opened: {e.strerror}") from e
     try:
         found = os.fstat(fd).st_size
@@ -116,5 +123,7 @@ def map_bootstrap(path: str, size: int | None) -> memoryview:
         if found == 0:
             raise FormatError(path, "size", "0 bytes: this is no bootstrap")
         return memoryview(mmap.mmap(fd, found, prot=mmap.PROT_READ))
+    except OSError as e:
+        raise cache_error(f"bootstrap {path}", e) from e
     finally:
         os.close(fd)

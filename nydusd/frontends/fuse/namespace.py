@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nydusd.errors import CacheError, FormatError, NydusError, UnmountedError
+from nydusd.errors import CacheError, FormatError, NydusError, ScarceError, UnmountedError, cache_error, is_scarce
 from nydusd.storage.api.known_chunk import KnownChunk
 
 from .mount import PSEUDO_INDEX, Mount
@@ -81,11 +81,19 @@ class Namespace(dict[int, View]):
         """Why the table could not be read when it was tried last: what is known here is of an older one."""
 
     def __missing__(self, index: int) -> View:
-        """Raises UnmountedError for an image that is not mounted (any more), and what opening one raises."""
+        """Raises UnmountedError for an image that is not mounted (any more), and what opening one raises.
+
+        That is ScarceError if it cannot be opened now, and can be when a file descriptor is free.
+        """
         if index == PSEUDO_INDEX:
             view = self._pseudo_view
         elif index in self._images:
-            view = self._open(self._images[index])
+            try:
+                view = self._open(self._images[index])
+            except ScarceError:
+                if not self.let_go():
+                    raise
+                view = self._open(self._images[index])
         elif index == 0:
             root = self._pseudo.places.get(ROOT)
             view = self._pseudo_view if root is None or root.index is None else self[root.index]
@@ -139,6 +147,15 @@ class Namespace(dict[int, View]):
             if view.mount is not None:
                 view.mount.trim()
 
+    def let_go(self, but: Mount | None = None) -> bool:
+        """Close what images, all or all but one, have open of their blobs: each is opened again when it is read.
+
+        Whether anything was open, so that there is room for something else now.
+        """
+        mounts = [view.mount for view in self.values() if view.mount is not None and view.mount is not but]
+        closed = [mount.device.close() for mount in mounts]
+        return any(closed)
+
     def root_entry(self, index: int) -> tuple[int, ...]:
         """The fields of ENTRY_OUT for the root of an image, to be looked up anew at each use."""
         operations = self[index].operations
@@ -151,6 +168,8 @@ class Namespace(dict[int, View]):
         try:
             spec = json.loads(path.read_bytes())
         except (OSError, ValueError) as e:
+            if is_scarce(e):
+                raise cache_error(str(path), e) from e
             raise FormatError(str(path), "mount", f"cannot be read: {e}") from e
         mount = self._open_mount(spec, place.index)
         operations = Operations(mount, self._flags, self.root_entry)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from nydusd import points
+from nydusd.errors import ScarceError
 from nydusd.formats.model import Extent
-from nydusd.frontends.attempt import Ask, Attempt
+from nydusd.frontends.attempt import LATER, Ask, Attempt
 from nydusd.ipc.messages import AHEAD, SlotRef
 from nydusd.storage.api.io import ChunkRun
 
@@ -88,6 +89,7 @@ class Parking:
     """The parked reads of one front end. `finish(read, errno)` is called when a read's wait is over.
 
     `finish` may call `again` to send a read back into waiting; once it is answered it must call `let_go`.
+    `complain(error)` is told that there is no file descriptor for the line to the supervisor.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Parking:
         connect: Callable[[], Client],
         patience: float,
         finish: Callable[[Parked, int], None],
+        complain: Callable[[ScarceError], None],
         board: InflightRow | None = None,
     ) -> None:
         self._journal = journal
@@ -103,22 +106,38 @@ class Parking:
         self._connect = connect
         self._patience = patience
         self._finish = finish
+        self._complain = complain
         self._client: Client | None = None
         self.reads: dict[int, Parked] = {}
         """What is parked, by `unique`; a plain dict, because the loop asks for its emptiness before every request."""
         self._interval = min(ASK_AGAIN, patience)
         self._owners: dict[int, Parked] = {}
-        self._tick = 0.0
+        self._later: dict[int, Parked] = {}
+        """Those that lacked a file descriptor or memory: at `_next_try` they are tried again."""
+        self._tick = self._next_try = 0.0
 
     @property
-    def client(self) -> Client:
-        """The line to the supervisor, made at the first miss: a front end that has all it needs never loads ZeroMQ."""
+    def client(self) -> Client | None:
+        """The line to the supervisor, made at the first miss: a front end that has all it needs never loads ZeroMQ.
+
+        None while there is no file descriptor for it.
+        """
         if self._client is None:
-            self._client = self._connect()
+            try:
+                self._client = self._connect()
+            except ScarceError as e:
+                self._complain(e)
         return self._client
 
-    def park(self, read: Parked, ask: Ask) -> None:
-        """Ask for what is missing and remember the read. A second copy of a read (after a kill) replaces the first."""
+    def fileno(self) -> int:
+        """To be polled for input; -1 while there is no line to the supervisor."""
+        return -1 if self._client is None else self._client.fileno()
+
+    def park(self, read: Parked, ask: Ask | None) -> None:
+        """Ask for what is missing and remember the read, which is tried again a moment later if there is nothing to ask for.
+
+        A second copy of a read (after a kill) replaces the first.
+        """
         self.forget(read.unique)
         if read.place < 0:
             read.place = self._journal.keep()
@@ -127,22 +146,30 @@ class Parking:
         read.deadline = now + self._patience
         if not self.reads:
             self._tick = now + self._interval
-        self.reads[read.unique] = read
-        if self._board is not None:
-            read.slot = self._board.begin(read.unique, read.ino)
-        self._ask(read, ask)
+        self.again(read, ask)
         points.reach("fuse: miss asked for")
 
     def hint(self, hints: list[ChunkRun]) -> None:
         """Tell the supervisor where sequential readers are; empties the list."""
-        for run in hints:
-            self.client.request(run, AHEAD)
+        if (client := self.client) is not None:
+            for run in hints:
+                client.request(run, AHEAD)
         hints.clear()
 
-    def again(self, read: Parked, ask: Ask) -> None:
-        """What a read has got was not enough: have it wait once more, for this."""
+    def again(self, read: Parked, ask: Ask | None) -> None:
+        """What a read has got was not enough: have it wait once more, for this, or (None) until it is tried again."""
         self.reads[read.unique] = read
-        self._ask(read, ask)
+        if self._board is not None and read.slot < 0:
+            read.slot = self._board.begin(read.unique, read.ino)
+        if ask is not None:
+            self._ask(read, ask)
+        else:
+            self._put_off(read)
+
+    def _put_off(self, read: Parked) -> None:
+        if not self._later:
+            self._next_try = time.monotonic() + LATER
+        self._later[read.unique] = read
 
     def forget(self, unique: int) -> None:
         """Give up a parked read without an answer, if there is such a one."""
@@ -190,29 +217,46 @@ class Parking:
 
     def service(self) -> float:
         """Take in the replies and what became due. Gives the seconds until it must be called again."""
-        client = self.client
-        for reply in client.replies():
-            self._take(reply)
+        client = self._client
+        while client is not None and (
+            replies := client.replies()
+        ):  # what we ask for meanwhile may hide that more has come
+            for reply in replies:
+                self._take(reply)
         now = time.monotonic()
+        if self._later and now >= self._next_try:
+            self._try_again()
         if now >= self._tick:
             self._tick = now + self._interval
             for read in list(self.reads.values()):
                 if now >= read.deadline:
                     self._end(read, errno.ETIMEDOUT)
-                elif not (read.interrupted and self._end_if_killed(read)):
+                elif not (read.interrupted and self._end_if_killed(read)) and client is not None:
                     for number, (run, flags) in read.pending.items():
                         client.request(run, flags, number)
-        return max(0.0, self._tick - now)
+        return max(0.0, (min(self._tick, self._next_try) if self._later else self._tick) - now)
+
+    def _try_again(self) -> None:
+        """Those that lacked something may have it now. Who does not is put off again."""
+        reads, self._later = self._later, {}
+        for unique, read in reads.items():
+            if self.reads.get(unique) is not read:
+                continue
+            ask, read.unsent = read.unsent, None
+            if ask is not None:
+                self._ask(read, ask)
+            else:
+                self._end(read, 0)
 
     def pieces(self, read: Parked) -> dict[tuple[int, int], memoryview]:
         """The chunks of a read that came in shared memory. Drop them before `let_go`."""
-        if not read.slots:
+        if not read.slots or self._client is None:
             return {}
         blobs = {read.device.handle(blob): blob for blob in {extent.blob for extent in read.vec}}
         found: dict[tuple[int, int], memoryview] = {}
         for slot in read.slots:
             if slot.handle in blobs:
-                for chunk, view in self.client.pieces(slot).items():
+                for chunk, view in self._client.pieces(slot).items():
                     found[blobs[slot.handle], chunk] = view
         return found
 
@@ -222,22 +266,28 @@ class Parking:
         self._journal.drop(read.place)
         points.reach("fuse: miss dropped")
         for slot in read.slots:
-            self.client.release(slot)
+            assert self._client is not None
+            self._client.release(slot)
             points.reach("fuse: slot given back")
         read.slots.clear()
 
     def _ask(self, read: Parked, ask: Ask) -> None:
+        client = self.client
+        if client is None:
+            read.unsent = ask
+            self._put_off(read)
+            return
         for blob, first, count in ask.runs:
             run = ChunkRun(read.device.handle(blob), first, count)
-            number = self.client.request(run, ask.flags)
+            number = client.request(run, ask.flags)
             read.pending[number] = (run, ask.flags)
             self._owners[number] = read
 
     def _take(self, reply: Reply) -> None:
         read = self._owners.pop(reply.request, None)
         if read is None:
-            if reply.slot is not None:
-                self.client.release(reply.slot)
+            if reply.slot is not None and self._client is not None:
+                self._client.release(reply.slot)
             return
         points.reach("fuse: reply came")
         del read.pending[reply.request]
@@ -249,7 +299,7 @@ class Parking:
             self._end(read, 0)
 
     def _end_if_killed(self, read: Parked) -> bool:
-        if not (read.direct or _is_killed(read.pid)):
+        if not (read.direct or is_killed(read.pid)):
             return False
         self._end(read, errno.EINTR)
         return True
@@ -260,16 +310,18 @@ class Parking:
 
     def _unpark(self, read: Parked) -> None:
         self.reads.pop(read.unique, None)
+        self._later.pop(read.unique, None)
         if self._board is not None:
             self._board.end(read.slot)
             read.slot = -1
         for number in read.pending:
             del self._owners[number]
-            self.client.cancel(number)
+            if self._client is not None:
+                self._client.cancel(number)
         read.pending.clear()
 
 
-def _is_killed(tid: int) -> bool:
+def is_killed(tid: int) -> bool:
     """Whether a thread has a SIGKILL pending (any fatal signal becomes one), or is gone. False when it can't be told."""
     try:
         with open(f"/proc/{tid}/status", "rb") as status:

@@ -1,5 +1,8 @@
 """READ: a hit is answered at once, a miss is parked until its chunks are there. Runs in a front-end process.
 
+When no file descriptor is left for what a read needs, those of other images' blobs are given up, which are opened again when
+they are read. If that is not enough, the read waits until there is one.
+
 Nothing here outlives it. What it has parked is in the lane's journal (`journal.py`).
 """
 
@@ -9,10 +12,11 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from nydusd import points
-from nydusd.errors import EvictedError, StaleCacheError, UnreadableError
-from nydusd.frontends.attempt import Ask
+from nydusd.errors import CacheError, EvictedError, NydusError, ScarceError, StaleCacheError, UnreadableError
+from nydusd.frontends.attempt import LATER, Ask
 from nydusd.ipc.inflight import InflightRow
 
 from . import protocol as p
@@ -21,8 +25,19 @@ from .complaints import Complaints
 from .journal import Journal
 from .mount import INODE_BITS
 from .namespace import Namespace
-from .parking import Client, Parked, Parking
+from .parking import Client, Parked, Parking, is_killed
 from .stats import OPERATION, Tally
+
+_AGAIN = (EvictedError, ScarceError, StaleCacheError, UnreadableError)
+"""Why what is said to be there may not be read all the same: it is asked for again, or tried again."""
+
+
+class _Unopened(NamedTuple):
+    """A READ of an image that could not be opened yet; `place`: in the journal, `deadline` as of a parked read."""
+
+    request: bytes
+    place: int
+    deadline: float
 
 
 class Reads:
@@ -43,7 +58,12 @@ class Reads:
         self._answers = answers
         self._tally = tally
         self._complaints = complaints
-        self.parking = Parking(journal, connect, patience, self._finish, board)
+        self._journal = journal
+        self._patience = patience
+        self.parking = Parking(journal, connect, patience, self._finish, self._complain, board)
+        self.unopened: dict[int, _Unopened] = {}
+        """By `unique`, those that wait for their image to be opened."""
+        self._next_try = 0.0
 
     def read_known(self, unique: int, node: int, offset: int, size: int) -> bool:
         """READ within a chunk of which `read` has read before. False: nothing was done, it is to be read like any other."""
@@ -79,12 +99,12 @@ class Reads:
         started = time.monotonic_ns()
         device, ino = mount.device, mount.ino_of(node)
         vec = mount.bootstrap.extents(ino, offset, size if size <= p.MAX_READ else p.MAX_READ)
-        missing = device.missing(vec)
-        if mount.trace is not None:
-            mount.trace.note(ino, vec, bool(missing))
-        failed: EvictedError | StaleCacheError | UnreadableError | None = None
-        if not missing:
-            try:
+        failed: CacheError | None = None
+        try:
+            missing = device.missing(vec)
+            if mount.trace is not None:
+                mount.trace.note(ino, vec, bool(missing))
+            if not missing:
                 got = device.read_into(vec, self._answers.data)
                 self._answers.data_of(unique, self._answers.part(got), got)
                 if device.hints:
@@ -94,12 +114,55 @@ class Reads:
                 if len(vec) == 1 and got < vec[0].chunk_len:
                     view.learn(node, offset)
                 return
-            except (EvictedError, StaleCacheError, UnreadableError) as e:
-                failed = e
+        except _AGAIN as e:
+            if isinstance(e, ScarceError) and self._views.let_go(mount):
+                self.read(request, unique, node, pid, place)
+                return
+            failed = e
         if unique & p.UNIQUE_RESEND:
             self.parking.forget(unique ^ p.UNIQUE_RESEND)
         read = Parked(unique, vec, pid, bool(flags & os.O_DIRECT), mount, place, ino, started)
         self.parking.park(read, read.ask(missing) if failed is None else self._after(read, failed))
+
+    def put_off(self, request: memoryview, unique: int, error: ScarceError, place: int = -1) -> None:
+        """A READ of an image that cannot be opened now is tried again, until its time is over."""
+        self._complain(error)
+        if place < 0:
+            place = self._journal.keep()
+        if not self.unopened:
+            self._next_try = time.monotonic() + LATER
+        kept = bytes(request[: p.READ_REQUEST.size])
+        self.unopened[unique] = _Unopened(kept, place, time.monotonic() + self._patience)
+
+    def service(self) -> float:
+        """Try again what waits for an image to be opened. Gives the seconds until it must be called again."""
+        now = time.monotonic()
+        if self.unopened and now >= self._next_try:
+            self._next_try = now + LATER
+            for unique, waiting in list(self.unopened.items()):
+                self._try_again(unique, waiting, now)
+        return max(0.0, self._next_try - now) if self.unopened else LATER
+
+    def _try_again(self, unique: int, waiting: _Unopened, now: float) -> None:
+        _, _, _, node, pid = p.REQUEST.unpack_from(waiting.request)
+        try:
+            if is_killed(pid):
+                self._answers.fail(unique, errno.EINTR)
+            else:
+                self.read(memoryview(waiting.request), unique, node, pid, waiting.place)
+        except ScarceError as e:
+            if now < waiting.deadline:
+                return
+            self._complaints.log("a read failed: %s", e)
+            self._answers.fail(unique, errno.ETIMEDOUT)
+        except Exception as e:
+            self._answers.fail(unique, self._complaints.errno_of(e, p.READ, node, None))
+        del self.unopened[unique]
+        if unique not in self.parking.reads:
+            self._journal.drop(waiting.place)
+
+    def _complain(self, error: NydusError) -> None:
+        self._complaints.log("%s: who needs it waits", error)
 
     def _finish(self, read: Parked, code: int) -> None:
         """The wait of a parked read is over: answer it, or let it wait for chunks that the cache file lost."""
@@ -121,12 +184,15 @@ class Reads:
     def _retry(self, read: Parked) -> bool:
         """Read and answer what was fetched. True when the read is parked once more. Raises CacheError."""
         pieces = self.parking.pieces(read)
-        ask = read.check(pieces)
-        if ask is None:
-            try:
+        try:
+            ask = read.check(pieces)
+            if ask is None:
                 length = read.device.read_into(read.vec, self._answers.data, pieces or None)
-            except (EvictedError, StaleCacheError, UnreadableError) as e:
-                ask = self._after(read, e)
+        except _AGAIN as e:
+            if isinstance(e, ScarceError) and self._views.let_go(read.mount):
+                return self._retry(read)
+            self.parking.again(read, self._after(read, e))
+            return True
         if ask is not None:
             self.parking.again(read, ask)
             return True
@@ -136,8 +202,14 @@ class Reads:
             self._tally.count_read(read.mount.stats, read.ino, length, read.started)
         return False
 
-    def _after(self, read: Parked, error: EvictedError | StaleCacheError | UnreadableError) -> Ask:
-        """What to ask for after reading what was there has failed. Raises `error` when that was so too often."""
+    def _after(self, read: Parked, error: CacheError) -> Ask | None:
+        """What to ask for after reading what was there has failed; None: nothing, it is to be tried again.
+
+        Raises `error` when it has failed too often.
+        """
+        if isinstance(error, ScarceError):
+            self._complain(error)
+            return None
         ask = read.failed(error)
         if ask.flags:
             self._complaints.log("%s: fetching it again", error, subject=read.mount.name)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, ScarceError
 from nydusd.ipc.file_counters import FileCounters
 from nydusd.ipc.mount_counters import (
     BYTES,
@@ -68,13 +68,18 @@ class Stats:
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], row: int) -> Stats | None:
-        """From the spec of a mount: `counters` (name of the block, or absent), `files` (name of the tables, or None)."""
+        """From the spec of a mount: `counters` (name of the block, or absent), `files` (name of the tables, or None).
+
+        Raises ScarceError when they cannot be mapped now.
+        """
         if spec.get("counters") is None:
             return None
         files = spec.get("files")
         try:
             counters = MountCounters(str(spec["counters"]), row)
             return cls(counters, None if files is None else FileCounters(f"{files}.{row}"))
+        except ScarceError:
+            raise
         except CacheError as e:
             log.error("mount %s: nothing is counted: %s", spec.get("id"), e)
             return None

@@ -29,6 +29,7 @@ from nydusd.frontends.blobfs.device import RangeDevice
 from nydusd.frontends.fuse.main import map_bootstrap
 from nydusd.frontends.fuse.parking import Client
 from nydusd.ipc.inflight import open_row
+from nydusd.ipc.line import open_line
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
@@ -177,9 +178,7 @@ def _image(spec: Json) -> tuple[Layout, Reads]:
     front, identity = str(spec["front"]), str(spec.get("identity") or "nbd").encode()
 
     def connect() -> Client:
-        from nydusd.ipc.client import ChunkClient
-
-        return ChunkClient(front, identity)
+        return open_line(front, identity)
 
     board = open_row(spec["inflight"], int(spec["index"]))
     return layout, Reads(layout, device, connect, float(spec["read_deadline"]), board)

@@ -10,10 +10,11 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from nydusd.errors import EvictedError, NydusError, StaleCacheError, UnreadableError
+from nydusd.errors import EvictedError, NydusError, ScarceError, StaleCacheError, UnreadableError
 from nydusd.formats.model import Extent
-from nydusd.frontends.attempt import Ask, Attempt
+from nydusd.frontends.attempt import LATER, Ask, Attempt
 from nydusd.frontends.blobfs.device import RangeDevice
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
@@ -25,6 +26,9 @@ from . import kept
 from .connection import Connection
 from .layout import METADATA, NOTHING, Layout
 from .protocol import Request
+
+if TYPE_CHECKING:
+    from nydusd.ipc.client import Reply  # loads ZeroMQ
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +73,9 @@ class Reads:
         self._waiting: dict[int, _Waiting] = {}
         self._owners: dict[int, _Waiting] = {}
         self._complaints = Complaints("nbd")
-        self._tick = 0.0
+        self._tick = self._next_try = 0.0
+        self._later: dict[int, _Waiting] = {}
+        """Those that lacked a file descriptor or memory: at `_next_try` they are tried again."""
 
     def begin(self, connection: Connection, asked: Request) -> None:
         """Answer a read now, or when what it needs is there."""
@@ -80,6 +86,34 @@ class Reads:
                 vec += self._device.extents(piece.blob, piece.start, piece.length)
         waiting = _Waiting(connection, asked, self._device, vec, time.monotonic() + self._patience)
         self._proceed(waiting, first=True)
+
+    def _put_off(self, waiting: _Waiting, error: ScarceError) -> None:
+        """Try a read again a moment later: a file descriptor may be free then."""
+        self._complaints.log("%s: who needs it waits", error)
+        if not self._later:
+            self._next_try = time.monotonic() + LATER
+        self._later[id(waiting)] = waiting
+        self._wait(waiting)
+
+    def _wait(self, waiting: _Waiting) -> None:
+        if not self._waiting:
+            self._tick = time.monotonic() + ASK_AGAIN
+        self._waiting[id(waiting)] = waiting
+        if self._board is not None and waiting.shown < 0:
+            unique = waiting.connection.number * kept.SLOTS + waiting.asked.slot
+            waiting.shown = self._board.begin(unique, 0)  # a disk has no inodes
+
+    def _try_again(self) -> None:
+        reads, self._later = self._later, {}
+        for waiting in reads.values():
+            ask, waiting.unsent = waiting.unsent, None
+            if ask is None:
+                self._proceed(waiting)
+                continue
+            try:
+                self._ask(waiting, ask)
+            except ScarceError as e:
+                self._put_off(waiting, e)
 
     def _proceed(self, waiting: _Waiting, first: bool = False) -> None:
         """Ask for what a read lacks, or answer it."""
@@ -99,6 +133,8 @@ class Reads:
                         self._complaints.log("%s: fetching it again", e)
             if ask is not None:
                 self._ask(waiting, ask)
+        except ScarceError as e:
+            self._put_off(waiting, e)
         except NydusError as e:
             self._fail(waiting, e.errno, str(e))
         if self._device.hints and self.client is not None:
@@ -134,14 +170,12 @@ class Reads:
         return found
 
     def _ask(self, waiting: _Waiting, ask: Ask) -> None:
+        """Raises ScarceError when there is no line to the supervisor and none can be made now: then this is `unsent`."""
         if self.client is None:
+            waiting.unsent = ask
             self.client = self._connect()
-        if not self._waiting:
-            self._tick = time.monotonic() + ASK_AGAIN
-        self._waiting[id(waiting)] = waiting
-        if self._board is not None and waiting.shown < 0:
-            unique = waiting.connection.number * kept.SLOTS + waiting.asked.slot
-            waiting.shown = self._board.begin(unique, 0)  # a disk has no inodes
+            waiting.unsent = None
+        self._wait(waiting)
         for blob, first, count in ask.runs:
             run = ChunkRun(self._device.handle(blob), first, count)
             number = self.client.request(run, ask.flags)
@@ -150,25 +184,14 @@ class Reads:
 
     def service(self) -> float | None:
         """Take in replies and what became due; gives the seconds until it must be called again, None for never."""
-        if self.client is None:
-            return None
-        for reply in self.client.replies():
-            waiting = self._owners.pop(reply.request, None)
-            if waiting is None:
-                if reply.slot is not None:
-                    self.client.release(reply.slot)
-                continue
-            del waiting.pending[reply.request]
-            if reply.slot is not None:
-                waiting.slots.append(reply.slot)
-            if reply.errno:
-                self._fail(waiting, reply.errno, os.strerror(reply.errno))
-            elif not waiting.pending:
-                del self._waiting[id(waiting)]
-                self._proceed(waiting)
+        while self.client is not None and (replies := self.client.replies()):
+            for reply in replies:
+                self._take(reply, self.client)
+        now = time.monotonic()
+        if self._later and now >= self._next_try:
+            self._try_again()
         if not self._waiting:
             return None
-        now = time.monotonic()
         if now >= self._tick:
             self._tick = now + ASK_AGAIN
             for waiting in list(self._waiting.values()):
@@ -176,10 +199,25 @@ class Reads:
                     self._drop(waiting)
                 elif now >= waiting.deadline:
                     self._fail(waiting, errno.ETIMEDOUT, "nobody has fetched it in time")
-                else:
+                elif self.client is not None:
                     for number, (run, flags) in waiting.pending.items():
                         self.client.request(run, flags, number)
-        return max(0.0, self._tick - now)
+        return max(0.0, (min(self._tick, self._next_try) if self._later else self._tick) - now)
+
+    def _take(self, reply: Reply, client: Client) -> None:
+        waiting = self._owners.pop(reply.request, None)
+        if waiting is None:
+            if reply.slot is not None:
+                client.release(reply.slot)
+            return
+        del waiting.pending[reply.request]
+        if reply.slot is not None:
+            waiting.slots.append(reply.slot)
+        if reply.errno:
+            self._fail(waiting, reply.errno, os.strerror(reply.errno))
+        elif not waiting.pending:
+            del self._waiting[id(waiting)]
+            self._proceed(waiting)
 
     def _fail(self, waiting: _Waiting, code: int, why: str) -> None:
         self._device.count_errors(waiting.vec)
@@ -197,6 +235,7 @@ class Reads:
         if self._board is not None:
             self._board.end(waiting.shown)
             waiting.shown = -1
+        self._later.pop(id(waiting), None)
         if self.client is not None:
             for number in waiting.pending:
                 self._owners.pop(number, None)

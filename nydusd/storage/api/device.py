@@ -19,7 +19,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
-from nydusd.errors import CorruptChunkError, EvictedError, StaleCacheError, UnreadableError
+from nydusd.errors import CorruptChunkError, EvictedError, StaleCacheError, UnreadableError, cache_error, is_scarce
 from nydusd.formats.model import Extent
 from nydusd.storage.api.io import BlobIoVec, ChunkRun, runs_of
 from nydusd.storage.api.known_chunk import KnownChunk
@@ -80,6 +80,7 @@ class BlobView:
         """Map the segment if it is there; the cache file must be the one that the segment speaks of.
 
         There may be none for the time being (the cache folder cannot be written): then nothing is ever ready in it.
+        Raises ScarceError when both may be there, and nothing more can be opened now.
         """
         segment = Segment.open(self.segment_name)
         if segment is None:
@@ -87,8 +88,10 @@ class BlobView:
         if self.data_path is not None and segment.identity.ino:
             try:
                 self.fd = os.open(self.data_path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
+            except OSError as e:
                 segment.close()
+                if is_scarce(e):
+                    raise cache_error(f"blob {self.blob_id}: cache file", e) from e
                 return False
             if not segment.identity.is_of(self.fd):
                 segment.close()
@@ -131,7 +134,9 @@ class BlobView:
     def _offset(self, chunk: int) -> int:
         return int(RECORD.unpack_from(self.records, chunk * RECORD.size)[1])
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Unmap and close what is open, to be opened again at the next look. Whether there was anything."""
+        was_open = self.segment is not None
         if self.segment is not None:
             self.counters.release()
             self.segment.close()
@@ -139,6 +144,7 @@ class BlobView:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+        return was_open
 
 
 class BlobDevice:
@@ -173,7 +179,8 @@ class BlobDevice:
     def missing(self, vec: BlobIoVec, again: bool = False) -> list[ChunkRun]:
         """What must be fetched before `vec` can be read: [] means read now. Counts hits and misses unless `again`.
 
-        Raises CorruptChunkError where the file's idea of a chunk and the blob's do not agree.
+        Raises CorruptChunkError where the file's idea of a chunk and the blob's do not agree, ScarceError when a blob cannot
+        be opened now: then ask again later.
         """
         runs: list[ChunkRun] = []
         self._turn = turn = self._turn + 1
@@ -254,7 +261,7 @@ class BlobDevice:
         `missing` has said, since the last look at anything else, that all of it is there. Raises EvictedError when some of
         it was taken away meanwhile: `buf` may hold zeros then, and `missing` must be asked again. Raises StaleCacheError when
         the cache file gives less than it must (somebody truncated it): the blob's segment and file are opened anew at the
-        next look. Raises UnreadableError when its disk fails.
+        next look. Raises UnreadableError when its disk fails, ScarceError when there is no memory to read it.
         """
         done = 0
         index, end = 0, len(vec)
@@ -279,6 +286,8 @@ class BlobDevice:
             try:
                 got = os.preadv(view.fd, [buf[done : done + stop - start]], start)
             except OSError as e:
+                if is_scarce(e):  # memory: the disk is not to blame
+                    raise cache_error(f"blob {view.blob_id}: cache file at {start}", e) from e
                 raise UnreadableError(f"blob {view.blob_id}: cache file at {start}: {e.strerror}", e.errno) from e
             if got != stop - start:
                 view.close()
@@ -295,6 +304,10 @@ class BlobDevice:
             if view.segment is not None:
                 view.counters[4] += 1
 
-    def close(self) -> None:
-        for view in self._views:
-            view.close()
+    def close(self) -> bool:
+        """Close all blobs. Each is opened again when it is read: so this may be done whenever no read is in the middle of it.
+
+        Whether there was anything open.
+        """
+        closed = [view.close() for view in self._views]
+        return any(closed)

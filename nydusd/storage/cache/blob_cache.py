@@ -105,6 +105,7 @@ class BlobCache:
         segment = Segment.open(self.spec.segment)
         if segment is None:
             raise InternalError(f"segment {self.spec.segment} was reported and is not there")
+        segment.lock()  # opened now: later there may be no file descriptor for it
         if self.segment is not None:
             # Its maker did so before; but one of another release, killed over a segment that this one has replaced since, not.
             if self.segment.inode != segment.inode and self.segment.identity.file == segment.identity.file:

@@ -24,7 +24,7 @@ from types import TracebackType
 import posix_ipc
 
 from nydusd import points
-from nydusd.errors import CacheError
+from nydusd.errors import cache_error, is_scarce
 
 PATIENCE = 0.05
 """Seconds to wait for the semaphore before its owner is looked at."""
@@ -37,12 +37,15 @@ _SHM = Path("/dev/shm")  # where glibc keeps named semaphores
 
 
 def start_time(pid: int) -> int:
-    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); 0 if there is no such process."""
+    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); 0 if there is no such process.
+
+    -1 if that cannot be told, for want of a file descriptor.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as f:
             stat = f.read()
-    except OSError:
-        return 0
+    except OSError as e:
+        return -1 if is_scarce(e) else 0
     fields = stat[stat.rindex(b")") + 2 :].split()
     if fields[0] in (b"Z", b"X"):
         return 0
@@ -59,7 +62,7 @@ class BlobLock:
         try:
             self._sem = posix_ipc.Semaphore(name, flags, 0o600, 1) if create else posix_ipc.Semaphore(name)
         except (OSError, posix_ipc.Error) as e:
-            raise CacheError(f"semaphore {name}: {e}") from e
+            raise cache_error(f"semaphore {name}", e) from e
         self._me = (os.getpid(), start_time(os.getpid()))
 
     def __enter__(self) -> BlobLock:
@@ -85,7 +88,7 @@ class BlobLock:
     @staticmethod
     def _is_dead(owner: tuple[int, int], waited: float) -> bool:
         pid, start = owner
-        return start_time(pid) != start if pid else waited > GRACE
+        return start_time(pid) not in (start, -1) if pid else waited > GRACE
 
     def _take_over(self, owner: tuple[int, int]) -> bool:
         """Become the owner in place of a dead one. False if another waiter was faster."""

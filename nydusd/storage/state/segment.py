@@ -26,7 +26,7 @@ from pathlib import Path
 import posix_ipc
 
 from nydusd import points
-from nydusd.errors import CacheError, FormatError, InternalError
+from nydusd.errors import CacheError, FormatError, InternalError, cache_error
 from nydusd.formats.blob_meta import CONTEXT_SIZE
 from nydusd.formats.model import ChunkRecord
 from nydusd.storage.state.lock import BlobLock
@@ -245,21 +245,21 @@ class Segment:
     def open(cls, name: str) -> Segment | None:
         """Map an existing segment; None when there is none.
 
-        Raises FormatError for what is not a segment, CacheError when it cannot be mapped.
+        Raises FormatError for what is not a segment, CacheError when it cannot be mapped, ScarceError when it cannot now.
         """
         try:
             shm = posix_ipc.SharedMemory(name)
         except posix_ipc.ExistentialError:
             return None
         except (OSError, posix_ipc.Error) as e:
-            raise CacheError(f"shared memory {name}: {e}") from e
+            raise cache_error(f"shared memory {name}", e) from e
         try:
             st = os.fstat(shm.fd)
             if st.st_size < HEADER_SIZE:
                 raise FormatError(name, "size", f"{st.st_size} bytes, at least {HEADER_SIZE} expected")
             mapping = mmap.mmap(shm.fd, st.st_size)
         except OSError as e:
-            raise CacheError(f"shared memory {name}: {e.strerror}", e.errno) from e
+            raise cache_error(f"shared memory {name}", e) from e
         finally:
             shm.close_fd()
         return cls(name, mapping, st.st_ino)
@@ -368,9 +368,16 @@ def remove(name: str) -> None:
 
 
 def names(prefix: str) -> list[str]:
-    """Names of all segments and semaphores that start with `/prefix`, finished or not: what an earlier run left."""
+    """Names of all segments and semaphores that start with `/prefix`, finished or not: what an earlier run left.
+
+    Raises CacheError when they cannot be listed.
+    """
     found = set()
-    for path in _SHM.iterdir():
+    try:
+        paths = list(_SHM.iterdir())
+    except OSError as e:
+        raise cache_error(str(_SHM), e) from e
+    for path in paths:
         name = path.name.removeprefix("sem.")
         if name.startswith(prefix):
             found.add("/" + name)
