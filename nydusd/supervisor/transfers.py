@@ -7,6 +7,9 @@ is free. Chunks that go to a cache file pass through the stage, an arena of its 
 transfers wait in line, users' first, and what goes on makes room for them. Chunks that go to their readers in shared
 memory have a region for stored and plain bytes (`Room`) before their transfer begins. So no transfer waits for a reader.
 
+A request on which workers die is taken apart, until the one chunk that kills them is alone: its readers get an error, those of
+its neighbours do not. What has a region of its own is fetched and decoded in parts there, one after the other.
+
 What holds after SIGKILL of a worker: the pool gives its job to another, and the region belongs to the transfer, not to
 the worker. A worker that is killed may have written to the region; the next one writes all of it again.
 """
@@ -19,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, ScarceError
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.supervisor.pool import ATTEMPTS, WorkerPool
@@ -45,7 +48,8 @@ class _Transfer:
     """One region, and what is fetched into it: (offset, length), `at` and `size` in the stored blob.
 
     `used` is what chunks take of the room behind the stored bytes, `left` counts the fill jobs under way, `again` is the job
-    that fetches once more what came damaged.
+    that fetches once more what came damaged. `parts` are jobs for the same region that come one after the other: workers have
+    died on all of it together.
     """
 
     cache: BlobCache
@@ -58,6 +62,7 @@ class _Transfer:
     used: int = 0
     left: int = 0
     again: Job | None = None
+    parts: list[Job] | None = None
 
 
 class Transfers:
@@ -147,8 +152,8 @@ class Transfers:
         transfer.cache.jobs.update(dict.fromkeys(chunks, job))
         return job
 
-    def _refuse(self, job: Job, why: str) -> None:
-        self._filled(job, {"error": why, "errno": errno.ENOMEM, "type": "CacheError"})
+    def _refuse(self, job: Job, why: str, more: Answer | None = None) -> None:
+        self._filled(job, {"error": why, "errno": errno.ENOMEM, "type": "CacheError"} | (more or {}))
 
     def _submit(self, transfer: _Transfer, job: Job) -> None:
         """The region is ours: have it filled."""
@@ -213,7 +218,7 @@ class Transfers:
                 except CacheError as e:
                     del self._line[job]
                     self._fetching.discard(job)
-                    self._refuse(job, str(e))
+                    self._refuse(job, str(e), {"retry_after": 0.0} if isinstance(e, ScarceError) else None)
                     continue
                 if offsets is None:
                     return
@@ -226,8 +231,7 @@ class Transfers:
         self._fetching.discard(job)
         self._count(job, answer)
         if job.cancelled:
-            self._end(transfer)
-            self._filled(job, {})
+            self._void(transfer, job)
         elif "error" in answer:
             self._failed(transfer, job, answer)
         else:
@@ -242,10 +246,15 @@ class Transfers:
             # It was tried with little patience, and now somebody waits.
             self._submit(transfer, job)
             return
+        if not transfer.staged:
+            if not self._take_apart(transfer, job, answer):
+                self._filled(job, answer)
+            self._next(transfer)
+            return
         self._end(transfer)
         wanted = {chunk for chunk in job.chunks if chunk in transfer.cache.waiters}
         died = answer.get("type") == "WorkerDied"
-        if transfer.staged and (died or answer.get("type") == "RangeNotSatisfiableError"):
+        if died or answer.get("type") == "RangeNotSatisfiableError":
             # The stored blob is too short: what is asked for may be in front of its end, if its neighbours are not.
             # Or one of them kills workers: find out which.
             parts = self._parted(transfer.cache, job.chunks, wanted)
@@ -257,6 +266,19 @@ class Transfers:
                 self.retry()
                 return
         self._filled(job, answer)
+
+    def _take_apart(self, transfer: _Transfer, job: Job, answer: Answer) -> bool:
+        """Workers have died on a job with a region of its own: have its halves fetched alone. False if it is not so."""
+        parts = self._parted(transfer.cache, job.chunks, set()) if answer.get("type") == "WorkerDied" else []
+        if len(parts) < 2 or job.slot is None:
+            return False
+        jobs = [self._job(transfer, part, job.priority) for part in parts]
+        for each in jobs:
+            each.slot, each.attempts = job.slot, ATTEMPTS - 1
+            transfer.arena.hold(job.slot[0])
+        transfer.arena.drop(job.slot[0])
+        transfer.parts = [*jobs, *(transfer.parts or ())]
+        return True
 
     @staticmethod
     def _parted(cache: BlobCache, chunks: list[int], wanted: set[int]) -> list[list[int]]:
@@ -271,7 +293,7 @@ class Transfers:
         """The stored bytes are there: have them decoded."""
         cache = transfer.cache
         if not transfer.staged:
-            self._fill_part(transfer, job, job.chunks, job.priority)
+            self._fill_part(transfer, job, job.chunks, job.priority, 0 if transfer.parts is None else ATTEMPTS - 1)
             return
         units = set(cache.meta.with_units(chunk for chunk in job.chunks if chunk in cache.waiters))
         later = Priority.AHEAD if job.priority is Priority.USER else job.priority
@@ -304,6 +326,10 @@ class Transfers:
                 self._fill_part(transfer, fetched, part, fill.priority, ATTEMPTS - 1)
             transfer.left -= 1
             return
+        if not transfer.staged and self._take_apart(transfer, fill, answer):
+            transfer.left -= 1
+            self._next(transfer)
+            return
         transfer.used += sum(length for _chunk, _at, length in answer.get("placed", []))
         corrupt = [] if fill.cancelled else answer.get("corrupt", [])
         if corrupt:
@@ -323,14 +349,14 @@ class Transfers:
             self._next(transfer)
 
     def _next(self, transfer: _Transfer) -> None:
-        """All that was fetched is decoded: fetch once more what was damaged, or be done."""
+        """All that was fetched is decoded: fetch once more what was damaged, or the next part, or be done."""
         job, transfer.again = transfer.again, None
+        if job is None and transfer.parts:
+            job = transfer.parts.pop(0)
         if job is None:
             self._end(transfer)
         elif transfer.generation != transfer.cache.spec.generation:
-            job.cancelled = True
-            self._end(transfer)
-            self._filled(job, {})
+            self._void(transfer, job)
         else:
             at, size = transfer.cache.meta.span(job.chunks)
             job.payload["coff"] = at
@@ -339,6 +365,14 @@ class Transfers:
             job.payload["until"] = self._until(job)
             self._fetching.add(job)
             self._fetch.submit(job)
+
+    def _void(self, transfer: _Transfer, job: Job) -> None:
+        """The blob was opened anew: this job and what was to come after it are nobody's."""
+        jobs, transfer.parts = [job, *(transfer.parts or ())], None
+        self._end(transfer)
+        for each in jobs:
+            each.cancelled = True
+            self._filled(each, {})
 
     def _end(self, transfer: _Transfer) -> None:
         """Give a region of the stage back. (What is held for readers is given back with its job, by `filled`.)"""

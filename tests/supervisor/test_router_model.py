@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from nydusd.ipc.messages import AHEAD, LOST
+from nydusd.ipc.messages import AHEAD, LOST, Json
 from nydusd.storage.cache.blob_cache import BlobCache
 from tests.supervisor.world import CHUNKS, World
 
@@ -158,16 +158,30 @@ class Machine(RuleBasedStateMachine):
                 self.world.store(identity, stored & set(message["chunks"]))
             self.world.kill(identity)
 
-    @rule(pick=picks)
-    def job_kills_all_its_workers(self, pick: int) -> None:
-        if self.world.sent:
-            identity = self._busy(pick)
-            number, pool = self.world.sent[identity]["id"], self.world.role_of(identity)
-            while [i for i, message in self.world.sent.items() if message["id"] == number]:
-                self.world.kill(identity)
-                self.new_worker(pool)
-                self.world.pump()
-                identity = next((i for i, message in self.world.sent.items() if message["id"] == number), b"")
+    @rule(pick=picks, which=picks)
+    def job_kills_all_its_workers(self, pick: int, which: int) -> None:
+        """Because of one of its chunks, if it has any: that, and what is decoded with it, fails, and no other."""
+        if not self.world.sent:
+            return
+        identity = self._busy(pick)
+        message, role = self.world.sent[identity], self.world.role_of(identity)
+        cache = self.world.cache_of(identity)
+        chunks = message["chunks"] if message["kind"] in ("fetch", "fill") else []
+        culprit = chunks[which % len(chunks)] if chunks else None
+        good = set(range(CHUNKS)) - set(cache.meta.unit(culprit)) if culprit is not None else set()
+        before = {chunk: cache.failure(chunk) for chunk in good}
+
+        def kills(other: Json) -> bool:
+            if culprit is None:
+                return bool(other["id"] == message["id"])
+            return other["kind"] == message["kind"] and other["handle"] == cache.handle and culprit in other["chunks"]
+
+        while victims := [identity for identity, other in self.world.sent.items() if kills(other)]:
+            for victim in victims:
+                self.world.kill(victim)
+                self.new_worker(role)
+            self.world.pump()
+        assert before == {chunk: cache.failure(chunk) for chunk in good}
 
     @rule(pick=picks)
     def idle_worker_dies(self, pick: int) -> None:

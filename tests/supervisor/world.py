@@ -367,7 +367,7 @@ class World:
     def jobs(self) -> Iterator[tuple[Job, bool]]:
         """All jobs, and whether they are with a worker, or wait for one that is."""
         yield from ((job, False) for job in self.transfers._line)
-        yield from ((t.again, True) for t in self.transfers._open if t.again is not None)
+        yield from ((job, True) for t in self.transfers._open for job in _to_come(t))
         for pool in (self.fetch, self.decompress):
             yield from ((job, True) for job in pool._busy.values())
             yield from ((job, False) for queue in pool._queues.values() for job in queue)
@@ -386,7 +386,7 @@ class World:
                 claims[job.cache][chunk] = job
         for cache, claimed in claims.items():
             void = [t for t in self.transfers._open if t.cache is cache and t.generation != cache.spec.generation]
-            again = {chunk for t in void if t.again is not None for chunk in t.again.chunks}
+            again = {chunk for t in void for job in _to_come(t) for chunk in job.chunks}
             filling = {chunk: job for chunk, job in cache.jobs.items() if job.kind in ("fill", "fetch")}
             assert filling == {chunk: job for chunk, job in claimed.items() if chunk not in again}
             self._check_waiters(cache)
@@ -451,3 +451,8 @@ class World:
             assert not cache.jobs
             assert not cache.waiters
             assert not cache.waiting
+
+
+def _to_come(transfer: transfers._Transfer) -> list[Job]:
+    """The jobs of a transfer that wait for the one that is with a worker."""
+    return [job for job in (transfer.again, *(transfer.parts or ())) if job is not None]
