@@ -3,13 +3,14 @@
 TORTURE_MINUTES (10) says how long, TORTURE_SEED repeats the choices of a run, TORTURE_ROUND begins it with that round,
 TORTURE_WAY (fuse) is how the image is read: fuse, fanotify or blobfs. With TORTURE_PACE=calm nothing more is done until each
 reader has been answered what it asked for meanwhile: the longest read is then what one act costs, not several in a row.
-TORTURE_NURSERY=1 or 0: with all daemons, or none, successors come from a nursery (else with half of them).
+TORTURE_NURSERY=1 or 0: with all daemons, or none, successors come from a nursery (else with half of them). With
+TORTURE_LONGEST=N a read of more than N seconds is a failure, too; those in which we had stopped a process do not count.
 
 A round is one daemon: with a cache folder that
 is empty at first, or with none (all data comes through shared memory); its blob in a folder or a registry; looked after as
 by nydus-snapshotter, or by the same command started again. What may happen to it is in `acts.py`. After each round the
 daemon is told to end, and what it leaves behind is looked for. At the end come counts: of acts by their kind, and of killed
-processes by theirs. The exit status is 0 if no read failed or was wrong, and nothing was left.
+processes by theirs. The exit status is 0 if no read failed, was wrong, or took too long, and nothing was left.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import random
 import shutil
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 from bench.image import Built, build
@@ -29,10 +31,10 @@ from tests.support.discipline import discipline
 from tests.support.faulty_server import Faulty, faulty, part_of
 from tests.support.keeper import Keeper
 from tests.support.mounted import REPO
-from tests.support.readers import PIECE, longest_reads, pieces_read
+from tests.support.readers import bytes_read, longest_reads, pieces_read
 from tests.support.trees import half_random_tree
 from tests.support.verifying import Verifying
-from tests.torture.acts import Counts, Round
+from tests.torture.acts import PATIENCE, Counts, Round
 from tests.torture.copied import CopiedDaemon, wait_for_end
 
 READERS = 16
@@ -43,6 +45,8 @@ WAY = os.environ.get("TORTURE_WAY", "fuse")
 NURSERY = {"": None, "0": False, "1": True}[os.environ.get("TORTURE_NURSERY", "")]
 CALM = os.environ.get("TORTURE_PACE", "") == "calm"
 FRONT_ENDS = ("erofs", "guard") if WAY == "fanotify" else ("fuse",)
+_EXPECTED = ("workers died", "fetching it again")
+"""Errors in a log that are no problem here: by kills, and by what becomes of a cache file."""
 
 
 class Registry:
@@ -60,16 +64,14 @@ class Registry:
 class Trial:
     """A round, and the readers of its daemon."""
 
-    def __init__(
-        self, built: Built, tree: Path, folder: Path, choose: random.Random, counts: Counts, registry: Registry
-    ) -> None:
-        self.choose = choose
+    def __init__(self, built: Built, tree: Path, folder: Path, seed: str, counts: Counts, registry: Registry) -> None:
+        choose = random.Random(seed)
         self.folder = folder
         self.tree = tree
         self.problems: list[str] = []
         self.cached = WAY != "fuse" or choose.random() < 0.6
         config = image_config(built.blob.parent, folder / "cache") | {"amplify_io": choose.choice((0, 1 << 20))}
-        config["nydusd"] = {"front_ends": choose.choice((1, 2)), "worker_patience": 2.0, "cache_keep": 0}
+        config["nydusd"] = {"front_ends": choose.choice((1, 2)), "worker_patience": PATIENCE, "cache_keep": 0}
         device = config["device"]
         assert isinstance(device, dict)
         if not self.cached:
@@ -88,21 +90,18 @@ class Trial:
             args=("--driver", WAY) if WAY != "fuse" else self.keeper.args if self.keeper is not None else (),
             environment={"NYDUSD_NURSERY": "always" if self.copied else "off"},
         )
-        if isinstance(self.daemon, CopiedDaemon):
-            self.daemon.choose = random.Random(choose.random())
-        self.round = Round(self.daemon, self.keeper, FRONT_ENDS, choose, counts, cached=self.cached)
+        self.round = Round(self.daemon, self.keeper, FRONT_ENDS, seed, counts, cached=self.cached)
+        self._seed = choose.randrange(1 << 32)
         self.progress = folder / "progress"
 
     def run(self, until: float) -> None:
-        seed = self.choose.randrange(1 << 32)
         with self.daemon as daemon, contextlib.closing(self.keeper) if self.keeper else contextlib.nullcontext():
             if self.keeper is not None:
                 self.keeper.save(daemon)
-            readers = Verifying(daemon.mountpoint, self.tree, self.folder, READERS, seed=seed)
+            readers = Verifying(daemon.mountpoint, self.tree, self.folder, READERS, seed=self._seed)
             readers.start()
             try:
                 while time.monotonic() < until and not readers.have_ended():
-                    time.sleep(self.choose.random() ** 2 / 2)
                     self.round.hurt()
                     if CALM:
                         readers.all_go_on()
@@ -115,13 +114,16 @@ class Trial:
                 self._tell()
         if self.copied:
             wait_for_end()
-        self.problems += [line for line in discipline.logs.problems() if "workers died" not in line]
+        self.problems += [line for line in discipline.logs.problems() if not any(each in line for each in _EXPECTED)]
 
     def longest(self) -> tuple[float, list[str]]:
-        """Seconds of the longest read, and what was done around it."""
-        return max(
-            ((took, self.round.around(began, took)) for began, took in longest_reads(self.progress)), default=(0.0, [])
+        """Seconds of the longest read, less those in which we had stopped something, and what was done around it."""
+        reads = longest_reads(self.progress)
+        took, began, all_of_it = max(
+            ((took - self.round.stalled(began, took), began, took) for began, took in reads),
+            default=(0.0, datetime.now(), 0.0),
         )
+        return took, self.round.around(began, all_of_it)
 
     def _tell(self) -> None:
         """How it came to that."""
@@ -139,7 +141,8 @@ def main() -> int:
     counts = Counts()
     problems: list[str] = []
     first = int(os.environ.get("TORTURE_ROUND", "1")) - 1
-    pieces, longest, rounds = 0, (0.0, list[str]()), first
+    most = float(os.environ.get("TORTURE_LONGEST") or "inf")
+    pieces, content, longest, rounds = 0, 0, (0.0, list[str]()), first
     try:
         tree = discipline.folder / "tree"
         tree.mkdir()
@@ -152,12 +155,17 @@ def main() -> int:
             folder.mkdir()
             before = discipline.snapshot()
             acts, kills = counts.acts.total(), counts.kills.total()
-            this = Trial(built, tree, folder, random.Random(f"{seed}/{rounds}"), counts, registry)
+            this = Trial(built, tree, folder, f"{seed}/{rounds}", counts, registry)
             this.run(min(end, time.monotonic() + ROUND_SECONDS))
             problems += this.problems + [f"left behind: {what}" for what in discipline.leftovers(before)]
             pieces += pieces_read(this.progress)
+            content += bytes_read(this.progress)
             took, around = this.longest()
             longest = max(longest, (took, around))
+            if took > most:
+                problems.append(
+                    f"a read took {took:.2f} s, around {', '.join(around) or 'nothing'}: more than {most:g} s"
+                )
             rounds += 1
             print(
                 f"round {rounds}: {'cache' if this.cached else 'no cache'}, {'registry' if this.remote else 'folder'},"
@@ -173,9 +181,9 @@ def main() -> int:
     print("acts:", json.dumps(dict(sorted(counts.acts.items()))))
     print("kills:", json.dumps(dict(sorted(counts.kills.items()))))
     print("upgrades of the workers:", json.dumps(dict(sorted(counts.upgrades.items()))))
-    gib = pieces * PIECE / 2**30
+    print("stops for long:", json.dumps(dict(sorted(counts.stops.items()))))
     print(
-        f"{counts.acts.total()} acts, {counts.kills.total()} kills, {pieces:,} reads ({gib:.1f} GiB),"
+        f"{counts.acts.total()} acts, {counts.kills.total()} kills, {pieces:,} reads ({content / 2**30:.1f} GiB),"
         f" longest {longest[0]:.2f} s around {len(longest[1])} acts, {len(problems)} problems (of reads, in logs, left behind)"
     )
     for problem in problems[:50]:

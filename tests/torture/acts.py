@@ -1,7 +1,8 @@
 """What may happen to a daemon under torture. `ACTS` names each kind of act: another is a function more in there.
 
 An act is given the round (`Round`): its daemon, its random choices, and its counts. It returns when it is done; what it has
-killed may still be on its way back.
+killed may still be on its way back. It draws all its random numbers first, whatever it finds, from a generator of its own, by
+the number of the act. So the same seed gives the same acts, though the machine is faster or slower.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from tests.torture.upgrades import Upgrades
 
 _RECENT = timedelta(seconds=1)
 """What was done so long before a read began may have to do with it."""
+PATIENCE = 2.0
+"""`worker_patience` of the daemons: seconds after which a worker that shows no sign of life is killed."""
+_LAST_PAGE = 4096
 
 
 class Round:
@@ -37,7 +41,7 @@ class Round:
         daemon: Daemon,
         keeper: Keeper | None,
         front_ends: Sequence[str],
-        choose: random.Random,
+        seed: str,
         counts: Counts,
         *,
         cached: bool,
@@ -46,17 +50,28 @@ class Round:
         self.daemon = daemon
         self.keeper = keeper
         self.front_ends = front_ends
-        self.choose = choose
+        self._seed = seed
+        self._acts = 0
+        self.choose = random.Random(seed)
+        """Of the act under way."""
         self.counts = counts
-        self.upgrades = Upgrades(choose, counts.upgrades)
+        self.upgrades = Upgrades(counts.upgrades)
         self.killed: set[tuple[int, int]] = set()
         """Whom we have killed, by pid and start time. Each may have a moment left to run."""
         self.history: list[tuple[datetime, str]] = []
         """What was done, and when."""
+        self.stops: list[tuple[datetime, datetime]] = []
+        """When a process was stopped, and when it was let go on."""
 
     def hurt(self) -> None:
-        """One act of those that fit."""
+        """A pause, and one act of those that fit."""
+        self._acts += 1
+        self.choose = random.Random(f"{self._seed}/{self._acts}")
+        pause = self.choose.random() ** 2 / 2
         kind = self.choose.choice([kind for kind, (_, fits) in ACTS.items() if fits(self)])
+        if isinstance(self.daemon, CopiedDaemon):
+            self.daemon.choose = self.choose
+        time.sleep(pause)
         if kind not in _HARMLESS:
             self.upgrades.disturb()
         self.history.append((datetime.now(), kind))
@@ -68,6 +83,22 @@ class Round:
         end = began + timedelta(seconds=seconds)
         before = [kind for when, kind in self.history if timedelta(0) <= began - when < _RECENT][-1:]
         return before + [kind for when, kind in self.history if began < when < end]
+
+    def stalled(self, began: datetime, seconds: float) -> float:
+        """Of the seconds that a read took, those in which something was stopped by us."""
+        end = began + timedelta(seconds=seconds)
+        return sum(max((min(end, until) - max(began, since)).total_seconds(), 0.0) for since, until in self.stops)
+
+    def stop(self, pids: Sequence[int], share: float, seconds: float) -> None:
+        """Stop one of these processes (which: `share` of 1) for a while. It may be killed meanwhile."""
+        since = datetime.now()
+        with contextlib.ExitStack() as done, contextlib.suppress(ProcessLookupError, IndexError):
+            process = os.pidfd_open(pids[int(share * len(pids))])
+            done.callback(os.close, process)
+            signal.pidfd_send_signal(process, signal.SIGSTOP)
+            time.sleep(seconds)
+            signal.pidfd_send_signal(process, signal.SIGCONT)
+        self.stops.append((since, datetime.now()))
 
     def kill(self, role: str, pids: Iterable[int]) -> None:
         for pid in pids:
@@ -125,6 +156,8 @@ class Counts:
     def __init__(self) -> None:
         self.acts: Counter[str] = Counter()
         self.kills: Counter[str] = Counter()
+        self.stops: Counter[str] = Counter()
+        """Stops of more than `PATIENCE`."""
         self.upgrades: Counter[str] = Counter()
         """Of the workers, by how they ended."""
 
@@ -141,9 +174,10 @@ def one(role: str) -> Callable[[Round], None]:
     """One process of a role is killed."""
 
     def act(this: Round) -> None:
+        share = this.choose.random()
         pids = this.daemon.pids(role)
         if pids:
-            this.kill(role, [this.choose.choice(pids)])
+            this.kill(role, [pids[int(share * len(pids))]])
 
     return act
 
@@ -167,12 +201,27 @@ def fork_servers(this: Round) -> None:
 
 
 def stopped(this: Round) -> None:
+    share, seconds = this.choose.random(), this.choose.random() * 0.3
     pids = [pid for role in (*this.front_ends, "fetch", "decompress") for pid in this.daemon.pids(role)]
-    if pids:
-        pid = this.choose.choice(pids)
-        send(pid, signal.SIGSTOP)
-        time.sleep(this.choose.random() * 0.3)
-        send(pid, signal.SIGCONT)
+    this.stop(pids, share, seconds)
+
+
+def stopped_for_long(this: Round) -> None:
+    """Longer than a worker has to show a sign of life: it is killed then, and its job done by another. Others go on later."""
+    roles = [*this.front_ends, "fetch", "decompress", "api", "fork server", "supervisor"]
+    role = this.choose.choice(roles + ["stub", "nursery", "seats"] * from_a_nursery(this))
+    share, seconds = this.choose.random(), PATIENCE * (1.1 + this.choose.random() / 2)
+    match role:
+        case "stub":
+            pids = [this.daemon.pid]
+        case "supervisor":
+            pids = this.daemon.supervisors() if isinstance(this.daemon, CopiedDaemon) else [this.daemon.pid]
+        case "nursery" | "seats":
+            pids = of_nursery(role)
+        case _:
+            pids = this.daemon.pids(role)
+    this.counts.stops[role] += bool(pids)
+    this.stop(pids, share, seconds)
 
 
 def supervisor(this: Round) -> None:
@@ -207,9 +256,10 @@ def bunch(this: Round) -> None:
 
 def supervisor_and_its_successor(this: Round) -> None:
     """The next one is killed while it takes over."""
+    moment = this.choose.random() * 0.4
     this.kill_supervisor()
     with subprocess.Popen(this.daemon.command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as next_one:
-        time.sleep(this.choose.random() * 0.4)
+        time.sleep(moment)
         next_one.kill()
     this.counts.kills["supervisor"] += 1
     this.succeed()
@@ -231,8 +281,28 @@ def from_a_nursery(this: Round) -> bool:
     return isinstance(this.daemon, CopiedDaemon)
 
 
+def cut_off(this: Round) -> None:
+    """Somebody makes the cache file shorter. In its last page: a worker that writes there at this moment writes all of that."""
+    less = 1 + this.choose.randrange(_LAST_PAGE)
+    for path in this.daemon.cache.glob("*.blob.data"):
+        with contextlib.suppress(OSError):
+            size = path.stat().st_size
+            os.truncate(path, max(size - less, 0))
+
+
+def deleted(this: Round) -> None:
+    """Somebody removes the cache file."""
+    for path in this.daemon.cache.glob("*.blob.data"):
+        path.unlink(missing_ok=True)
+
+
 def always(_this: Round) -> bool:
     return True
+
+
+def of_a_file(this: Round) -> bool:
+    """Where something may become of the cache file: the kernel reads it by itself in the other ways."""
+    return this.cached and "fuse" in this.front_ends
 
 
 ACTS: dict[str, tuple[Callable[[Round], None], Callable[[Round], bool]]] = {
@@ -245,13 +315,16 @@ ACTS: dict[str, tuple[Callable[[Round], None], Callable[[Round], bool]]] = {
     "nursery": (of_the_node("nursery"), from_a_nursery),
     "seats": (of_the_node("seats"), from_a_nursery),
     "stopped for a moment": (stopped, always),
+    "stopped for long": (stopped_for_long, always),
     "supervisor": (supervisor, always),
     "supervisor and front ends": (supervisor_and_front_ends, always),
     "all but a fork server": (bunch, lambda this: len(this.front_ends) == 1),
     "supervisor and its successor": (supervisor_and_its_successor, always),
-    "cache emptied": (emptied, lambda this: this.cached and "fuse" in this.front_ends),
-    "workers upgraded": (lambda this: this.upgrades.begin(this.daemon), always),
-    "workers scaled": (lambda this: this.upgrades.scale(this.daemon), always),
+    "cache emptied": (emptied, of_a_file),
+    "cache file cut off": (cut_off, of_a_file),
+    "cache file deleted": (deleted, of_a_file),
+    "workers upgraded": (lambda this: this.upgrades.begin(this.daemon, this.choose), always),
+    "workers scaled": (lambda this: this.upgrades.scale(this.daemon, this.choose), always),
     "upgraded": (upgraded, lambda this: this.keeper is not None),
 }
 """By its name each kind of act, and in which rounds it may be."""

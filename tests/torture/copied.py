@@ -18,6 +18,7 @@ class CopiedDaemon(Daemon):
     """Its supervisor is a child of the nursery. What was started is killed, or the supervisor, at random."""
 
     choose = random.Random()
+    """Of the act under way."""
 
     def supervisors(self) -> list[int]:
         """Those that run, or ran last, of this mount: one, but in an upgrade or for a moment after a kill."""
@@ -41,8 +42,9 @@ class CopiedDaemon(Daemon):
     def kill_supervisor(self) -> None:
         """SIGKILL the stub, or what it stands for; the other one ends by that."""
         assert self._process is not None
+        stub = self.choose.random() < 0.5
         supervisors = self.supervisors()
-        victim = supervisors[0] if supervisors and self.choose.random() < 0.5 else self.pid
+        victim = supervisors[0] if supervisors and not stub else self.pid
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
         self._process.wait()

@@ -22,10 +22,9 @@ _LOST = 0
 class Upgrades:
     """Of one daemon. `ended` counts them by how they ended, `problems` are sentences."""
 
-    def __init__(self, choose: random.Random, ended: Counter[str]) -> None:
+    def __init__(self, ended: Counter[str]) -> None:
         self.ended = ended
         self.problems: list[str] = []
-        self._choose = choose
         self._running: threading.Thread | None = None
         self._disturbed = False
         self._lost = False
@@ -41,13 +40,14 @@ class Upgrades:
             self._running.join()
             self._running = None
 
-    def begin(self, daemon: Daemon) -> None:
+    def begin(self, daemon: Daemon, choose: random.Random) -> None:
         """An upgrade. Every second one goes on beside what comes next."""
+        alone = choose.random() < 0.5
         self.wait()
         self._disturbed = False
         self._running = threading.Thread(target=self._upgrade, args=(daemon,))
         self._running.start()
-        if self._choose.random() < 0.5:
+        if alone:
             self.wait()
 
     def _upgrade(self, daemon: Daemon) -> None:
@@ -61,9 +61,9 @@ class Upgrades:
         else:
             self.problems.append(f"an upgrade that nobody disturbed: {status} {told}")
 
-    def scale(self, daemon: Daemon) -> None:
+    def scale(self, daemon: Daemon, choose: random.Random) -> None:
         """Other numbers of workers, 0 for those that are configured."""
-        wanted = {"decompress": self._choose.randrange(5), "fetch": self._choose.randrange(4)}
+        wanted = {"decompress": choose.randrange(5), "fetch": choose.randrange(4)}
         status, told = _ask(daemon, "/api/v1/nydusd/workers", json.dumps(wanted).encode())
         if status not in (200, 409, 503, _LOST):
             self.problems.append(f"{wanted}: {status} {told}")
