@@ -111,7 +111,7 @@ class Trial:
                 self.problems += self.round.upgrades.problems
             wait_for_role(daemon, "api", 1)
             if self.problems:
-                self._tell()
+                self.tell()
         if self.copied:
             wait_for_end()
         self.problems += [line for line in discipline.logs.problems() if not any(each in line for each in _EXPECTED)]
@@ -125,7 +125,7 @@ class Trial:
         )
         return took, self.round.around(began, all_of_it)
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
         """How it came to that."""
         for when, kind in self.round.history:
             print(f"{when:%H:%M:%S.%f} {kind}", file=sys.stderr)
@@ -163,6 +163,8 @@ def main() -> int:
             took, around = this.longest()
             longest = max(longest, (took, around))
             if took > most:
+                if not this.problems:
+                    this.tell()
                 problems.append(
                     f"a read took {took:.2f} s, around {', '.join(around) or 'nothing'}: more than {most:g} s"
                 )
