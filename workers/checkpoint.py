@@ -18,7 +18,9 @@ from workers.blobs import OpenBlobs
 
 
 def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
-    """Store what is ready now. Answer: how many chunks that is."""
+    """Store what is ready now. Answer: how many chunks that is; and by name the `others` of which all that is ready is stored
+    with it: their inodes, and how many chunks that is.
+    """
     blob = blobs.get(job)
     fd = blob.data_fd()
     segment = blob.segment
@@ -26,7 +28,7 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
         _doubt(segment)
     # The copy is taken before the fdatasync: only what was written by then may be claimed.
     states = bytes(segment.state)
-    ready = _claimed(segment, states)
+    ready, others = _claimed(segment, states)
 
     def synced() -> None:
         segment.syncing[0] = 0
@@ -38,19 +40,26 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
     except map_file.UnsyncedError:
         _doubt(segment)
         raise
-    return {"stored": states.count(READY)}
+    answer: Json = {"stored": states.count(READY)}
+    return answer | {"others": others} if others else answer
 
 
-def _claimed(segment: Segment, states: bytes) -> list[int]:
+def _claimed(segment: Segment, states: bytes) -> tuple[list[int], dict[str, tuple[int, int]]]:
     """The chunks that are in the data file: for this image, or for another that says the same of them.
 
-    Not those of 0 bytes, which the image does not describe: there may be such chunks, for others.
+    Not those of 0 bytes, which the image does not describe: there may be such chunks, for others. And of each segment with the
+    same table, by name, its inode and how many chunks are ready for it, all of which are among them.
     """
     found = {chunk for chunk, state in enumerate(states) if state == READY}
+    same: dict[str, tuple[int, int]] = {}
     for other in segments_of(segment.identity.dev, segment.identity.ino):
         if other.name != segment.name and other.identity.file == segment.identity.file and not other.syncing[0]:
-            found.update(ready_in(other, segment))
-    return [chunk for chunk, record in enumerate(RECORD.iter_unpack(segment.records)) if record[3] and chunk in found]
+            ready = list(ready_in(other, segment))
+            found.update(ready)
+            if ready and other.identity == segment.identity and segment.identity.layout:
+                same[other.name] = other.inode, len(ready)
+    claimed = [c for c, record in enumerate(RECORD.iter_unpack(segment.records)) if record[3] and c in found]
+    return claimed, same
 
 
 def _doubt(segment: Segment) -> None:

@@ -39,6 +39,8 @@ class Checkpoints:
         if cache.state != "ready" or cache.spec.data_path is None:
             return False
         if not cache.checkpointing and cache.chunk_map.ready_count() != cache.stored:
+            if _is_under_way(cache):
+                return True
             cache.checkpointing = True
             self._fetch.submit(Job("checkpoint", cache, Priority.AHEAD, {}, self._done))
         return cache.checkpointing
@@ -51,6 +53,12 @@ class Checkpoints:
             return
         if "stored" in answer:
             cache.stored = answer["stored"]
+            # One map is of all images with this blob: there may be hundreds. (Of a release before ours: of this one alone.)
+            others = answer.get("others", {})
+            for other in cache.kin if others else ():
+                inode, stored = others.get(other.spec.segment, (0, 0))
+                if other.state == "ready" and other.segment is not None and other.segment.inode == inode:
+                    other.stored = stored
         elif answer.get("type") == "StaleCacheError":
             self._reopen(cache, answer["error"])
         else:
@@ -58,3 +66,12 @@ class Checkpoints:
                 note_room(cache, answer["error"])
             cache.stored = cache.chunk_map.ready_count()
             log.warning("%s; it is tried again when more chunks are ready", answer["error"])
+
+
+def _is_under_way(cache: BlobCache) -> bool:
+    """Whether the same map is being stored for another image with the same table, and perhaps all there is to be stored."""
+    segment = cache.segment
+    return segment is not None and any(
+        other.checkpointing and other.segment is not None and other.segment.identity == segment.identity
+        for other in cache.kin
+    )

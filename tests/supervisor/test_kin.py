@@ -325,3 +325,47 @@ class TestEviction:
         twin.opened()
         job.done(job, {"kept": "its segment"})
         assert twin.chunk_map.is_ready(5) and plain.chunk_map.is_ready(5)
+
+
+def test_map_of_a_file_is_stored_once_for_all_images_with_the_same_table(
+    pair: tuple[World, BlobCache, BlobCache],
+) -> None:
+    world, plain, twin = pair
+    assert twin.segment is not None
+    for cache in (plain, twin):
+        cache.chunk_map.set_ready(1)
+    world.worker("fetch", b"f")
+    assert world.router.checkpoint() == 2
+    world.pump()
+    assert [message["kind"] for message in world.dispatched] == ["checkpoint"]
+    assert world.router.checkpoint() == 2
+    world.done(b"f", {"stored": 1, "others": {twin.spec.segment: [twin.segment.inode, 1]}})
+    assert world.router.checkpoint() == 0
+    twin.chunk_map.set_ready(2)
+    assert world.router.checkpoint() == 1
+    world.pump()
+    world.done(b"f", {"stored": 2})
+    assert world.router.checkpoint() == 0
+
+
+@pytest.mark.parametrize("others", [{}, {"of another segment": [1, 1]}, None])
+def test_map_is_stored_again_for_whom_a_checkpoint_did_not_count(
+    pair: tuple[World, BlobCache, BlobCache], others: dict[str, list[int]] | None
+) -> None:
+    """Its segment is another by now, or the checkpoint did not go well."""
+    world, plain, twin = pair
+    for cache in (plain, twin):
+        cache.chunk_map.set_ready(1)
+    world.worker("fetch", b"f")
+    world.router.checkpoint()
+    world.pump()
+    if others is None:
+        world.done(b"f", {"error": "no room", "errno": 28, "type": "CacheError"})
+    else:
+        others |= {twin.spec.segment: [0, 1]}
+        world.done(b"f", {"stored": 1, "others": others})
+    assert world.router.checkpoint() == 1
+    world.pump()
+    assert world.sent[b"f"]["handle"] == twin.handle
+    world.done(b"f", {"stored": 1})
+    assert world.router.checkpoint() == 0

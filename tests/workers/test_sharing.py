@@ -271,7 +271,7 @@ def test_checkpoint_tells_of_what_others_have_in_the_file(made: Jobs) -> None:
         other.state[5] = READY
         with made.segment() as segment:
             segment.state[5] = EMPTY
-        made.checkpoint()
+        assert made.checkpoint()["others"] == {other.name: (other.inode, 1)}
         with made.segment() as segment:
             assert map_file.load(made.spec.map_path, segment.count, segment.identity)[5] == READY
 
