@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,9 @@ def test_commands_run_with_pinned_libraries_and_without_the_checkout(installed: 
         )
         assert done.stdout.startswith(("usage: nydus", "usage: " + command))
     version = subprocess.run([installed / "bin/nydusd", "--version"], capture_output=True, text=True, check=True).stdout
-    assert VERSION in version
+    found = re.search(r"Git Commit: \tpython-([0-9a-f]{12})\n", version)
+    assert VERSION in version and found is not None
+    assert f'BUILT = "{found[1]}"' in next(installed.glob("lib/nydusd/lib/*/site-packages/nydusd/build.py")).read_text()
     python = installed / "lib/nydusd/bin/python"
     where = subprocess.run(
         [python, "-P", "-c", "import nydusd, workers.loop; print(workers.loop.__file__)"],
@@ -84,6 +87,8 @@ def test_pages_completions_units_and_examples_are_there(installed: Path) -> None
         ("share/doc/nydusd/examples/nydusd-erofs.conf", "erofs"),
     ):
         assert f"ExecStart={installed}/bin/nydusd {verb}" in (installed / path).read_text()
+    snapshotter = tomllib.loads((installed / "share/doc/nydusd/examples/nydus-snapshotter.toml").read_text())
+    assert snapshotter["daemon"]["nydusd_path"] == f"{installed}/bin/nydusd"
 
 
 def test_the_score_of_the_unit_is_the_one_of_the_docs(installed: Path) -> None:

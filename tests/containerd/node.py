@@ -46,65 +46,59 @@ FIFOS = "/run/containerd/fifo"
 """Where nerdctl makes a folder for each container's standard streams, and leaves it; there is no flag for it."""
 _numbers = itertools.count()
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
+ROOT, RUN = "/var/lib/containerd/io.containerd.snapshotter.v1.nydus", "/run/containerd-nydus/"
+"""Folders of the snapshotter in the examples."""
+GRPC_SOCK, SYSTEM_SOCK = "containerd-nydus-grpc.sock", "system.sock"
+
 CONTAINERD_TOML = """\
 version = 2
 root = "{folder}/ctd/root"
 state = "{folder}/ctd/state"
+imports = ["{folder}/containerd-nydus.toml"]
 disabled_plugins = ["io.containerd.grpc.v1.cri"]
 [grpc]
   address = "{folder}/ctd.sock"
 [ttrpc]
   address = "{folder}/ctd.ttrpc"
-[proxy_plugins.nydus]
-  type = "snapshot"
-  address = "{folder}/sn.sock"
 """
-
-SNAPSHOTTER_TOML = """\
-version = 1
-root = "{folder}/sn"
-address = "{folder}/sn.sock"
-daemon_mode = "{mode}"
-cleanup_on_close = {cleanup}
-[system]
-  enable = true
-  address = "{folder}/system.sock"
-[daemon]
-  nydusd_path = "{nydusd}"
-  nydusd_config = "{folder}/nydusd.json"
-  nydusimage_path = "/nonexistent/nydus-image"
-  fs_driver = "fusedev"
-  recover_policy = "{recover_policy}"
-  threads_number = 4
-  log_rotation_size = 100
-[cgroup]
-  enable = false
-[metrics]
-  address = ""
-[log]
-  level = "info"
-  log_to_stdout = false
-  dir = "{folder}/sn/logs"
-"""
+"""What is this node's own. The rest is in conf/."""
 
 
-def daemon_config() -> dict[str, object]:
-    """The template of the daemons' configurations: a registry by plain HTTP, as the snapshotter documents it."""
-    return {
-        "device": {
-            "backend": {
-                "type": "registry",
-                "config": {"scheme": "http", "timeout": 10, "connect_timeout": 5, "retry_limit": 2},
-            },
-            "cache": {"type": "blobcache", "config": {"work_dir": "cache"}},
-        },
-        "mode": "direct",
-        "digest_validate": False,
-        "iostats_files": False,
-        "enable_xattr": True,
-        "amplify_io": 1048576,
-        "fs_prefetch": {"enable": True, "prefetch_all": False, "threads_count": 4, "merging_size": 1048576},
+def example(name: str, changes: Mapping[str, str]) -> str:
+    """A file of conf/ as it is there, but for what is said to stand in the place of what."""
+    text = (CONF / name).read_text()
+    for old, new in changes.items():
+        assert old in text, f"{name} has no {old!r}"
+        text = text.replace(old, new)
+    return text
+
+
+def write_examples(
+    folder: Path, mode: str, *, nydusd: str | Path, recover_policy: str = "failover", clean_up: bool = True
+) -> Path:
+    """Write the files of conf/ for a snapshotter below this folder; gives the snapshotter's own.
+
+    Changed are paths, what a test asks for, the port of the metrics, which another run may have, and https: the registry of the
+    tests has no certificate.
+    """
+    here = {RUN: f"{folder}/"}
+    (folder / "containerd-nydus.toml").write_text(example("containerd-nydus.toml", here))
+    template = example("nydusd-registry-v1.json", {'"scheme": "https"': '"scheme": "http"'})
+    (folder / "nydusd-registry-v1.json").write_text(template)
+    changes = {
+        ROOT: f"{folder}/sn",
+        "/etc/nydus/": f"{folder}/",
+        "/usr/local/bin/nydusd": str(nydusd),
+        "/usr/local/bin/nydus-image": "/nonexistent/nydus-image",
+        'daemon_mode = "dedicated"': f'daemon_mode = "{mode}"',
+        'recover_policy = "failover"': f'recover_policy = "{recover_policy}"',
+        "cleanup_on_close = false": f"cleanup_on_close = {str(clean_up).lower()}",
+        "127.0.0.1:9110": "",
     }
+    path = folder / "nydus-snapshotter.toml"
+    path.write_text(example(path.name, here | changes))
+    return path
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -173,7 +167,7 @@ class Node:
     AssertionError, and ended by force.
     """
 
-    def __init__(self, mode: str, *, recover_policy: str = "none", clean_up: bool = True) -> None:
+    def __init__(self, mode: str, *, recover_policy: str = "failover", clean_up: bool = True) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="n", dir=discipline.folder))
         self.namespace = f"nydusd-test-{discipline.run_id}-{next(_numbers)}"
         self.mode = mode
@@ -185,7 +179,6 @@ class Node:
         self._turn = (cache_folder() / "node.lock").open("wb")
         fcntl.flock(self._turn, fcntl.LOCK_EX)
         self._fifos_before = _listdir(FIFOS)
-        (self.folder / "nydusd.json").write_text(json.dumps(daemon_config()))
         (self.folder / "containerd.toml").write_text(CONTAINERD_TOML.format(folder=self.folder))
 
     def __enter__(self) -> Self:
@@ -213,17 +206,16 @@ class Node:
         wait_until(self._containerd_reaches_it, "containerd's connection to the snapshotter", START_SECONDS)
 
     def _start_snapshotter(self) -> None:
-        text = SNAPSHOTTER_TOML.format(
-            folder=self.folder,
-            mode=self.mode,
-            cleanup=str(self._clean_up).lower(),
+        config = write_examples(
+            self.folder,
+            self.mode,
             nydusd=self.nydusd,
             recover_policy=self._recover_policy,
+            clean_up=self._clean_up,
         )
-        (self.folder / "snapshotter.toml").write_text(text)
         program = cache_folder() / "bin" / SNAPSHOTTER
         assert program.exists(), f"there is no {program}: run scripts/need-containerd"
-        self._start("snapshotter", [str(program), "--config", str(self.folder / "snapshotter.toml")], "sn.sock")
+        self._start("snapshotter", [str(program), "--config", str(config)], GRPC_SOCK)
 
     def _containerd_reaches_it(self) -> bool:
         """Whether a listing succeeds; it asks the snapshotter only in a namespace that has snapshots."""
@@ -275,7 +267,7 @@ class Node:
 
     def daemons(self) -> list[Mapping[str, object]]:
         """What the snapshotter's own API tells of its daemons."""
-        found = http_get(str(self.folder / "system.sock"), "/api/v1/daemons")
+        found = http_get(str(self.folder / SYSTEM_SOCK), "/api/v1/daemons")
         assert isinstance(found, list)
         return found
 

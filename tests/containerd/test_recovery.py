@@ -1,17 +1,44 @@
-"""What the snapshotter does when a daemon of ours dies, by its recover policy."""
+"""What the snapshotter does when a daemon of ours dies, by its recover policy, and when it upgrades one: under readers."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from tests.containerd.conftest import Shop
-from tests.containerd.images import SMALL
-from tests.containerd.node import Node, http_get, http_put
+from tests.containerd.images import SMALL, cache_folder
+from tests.containerd.node import SYSTEM_SOCK, Node, http_get, http_put
 from tests.support.discipline import cmdline, descendants, is_running, wait_until
+from tests.support.verifying import Verifying
+
+PROGRAMS = "usr/bin"
+READ_BYTES = 12 << 20
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of the programs in the images, as they are in the tree that these were made of."""
+    folder, left = tmp_path_factory.mktemp("programs"), READ_BYTES
+    for path in sorted((cache_folder() / "debian-python3" / PROGRAMS).iterdir()):
+        if path.is_file() and not path.is_symlink() and 0 < path.stat().st_size <= left:
+            (folder / path.name).symlink_to(path)
+            left -= path.stat().st_size
+    return folder
+
+
+def verifying(node: Node, programs: Path, folder: Path) -> Verifying:
+    """Readers of what the daemon of the only image shows, most of it not cached yet: they compare every byte.
+
+    They are nice: the snapshotter gives up a daemon that needs three seconds to start, however busy the machine is.
+    """
+    (mount,) = [Path(point) for point, kind, _ in node.mounts() if kind == "fuse"]
+    if node.mode == "shared":
+        (mount,) = mount.iterdir()
+    return Verifying(mount / PROGRAMS, programs, folder, inside=("nice", "-n", "19"))
 
 
 @pytest.mark.parametrize("mode", ["dedicated", "shared"])
@@ -52,7 +79,9 @@ def runs(node: Node, reference: str) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["dedicated", "shared"])
-def test_a_killed_daemon_is_succeeded_under_a_running_container(shop: Shop, mode: str) -> None:
+def test_a_killed_daemon_is_succeeded_under_a_running_container_and_readers(
+    shop: Shop, programs: Path, tmp_path: Path, mode: str
+) -> None:
     """The policy `failover`: the snapshotter keeps the session and starts the same command, which takes over."""
     reference = shop.references[SMALL]
     with Node(mode, recover_policy="failover") as node:
@@ -64,10 +93,14 @@ def test_a_killed_daemon_is_succeeded_under_a_running_container(shop: Shop, mode
         wait_until(lambda: not is_running(api) and _states(node) == ["RUNNING"], "the next API process", 30.0)
         assert node.run_python(reference, "print(41)") == "41\n"
         assert not [line for line in node.complaints() if "died" in line]
-        os.kill(pid, signal.SIGKILL)
-        assert node.exec_python(container, "import json; print(42)") == "42\n"
-        wait_until(lambda: node.daemon_pids() not in ([], [pid]), "the next daemon", 30.0)
-        wait_until(lambda: _states(node) == ["RUNNING"], "its start", 30.0)
+        with verifying(node, programs, tmp_path) as readers:
+            readers.go_on(0)
+            os.kill(pid, signal.SIGKILL)
+            assert node.exec_python(container, "import json; print(42)") == "42\n"
+            wait_until(lambda: node.daemon_pids() not in ([], [pid]), "the next daemon", 30.0)
+            wait_until(lambda: _states(node) == ["RUNNING"], "its start", 30.0)
+            readers.go_on()
+        print(f"{mode}: killed, the longest read took {readers.longest():.2f} s")
         assert node.exec_python(container, "import decimal, email; print(43)") == "43\n"
         node.watch_daemon_logs()
         node.nerdctl("rm", "-f", container)
@@ -75,7 +108,9 @@ def test_a_killed_daemon_is_succeeded_under_a_running_container(shop: Shop, mode
 
 
 @pytest.mark.parametrize("mode", ["dedicated", "shared"])
-def test_a_daemon_is_upgraded_under_a_running_container(shop: Shop, mode: str) -> None:
+def test_a_daemon_is_upgraded_under_a_running_container_and_readers(
+    shop: Shop, programs: Path, tmp_path: Path, mode: str
+) -> None:
     """The snapshotter's own hot upgrade, as an operator has it begin over its system socket; then a crash of the new one."""
     reference = shop.references[SMALL]
     node = Node(mode, recover_policy="failover")
@@ -86,8 +121,12 @@ def test_a_daemon_is_upgraded_under_a_running_container(shop: Shop, mode: str) -
     with node:
         container = node.start_container(reference)
         (before,) = api_pids(node)
-        http_put(str(node.folder / "system.sock"), "/api/v1/daemons/upgrade", {"nydusd_path": str(newer)})
-        wait_until(lambda: _states(node) == ["RUNNING"], "its start", 60.0)
+        with verifying(node, programs, tmp_path) as readers:
+            readers.go_on(0)
+            http_put(str(node.folder / SYSTEM_SOCK), "/api/v1/daemons/upgrade", {"nydusd_path": str(newer)})
+            wait_until(lambda: _states(node) == ["RUNNING"], "its start", 60.0)
+            readers.go_on()
+        print(f"{mode}: upgraded, the longest read took {readers.longest():.2f} s")
         (after,) = api_pids(node)
         assert before != after
         assert not newer.exists()
