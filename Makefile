@@ -3,7 +3,7 @@
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 BIN := .venv/bin
 PREFIX ?= /usr/local
-CHECKED := nydusd workers bench tests scripts/demo scripts/demo-run scripts/run-tests scripts/reference
+CHECKED := setup.py nydusd workers bench tests scripts/demo scripts/demo-run scripts/run-tests scripts/reference
 
 .PHONY: help setup demo test test-containerd test-fscache lint fuzz torture endurance kill-points bench bench-erofs bench-delays reference install deb clean
 

@@ -1,18 +1,20 @@
-"""Which build this is: the one place that says so.
+"""Which release and which build this is: the one place that says so.
 
 Read by the command line (`nydusd --version`) and by the supervisor and the API process (`GET /api/v1/daemon`). Clients
 compare the two texts: nydus-snapshotter reads the `Git Commit:` line of the program on disk and `version.git_commit` of the
-running daemon, and starts a hot upgrade when they differ. So both come from `GIT_COMMIT`, which every release changes.
+running daemon, and starts a hot upgrade when they differ. So both come from `GIT_COMMIT`, another one for each change of the
+code (`nydusd.build`); it also tells a supervisor which of the processes that it took over run other code than it has.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Final, TypedDict
 
+from nydusd import build
+
 VERSION: Final = "0.1.0"
-GIT_COMMIT: Final = "nydusd-python-0.1.0"
+GIT_COMMIT: Final = f"python-{build.loaded()}"
 BUILD_TIME: Final = "2026-11-24T00:00:00Z"
 PROFILE: Final = "release"
 
@@ -41,11 +43,9 @@ def build_info() -> BuildInfo:
 def commit_on_disk() -> str:
     """The `GIT_COMMIT` that a process started now would have: an upgrade may have replaced the files since we started."""
     try:
-        with open(__file__, encoding="utf-8") as f:
-            found = re.search(r'^GIT_COMMIT: Final = "([^"]+)"', f.read(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found is not None else GIT_COMMIT
+        return f"python-{build.on_disk()}"
+    except OSError:  # they are being replaced
+        return GIT_COMMIT
 
 
 def version_text(program: str) -> str:

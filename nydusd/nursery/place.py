@@ -13,6 +13,8 @@ import binascii
 import os
 import sys
 
+from nydusd import build
+
 DEFAULT_ROOT = "/run/nydusd"
 END = b"end"
 """What a daemon that was the last one sends instead of an identity."""
@@ -41,10 +43,10 @@ def is_for_one() -> bool:
 
 
 def identity() -> bytes:
-    """What a process started now would run. Every release changes `version.py`, which holds version and commit."""
-    code = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "version.py")
-    st = os.stat(code)
-    facts = [sys.version, sys.executable, code, f"{st.st_dev} {st.st_ino} {st.st_mtime_ns} {st.st_size}"]
+    """What a process started now would run: the build by its name, and which installation of it. Raises OSError."""
+    st = os.stat(build.FILE)
+    facts = [sys.version, sys.executable, build.FILE, f"{st.st_dev} {st.st_ino} {st.st_mtime_ns} {st.st_size}"]
+    facts += [build.on_disk()]
     facts += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_AT_START))
     return os.fsencode("\0".join(facts))
 
