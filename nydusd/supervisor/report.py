@@ -39,6 +39,7 @@ def answer(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -
 
 
 def _daemon(daemon: Supervisor, _request: Json) -> Json:
+    from nydusd.cli.options import SingletonOptions
     from nydusd.config import redacted
     from nydusd.version import build_info
 
@@ -56,7 +57,7 @@ def _daemon(daemon: Supervisor, _request: Json) -> Json:
         "id": daemon.options.id,
         "supervisor": daemon.options.supervisor,
         "state": daemon.state,
-        "backend_collection": images,
+        "backend_collection": None if isinstance(daemon.options, SingletonOptions) else images,
     }
 
 

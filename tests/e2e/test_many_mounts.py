@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench.image import build
+from bench.processes import pss
 from tests.support import manifest, oracle
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import wait_until
@@ -256,20 +257,30 @@ def test_mounts_come_and_go_under_readers_of_another(daemon: Daemon) -> None:
     assert wrong == []
 
 
+def memory(daemon: Daemon) -> int:
+    """Bytes of PSS of all its processes."""
+    return sum(map(pss, [daemon.pid, *daemon.family()])) * 1024
+
+
 def test_three_hundred_images_and_each_shows_its_own_files(daemon: Daemon, tmp_path: Path) -> None:
-    """More than fit into the 8 bits that the reference has for them."""
+    """More than fit into the 8 bits that the reference has for them; each of them takes 1 MB at most."""
+    of_first = 0
     for number in range(300):
         tree = tmp_path / "trees" / str(number)
         tree.mkdir(parents=True)
         (tree / "who").write_text(f"image {number}")
         built = build(tree, tmp_path / "images" / str(number))
         assert daemon.mount(f"/{number}", built.bootstrap, built.blob.parent) == (204, "")
+        if number == 0:
+            assert (daemon.mountpoint / "0" / "who").read_text() == "image 0"
+            of_first = memory(daemon)
     assert sorted(map(int, os.listdir(daemon.mountpoint))) == list(range(300))
     for number in range(300):
         assert (daemon.mountpoint / str(number) / "who").read_text() == f"image {number}"
         assert os.listdir(daemon.mountpoint / str(number)) == ["who"]
     inodes = {os.stat(daemon.mountpoint / str(number) / "who").st_ino for number in range(300)}
     assert len(inodes) == 300
+    assert memory(daemon) - of_first <= 299_000_000
     for number in range(0, 300, 7):
         assert daemon.umount(f"/{number}") == (204, "")
     assert sorted(map(int, os.listdir(daemon.mountpoint))) == [n for n in range(300) if n % 7]

@@ -74,6 +74,30 @@ def test_a_singleton_mounts_nothing(daemon: Singleton) -> None:
     assert daemon.request("GET", "/api/v1/metrics")[0] == 404
 
 
+def test_other_answers_are_those_of_the_reference(daemon: Singleton, tmp_path: Path) -> None:
+    """As it was seen to answer, but for what it has not: a list of what is bound, and of the reads that wait."""
+    counters = "(Metrics(Stats(NoCounter)))"
+    for method, target, status, message in (
+        ("GET", "/api/v1/metrics", 404, f"GlobalMetrics{counters}"),
+        ("GET", "/api/v1/metrics/backend", 404, f"BackendMetrics{counters}"),
+        ("GET", "/api/v1/metrics/blobcache", 404, f"BlobcacheMetrics{counters}"),
+        ("GET", "/api/v2/blobs", 400, "BadRequest"),
+        ("DELETE", "/api/v2/blobs", 400, "BadRequest"),
+    ):
+        found, body = daemon.request(method, target)
+        assert (target, found, json.loads(body)["message"]) == (target, status, message)
+    assert daemon.get("/api/v1/config") == {}
+    assert daemon.request("DELETE", "/api/v2/blobs?domain_id=none")[0] == 204
+    for path in ("/api/v1/daemon", "/api/v2/daemon"):
+        answer = daemon.get(path)
+        assert isinstance(answer, dict)
+        assert answer.keys() == {"version", "id", "supervisor", "state", "backend_collection"}
+        assert answer["backend_collection"] is None
+    assert put(daemon, entry("first", V6, tmp_path))[1] == (
+        'CreateBlobObject(DaemonAbnormal(Other("blob_cache: bootstrap blob already exists")))'
+    )
+
+
 def test_several_singletons_live_side_by_side(daemon: Singleton, tmp_path: Path) -> None:
     with Singleton() as other:
         assert put(other, entry("theirs", V6, tmp_path)) == (204, "")

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.processes import pss
 from nydusd.nursery import client, place
 from nydusd.nursery.__main__ import Nursery, shorten
-from tests.supervisor.lives import IMAGE, ROOT, wrong
+from tests.supervisor.lives import IMAGE, ROOT, config_for, wrong
 from tests.support.daemon import image_config
 from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
 from tests.support.nursery import Another, is_ready, nurseries, running_nursery, seats_kept
@@ -46,6 +47,32 @@ def test_the_second_daemon_starts_it_the_third_comes_from_it_and_the_last_one_en
         two.stop()
         wait_until(lambda: not is_running(nursery), "the end of the nursery", 60)
         assert list(runtime.iterdir()) == []
+
+
+def test_a_third_daemon_at_rest_takes_no_more_than_27_mb(tmp_path: Path) -> None:
+    """By the proportional memory of all processes of the node: 25 MB are wanted, and reached where they were measured."""
+    runtime = discipline.folder / "small"
+    config = [config_for(IMAGE, tmp_path / str(number), nydusd={"worker_idle": 1}) for number in range(3)]
+    with Another(runtime, config=config[0]) as one, Another(runtime, config=config[1]) as two:
+        wait_until(lambda: is_ready(runtime), "a nursery")
+        assert wrong(one) == wrong(two) == []
+        wait_until(lambda: not workers(), "workers at rest", 60)
+        before = memory()
+        with Another(runtime, config=config[2]) as three:
+            assert three.is_copy()
+            assert wrong(three) == []
+            wait_until(lambda: not workers(), "workers at rest", 60)
+            wait_until(lambda: memory() - before <= 27_000_000, "a daemon of at most 27 MB", 60)
+
+
+def memory() -> int:
+    """Bytes of PSS of all our processes."""
+    return sum(map(pss, descendants(os.getpid()))) * 1024
+
+
+def workers() -> list[int]:
+    titles = {pid: cmdline(pid) for pid in descendants(os.getpid())}
+    return [pid for pid, title in titles.items() if title.startswith(("nydusd: fetch", "nydusd: decompress"))]
 
 
 def test_daemons_live_on_when_it_is_killed_and_start_another(nursery: int) -> None:
