@@ -30,6 +30,7 @@ from nydusd.version import GIT_COMMIT
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor
+    from nydusd.supervisor.images import Image
 
 log = logging.getLogger(__name__)
 
@@ -221,8 +222,11 @@ def _identity(path: str | None) -> str | None:
     return None
 
 
-def recall(daemon: Supervisor) -> None:
-    """Set once more what a supervisor that was killed was told, unless the file of the configuration is another since then."""
+def recall(daemon: Supervisor) -> Callable[[Image], None]:
+    """What a supervisor that was killed was told at run time; gives what sets it for an image once more.
+
+    But not for the image of the command line if the file of the configuration is another since then.
+    """
     path = Path(daemon.run_dir) / _SETTINGS
     try:
         noted = read_checked(path)
@@ -230,16 +234,20 @@ def recall(daemon: Supervisor) -> None:
     except (CacheError, KeyError) as e:
         if not isinstance(e, CacheError) or e.cause_errno != errno.ENOENT:
             log.warning("what was set at run time is lost: %s", e)
-        return
+        return lambda image: None
     config = _identity(daemon.options.config)
     newer = config is not None and config != noted.get("config", config)  # no time is compared: clocks are put back
     daemon.settings = settings
-    for name, values in settings.items():
+    for values in settings.values():
         _keep_out_of_logs(values)
-        image = daemon.images.get(name) or daemon.images.get(f"/{name}")
-        if image is not None and not (newer and image.given):
-            with contextlib.suppress(ConfigError):  # as it was when it was set
-                image.configure(values)
+
+    def recalled(image: Image) -> None:
+        for name, values in settings.items():
+            if image.place in (name, f"/{name}") and not (newer and image.given):
+                with contextlib.suppress(ConfigError):  # as it was when it was set
+                    image.configure(values)
+
+    return recalled
 
 
 OPS: dict[str, Callable[[Supervisor, Json], object]] = {

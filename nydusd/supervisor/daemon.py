@@ -17,7 +17,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -35,13 +35,14 @@ from nydusd.supervisor.children import Child
 from nydusd.supervisor.engine import Engine
 from nydusd.supervisor.family import Family
 from nydusd.supervisor.fd_store import FdStore
-from nydusd.supervisor.handover import FUSE_DEVICE, Handover
+from nydusd.supervisor.handover import ANY_TIME, FUSE_DEVICE, Handover
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.listener import Listener, metrics_socket
 from nydusd.supervisor.mount_request import Request, first_request
 from nydusd.supervisor.mounts import Mounts
 from nydusd.supervisor.notify import Notifier
 from nydusd.supervisor.runtime import Runtime
+from nydusd.supervisor.sockets import guarded
 from nydusd.supervisor.staff import wanted_of
 from nydusd.supervisor.status import Status
 
@@ -51,9 +52,14 @@ if TYPE_CHECKING:
     from nydusd.forkserver.client import ForkServer
     from nydusd.supervisor.blobs import BlobTable
     from nydusd.supervisor.handover import Sent
+    from nydusd.supervisor.mount_records import Recorded
     from nydusd.supervisor.mount_table import MountTable
+    from nydusd.supervisor.restore import Restore
 
 log = logging.getLogger(__name__)
+
+_NAMED = 3
+"""Images that are named one by one where all are told of."""
 
 
 class Supervisor:
@@ -75,6 +81,10 @@ class Supervisor:
         self.state = "INIT"
         self._first_state = "RUNNING"
         self.images: dict[str, Image] = {}
+        self.coming: Mapping[str, Recorded] = {}
+        """Those that a killed supervisor had mounted, and that are not known again yet."""
+        self._put_off: list[Callable[[list[bytes]], None]] = []
+        """What the API has asked for and is answered when all are known."""
         self.errors = control_ops.ErrorRing()
         self.settings: dict[str, dict[str, str]] = {}
         """What was set by the API at run time, by the id that it was set for."""
@@ -86,7 +96,7 @@ class Supervisor:
         self._family = Family(options, config, fork_server, self._runtime, self._poller)
         self.children = self._family.children
         self._notifier = Notifier()
-        self._status = Status(self._notifier, lambda: self.images.values())
+        self._status = Status(self._notifier, lambda: self.images.values(), lambda: self.coming)
         self._family.guarded = not self._notifier.active and options.supervisor is None
         self._store = FdStore(self._notifier)
         self.factory = BlobFactory(self._runtime.instance, str(self._runtime.folder))
@@ -175,7 +185,7 @@ class Supervisor:
             runtime.first,
             table,
         )
-        self.images = self.mounts.images
+        self.images, self.coming = self.mounts.images, self.mounts.coming
         self._family.mounts = self.mounts
 
     def _bind(self) -> None:
@@ -223,6 +233,32 @@ class Supervisor:
         priority.calm([*self.fork_server.pids, *(child.pid for child in self.children if child.pid)])
         log.info("%s", what)
 
+    def _shown(self) -> str:
+        """Which images there are, whether they are known again or not."""
+        images: list[Image | Recorded] = [*self.images.values(), *self.coming.values()]
+        if len(images) > _NAMED:
+            return f"{len(images)} images are"
+        return f"{', '.join(image.source for image in images) or 'an empty folder'} is"
+
+    def _know_all(self, restore: Restore) -> None:
+        """Know the images again that a killed supervisor had mounted, one a turn of the loop.
+
+        Told to stop, all at once: what is ready of their blobs is to be stored.
+        """
+        while restore.step():
+            if not self.stopping:
+                self._turn(0)
+
+    def _all_known(self, restore: Restore) -> None:
+        """What waited for that."""
+        restore.end()
+        points.reach("takeover: mounts known")
+        restore.serve()
+        self._family.add_fetch_workers()
+        waiting, self._put_off = self._put_off, []
+        for again in waiting:
+            guarded(again, [b"api"])
+
     # --- what is asked of a daemon ----------------------------------------------------------------------------
 
     def take_sent(self, sent: Sent) -> None:
@@ -243,7 +279,10 @@ class Supervisor:
         return FUSE_DEVICE
 
     def control(self, request: Json, answer: Callable[[Json], object]) -> None:
-        """What the API process asks for."""
+        """What the API process asks for. What may concern an image that is not known again yet waits until all are."""
+        if self.coming and request.get("op") not in ANY_TIME:
+            self._put_off.append(lambda _: self.control(request, answer))
+            return
         # Here and not above: a start need not wait for what only operators ask.
         from nydusd.supervisor import report
 

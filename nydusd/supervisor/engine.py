@@ -106,7 +106,8 @@ class Engine:
             for table in (self.slots, self.stage):
                 table.trim()
         self._mounts.collect()
-        self.quota.tick(now)
+        if not self._mounts.coming:  # what is of an image that is not known yet must not be taken for nobody's
+            self.quota.tick(now)
         self.router.tick()
         if not stopping:
             self.rest.make_room(now)

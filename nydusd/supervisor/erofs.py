@@ -34,6 +34,7 @@ from nydusd.supervisor.kernel_places import is_inside
 from nydusd.supervisor.mount_records import Recorded, readable
 from nydusd.supervisor.mount_request import first_request
 from nydusd.supervisor.mount_table import MountTable
+from nydusd.supervisor.restore import Restore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,27 +80,32 @@ class ErofsDaemon(Supervisor):
             self._clear_dead_mounts(options.mountpoint)
         first = first_request(options, self.config)
         self._bind()
-        lists: dict[str, Sequence[bytes] | None] = self._take_up() if self._former is not None else {}
-        if first is not None and first.place not in self.images:
-            self.mounts.mount_first(first)
-            lists[first.place] = first.files
+        restore = self._take_up() if self._former is not None else None
+        image = None if first is None or restore is not None else self.mounts.mount_first(first)
         fds = Fds.make() if self._found is None else self._found.fds
         self._kernel = KernelMounts(
             options.mountpoint, fds, self.engine.fetch, self.mounts, self.engine.router.renew, self._lost, self._note
         )
         self.mounts.kernel = self._kernel
         self._start_processes(fds)
+        if self.coming:
+            self._ready(f"{self._shown()} mounted at {options.mountpoint}")
+        if restore is not None:
+            self._know_all(restore)
+            if first is not None and first.place not in self.images:
+                image = self.mounts.mount_first(first)
         missing = self._kernel.go_on(list(self.images.values()))
         if self._found is not None:
             left.end(self._found.holders)
             self._found = self._found._replace(holders=[], noted=[])
         self._family.add(self._front_end)
-        for image in list(self.images.values()):
-            self.mounts.serve(image, lists.get(image.place))
+        if restore is not None:
+            self._all_known(restore)
+        if first is not None and image is not None:
+            self.mounts.serve(image, first.files)
         self._show(missing)
-        if not self.stopping:
-            shown = ", ".join(image.source for image in self.images.values()) or "an empty folder"
-            self._ready(f"{shown} is mounted at {options.mountpoint}")
+        if not self.stopping and self.state == "INIT":
+            self._ready(f"{self._shown()} mounted at {options.mountpoint}")
 
     def _show(self, images: Sequence[Image]) -> None:
         """Until these are mounted. Raises NydusError when one cannot be; in a takeover it is let go, with what is in it."""
@@ -222,17 +228,17 @@ class ErofsDaemon(Supervisor):
     def _know_mounts(self, rows: int, table: MountTable | None = None) -> None:
         super()._know_mounts(rows, None if self._former is None else self._former[0])
 
-    def _take_up(self) -> dict[str, Sequence[bytes] | None]:
-        """Know again what was mounted; gives the prefetch lists of images, by place."""
+    def _take_up(self) -> Restore:
+        """Begin to know again what was mounted."""
         assert self._former is not None and self._found is not None
         known, records = self._former
         # Also what says which chunks there are of what was unmounted and is used still: the front end looks there.
         kept = {file.segment for mounted in table.read(self._found.fds.table).mounts for file in mounted.files}
-        self.mounts.restore(records, kept)
-        control_ops.recall(self)
+        restore = Restore(self.mounts, self.engine.router, records, control_ops.recall(self), kept)
+        restore.begin()
         known.begin_term(self._runtime.term)
         self._former = None
-        return {recorded.place: recorded.files for recorded in records}
+        return restore
 
     # --- children ---------------------------------------------------------------------------------------------
 

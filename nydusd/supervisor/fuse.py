@@ -25,6 +25,7 @@ from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.handover import EndedError
 from nydusd.supervisor.mount_request import first_request
+from nydusd.supervisor.restore import Restore
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
@@ -82,23 +83,22 @@ class FuseDaemon(Supervisor):
             "fetch": [Child("fetch", i, "workers") for i in range(self._family.count("fetch"))],
             "decompress": [Child("decompress", i, "workers") for i in range(self._family.count("decompress"))],
         }
-        if self._former is not None:
-            self._go_on(self._former, places)
+        restore = None if self._former is None else self._go_on(self._former, places)
         # The API at once: clients wait for it. Then one of each: `ls` needs a front end, the first read a blob prepared.
         self.open_api()
         for turn in range(max(map(len, places.values()))):
             for children in places.values():
                 for child in children[turn : turn + 1]:
                     self._family.add(child)
-        if self._former is not None:
-            for recorded in self._former.records:
-                if recorded.place in self.images:
-                    self.mounts.serve(self.images[recorded.place], recorded.files)
-            self._former = None
+        if restore is not None:
+            restore.serve()
         elif first is not None and image is not None:
             self.mounts.serve(image, first.files)
-        shown = ", ".join(image.source for image in self.images.values()) or "an empty folder"
-        self._ready(f"{shown} is mounted at {options.mountpoint}")
+        self._ready(f"{self._shown()} mounted at {options.mountpoint}")
+        if restore is not None:
+            self._know_all(restore)
+            self._all_known(restore)
+            self._former = None
 
     def fuse_mountpoint(self) -> str:
         """Where the FUSE session is mounted."""
@@ -141,8 +141,11 @@ class FuseDaemon(Supervisor):
             rows, table = len(former.session.lanes), former.table
         super()._know_mounts(rows, table)
 
-    def _go_on(self, former: Former, places: dict[str, list[Child]]) -> None:
-        """Take the places of a killed supervisor: its front ends, its mounts, and its name on the sockets."""
+    def _go_on(self, former: Former, places: dict[str, list[Child]]) -> Restore:
+        """Take the places of a killed supervisor: its front ends, its mounts, and its name on the sockets.
+
+        Front ends ask from then on; of the images that of the command line is known, and of the others how to know them.
+        """
         for frontend in former.frontends:
             self._family.adopt(places["fuse"][frontend.number], frontend)
             points.reach("takeover: one front end adopted")
@@ -154,9 +157,8 @@ class FuseDaemon(Supervisor):
         self._bind()
         points.reach("takeover: bound")
         self._notifier.send(f"STATUS=taking over {len(former.records)} images of a supervisor that was killed")
-        self.mounts.restore(former.records)
-        points.reach("takeover: mounts known")
-        control_ops.recall(self)
+        restore = Restore(self.mounts, self.engine.router, former.records, control_ops.recall(self))
+        restore.begin()
         former.table.begin_term(former.term)
         points.reach("takeover: term begun")
         self._mounts_changed(None)
@@ -164,6 +166,7 @@ class FuseDaemon(Supervisor):
         if self.options.supervisor is not None and not self.handover.waited:
             # We serve, but whoever started us after a crash waits for this, to tell us to take over and to start.
             self._first_state = "INIT"
+        return restore
 
     # --- while it serves --------------------------------------------------------------------------------------
 

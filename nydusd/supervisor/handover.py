@@ -45,8 +45,8 @@ _PACKET, _FDS_MOST, _STATE_MOST = 64 << 10, 16, 16 << 20
 _PATIENCE = 5.0
 """Seconds until all of a state must have come, however it trickles: nobody is served meanwhile."""
 FUSE_DEVICE = os.makedev(10, 229)
-_OPS = ("daemon", "takeover", "start", "exit", "sendfd", "events", "set_log_level")
-"""What is answered by a daemon that serves nothing."""
+ANY_TIME = ("daemon", "takeover", "start", "exit", "sendfd", "events", "set_log_level")
+"""What is answered by a daemon that serves nothing, or does not know all its images yet."""
 
 
 class EndedError(NydusError):
@@ -183,7 +183,7 @@ class Handover:
             sockets.front.send_multipart([*frames[:3], encode(answer)])
 
         request = decode(frames[3])
-        if request.get("op") in _OPS:
+        if request.get("op") in ANY_TIME:
             daemon.control(request, reply)
         else:
             reply({"error": {"status": 503, "message": "NotReady"}})

@@ -49,13 +49,14 @@ def is_fillable(cache: BlobCache) -> bool:
 
 def is_of(mounted: Mounted, image: Image) -> bool:
     """Whether what is mounted is this image, at its place, with the cache files that are there now."""
+    if (mounted.place, mounted.identity) != (image.place, image.metadata.identity):
+        return False
     files = []
     for cache in image.caches:
         with contextlib.suppress(OSError):
             st = os.stat(str(cache.spec.data_path))
             files.append((st.st_dev, st.st_ino))
-    known = [(file.device, file.inode) for file in mounted.files]
-    return (mounted.place, mounted.identity, known) == (image.place, image.metadata.identity, files)
+    return [(file.device, file.inode) for file in mounted.files] == files
 
 
 def files_of(image: Image, index: int, cuts: Sequence[Sequence[int]]) -> tuple[File, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from nydusd.errors import CacheError, ConfigError
@@ -44,30 +45,42 @@ def record_of(image: Image, request: Request) -> Json:
 
 
 class Recorded:
-    """A record that was read again. Raises CacheError when it is none, ConfigError for a configuration that is none now."""
+    """A record that was read again. Raises CacheError when it is none."""
 
     def __init__(self, index: int, place: str, raw: Json, given: Config) -> None:
         """`given`: the configuration of the command line."""
-        from nydusd.config import load_config, secret_values
-        from nydusd.logs import register_secret
-
         self.index = index
         self.place = place
         try:
             self.source = str(raw["source"])
             self.given = raw["config"] is None
-            self.config = given if self.given else load_config(raw["config"], f"configuration of {place}")
+            self._config = given if self.given else str(raw["config"])
             self.files = None if raw["prefetch"] is None else [bytes.fromhex(path) for path in raw["prefetch"]]
             self.facts = ImageFacts.from_json(raw["facts"])
-            self._mounted_at = datetime.fromtimestamp(raw["mounted_at"], UTC)
+            self.mounted_at = datetime.fromtimestamp(raw["mounted_at"], UTC)
             self._caches = [Former(int(handle), str(segment)) for handle, segment in raw["caches"]]
             self._counters, self._files, self._trace = (raw[name] for name in ("counters", "files", "trace"))
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise CacheError(f"the record of the image at {place} cannot be used: {e!r}") from e
         if len(self._caches) != len(self.facts.blobs):
             raise CacheError(f"the record of the image at {place} names {len(self._caches)} caches")
-        for secret in secret_values(self.config):
+
+    @cached_property
+    def config(self) -> Config:
+        """Read when it is needed: hundreds take a while. Raises ConfigError for one that is none now."""
+        from nydusd.config import load_config, secret_values
+        from nydusd.logs import register_secret
+
+        given = self._config
+        config = load_config(given, f"configuration of {self.place}") if isinstance(given, str) else given
+        for secret in secret_values(config):
             register_secret(secret)
+        return config
+
+    @property
+    def handles(self) -> list[int]:
+        """How front ends call its blobs."""
+        return [former.handle for former in self._caches]
 
     def image(self, factory: BlobFactory, rows: int) -> Image:
         """The image, mounted: with its counters for so many front ends, its blobs open. Raises NydusError.
@@ -76,7 +89,7 @@ class Recorded:
         """
         image = Image(self.place, self.source, self.config, self.facts, factory, self._caches)
         image.index, image.given = self.index, self.given
-        image.mounted_at = self._mounted_at
+        image.mounted_at = self.mounted_at
         image.counters, image.files, image.trace = self._counters, self._files, self._trace
         if image.counters is not None:
             try:
@@ -85,7 +98,7 @@ class Recorded:
                 log.error("the image at %s is counted from 0 again: %s", self.place, e)
                 image.block = make_counters(image.counters, rows)
         for cache in image.caches:
-            if cache.state == "new":
+            if cache.state == "new" and not cache.lost:  # an image that is known already may share it
                 cache.take_over()
         return image
 
@@ -96,12 +109,16 @@ def readable(table: MountTable, given: Config, needed: str | None) -> list[Recor
     Raises CacheError or ConfigError when it is the image at `needed`, that of the command line.
     """
     found = []
+    at = None if needed is None else parse_place(needed)[0]
     for index, place in table.mounted():
         _, names = parse_place(place)
         try:
-            found.append(Recorded(index, place, table.record(names), given))
+            recorded = Recorded(index, place, table.record(names), given)
+            if place == at:
+                _ = recorded.config  # that one must be one
+            found.append(recorded)
         except (CacheError, ConfigError) as e:
-            if needed is not None and place == parse_place(needed)[0]:
+            if place == at:
                 raise
             log.error("the image at %s cannot be taken over: %s; it is unmounted", place, e)
             table.forget(names)

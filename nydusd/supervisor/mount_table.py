@@ -130,6 +130,14 @@ class MountTable:
         """Unmount an image, whatever is mounted inside it. That is known once it is published."""
         self._clear(self._mounted(names))
 
+    def lose(self, names: Sequence[bytes]) -> None:
+        """The same, known at once. Raises CacheError when that cannot be written: then it is known with the next change."""
+        place = self._mounted(names)
+        old = f"{place.index}.{place.revision}"
+        self._clear(place)
+        self.publish()
+        self._remove(old)
+
     def begin_term(self, term: int) -> None:
         """Publish a table that was taken over, and that another supervisor does so; remove files that it does not name."""
         named = {"table"} | {f"{p.index}.{p.revision}" for p in self._root.below() if p.index is not None}

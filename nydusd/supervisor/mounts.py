@@ -49,7 +49,7 @@ class Mounts:
     """The images of a session. `prefix` begins the names of shared memory, `first` is the first number in such names.
 
     `changed(place)` is called after each change of the table. `place` is where the kernel may have another memory of what
-    is there now, None if that cannot be. `table` is that of a supervisor that was killed: its images are mounted by `restore`.
+    is there now, None if that cannot be. `table` is that of a supervisor that was killed: `Restore` knows its images again.
     """
 
     def __init__(
@@ -71,6 +71,8 @@ class Mounts:
         self._prefix = prefix
         self._serial = count(first)
         self.images: dict[str, Image] = {}
+        self.coming: dict[str, Recorded] = {}
+        """What a supervisor that was killed had mounted, and is not among the images yet (`restore.py`)."""
         self._folder = folder
         self._factory = factory
         self._prefetch = prefetch
@@ -97,25 +99,38 @@ class Mounts:
         folders = metadata_folders(request.config, str(self._folder))
         return self._add(request, inspect(request.source, folders))
 
-    def restore(self, records: Sequence[Recorded], kept: Collection[str] = ()) -> None:
-        """Know again what a supervisor that was killed had mounted. One image that cannot be had is no obstacle to the others.
+    def know(self, recorded: Recorded) -> Image | None:
+        """Know an image again that a supervisor that was killed had mounted; one that cannot be had is unmounted: None.
 
-        `kept`: segments that somebody needs still, whether an image has them or not. Raises NydusError when it is the image
-        of the command line.
+        Raises NydusError when it is the image of the command line.
         """
-        for recorded in records:
-            try:
-                image = recorded.image(self._factory, self.rows)
-                if image.given:
-                    image.use(image.config)
-            except NydusError as e:
-                if recorded.given:
-                    raise
-                log.error("the image at %s cannot be taken over: %s; it is unmounted", recorded.place, e)
-                self.table.forget(parse_place(recorded.place)[1])
-                continue
-            self.images[recorded.place] = image
-            log.info("%s is still mounted at %s", image.source, image.place)
+        try:
+            image = recorded.image(self._factory, self.rows)
+            if image.given:
+                image.use(image.config)
+        except NydusError as e:
+            if recorded.given:
+                raise
+            del self.coming[recorded.place]
+            self._lose(recorded.place, e)
+            return None
+        del self.coming[recorded.place]
+        self.images[recorded.place] = image
+        log.info("%s is still mounted at %s", image.source, image.place)
+        return image
+
+    def _lose(self, place: str, why: NydusError) -> None:
+        """An image that the table names cannot be had."""
+        log.error("the image at %s cannot be taken over: %s; it is unmounted", place, why)
+        names = parse_place(place)[1]
+        try:
+            self.table.lose(names)
+        except CacheError as e:  # readers get EIO instead of ESTALE, until the table can be written
+            log.error("%s", e)
+        self._changed(self._stale(place, names))
+
+    def remove_strays(self, kept: Collection[str]) -> None:
+        """Remove what no image has, once all are known again, and is none of the segments that are `kept`."""
         segments = {cache.spec.segment for cache in self._factory.blobs()}.union(kept)
         remove_strays(self._prefix, self._folder, self.images.values(), segments)
 

@@ -31,6 +31,7 @@ from nydusd.supervisor.mount_records import Recorded, readable
 from nydusd.supervisor.mount_request import first_request
 from nydusd.supervisor.mount_table import MountTable
 from nydusd.supervisor.nbd_clients import Clients
+from nydusd.supervisor.restore import Restore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -138,8 +139,9 @@ class NbdDaemon(Supervisor):
     def _go_on(self, table: MountTable, recorded: Recorded) -> tuple[Image, Sequence[bytes] | None]:
         """Know the image again under the names by which the front end, which still serves, reads it."""
         self._bind()
-        self.mounts.restore([recorded])
-        control_ops.recall(self)
+        restore = Restore(self.mounts, self.engine.router, [recorded], control_ops.recall(self))
+        restore.begin()
+        restore.end()
         table.begin_term(self._runtime.term)
         return self.images[recorded.place], recorded.files
 

@@ -12,6 +12,8 @@ from nydusd.supervisor import blobs, control_ops, metrics_ops, mount_ops, view
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor
+    from nydusd.supervisor.images import Image
+    from nydusd.supervisor.mount_records import Recorded
 
 
 class NotFoundError(NydusError):
@@ -44,13 +46,18 @@ def _daemon(daemon: Supervisor, _request: Json) -> Json:
     from nydusd.version import build_info
 
     images = {}
-    for image in daemon.images.values():
+    mounted: list[Image | Recorded] = [*daemon.images.values(), *daemon.coming.values()]
+    for image in mounted:
+        try:
+            config = redacted(image.config)
+        except ConfigError:
+            continue  # a killed supervisor had it mounted, and it is about to be unmounted
         stamp = image.mounted_at
         images[image.place] = {
             "backend_type": "Rafs",
             "mountpoint": image.place,
             "mounted_time": f"{stamp:%Y-%m-%d %H:%M:%S}.{stamp.microsecond:06}000 +00:00:00",
-            "config": redacted(image.config),
+            "config": config,
         }
     return {
         "version": build_info(),

@@ -81,6 +81,8 @@ class Router:
         self.evictions = Evictions(fetch, self._all_again, self._reopen)
         self.outages = Outages(deadline)
         self._openings = Openings(fetch, self.outages, self._serve, self._finish)
+        self.unknown: Callable[[int], None] = lambda handle: None
+        """Told of a handle that is asked for and that no blob has: it may be one of a killed supervisor's (`restore.py`)."""
         self.backend = {"reads": 0, "read_errors": 0, "read_bytes": 0}
 
     # --- what clients ask -------------------------------------------------------------------------------------
@@ -90,6 +92,9 @@ class Router:
         if (client, number) in self._requests:
             return
         cache = self._factory.get(handle)
+        if cache is None:
+            self.unknown(handle)
+            cache = self._factory.get(handle)
         if flags & AHEAD:
             if cache is not None and cache.state == "ready" and not cache.uses_slots and first < cache.chunk_map.count:
                 self._launch.read_ahead(cache, first, first)

@@ -1,11 +1,12 @@
-"""STATUS=: what `systemctl status` shows. After a start or a takeover also how far the blobs behind the mounts are opened.
+"""STATUS=: what `systemctl status` shows. After a takeover also how many images are known again, after any start how far the
+blobs behind the mounts are opened.
 
 Part of the supervisor: READY does not wait for them, and one that cannot be opened holds up no other. Nothing survives it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from nydusd.supervisor.notify import Notifier
@@ -18,11 +19,14 @@ _INTERVAL = 0.5
 
 
 class Status:
-    """`images()` are those that are mounted."""
+    """`images()` are those that are mounted, `coming()` those of a killed supervisor that are not known again yet."""
 
-    def __init__(self, notifier: Notifier, images: Callable[[], Iterable[Image]]) -> None:
+    def __init__(
+        self, notifier: Notifier, images: Callable[[], Collection[Image]], coming: Callable[[], Collection[str]]
+    ) -> None:
         self._notifier = notifier
         self._images = images
+        self._coming = coming
         self._text = ""
         self._is_under_way = False
         self._due = 0.0
@@ -30,14 +34,17 @@ class Status:
     def ready(self, text: str) -> None:
         """Say READY, and what is served; progress follows."""
         self._text = text
-        self._notifier.send("READY=1", f"STATUS={text}")
+        self._notifier.send("READY=1", f"STATUS={text}{self._restored()}")
         self._is_under_way = self._notifier.active
 
     def tick(self, now: float) -> None:
-        """Called in each turn of the loop: says how far it is, until all blobs were looked at."""
+        """Called in each turn of the loop: says how far it is, until all images are there and all blobs were looked at."""
         if not self._is_under_way or now < self._due:
             return
         self._due = now + _INTERVAL
+        if restored := self._restored():
+            self._notifier.send(f"STATUS={self._text}{restored}")
+            return
         states = [
             state for _, state in {(cache.handle, cache.state) for image in self._images() for cache in image.caches}
         ]
@@ -46,3 +53,8 @@ class Status:
         progress = f"; {done} of {len(states)} blobs are open" if self._is_under_way or failed else ""
         problem = f", {failed} cannot be opened now" if failed else ""
         self._notifier.send(f"STATUS={self._text}{progress}{problem}")
+
+    def _restored(self) -> str:
+        """How many images of a killed supervisor are known again; "" when that is over."""
+        known, coming = len(self._images()), len(self._coming())
+        return f"; restoring {known} of {known + coming} images" if coming else ""

@@ -1,6 +1,7 @@
 """Shared memory and files of mounts that are none any more: of one that was being made, or had just ended, at a SIGKILL.
 
-Used by the supervisor in a takeover, before anybody asks for anything. Killed in the middle of it, the next one goes on.
+Used by the supervisor in a takeover, when all images are known and before the API may make others. Killed in the middle of
+it, the next one goes on.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Worlds for the tests of the router."""
+"""Worlds for the tests of the router, and what stands in for systemd."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.supervisor.systemd import Systemd
 from tests.supervisor.world import World
 
 
@@ -19,3 +21,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         made.check()
     finally:
         made.close()
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    stand_in = Systemd(tmp_path)
+    yield stand_in
+    stand_in.socket.close()

@@ -63,7 +63,7 @@ STEPS = (
     "nydusd.supervisor.family:Family.adopt",
     "nydusd.supervisor.family:Family.remember",
     "nydusd.supervisor.daemon:Supervisor._bind",
-    "nydusd.supervisor.mounts:Mounts.restore",
+    "nydusd.supervisor.restore:Restore.begin",
     "nydusd.supervisor.mount_table:MountTable.publish",
     "nydusd.supervisor.mount_table:MountTable.begin_term",
     "nydusd.supervisor.fuse:FuseDaemon._mounts_changed",
@@ -71,6 +71,7 @@ STEPS = (
     "nydusd.supervisor.family:Family.launch",
     "nydusd.supervisor.mounts:Mounts.serve",
     "nydusd.supervisor.daemon:Supervisor._ready",
+    "nydusd.supervisor.restore:Restore.end",
 )
 """What a supervisor does one after the other while it takes over."""
 

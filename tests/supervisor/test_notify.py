@@ -4,40 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.supervisor.lives import IMAGE, crash
+from tests.supervisor.systemd import Systemd
 from tests.support.daemon import Daemon, wait_for_role
-
-
-class Systemd:
-    """The receiving end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = str(folder / "notify")
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(self.path)
-        self.socket.settimeout(30)
-
-    def message(self) -> dict[str, str]:
-        return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().split("\n"))
-
-    def until(self, key: str) -> dict[str, str]:
-        """The first message that says something of `key`."""
-        while key not in (message := self.message()):
-            pass
-        return message
-
-
-@pytest.fixture
-def systemd(tmp_path: Path) -> Iterator[Systemd]:
-    stand_in = Systemd(tmp_path)
-    yield stand_in
-    stand_in.socket.close()
 
 
 class TestDaemon:

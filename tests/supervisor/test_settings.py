@@ -15,7 +15,7 @@ from nydusd.supervisor.control_ops import recall, remember
 def daemon(folder: Path, *, given: bool) -> Any:
     """What is needed of one, with an image of the command line's configuration or of the API's."""
     configured: list[dict[str, str]] = []
-    image = SimpleNamespace(given=given, configure=configured.append)
+    image = SimpleNamespace(place="/x", given=given, configure=configured.append)
     options = SimpleNamespace(config=str(folder / "config.json"))
     return SimpleNamespace(
         run_dir=str(folder), options=options, settings={}, images={"/x": image}, configured=configured
@@ -37,7 +37,7 @@ def test_what_was_set_gives_way_to_a_file_that_was_written_since_by_whichever_cl
     when = config.stat().st_mtime_ns + hours * 3600 * 10**9
     os.utime(config, ns=(when, when))
     next_one = daemon(tmp_path, given=given)
-    recall(next_one)
+    recall(next_one)(next_one.images["/x"])
     assert next_one.settings == told.settings
     assert next_one.configured == ([] if given else [{"proxy_url": "http://one"}])
 
@@ -48,5 +48,5 @@ def test_what_was_set_holds_while_the_file_is_the_same(tmp_path: Path) -> None:
     told.settings = {"/x": {"proxy_url": "http://one"}}
     remember(told)
     next_one = daemon(tmp_path, given=True)
-    recall(next_one)
+    recall(next_one)(next_one.images["/x"])
     assert next_one.configured == [{"proxy_url": "http://one"}]

@@ -18,7 +18,7 @@ from nydusd.storage.cache.requests import Job, Request
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.chunk_map import ChunkMap
 from nydusd.storage.state.map_file import forget_deleted
-from nydusd.storage.state.segment import Segment, names, remove
+from nydusd.storage.state.segment import Segment, inode_of, remove
 
 _BACK_OFF, _POISON, _OUTAGE = (0.1, 5.0), (60.0, 3600.0), (0.5, 0.5)
 _PREPARE_FIRST, _PREPARE_MOST = 1.0, 30.0
@@ -50,7 +50,7 @@ class BlobCache:
         self.users = 0
         self.backend = BackendCounts()
         self.prefetch = PrefetchCounts()
-        self.inherits = bool(names(spec.segment[1:]))  # a killed daemon left what `prepare` will take over
+        self.inherits = bool(inode_of(spec.segment))  # a killed daemon left what `prepare` will take over
         self.state = "new"  # new, preparing, ready, failed
         self.lost = False  # its cache file was taken from under it, and nobody has asked for it since
         self.reason: str | None = None

@@ -374,11 +374,11 @@ def names(prefix: str) -> list[str]:
     """
     found = set()
     try:
-        paths = list(_SHM.iterdir())
+        entries = os.listdir(_SHM)
     except OSError as e:
         raise cache_error(str(_SHM), e) from e
-    for path in paths:
-        name = path.name.removeprefix("sem.")
+    for entry in entries:
+        name = entry.removeprefix("sem.")
         if name.startswith(prefix):
             found.add("/" + name)
     return sorted(found)
