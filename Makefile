@@ -52,7 +52,7 @@ test-containerd: setup
 	scripts/need-fuse
 	scripts/need-registry
 	scripts/need-containerd
-	$(BIN)/pytest tests/containerd
+	CONTAINERD_READERS=$${CONTAINERD_READERS:-4} $(BIN)/pytest tests/containerd
 
 test-fscache: setup
 	$(BIN)/python -m tests.fscache.guest "$$(scripts/need-fscache)"

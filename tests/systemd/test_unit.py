@@ -88,6 +88,7 @@ def test_restart_brings_newer_code_under_load_and_keeps_the_mount(node: Machine,
         return {row["commit"] if row["state"] != "restarting" else "" for row in processes}
 
     node.systemctl("start", UNIT)
+    wait_until(lambda: bool(builds() - {""}), "an answer of the API", 60)
     before, older = device(node, tmp_path), builds() | {""}
     with verifying(node, tree, tmp_path) as readers:
         readers.go_on(0)
