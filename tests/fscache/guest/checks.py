@@ -81,6 +81,7 @@ def what_is_cached_is_read_again_without_a_fetch() -> None:
 def every_image_that_no_other_check_reads_shows_its_manifest() -> None:
     """But tarfs, which is not served. What was read once is in the kernel's cache, and others want theirs to be cold."""
     others = {FIRST.name, SECOND.name, THIRD.name, "v6-toc", "v6-none-sha256", "v6-tarfs"}
+    daemon.be_there()
     for what in images():
         if "v6" not in what.name or ":" in what.name or what.name in others:
             continue
@@ -93,6 +94,7 @@ def every_image_that_no_other_check_reads_shows_its_manifest() -> None:
 
 def every_larger_image_shows_its_manifest() -> None:
     """Those beside the repository, where $NYDUSD_FIXTURES names them; tarfs is refused."""
+    daemon.be_there()
     for what in images():
         if not what.name.startswith("large:v6"):
             continue

@@ -74,6 +74,11 @@ class Daemon:
             )
         wait("RUNNING", self._is_running)
 
+    def be_there(self) -> None:
+        """Started, if it is not running."""
+        if self._process is None or self._process.poll() is not None:
+            self.start()
+
     def request(
         self, method: str, path: str, body: bytes | None = None, seconds: float = PATIENCE
     ) -> tuple[int, bytes]:
