@@ -10,7 +10,9 @@ bytes are never stored.
 
 from __future__ import annotations
 
+import errno
 import logging
+import mmap
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -29,6 +31,8 @@ from workers.cookie import lent, write_pages
 
 log = logging.getLogger(__name__)
 
+_BLOCK = 4096
+"""What direct I/O is aligned to; a file system of larger blocks refuses that."""
 _CORRUPT_MOST = 32
 """Chunks of a job that may fail one by one, each after two reads. A blob with more is broken: the job ends there."""
 
@@ -208,11 +212,11 @@ def _fill(blobs: OpenBlobs, blob: OpenBlob, job: Json, target: _CacheFile | _Slo
 
 
 def _adopt(blob: OpenBlob, chunk: int) -> None:
-    """Mark a chunk ready if the cache file holds its bytes already: another daemon has left them there."""
+    """Mark a chunk ready if the cache file holds its bytes already: another daemon has left them there, or its disk failed."""
     segment = blob.segment
     record = segment.record(chunk)
     try:
-        data = os.pread(blob.data_fd(), record.usize, record.uoff)
+        data = _on_disk(blob.data_fd(), record.uoff, record.usize)
     except OSError as e:
         log.warning("blob %s chunk %d: cache file: %s; fetched again", blob.spec.info.blob_id, chunk, e.strerror)
         return
@@ -225,6 +229,27 @@ def _adopt(blob: OpenBlob, chunk: int) -> None:
             blob.spec.info.blob_id,
             chunk,
         )
+
+
+def _on_disk(fd: int, offset: int, length: int) -> bytes:
+    """What the disk has there, not the page cache: the kernel takes a page for clean that it could not write. Raises OSError.
+
+    Where a file system has no direct I/O, as tmpfs, it is what any reader gets.
+    """
+    begin = offset - offset % _BLOCK
+    size = -(-(offset + length - begin) // _BLOCK) * _BLOCK
+    try:
+        direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            with mmap.mmap(-1, size) as pages:
+                got = os.preadv(direct, [pages], begin)
+                return pages[offset - begin : min(got, offset - begin + length)]
+        finally:
+            os.close(direct)
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+    return os.pread(fd, length, offset)
 
 
 def _decoder(blob: OpenBlob) -> ChunkDecoder:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +16,11 @@ from nydusd.errors import BackendError, CacheError, FormatError, InternalError, 
 from nydusd.formats.model import Extent
 from nydusd.storage.api.device import BlobDevice
 from nydusd.storage.state.segment import EMPTY, READY, VERIFY
+from tests.support.disk import make_ext4, mounted
 from tests.workers.harness import Jobs, jobs, slot_of, small_disk
 
 PLAIN = "v6-lz4-sha256"
+_FIBMAP = 1
 
 
 def _flip(path: Path, at: int) -> None:
@@ -422,6 +426,35 @@ def test_nothing_on_disk_is_trusted_when_told_so(folder: Path) -> None:
             assert image.wrong_files() == []
 
 
+def test_what_only_the_page_cache_has_is_fetched_and_written_again(folder: Path) -> None:
+    """The kernel takes a page that it could not write for clean; what is on the disk is seen when the page is dropped."""
+    make_ext4(folder / "disk")
+    with mounted(folder / "disk", folder / "mnt", "") as loop:
+        (folder / "mnt/image").mkdir()
+        with jobs(PLAIN, folder / "mnt/image") as image:
+            count = image.prepare()["count"]
+            image.fill_all()
+            image.checkpoint()
+            with image.segment() as segment:
+                places = [segment.record(chunk).uoff for chunk in range(count)]
+                segment.state[:] = bytes([VERIFY]) * count
+            with open(image.data, "rb") as data, open(loop, "r+b") as disk:
+                place = next(place for place in places if any(os.pread(data.fileno(), 4096, place)))
+                block = struct.unpack("i", fcntl.ioctl(data, _FIBMAP, struct.pack("i", place // 4096)))[0]
+                disk.seek(block * 4096)
+                disk.write(bytes(4096))
+                disk.flush()
+                os.fsync(disk.fileno())
+                assert any(os.pread(data.fileno(), 4096, place)), "the page cache has it no more"
+            done = image.fill(range(count), verify=range(count))
+            assert done["reads"] == 1 and done["failed"] == []
+            assert set(image.states()) == {READY}
+            image.checkpoint()
+            with open(image.data, "rb") as data:
+                os.posix_fadvise(data.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert image.wrong_files() == []
+
+
 def test_bytes_that_cannot_be_read_for_a_check_are_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with jobs(PLAIN, folder, verify=True) as image:
         image.prepare()
@@ -430,10 +463,16 @@ def test_bytes_that_cannot_be_read_for_a_check_are_fetched(folder: Path, monkeyp
         image.new_daemon()
         image.prepare()
 
-        def fails(*_: object) -> bytes:
-            raise OSError(errno.EIO, "Input/output error")
+        def failing(read: Callable[..., object]) -> Callable[..., object]:
+            def fails(fd: int, *more: object) -> object:
+                if Path(f"/proc/self/fd/{fd}").readlink() == image.data:
+                    raise OSError(errno.EIO, "Input/output error")
+                return read(fd, *more)
 
-        monkeypatch.setattr(os, "pread", fails)
+            return fails
+
+        for name in ("pread", "preadv"):
+            monkeypatch.setattr(os, name, failing(getattr(os, name)))
         assert image.fill([3], verify=[3])["reads"] == 1
         assert image.states()[3] == READY
 
