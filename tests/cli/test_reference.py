@@ -73,7 +73,7 @@ def bash(*words: str) -> set[str]:
         (["nydusctl", "-S", "info", "me"], {"metrics"}),  # the socket's name is no command
         (["nydusctl", "-S", "x", "metrics", ""], {"backend", "cache", "fsstats", "-h", "--help"}),
         (["nydusctl", "-S", "x", "cache", "--p"], {"--png"}),
-        (["nydusctl", "--sock", "setup"], {"setup.cfg"}),
+        (["nydusctl", "--sock", "setup.c"], {"setup.cfg"}),
         (["nydusctl", "-S", "x", "set", "log-level", "de"], {"debug"}),
         (["nydusd", "fu"], {"fuse"}),
         (["nydusd", "fuse", "--log-level", "w"], {"warn"}),

@@ -16,6 +16,7 @@ from tests.erofs.test_images import OTHER_WAYS, differences
 from tests.support.daemon import Daemon
 from tests.support.discipline import wait_until
 from tests.support.oracle import Image, image
+from tests.support.trees import random_tree
 
 
 @pytest.mark.parametrize("image", OTHER_WAYS, ids=lambda image: image.name)
@@ -44,6 +45,23 @@ def test_a_blob_is_a_file_with_its_plain_bytes(tmp_path: Path) -> None:
             assert os.pread(file.fileno(), 9000, 60_000) == plain[60_000:69_000]
             assert os.pread(file.fileno(), 1 << 20, len(plain) - 5) == plain[-5:]
         assert blob.read_bytes() == plain
+
+
+def test_a_killed_supervisor_is_succeeded_under_open_files(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    built = build(random_tree(tree, 4, 3 << 20), tmp_path / "image", 1 << 16)
+    with Daemon(built.bootstrap, built.blob.parent, verb="erofs", args=("--driver", "blobfs")) as daemon:
+        device = os.stat(daemon.mountpoint).st_dev
+        with open(daemon.mountpoint / "03", "rb", buffering=0) as file:
+            assert os.pread(file.fileno(), 4096, 0) == (tree / "03").read_bytes()[:4096]
+            for _ in range(2):
+                daemon.kill_supervisor()
+                daemon.start()
+                assert os.stat(daemon.mountpoint).st_dev == device
+            assert file.read() == (tree / "03").read_bytes()
+        assert (daemon.mountpoint / "02").read_bytes() == (tree / "02").read_bytes()
+        assert "detach" not in daemon.log.read_text()
 
 
 def test_without_any_process_of_ours_a_read_fails(tmp_path: Path) -> None:
