@@ -230,7 +230,7 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/api/v1/mount": {
         "POST": _mounting("mount"),
         "PUT": _mounting("remount"),
-        "DELETE": Route("umount", "Mount", needs=("mountpoint",), status=204),
+        "DELETE": Route("umount", "Mount", needs=("mountpoint",), status=204, patience=60.0),
     },
     "/api/v1/metrics": {"GET": Route("metrics", "GlobalMetrics", takes=("id",))},
     "/api/v1/metrics/backend": {"GET": Route("metrics_backend", "BackendMetrics", takes=("id",))},

@@ -224,7 +224,8 @@ class ApiServer:
     def _handle(self, client: Client, request: Request) -> None:
         try:
             call = resolve(request.method, request.target, request.body, client.paths)
-            message = encode(call.message)
+            until = time.monotonic() + (call.route.patience or SUPERVISOR_PATIENCE)
+            message = encode(call.message | {"until": until})
         except Refused as refused:
             client.answer(refused.answer)
         except RecursionError:  # its body is read, but too deep to be passed on
@@ -233,11 +234,12 @@ class ApiServer:
             log.exception("%s %s failed by a bug of ours", request.method, request.target)
             client.answer(error_answer(500, "InternalServerError"))
         else:
-            self._ask(client, call, message)
+            self._ask(client, call, message, until)
 
     # The supervisor
 
-    def _ask(self, client: Client, call: Call, message: bytes) -> None:
+    def _ask(self, client: Client, call: Call, message: bytes, until: float) -> None:
+        """`until`: the supervisor does not begin it later, when the client has been told that it is not done."""
         self._number += 1
         frames = [CONTROL, NUMBER.pack(self._number), message]
         try:
@@ -246,9 +248,7 @@ class ApiServer:
             client.answer(_not_ready(call))
             return
         client.waiting = True
-        self._questions[self._number] = _Question(
-            client, call, time.monotonic() + (call.route.patience or SUPERVISOR_PATIENCE)
-        )
+        self._questions[self._number] = _Question(client, call, until)
 
     def _take_replies(self) -> None:
         while True:

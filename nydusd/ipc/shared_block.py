@@ -11,11 +11,14 @@ import os
 
 import posix_ipc
 
-from nydusd.errors import CacheError, cache_error
+from nydusd.errors import cache_error
 
 
 def make_block(name: str, size: int) -> mmap.mmap:
-    """A new block of `size` bytes, all zero, in place of an older one; mapped. Raises CacheError when there is no room."""
+    """A new block of `size` bytes, all zero, in place of an older one; mapped.
+
+    Raises CacheError when there is no room, ScarceError when no file descriptor or memory is left.
+    """
     try:
         with contextlib.suppress(posix_ipc.ExistentialError):
             posix_ipc.unlink_shared_memory(name)
@@ -26,7 +29,7 @@ def make_block(name: str, size: int) -> mmap.mmap:
         finally:
             shm.close_fd()
     except (OSError, posix_ipc.Error) as e:
-        raise CacheError(f"shared memory {name}: {e}") from e
+        raise cache_error(f"shared memory {name}", e) from e
 
 
 def map_block(name: str, size: int = 0, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:

@@ -13,6 +13,7 @@ serving what is cached, the kernel fds live on in the front ends, the state byte
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -58,6 +59,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SCARCE_PAUSE = 0.1
+"""Seconds until an image is known again for which there were no file descriptors or no memory."""
+
 _NAMED = 3
 """Images that are named one by one where all are told of."""
 
@@ -83,6 +87,7 @@ class Supervisor:
         self.images: dict[str, Image] = {}
         self.coming: Mapping[str, Recorded] = {}
         """Those that a killed supervisor had mounted, and that are not known again yet."""
+        self._restoring = False
         self._put_off: list[Callable[[list[bytes]], None]] = []
         """What the API has asked for and is answered when all are known."""
         self.errors = control_ops.ErrorRing()
@@ -245,9 +250,12 @@ class Supervisor:
 
         Told to stop, all at once: what is ready of their blobs is to be stored.
         """
+        self._restoring = True
         while restore.step():
             if not self.stopping:
-                self._turn(0)
+                self._turn(_SCARCE_PAUSE if restore.is_scarce else 0)
+            elif restore.is_scarce:
+                break  # the table has them: the next one finds them
 
     def _all_known(self, restore: Restore) -> None:
         """What waited for that."""
@@ -255,6 +263,10 @@ class Supervisor:
         points.reach("takeover: mounts known")
         restore.serve()
         self._family.add_fetch_workers()
+
+    def _answer_put_off(self) -> None:
+        """What the API was asked for meanwhile, in its order."""
+        self._restoring = False
         waiting, self._put_off = self._put_off, []
         for again in waiting:
             guarded(again, [b"api"])
@@ -280,9 +292,11 @@ class Supervisor:
 
     def control(self, request: Json, answer: Callable[[Json], object]) -> None:
         """What the API process asks for. What may concern an image that is not known again yet waits until all are."""
-        if self.coming and request.get("op") not in ANY_TIME:
+        if (self.coming or self._restoring) and request.get("op") not in ANY_TIME:
             self._put_off.append(lambda _: self.control(request, answer))
             return
+        if time.monotonic() > request.get("until", math.inf):
+            return  # who asked has been told that it is not done
         # Here and not above: a start need not wait for what only operators ask.
         from nydusd.supervisor import report
 

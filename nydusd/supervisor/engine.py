@@ -105,8 +105,8 @@ class Engine:
             self.router.checkpoint()
             for table in (self.slots, self.stage):
                 table.trim()
-        self._mounts.collect()
         if not self._mounts.coming:  # what is of an image that is not known yet must not be taken for nobody's
+            self._mounts.collect()
             self.quota.tick(now)
         self.router.tick()
         if not stopping:

@@ -112,6 +112,7 @@ class ErofsDaemon(Supervisor):
         ended: dict[str, NydusError | None] = {}
         for image in images:
             self.mounts.show_again(image, partial(ended.__setitem__, image.place))
+        self._answer_put_off()  # who wants one of these mounted, or unmounted, finds that it is under way
         while len(ended) < len(images) and not self.stopping:
             self._turn(self._timeout())
         for image in images:

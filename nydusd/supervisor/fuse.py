@@ -98,6 +98,7 @@ class FuseDaemon(Supervisor):
         if restore is not None:
             self._know_all(restore)
             self._all_known(restore)
+            self._answer_put_off()
             self._former = None
 
     def fuse_mountpoint(self) -> str:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from nydusd.errors import CacheError, ConfigError
+from nydusd.errors import CacheError, ConfigError, NydusError, ScarceError
 from nydusd.ipc.messages import Json
 from nydusd.ipc.mount_counters import make_counters
 from nydusd.ipc.shared_block import map_block
@@ -91,16 +91,26 @@ class Recorded:
         image.index, image.given = self.index, self.given
         image.mounted_at = self.mounted_at
         image.counters, image.files, image.trace = self._counters, self._files, self._trace
-        if image.counters is not None:
-            try:
-                image.block = map_block(image.counters)
-            except CacheError as e:
-                log.error("the image at %s is counted from 0 again: %s", self.place, e)
-                image.block = make_counters(image.counters, rows)
+        try:
+            self._have_counters(image, rows)
+        except NydusError:
+            image.release()
+            raise
         for cache in image.caches:
             if cache.state == "new" and not cache.lost:  # an image that is known already may share it
                 cache.take_over()
         return image
+
+    def _have_counters(self, image: Image, rows: int) -> None:
+        if image.counters is None:
+            return
+        try:
+            image.block = map_block(image.counters)
+        except ScarceError:
+            raise  # they are there
+        except CacheError as e:
+            log.error("the image at %s is counted from 0 again: %s", self.place, e)
+            image.block = make_counters(image.counters, rows)
 
 
 def readable(table: MountTable, given: Config, needed: str | None) -> list[Recorded]:

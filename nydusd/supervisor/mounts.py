@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nydusd import points
-from nydusd.errors import CacheError, NydusError
+from nydusd.errors import CacheError, NydusError, ScarceError
 from nydusd.ipc.inflight import make_board
 from nydusd.ipc.messages import Json
 from nydusd.ipc.mount_counters import make_counters
@@ -102,12 +102,14 @@ class Mounts:
     def know(self, recorded: Recorded) -> Image | None:
         """Know an image again that a supervisor that was killed had mounted; one that cannot be had is unmounted: None.
 
-        Raises NydusError when it is the image of the command line.
+        Raises NydusError when it is the image of the command line; ScarceError when too little is left for it now.
         """
         try:
             image = recorded.image(self._factory, self.rows)
             if image.given:
                 image.use(image.config)
+        except ScarceError:
+            raise  # nothing is wrong with it
         except NydusError as e:
             if recorded.given:
                 raise
@@ -125,7 +127,7 @@ class Mounts:
         names = parse_place(place)[1]
         try:
             self.table.lose(names)
-        except CacheError as e:  # readers get EIO instead of ESTALE, until the table can be written
+        except (CacheError, OSError) as e:  # readers get EIO instead of ESTALE, until the table can be written
             log.error("%s", e)
         self._changed(self._stale(place, names))
 

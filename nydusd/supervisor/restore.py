@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from nydusd import points
+from nydusd.errors import NydusError, ScarceError
 
 if TYPE_CHECKING:
     from nydusd.supervisor.images import Image
@@ -45,6 +46,8 @@ class Restore:
         self._recalled = recalled
         self._kept = kept
         self._coming = mounts.coming
+        self.is_scarce = False
+        """Whether the last step failed for want of file descriptors or memory: the next one is for later."""
         self._to_serve: list[tuple[Image, Sequence[bytes] | None]] = []
         self._by_handle: dict[int, list[Recorded]] = {}
         for recorded in records:
@@ -60,26 +63,41 @@ class Restore:
 
     def step(self) -> bool:
         """Know the next image; whether there is another one."""
-        for recorded in self._coming.values():
-            self._know(recorded)
-            break
+        self.is_scarce = False
+        for place, recorded in list(self._coming.items())[:1]:
+            try:
+                self._know(recorded)
+            except ScarceError as e:
+                self.is_scarce = True
+                self._coming[place] = self._coming.pop(place)  # the next one first
+                log.warning("the image at %s is known again later: %s", place, e)
         return bool(self._coming)
 
     def serve(self) -> None:
         """Have the blobs opened of those that are known, and fetched ahead what is to be."""
         served, self._to_serve = self._to_serve, []
         for image, files in served:
-            self._mounts.serve(image, files)
+            if not image.released:
+                self._mounts.serve(image, files)
 
     def end(self) -> None:
         """All are known: remove what none of them has."""
         self._router.unknown = lambda handle: None
-        self._mounts.remove_strays(self._kept)
+        try:
+            self._mounts.remove_strays(self._kept)
+        except (NydusError, OSError) as e:
+            log.warning("what no image has stays until the next takeover: %s", e)
 
     def _wanted(self, handle: int) -> None:
         """Somebody waits for a blob of this handle: know an image now that has it."""
-        for recorded in self._by_handle.pop(handle, ()):
-            if recorded.place in self._coming and self._know(recorded):
+        having = self._by_handle.pop(handle, [])
+        for recorded in having:
+            try:
+                if recorded.place in self._coming and self._know(recorded):
+                    return
+            except ScarceError as e:
+                self._by_handle[handle] = having  # who waits asks again
+                log.warning("the image at %s is known again later: %s", recorded.place, e)
                 return
 
     def _know(self, recorded: Recorded) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,10 +11,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from nydusd.errors import ScarceError
 from nydusd.supervisor.checked import read_checked, write_checked
+from nydusd.supervisor.restore import Restore
 from tests.killing.kernel_scenes import Bare
 from tests.killing.plan import Plan
 from tests.supervisor.lives import IMAGE, ONE_CHUNK, ROOT, crash, read_direct, state_file
@@ -22,6 +27,11 @@ from tests.support import oracle
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import wait_until
 from tests.support.keeper import Keeper, begin, put
+
+if TYPE_CHECKING:
+    from nydusd.supervisor.mount_records import Recorded
+    from nydusd.supervisor.mounts import Mounts
+    from nydusd.supervisor.router import Router
 
 ExpectLog = Callable[..., None]
 POINT = "takeover: one image known"
@@ -232,3 +242,27 @@ def test_a_configuration_that_is_none_now_costs_its_image_alone(tmp_path: Path, 
         assert sorted(os.listdir(daemon.mountpoint)) == ["0", "2"]
         assert [read(daemon, number) for number in (0, 2)] == [CONTENT] * 2
         wait_until(lambda: not list(folder.glob("2.*")), "the end of its record", SECONDS)
+
+
+def test_an_image_for_which_nothing_is_left_now_is_known_later() -> None:
+    records = [SimpleNamespace(place=f"/{name}", handles=[ord(name)], given=False, files=None) for name in "abc"]
+    known: list[str] = []
+    scarce = {"/a": 2, "/c": 1}
+
+    def know(recorded: SimpleNamespace) -> SimpleNamespace:
+        if scarce.get(recorded.place, 0):
+            scarce[recorded.place] -= 1
+            raise ScarceError("no file descriptor is left", errno.EMFILE)
+        del mounts.coming[recorded.place]
+        known.append(recorded.place)
+        return recorded
+
+    mounts, router = SimpleNamespace(coming={}, know=know), SimpleNamespace(unknown=None)
+    restore = Restore(cast("Mounts", mounts), cast("Router", router), cast("list[Recorded]", records), lambda _: None)
+    assert restore.step() and restore.is_scarce
+    router.unknown(ord("c"))
+    assert restore.step() and not restore.is_scarce and known == ["/b"]
+    router.unknown(ord("c"))
+    assert known == ["/b", "/c"]
+    assert restore.step() and restore.is_scarce
+    assert not restore.step() and known == ["/b", "/c", "/a"]
