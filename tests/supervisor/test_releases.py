@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from bench.image import build
+from nydusd.version import GIT_COMMIT
 from tests.supervisor.lives import IMAGE, ROOT, device_of, with_cache
 from tests.support import oracle
 from tests.support.daemon import Daemon, image_config, wait_for_role
@@ -121,6 +122,7 @@ def served(folder: Path, release: Path, args: tuple[str, ...] = ()) -> Iterator[
 
 def test_it_takes_over_from_an_older_release_that_was_killed_and_that_from_it(older: Path, tmp_path: Path) -> None:
     """Both say that they are the same build: the front ends of the first serve all the time."""
+    says(older, "GIT_COMMIT", GIT_COMMIT)
     with served(tmp_path, older) as it:
         it.check(older)
         front_ends = it.daemon.pids("fuse")
