@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import struct
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import posix_ipc
 import pytest
 
+from nydusd.errors import ScarceError
 from nydusd.storage.state import lock as lock_module
 from nydusd.storage.state.lock import BlobLock, start_time
 from nydusd.storage.state.segment import LOCK_OFFSET, Segment
@@ -200,3 +202,16 @@ def test_start_time_of_nobody_is_zero() -> None:
     join(child)
     assert start_time(child) == 0
     assert start_time(os.getpid()) > 0
+
+
+def test_lock_is_not_taken_by_who_cannot_leave_a_record(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock_module, "open", none_left, raising=False)
+        with pytest.raises(ScarceError), segment.lock():
+            pass
+    with segment.lock():
+        assert _value(segment) == 0
+    assert _value(segment) == 1

@@ -24,7 +24,7 @@ from types import TracebackType
 import posix_ipc
 
 from nydusd import points
-from nydusd.errors import cache_error, is_scarce
+from nydusd.errors import ScarceError, cache_error, is_scarce
 
 PATIENCE = 0.05
 """Seconds to wait for the semaphore before its owner is looked at."""
@@ -58,12 +58,14 @@ class BlobLock:
     def __init__(self, name: str, record: memoryview, create: bool = False) -> None:
         self._record = record
         self._name = name
+        self._me = (os.getpid(), start_time(os.getpid()))
+        if self._me[1] < 0:
+            raise ScarceError(f"semaphore {name}: the start time of this process cannot be read now")
         flags = posix_ipc.O_CREAT if create else 0
         try:
             self._sem = posix_ipc.Semaphore(name, flags, 0o600, 1) if create else posix_ipc.Semaphore(name)
         except (OSError, posix_ipc.Error) as e:
             raise cache_error(f"semaphore {name}", e) from e
-        self._me = (os.getpid(), start_time(os.getpid()))
 
     def __enter__(self) -> BlobLock:
         last, since = None, 0.0
