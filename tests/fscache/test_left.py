@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from nydusd.cli.options import SingletonOptions
+from nydusd.errors import CacheError
 from nydusd.frontends.fscache.device import CacheDevice
 from nydusd.frontends.fscache.left import Held
 from nydusd.storage.state.lock import start_time
@@ -121,6 +122,16 @@ def test_a_successor_that_waited_takes_the_device_from_the_guard_and_what_was_se
         assert daemon.handover.sent is None
         os.close(found.device)
     os.close(guards)
+    daemon.stop()
+
+
+def test_a_guard_that_gives_nothing_costs_no_device_that_was_kept(daemon: FscacheDaemon) -> None:
+    daemon._files.write(Held((os.getpid(), start_time(os.getpid())), 1 << 20, {}, []), cast(Any, IMAGES))
+    with pytest.raises(CacheError, match="does not give its device"):
+        daemon._files.take(None)
+    kept = os.memfd_create("kept")
+    assert daemon._files.take(kept) == (kept, (os.getpid(), start_time(os.getpid())), IMAGES)
+    os.close(kept)
     daemon.stop()
 
 

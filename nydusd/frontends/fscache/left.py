@@ -79,13 +79,15 @@ class Files(NamedTuple):
         held = self.read()
         if held is None or not held.holder[1] or start_time(held.holder[0]) != held.holder[1]:
             return None if stored is None else Taken(stored, None, self.images())
-        if stored is not None:
-            os.close(stored)
         try:
             pid, start = held.holder
             device = borrow(pid, held.device, lambda: start_time(pid) == start)
         except OSError as e:
+            if stored is not None:
+                return Taken(stored, held.holder, self.images())
             raise CacheError(f"{self.held}: pid {held.holder[0]} does not give its device: {e.strerror}") from e
+        if stored is not None:
+            os.close(stored)
         return Taken(device, held.holder, self.images())
 
     def images(self) -> list[Json] | None:
