@@ -8,7 +8,10 @@ that is killed where it may have heard that leaves `syncing` set, and the next o
 
 from __future__ import annotations
 
+import contextlib
+
 from nydusd import points
+from nydusd.errors import CacheError
 from nydusd.formats.model import ChunkFlag
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import map_file
@@ -38,7 +41,8 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
     try:
         map_file.checkpoint(blob.spec.map_path, fd, ready, segment.count, segment.identity, synced)
     except map_file.UnsyncedError:
-        _doubt(segment)
+        with contextlib.suppress(CacheError):  # `syncing` stays set, for the next one
+            _doubt(segment)
         raise
     answer: Json = {"stored": states.count(READY)}
     return answer | {"others": others} if others else answer
@@ -52,12 +56,13 @@ def _claimed(segment: Segment, states: bytes) -> tuple[list[int], dict[str, tupl
     """
     found = {chunk for chunk, state in enumerate(states) if state == READY}
     same: dict[str, tuple[int, int]] = {}
-    for other in segments_of(segment.identity.dev, segment.identity.ino):
-        if other.name != segment.name and other.identity.file == segment.identity.file and not other.syncing[0]:
-            ready = list(ready_in(other, segment))
-            found.update(ready)
-            if ready and other.identity == segment.identity and segment.identity.layout:
-                same[other.name] = other.inode, len(ready)
+    with contextlib.suppress(CacheError):  # what others have is stored by them, or next time
+        for other in segments_of(segment.identity.dev, segment.identity.ino):
+            if other.name != segment.name and other.identity.file == segment.identity.file and not other.syncing[0]:
+                ready = list(ready_in(other, segment))
+                found.update(ready)
+                if ready and other.identity == segment.identity and segment.identity.layout:
+                    same[other.name] = other.inode, len(ready)
     claimed = [c for c, record in enumerate(RECORD.iter_unpack(segment.records)) if record[3] and c in found]
     return claimed, same
 
@@ -65,7 +70,7 @@ def _claimed(segment: Segment, states: bytes) -> tuple[list[int], dict[str, tupl
 def _doubt(segment: Segment) -> None:
     """The kernel may have dropped written pages, and will not say so again: nothing is ready before its digest was checked.
 
-    That goes for all who use the file.
+    That goes for all who use the file. Raises CacheError when not all of them can be told now: `syncing` is set still.
     """
     _doubt_in(segment)
     for other in segments_of(segment.identity.dev, segment.identity.ino):

@@ -125,8 +125,8 @@ def _remove(folder: Path, blob_id: str, strays: Mapping[str, int], pids: Collect
             points.reach("evict: one file removed")
         log.info("cache files of blob %s were removed: no mount uses them", blob_id)
         return True
-    except OSError as e:
-        log.warning("cache files of blob %s cannot be removed: %s", blob_id, e.strerror)
+    except (OSError, CacheError) as e:
+        log.warning("cache files of blob %s cannot be removed: %s", blob_id, e)
         return False
     finally:
         os.close(fd)

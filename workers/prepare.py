@@ -148,10 +148,13 @@ def _is_vouched_for(spec: BlobSpec, table: ChunkTable, layout: bytes) -> bool:
     except OSError:
         return False
     own = layout[-_OF_DICTIONARIES:] if table.dict_size else b""
-    return any(
-        segment.identity.layout.endswith(own) and not contradiction(segment, table)
-        for segment in segments_of(facts.st_dev, facts.st_ino)
-    )
+    try:
+        return any(
+            segment.identity.layout.endswith(own) and not contradiction(segment, table)
+            for segment in segments_of(facts.st_dev, facts.st_ino)
+        )
+    except CacheError:
+        return False
 
 
 def with_layout(table: ChunkTable, ci: bytes = b"") -> tuple[ChunkTable, bytes]:

@@ -58,6 +58,8 @@ class Openings:
             return
         name = cache.spec.info.blob_id
         error, retry_after = answer.get("error"), answer.get("retry_after")
+        if answer.get("type") == ScarceError.__name__:
+            retry_after = 0.0
         if error is None:
             try:
                 cache.opened()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -11,10 +12,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 
-from nydusd.errors import StaleCacheError
+from nydusd.errors import ScarceError, StaleCacheError
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import gone, map_file
 from nydusd.storage.state.lock import start_time
@@ -116,7 +118,9 @@ class TestDaemonThatIsGone:
             assert take_out(filled, [0]) == {"kept": name}
 
     @pytest.mark.parametrize("as_holder", [False, True])
-    def test_it_counts_while_one_of_its_processes_lives(self, filled: Jobs, root: Path, as_holder: bool) -> None:
+    def test_it_counts_while_one_of_its_processes_lives(
+        self, filled: Jobs, root: Path, monkeypatch: pytest.MonkeyPatch, as_holder: bool
+    ) -> None:
         me = os.getpid(), start_time(os.getpid())
         dead = me[0], me[1] + 1
         holders = [{"pid": me[0], "start": me[1]}] if as_holder else []
@@ -127,6 +131,9 @@ class TestDaemonThatIsGone:
             state.write_text("not a record")
             assert take_out(filled, [0]) == {"kept": name}
             state.write_text(json.dumps({"processes": [dead]}))
+            with monkeypatch.context() as patch:
+                patch.setattr(gone, "start_time", lambda _pid: -1)  # cannot be told
+                assert take_out(filled, [0]) == {"kept": name}
             assert take_out(filled, [0])["evicted"] == 1
 
     def test_it_counts_while_the_kernel_may_read_its_files(
@@ -213,6 +220,21 @@ class TestEvict:
             strange.communicate()
         assert answer["kept"] == f"process {strange.pid}"
         assert filled.wrong_files() == []
+
+    def test_blob_stays_when_it_cannot_be_seen_who_has_it_open(
+        self, filled: Jobs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before, real = filled.data.stat().st_blocks, os.scandir
+
+        def scandir(path: Path) -> Any:
+            if str(path).startswith("/proc/"):
+                raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+            return real(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        with pytest.raises(ScarceError):
+            take_out(filled, [0])
+        assert filled.data.stat().st_blocks == before
 
     def test_segment_that_was_replaced_takes_nothing_out(self, filled: Jobs) -> None:
         """A worker of a daemon that was killed, while its successor has begun."""

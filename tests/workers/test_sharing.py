@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -14,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from nydusd import points
+from nydusd.errors import ScarceError
 from nydusd.formats.model import ChunkFlag
-from nydusd.storage.state import map_file
-from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Segment, inode_of, remove
+from nydusd.storage.state import map_file, sharing
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Segment, file_of, inode_of, remove
 from tests.workers.harness import Jobs, jobs
 from workers.evict import evict, survey
 
@@ -294,3 +296,70 @@ def test_published_without_a_file_it_has_none(made: Jobs) -> None:
         again(made)
         with made.segment() as segment:
             assert segment.identity.ino == 0
+
+
+class TestNothingCanBeOpenedNow:
+    """File descriptors or memory are used up: what cannot be seen then may be there."""
+
+    @pytest.fixture(params=["looked at", "mapped"])
+    def scarce(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+        """Until it is undone, segments of others cannot be seen, as their names are new or they are too large."""
+        real = Segment.open
+
+        def look(path: Path) -> tuple[int, int] | None:
+            if ".other" in path.name:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return file_of(path)
+
+        def opened(name: str) -> Segment | None:
+            if ".other" in name:
+                raise ScarceError(name, errno.ENOMEM)
+            return real(name)
+
+        with monkeypatch.context() as patch:
+            if request.param == "looked at":
+                patch.setattr(sharing, "file_of", look)
+            else:
+                patch.setattr(Segment, "open", opened)
+            yield patch
+
+    def test_nothing_is_taken_out_and_the_next_one_sees_who_uses_it(
+        self, made: Jobs, scarce: pytest.MonkeyPatch
+    ) -> None:
+        before = made.data.stat().st_blocks
+        with twin(made) as other:
+            job = TestEvictionBesideOthers().job(made)
+            with pytest.raises(ScarceError):
+                evict(made.open, job)
+            unused = {"folder": str(made.work_dir), "limit": 1, "target": 0, "unused": True, "mounted": {}}
+            pids = [os.getpid()]
+            answer = survey(made.open, unused | {"now": 10**6, "keep": 0, "strays": {}, "pids": pids})
+            assert answer["removed"] == [] and made.data.stat().st_blocks == before
+            scarce.undo()
+            assert evict(made.open, job)["kept"] == other.name
+
+    def test_file_is_not_shared_with_whom_it_may_contradict(self, made: Jobs, scarce: pytest.MonkeyPatch) -> None:
+        with twin(made, 7, {"coff": 1}):
+            with pytest.raises(ScarceError):
+                again(made)
+            scarce.undo()
+            assert "another place" in again(made)
+
+    def test_checkpoint_stores_what_is_its_own(self, made: Jobs, scarce: pytest.MonkeyPatch) -> None:
+        with twin(made) as other:
+            other.state[5] = READY
+            assert "others" not in made.checkpoint()
+            scarce.undo()
+            assert made.checkpoint()["others"] == {other.name: (other.inode, 1)}
+
+    def test_doubt_reaches_others_when_they_can_be_seen(self, made: Jobs, scarce: pytest.MonkeyPatch) -> None:
+        with twin(made) as other:
+            other.state[5] = READY
+            with made.segment() as segment:
+                segment.syncing[0] = 1
+            with pytest.raises(ScarceError):
+                made.checkpoint()
+            assert set(made.states()) == {VERIFY} and other.state[5] == READY
+            scarce.undo()
+            made.checkpoint()
+            assert other.state[5] == VERIFY

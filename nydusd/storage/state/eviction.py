@@ -25,11 +25,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nydusd import points
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, cache_error, is_scarce
 from nydusd.storage.state.gone import remove_if_gone
 from nydusd.storage.state.segment import remove
 from nydusd.storage.state.sharing import segments_of
@@ -53,7 +53,7 @@ def used_by_others(path: str, own: Collection[int], strays: Mapping[str, int], c
     Segments are told by name and inode: one that was opened anew meanwhile is another. `strays` were left by an earlier life of
     our own daemon, and no image of it uses them now: they end here, lest somebody believe them later. So do those of daemons
     that are gone for good (`gone.py`). `own` are the pids of our own daemon; those that it has started since are told by
-    their parent, which is also this worker's.
+    their parent, which is also this worker's. Raises CacheError, ScarceError when somebody may use it who cannot be seen now.
 
     The caller holds the data file's lock: no daemon of this implementation begins to use the file meanwhile.
     """
@@ -84,9 +84,19 @@ def _parent(pid: str) -> int:
 
 def _has_open(pid: str, facts: os.stat_result) -> bool:
     """Whether a process has this very file open, by whatever path it came to it."""
-    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as fds:  # it has ended, or is not ours to look at
+    with _unless_scarce(pid), os.scandir(f"/proc/{pid}/fd") as fds:  # it has ended, or is not ours to look at
         for fd in fds:
-            with contextlib.suppress(OSError):
+            with _unless_scarce(pid):
                 if os.path.samestat(os.stat(fd.path), facts):
                     return True
     return False
+
+
+@contextlib.contextmanager
+def _unless_scarce(pid: str) -> Iterator[None]:
+    """Suppress OSError; but raise ScarceError when that says nothing of the process."""
+    try:
+        yield
+    except OSError as e:
+        if is_scarce(e):
+            raise cache_error(f"process {pid}", e) from e

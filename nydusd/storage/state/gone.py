@@ -75,7 +75,7 @@ def _lives(folder: Path) -> bool:
         return False
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return True
-    return any(start != 0 and start_time(pid) == start for pid, start in processes)
+    return any(start != 0 and start_time(pid) in (start, -1) for pid, start in processes)
 
 
 def _is_read_by_kernel(note: Path) -> bool:

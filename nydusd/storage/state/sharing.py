@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nydusd.errors import CacheError, FormatError
+from nydusd.errors import CacheError, FormatError, ScarceError, cache_error, is_scarce
 from nydusd.formats.model import ChunkFlag
 from nydusd.storage.state.segment import DIGEST_SIZE, READY, RECORD, Segment, boot_id, file_of
 
@@ -36,10 +36,15 @@ _known: dict[tuple[str, int], tuple[int, int] | None] = {}
 
 
 def segments_of(dev: int, ino: int) -> Iterator[Segment]:
-    """All segments that speak of this data file, each open until the next is asked for."""
+    """All segments that speak of this data file, each open until the next is asked for.
+
+    Raises CacheError when they cannot be listed, ScarceError when one cannot be looked at now: it may be of this file.
+    """
     for name in _names_of(dev, ino):
         try:
             segment = Segment.open(f"/{name}")
+        except ScarceError:
+            raise
         except (CacheError, FormatError):
             continue  # one of another version, whose daemon has the file open
         if segment is not None:
@@ -51,8 +56,11 @@ def segments_of(dev: int, ino: int) -> Iterator[Segment]:
 
 def _names_of(dev: int, ino: int) -> list[str]:
     global _known
-    with os.scandir(_SHM) as entries:
-        here = [(entry.name, entry.inode()) for entry in entries if entry.name.startswith("nydusd.")]
+    try:
+        with os.scandir(_SHM) as entries:
+            here = [(entry.name, entry.inode()) for entry in entries if entry.name.startswith("nydusd.")]
+    except OSError as e:
+        raise cache_error(str(_SHM), e) from e
     _known = {key: _known[key] if key in _known else _file_of(key[0]) for key in here}
     return [name for (name, _), file in _known.items() if file == (dev, ino)]
 
@@ -62,7 +70,9 @@ def _file_of(name: str) -> tuple[int, int] | None:
     try:
         # What another user has put there is believed in nothing.
         return file_of(path) if path.lstat().st_uid in (0, os.geteuid()) else None
-    except OSError:
+    except OSError as e:
+        if is_scarce(e):
+            raise cache_error(f"shared memory /{name}", e) from e
         return None
 
 
