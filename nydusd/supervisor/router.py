@@ -323,7 +323,7 @@ class Router:
 
     def _count(self, job: Job, answer: Answer) -> None:
         """Add up what the backend was asked for; a user's reads take from what prefetch may."""
-        if job.kind == "fetch" and job.cache is not None and answer.get("read_bytes"):
+        if job.cache is not None and answer.get("read_bytes"):
             self.outages.over(job.cache)
             job.cache.prefetch_delay = 0.0
         for key in self.backend:

@@ -161,6 +161,23 @@ def test_blob_that_cannot_be_opened_for_want_of_its_backend_keeps_readers_waitin
     assert sorted(codes(world)) == [(1, 0), (2, 0)]
 
 
+def test_blob_that_cannot_be_opened_for_want_of_file_descriptors_keeps_readers_waiting(world: World) -> None:
+    world.far.state = "new"
+    world.ask(A, 1, world.far, 4, 1)
+    world.pump()
+    world.done(b"fetch", {"error": "too many open files", "errno": errno.EIO, "type": "ScarceError"})
+    assert codes(world) == []
+    world.settle()
+    assert codes(world) == [(1, 0)]
+
+
+def test_outage_of_a_local_blob_is_over_when_it_was_read(world: World) -> None:
+    world.plain.outage = "no file descriptor is left"
+    world.ask(A, 1, world.plain, 4, 1)
+    world.settle()
+    assert not world.plain.outage
+
+
 def test_prefetch_is_put_back_for_a_while(world: World) -> None:
     world.prefetch.want(world.far, 0, 2)
     fail(world)
