@@ -212,6 +212,7 @@ class Parking:
                 self._client.request(run, flags, number)
             if read.slots:
                 read.slots.clear()
+                self._later.pop(read.unique, None)
                 self._ask(read, read.ask(read.device.runs(read.vec)))
         self._client.forget_arenas()
 
