@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
+import socket
+import subprocess
 import time
+from collections.abc import Iterator
 
+import pytest
+
+from nydusd.errors import ScarceError
 from nydusd.formats.model import Extent
 from nydusd.frontends.attempt import LATER
+from nydusd.frontends.fuse import protocol as p
+from nydusd.frontends.fuse.answers import Answers
+from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.journal import Journal
-from nydusd.frontends.fuse.mount import Mount
+from nydusd.frontends.fuse.mount import INODE_BITS, Mount
+from nydusd.frontends.fuse.namespace import Namespace, View
 from nydusd.frontends.fuse.parking import Parked, Parking
+from nydusd.frontends.fuse.reads import Reads
+from nydusd.frontends.fuse.stats import Tally
 from nydusd.ipc.client import Reply
 from nydusd.ipc.messages import SlotRef
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
-from tests.fuse.test_dispatch import WholeDevice
+from tests.fuse.test_dispatch import WholeDevice, no_supervisor, read_in, request
 from tests.fuse.tree import sample
 
 
@@ -96,3 +110,78 @@ def test_a_read_put_off_with_data_in_shared_memory_waits_for_the_next_supervisor
     parking.service()
     assert line.cancelled == []
     assert ended == [read]
+
+
+class Unopened(Namespace):
+    """Images that cannot be opened; `tried` are those that were to be."""
+
+    def __init__(self) -> None:
+        self.tried: list[int] = []
+
+    def __missing__(self, index: int) -> View:
+        self.tried.append(index)
+        raise ScarceError("Too many open files")
+
+
+class Waiters:
+    """Readers of images that cannot be opened yet, and what a front end does for them."""
+
+    def __init__(self, patience: float = 30.0) -> None:
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ours.setblocking(False)
+        self.book = Book()
+        self.images = Unopened()
+        complaints = Complaints("test")
+        answers = Answers(self._theirs.fileno(), complaints)
+        self.reads = Reads(self.images, answers, Tally(), complaints, self.book, no_supervisor, patience, None)
+
+    def close(self) -> None:
+        self._ours.close()
+        self._theirs.close()
+
+    def wait(self, unique: int, image: int, pid: int) -> None:
+        """One more waits."""
+        packet = bytearray(request(p.READ, image << INODE_BITS | 1, read_in(0, 1), unique))
+        p.REQUEST.pack_into(packet, 0, len(packet), p.READ, unique, image << INODE_BITS | 1, pid)
+        self.reads.put_off(memoryview(packet), unique, ScarceError("Too many open files"))
+
+    def later(self) -> list[tuple[int, int]]:
+        """What was answered by the time that they have been tried again: (unique, errno)."""
+        time.sleep(LATER)
+        self.reads.service()
+        found: list[tuple[int, int]] = []
+        while True:
+            try:
+                _, error, unique = p.OUT_HEADER.unpack_from(self._ours.recv(4096))
+            except BlockingIOError:
+                return found
+            found.append((unique, -error))
+
+
+@pytest.fixture
+def waiters() -> Iterator[Waiters]:
+    made = Waiters()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def gone() -> int:
+    """The id of a thread that is no more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_who_waits_for_an_image_to_be_opened_is_taken_for_killed_only_if_the_kernel_told(
+    waiters: Waiters, gone: int
+) -> None:
+    for unique, pid in ((2, gone), (4, gone), (6, os.getpid())):
+        waiters.wait(unique, 0, pid)
+    assert waiters.later() == []
+    assert waiters.reads.interrupt(4)
+    assert waiters.reads.interrupt(6)
+    assert not waiters.reads.interrupt(8)
+    assert waiters.later() == [(4, errno.EINTR)]
+    assert (waiters.book.noted, waiters.book.dropped) == ([1, 2], [1])
+    assert list(waiters.reads.unopened) == [2, 6]

@@ -237,6 +237,8 @@ class FrontEnd:
                     self._reads.read(request, unique, node, pid, place)
                 except ScarceError as e:
                     self._reads.put_off(request, unique, e, place)
+                    if interrupted:
+                        self._reads.interrupt(unique)
                     continue
                 except Exception as e:
                     self._answers.fail(unique, self._errno_of(e, p.READ, node))
@@ -278,7 +280,7 @@ class FrontEnd:
     def _interrupt(self, _: int, body: memoryview) -> None:
         """INTERRUPT has no reply. The request is perhaps another front end's: the kernel tells whoever reads first."""
         (unique,) = p.INTERRUPT_IN.unpack_from(body)
-        if not self._parking.interrupt(unique):
+        if not self._reads.interrupt(unique):
             for fd in self._interrupt_out:
                 try:
                     os.write(fd, p.INTERRUPT_IN.pack(unique))
@@ -292,7 +294,7 @@ class FrontEnd:
         except BlockingIOError:
             return
         for (unique,) in p.INTERRUPT_IN.iter_unpack(passed):
-            self._parking.interrupt(unique)
+            self._reads.interrupt(unique)
 
     def _errno_of(self, error: Exception, opcode: int, node: int) -> int:
         """The errno for whoever asked."""

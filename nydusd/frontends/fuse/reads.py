@@ -33,11 +33,12 @@ _AGAIN = (EvictedError, ScarceError, StaleCacheError, UnreadableError)
 
 
 class _Unopened(NamedTuple):
-    """A READ of an image that could not be opened yet; `place`: in the journal, `deadline` as of a parked read."""
+    """A READ of an image that could not be opened yet; `place`: in the journal, the others as of a parked read."""
 
     request: bytes
     place: int
     deadline: float
+    interrupted: bool = False
 
 
 class Reads:
@@ -134,6 +135,15 @@ class Reads:
         kept = bytes(request[: p.READ_REQUEST.size])
         self.unopened[unique] = _Unopened(kept, place, time.monotonic() + self._patience)
 
+    def interrupt(self, unique: int) -> bool:
+        """The reader got a signal, as for `Parking.interrupt`. False when the read does not wait here."""
+        waiting = self.unopened.get(unique)
+        if waiting is None:
+            return self.parking.interrupt(unique)
+        self.unopened[unique] = waiting._replace(interrupted=True)
+        self._journal.interrupted(waiting.place)
+        return True
+
     def service(self) -> float:
         """Try again what waits for an image to be opened. Gives the seconds until it must be called again."""
         now = time.monotonic()
@@ -146,7 +156,7 @@ class Reads:
     def _try_again(self, unique: int, waiting: _Unopened, now: float) -> None:
         _, _, _, node, pid = p.REQUEST.unpack_from(waiting.request)
         try:
-            if is_killed(pid):
+            if waiting.interrupted and is_killed(pid):
                 self._answers.fail(unique, errno.EINTR)
             else:
                 self.read(memoryview(waiting.request), unique, node, pid, waiting.place)
@@ -160,6 +170,8 @@ class Reads:
         del self.unopened[unique]
         if unique not in self.parking.reads:
             self._journal.drop(waiting.place)
+        elif waiting.interrupted:
+            self.parking.interrupt(unique)
 
     def _complain(self, error: NydusError) -> None:
         self._complaints.log("%s: who needs it waits", error)
