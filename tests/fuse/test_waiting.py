@@ -185,3 +185,11 @@ def test_who_waits_for_an_image_to_be_opened_is_taken_for_killed_only_if_the_ker
     assert waiters.later() == [(4, errno.EINTR)]
     assert (waiters.book.noted, waiters.book.dropped) == ([1, 2], [1])
     assert list(waiters.reads.unopened) == [2, 6]
+
+
+def test_an_image_is_to_be_opened_once_a_round_for_all_who_wait_for_it(waiters: Waiters, gone: int) -> None:
+    for unique, image in ((2, 1), (4, 1), (6, 2), (8, 1), (10, 2)):
+        waiters.wait(unique, image, gone)
+    waiters.reads.interrupt(10)
+    assert waiters.later() == [(10, errno.EINTR)]
+    assert waiters.images.tried == [1, 2]

@@ -149,18 +149,23 @@ class Reads:
         now = time.monotonic()
         if self.unopened and now >= self._next_try:
             self._next_try = now + LATER
+            closed: dict[int, ScarceError] = {}
             for unique, waiting in list(self.unopened.items()):
-                self._try_again(unique, waiting, now)
+                self._try_again(unique, waiting, now, closed)
         return max(0.0, self._next_try - now) if self.unopened else LATER
 
-    def _try_again(self, unique: int, waiting: _Unopened, now: float) -> None:
+    def _try_again(self, unique: int, waiting: _Unopened, now: float, closed: dict[int, ScarceError]) -> None:
+        """`closed`: images that could not be opened in this round, and are not tried twice: that closes what others opened."""
         _, _, _, node, pid = p.REQUEST.unpack_from(waiting.request)
         try:
             if waiting.interrupted and is_killed(pid):
                 self._answers.fail(unique, errno.EINTR)
+            elif node >> INODE_BITS in closed:
+                raise closed[node >> INODE_BITS]
             else:
                 self.read(memoryview(waiting.request), unique, node, pid, waiting.place)
         except ScarceError as e:
+            closed[node >> INODE_BITS] = e
             if now < waiting.deadline:
                 return
             self._complaints.log("a read failed: %s", e)
