@@ -6,6 +6,8 @@ file; for whatever goes wrong its read is refused, so it gets EIO and never a ho
 
 What holds after SIGKILL: the group and the journal live on in the supervisor and the guard; readers wait, and a successor
 answers first what the journal has.
+
+When no file descriptor is left for what a reader needs, it waits until there is one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from nydusd import points
-from nydusd.errors import CacheError, NydusError
+from nydusd.errors import CacheError, NydusError, ScarceError
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
 from nydusd.ipc.inflight import InflightRow
@@ -147,6 +149,11 @@ class FrontEnd:
                 )
                 os.close(event.fd)
                 continue
+            except ScarceError as e:
+                place = self._journal.keep(event, key)
+                waiting = _Waiting(event.fd, place, event.offset, event.length, [blob], self._deadline())
+                self._put_off(waiting, e)
+                continue
             except NydusError as e:
                 self._refuse(event.fd, self._code(e), str(e))
                 os.close(event.fd)
@@ -164,7 +171,8 @@ class FrontEnd:
                 points.reach("fanotify: event asked for")
             hint = blob.hint(event.offset)
             if hint is not None and not self._alone:
-                self._line().request(hint, AHEAD)
+                with contextlib.suppress(ScarceError):
+                    self._line().request(hint, AHEAD)
         self._journal.settled(length)
 
     def _recover(self) -> None:
@@ -177,11 +185,17 @@ class FrontEnd:
             if hopeless or not event.length or not blobs:
                 self._end(waiting, errno.EIO, "front ends die of this event: its reader is refused")
                 continue
-            try:
-                runs = self._needs(waiting)
-            except NydusError as e:
-                self._end(waiting, self._code(e), str(e))
-                continue
+            self._look_at(waiting)
+
+    def _look_at(self, waiting: _Waiting) -> None:
+        """Answer a reader for whom nothing was asked, or have fetched what it needs."""
+        try:
+            runs = self._needs(waiting)
+        except ScarceError as e:
+            self._put_off(waiting, e)
+        except NydusError as e:
+            self._end(waiting, self._code(e), str(e))
+        else:
             if runs:
                 self._wait(waiting, runs)
             else:
@@ -220,6 +234,26 @@ class FrontEnd:
         return time.monotonic() + (0.0 if self._alone else self._patience)
 
     def _wait(self, waiting: _Waiting, runs: list[tuple[Blob, ChunkRun]], flags: int = 0) -> None:
+        """Have a reader wait until these are fetched."""
+        self._keep(waiting, runs)
+        if self._alone:
+            return
+        try:
+            line = self._line()
+        except ScarceError as e:
+            self._put_off(waiting, e)
+            return
+        for _, run in runs:
+            number = line.request(run, flags)
+            waiting.pending[number] = (run, flags)
+            self._owners[number] = waiting
+
+    def _put_off(self, waiting: _Waiting, error: ScarceError) -> None:
+        """Have a reader wait until it is looked at again."""
+        self._complaints.log("%s: who needs it waits", error)
+        self._keep(waiting, [])
+
+    def _keep(self, waiting: _Waiting, runs: list[tuple[Blob, ChunkRun]]) -> None:
         if not self._waiting:
             self._next_ask = time.monotonic() + ASK_AGAIN
         self._waiting[waiting.number] = waiting
@@ -227,12 +261,6 @@ class FrontEnd:
         if self._board is not None and waiting.slot < 0:
             inode = waiting.blobs[0].file[1] if len(waiting.blobs) == 1 else 0
             waiting.slot = self._board.begin(waiting.number, inode)
-        if self._alone:
-            return
-        for _, run in runs:
-            number = self._line().request(run, flags)
-            waiting.pending[number] = (run, flags)
-            self._owners[number] = waiting
 
     def _service(self) -> float:
         """Take in replies and what became due; gives the seconds until it must be called again."""
@@ -247,6 +275,9 @@ class FrontEnd:
             for waiting in list(self._waiting.values()):
                 if now >= waiting.deadline:
                     self._end(waiting, errno.ETIMEDOUT, "nobody has fetched it in time")
+                    continue
+                if not waiting.pending:
+                    self._look_at(waiting)
                     continue
                 for number, (run, flags) in waiting.pending.items():
                     self._line().request(run, flags, number)
@@ -286,6 +317,8 @@ class FrontEnd:
             else:
                 waiting.rounds += 1
                 self._wait(waiting, lost, LOST if waiting.rounds == 2 else 0)
+        except ScarceError as e:
+            self._put_off(waiting, e)
         except NydusError as e:
             self._end(waiting, self._code(e), str(e))
 
