@@ -5,6 +5,7 @@ A socket pair takes the place of the fanotify group.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -121,6 +122,14 @@ def test_a_reader_waits_for_file_descriptors_and_passes(
             raise ScarceError("the line to the supervisor: Too many open files")
         return Line(ours.fileno(), blob)
 
+    readv, refused = os.readv, [OSError(errno.EMFILE, "Too many open files")] * 2
+
+    def read(fd: int, buffers: list[memoryview]) -> int:
+        if refused:
+            raise refused.pop()
+        return readv(fd, buffers)
+
+    monkeypatch.setattr(os, "readv", read)
     with ours, group:
         group.setblocking(False)
         ours.setblocking(False)
@@ -147,3 +156,4 @@ def test_a_reader_waits_for_file_descriptors_and_passes(
         loop.FrontEnd(group.fileno(), journal, lambda _: OneBlob(blob), connect, over, inherited={event}).run()
         assert answered == ANSWER.pack(event, 1)
     assert (lines, blob.scarce) == (4, 0)
+    assert inherited or not refused

@@ -7,7 +7,8 @@ file; for whatever goes wrong its read is refused, so it gets EIO and never a ho
 What holds after SIGKILL: the group and the journal live on in the supervisor and the guard; readers wait, and a successor
 answers first what the journal has.
 
-When no file descriptor is left for what a reader needs, it waits until there is one.
+When no file descriptor is left for what a reader needs, it waits until there is one; the kernel refuses it at once when there
+is none for its event.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from nydusd import points
-from nydusd.errors import CacheError, NydusError, ScarceError
+from nydusd.errors import CacheError, NydusError, ScarceError, is_scarce
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
 from nydusd.ipc.inflight import InflightRow
@@ -110,14 +111,12 @@ class FrontEnd:
         poll = select.poll()
         while not self._over:
             if not self._waiting and tries < _SPIN:
-                try:
-                    length = os.readv(self._group, buffer)
-                except BlockingIOError:
+                if length := self._read(buffer):
+                    self._take(length)
+                    tries = 0
+                else:
                     tries += 1
                     os.sched_yield()
-                    continue
-                self._take(length)
-                tries = 0
                 continue
             timeout = self._service()
             if self._over:
@@ -126,9 +125,24 @@ class FrontEnd:
             if self._client is not None:
                 poll.register(self._client.fileno(), select.POLLIN)
             if any(ready == self._group for ready, _ in poll.poll(math.ceil(timeout * 1000))):
-                with contextlib.suppress(BlockingIOError):
-                    self._take(os.readv(self._group, buffer))
+                if length := self._read(buffer):
+                    self._take(length)
                 tries = 0
+
+    def _read(self, buffer: list[memoryview]) -> int:
+        """Read events of the group; gives the bytes that there are.
+
+        For one that it has no file descriptor for the kernel fails this, and has refused its reader already.
+        """
+        try:
+            return os.readv(self._group, buffer)
+        except BlockingIOError:
+            return 0
+        except OSError as e:
+            if not is_scarce(e):
+                raise
+            self._complaints.log("a read failed: an event cannot be taken: %s", e.strerror)
+            return 0
 
     def _take(self, length: int) -> None:
         """Answer the events in the first `length` bytes of the buffer, or have them wait."""
