@@ -21,7 +21,9 @@ _first = ""
 
 def on_disk() -> str:
     """Twelve hexadecimal digits, those of the build that a process started now would be. Raises OSError."""
-    with open(FILE, encoding="utf-8") as file:
+    if not FILE.endswith(".py"):  # installed without sources
+        return loaded()
+    with open(FILE, encoding="utf-8", errors="replace") as file:
         built = file.read().partition('\nBUILT = "')[2].partition('"')[0]
     return built or _of_checkout()
 
@@ -38,14 +40,28 @@ def _of_checkout() -> str:
     folders = [f"{_ROOT}/{name}" for name in _PACKAGES]
     rows = []
     for folder in folders:  # which grows meanwhile
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(".py"):
-                    status = entry.stat()
-                    rows.append(f"{entry.path[len(_ROOT) :]} {status.st_size} {status.st_mtime_ns}")
-                elif entry.name != "__pycache__" and entry.is_dir():
-                    folders.append(entry.path)
+        for entry in _entries(folder):
+            if entry.name.endswith(".py"):
+                rows.append(f"{entry.path[len(_ROOT) :]} {_facts(entry)}")
+            elif entry.name != "__pycache__" and entry.is_dir():
+                folders.append(entry.path)
     rows.sort()
     found = blake2b(os.fsencode("\n".join(rows)), digest_size=6).hexdigest()
     _first = _first or found
     return found
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:  # it is being replaced
+        return []
+
+
+def _facts(entry: os.DirEntry[str]) -> str:
+    try:
+        status = entry.stat()
+    except FileNotFoundError:  # it is being replaced, or is the dangling link by which an editor locks a file
+        return "gone"
+    return f"{status.st_size} {status.st_mtime_ns}"

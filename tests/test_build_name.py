@@ -61,6 +61,22 @@ def test_in_a_checkout_each_change_of_a_source_is_another_build(code: Path) -> N
     assert len(set(names)) == 3
 
 
+def test_a_lock_of_an_editor_or_what_is_missing_stops_nobody(code: Path) -> None:
+    (code / "nydusd/.#build.py").symlink_to("somebody@host.1:2")
+    shutil.rmtree(code / "workers")
+    name, on_disk, same = ask(code)
+    assert (on_disk, same) == (name, True)
+
+
+def test_without_sources_a_process_has_the_name_of_its_build(code: Path, tmp_path: Path) -> None:
+    out = built(code, tmp_path / "out")
+    name = ask(out)[0]
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "-b", str(out)], check=True)
+    for source in out.glob("**/*.py"):
+        source.unlink()
+    assert ask(out) == (name, name, True)
+
+
 def test_a_process_goes_on_with_the_name_of_what_it_has_loaded(code: Path) -> None:
     before = ask(code)[0]
     loaded, on_disk, same = ask(code, str(code / "nydusd/codec/compress.py"))

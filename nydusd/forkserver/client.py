@@ -297,6 +297,7 @@ class ForkServer:
 
     def _start(self) -> None:
         self._next_start = time.monotonic() + _INTERVAL
+        commit = commit_on_disk()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             os.set_inheritable(theirs.fileno(), True)
@@ -311,7 +312,7 @@ class ForkServer:
             except OSError:
                 ours.close()
                 raise
-        server = Server(ours, pid, commit_on_disk(), ready=False)
+        server = Server(ours, pid, commit, ready=False)
         self._servers.append(server)
         self._redirect(server)
         self.started()
