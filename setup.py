@@ -27,6 +27,7 @@ class BuildPy(build_py):
     """Copies the sources, and writes the name of their build into the copy."""
 
     def run(self) -> None:
+        self.force = True  # else a source older than what an earlier build left is not copied, but is in the name
         super().run()
         if self.editable_mode:
             return

@@ -99,6 +99,9 @@ def test_what_is_built_has_a_name_by_what_its_sources_say_and_keeps_it(code: Pat
     assert ask(built(code, tmp_path / "two"))[0] == name
     loaded, on_disk, _ = ask(tmp_path / "one", str(tmp_path / "one/nydusd/codec/compress.py"))
     assert loaded == on_disk == name
-    (code / "workers/loop.py").write_text((code / "workers/loop.py").read_text() + "\n")
+    changed = (code / "workers/loop.py").read_text() + "\n"
+    (code / "workers/loop.py").write_text(changed)
+    os.utime(code / "workers/loop.py", (1, 1))
     assert ask(built(code, tmp_path / "one"))[0] != name
+    assert (tmp_path / "one/workers/loop.py").read_text() == changed, "though the one that was there is newer"
     assert 'BUILT = ""' in (code / "nydusd/build.py").read_text()
