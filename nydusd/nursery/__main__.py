@@ -1,4 +1,4 @@
-"""`python -m nydusd.nursery LOCK_FD`: the nursery. Daemons begin as copies of this process, and share its memory.
+"""`python -m nydusd.nursery LOCK_FD STEM`: the nursery. Daemons begin as copies of this process, and share its memory.
 
 A daemon that loads all by itself takes 0.4 s and some 60 MB; a copy takes less of both. This process does nothing else: one
 thread, no library's background threads, no secret in its memory or environment. It never reads what a daemon is started
@@ -244,12 +244,14 @@ def shorten(fd: int, most: int, kept: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Serve until no daemon is left; in a copy, be the daemon, or its fork server."""
-    lock = int(argv[0])
+    """Serve until no daemon is left; in a copy, be the daemon, or its fork server. `argv`: the lock and whose it is."""
+    lock, locked = int(argv[0]), argv[1]
     os.set_inheritable(lock, False)
     os.setsid()  # what a terminal sends to its processes is not for us
     faulthandler.register(signal.SIGUSR1, file=2)  # by its number: a copy has the daemon's, until it knows its log
     identity = place.identity()
+    if place.stem(identity) != locked:  # an upgrade has replaced the files while we loaded them: the lock is another's
+        return 1
     set_title("nursery")
     rehearse()
     os.chdir("/")  # not before: $PYTHONPATH may be relative

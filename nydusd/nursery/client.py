@@ -61,7 +61,7 @@ def start_if_useful(*, for_one: bool = False) -> None:
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
             stdio = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(2)]
             stdio.append((os.POSIX_SPAWN_OPEN, 2, f"{stem}.log", flags, 0o600))
-            command = [sys.executable, "-P", "-m", "nydusd.nursery", str(lock)]
+            command = [sys.executable, "-P", "-m", "nydusd.nursery", str(lock), stem]
             pid = os.posix_spawn(
                 sys.executable,
                 command,

@@ -185,12 +185,27 @@ def test_one_without_daemons_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = discipline.folder / "lonely"
     runtime.mkdir()
     monkeypatch.setenv("NYDUSD_RUNTIME_DIR", str(runtime))
-    lock = client._take_lock(f"{place.stem(place.identity())}.lock")
-    assert lock is not None
-    nursery = subprocess.Popen([sys.executable, "-m", "nydusd.nursery", str(lock)], pass_fds=[lock], cwd=ROOT)
-    os.close(lock)
-    assert nursery.wait(15) == 0
+    assert started(place.stem(place.identity())).wait(15) == 0
     assert list(runtime.iterdir()) == []
+
+
+def started(stem: str) -> subprocess.Popen[bytes]:
+    """A nursery as a daemon starts it that has found this stem."""
+    lock = client._take_lock(f"{stem}.lock")
+    assert lock is not None
+    command = [sys.executable, "-m", "nydusd.nursery", str(lock), stem]
+    with open(lock, "rb"):
+        return subprocess.Popen(command, pass_fds=[lock], cwd=ROOT)
+
+
+def test_one_whose_files_were_replaced_while_it_loaded_them_does_not_serve(first: Another) -> None:
+    stem = place.stem(b"what the daemon has found")
+    assert started(stem).wait(15) == 1
+    lock = client._take_lock(f"{stem}.lock")
+    assert lock is not None, "the next one can have it"
+    os.close(lock)
+    os.unlink(f"{stem}.lock")
+    assert list(discipline.runtime.glob("nursery-*")) == []
 
 
 def test_one_whose_files_were_replaced_ends_whoever_lives(first: Another) -> None:
