@@ -105,17 +105,22 @@ def test_is_made_while_processes_hang(tmp_path: Path, verb: str, stopped: str, m
     assert b"localfs" in found["config.json" if stopped == "all" else "daemon.json"]
 
 
-def test_of_the_journal_it_has_the_lines_of_all_processes_and_of_those_of_the_unit_that_have_ended(
+def test_of_the_journal_it_has_the_lines_of_all_processes_and_of_those_of_their_own_unit_that_have_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tool = tmp_path / "journalctl"
-    tool.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    tool.chmod(0o700)
+    tools = {
+        "journalctl": 'printf "%s\\n" "$@" "Authorization: Basic ' + SECRET + '"',
+        "systemctl": "case $5 in nydusd*) echo 7 ;; cron*) echo 1 ;; *) exit 1 ;; esac",
+    }
+    for name, script in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o700)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    units = {7: "nydusd@a.service", 8: "nydusd@a.service", 9: None}
+    units = {7: "nydusd@a.service", 8: "nydusd@a.service", 9: None, 10: "cron.service", 11: "gone.service"}
     monkeypatch.setattr(bugreport, "_unit", units.__getitem__)
-    asked = bugreport._log(None, [7, 8, 9]).decode().splitlines()
-    assert asked[-5:] == ["_PID=7", "_PID=8", "_PID=9", "+", "_SYSTEMD_UNIT=nydusd@a.service"]
+    asked = bugreport._log(None, list(units)).decode().splitlines()
+    assert asked[-8:-1] == [*(f"_PID={pid}" for pid in units), "+", "_SYSTEMD_UNIT=nydusd@a.service"]
+    assert asked[-1] == "Authorization: ***"
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def _system() -> bytes:
 
 def _log(file: object, pids: Sequence[int]) -> bytes:
     """The end of the log: of its file, or of what the journal has of these processes, and of those of their unit that have
-    ended: it files a line under its writer.
+    ended: it files a line under its writer. A unit that has only started them is not theirs.
     """
     if isinstance(file, str):
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -162,8 +162,10 @@ def _log(file: object, pids: Sequence[int]) -> bytes:
         raise NydusError("no process of the daemon is known, and no file")
     command = ["journalctl", "--no-pager", "--quiet", "--lines=20000", *(f"_PID={pid}" for pid in pids)]
     for unit in sorted({unit for pid in pids if (unit := _unit(pid)) is not None}):
-        command += ["+", f"_SYSTEMD_UNIT={unit}"]
-    return subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=True).stdout[-_LOG_BYTES:]
+        if _main_pid(unit) in pids:
+            command += ["+", f"_SYSTEMD_UNIT={unit}"]
+    found = subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=True).stdout
+    return clean(found.decode(errors="replace")).encode()[-_LOG_BYTES:]
 
 
 def _unit(pid: int) -> str | None:
@@ -174,6 +176,14 @@ def _unit(pid: int) -> str | None:
         return None
     found = re.search(r":/system\.slice/(?:.*/)?([^/\n]+\.service)(?:/|$)", groups, re.MULTILINE)
     return None if found is None else found[1]
+
+
+def _main_pid(unit: str) -> int | None:
+    command = ["systemctl", "show", "--property=MainPID", "--value", "--", unit]
+    try:
+        return int(subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=True).stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 VERB = Verb(("bugreport",), "a tarball of all that helps to look into a problem", run, add_arguments)
