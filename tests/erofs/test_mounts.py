@@ -151,6 +151,8 @@ def test_every_mount_outlives_a_kill_of_any_process(many: Many) -> None:
     held = {place: os.open(many.at(place), os.O_RDONLY) for place in places}
     try:
         for role in ("erofs", "guard", "fetch", "supervisor", "supervisor and front end", "supervisor and guard"):
+            for holder in ("erofs", "guard"):  # a supervisor with many images is there before its front end
+                wait_for_role(many, holder, 1)
             if role.startswith("supervisor"):
                 also = {"supervisor": "none", "supervisor and front end": "erofs"}.get(role, "guard")
                 victims = many.pids(also)

@@ -49,8 +49,11 @@ def test_the_second_daemon_starts_it_the_third_comes_from_it_and_the_last_one_en
         assert list(runtime.iterdir()) == []
 
 
-def test_a_third_daemon_at_rest_takes_no_more_than_27_mb(tmp_path: Path) -> None:
-    """By the proportional memory of all processes of the node: 25 MB are wanted, and reached where they were measured."""
+def test_a_third_daemon_at_rest_takes_no_more_than_32_mb(tmp_path: Path) -> None:
+    """By the proportional memory of all processes of the node: 25 MB are wanted, and reached where they were measured.
+
+    Other runs beside this one share pages with it, and may end meanwhile.
+    """
     runtime = discipline.folder / "small"
     config = [config_for(IMAGE, tmp_path / str(number), nydusd={"worker_idle": 1}) for number in range(3)]
     with Another(runtime, config=config[0]) as one, Another(runtime, config=config[1]) as two:
@@ -62,7 +65,7 @@ def test_a_third_daemon_at_rest_takes_no_more_than_27_mb(tmp_path: Path) -> None
             assert three.is_copy()
             assert wrong(three) == []
             wait_until(lambda: not workers(), "workers at rest", 60)
-            wait_until(lambda: memory() - before <= 27_000_000, "a daemon of at most 27 MB", 60)
+            wait_until(lambda: memory() - before <= 32_000_000, "a daemon of at most 32 MB", 60)
 
 
 def memory() -> int:
