@@ -228,6 +228,7 @@ def test_raw_is_the_answer_on_one_line(
 def test_set_log_level(api: ApiProcess, capsys: pytest.CaptureFixture[str]) -> None:
     assert ctl(api, "set", "log-level", "WARN", capsys=capsys) == ""
     assert api.supervisor.asked == [{"op": "set_log_level", "log_level": "warn"}]
+    assert 0 < api.supervisor.patience[0] <= 5
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 from bench.image import build
 from nydusd.ipc.messages import Json
-from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, device_of, read_direct, wrong
+from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, device_of, read_direct, state_file, wrong
 from tests.support import oracle
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import discipline, is_running, wait_until
@@ -205,6 +205,8 @@ class TestVersions:
     def test_one_that_says_that_we_cannot_read_it_is_mounted_anew(self, tmp_path: Path, expect_log: ExpectLog) -> None:
         expect_log("its state is of version 1000, this release knows 2 to 2; mounting anew")
         with Daemon(IMAGE.bootstrap, IMAGE.blobs, cache=tmp_path / "cache") as daemon:
+            # Of what that version says only the pids are known: none that holds the mount may come beside them.
+            wait_until(lambda: state_file(daemon).read_text().count('"keeper"') == 2, "the copy of the fork server", 60)
             frontends = crash(daemon)
             edit_state(daemon, lambda state: state.update(version=1000, readable_by=999))
             daemon.start()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
@@ -29,6 +30,8 @@ class Supervisor:
         self.handler = handler
         self.endpoint = f"ipc://{folder}/front"
         self.asked: list[Json] = []
+        self.patience: list[float] = []
+        """Seconds that the supervisor has for each."""
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
@@ -48,6 +51,7 @@ class Supervisor:
             identity, kind, number, body = self._socket.recv_multipart()
             assert (kind, len(number)) == (b"C", 8)
             request: Json = json.loads(body)
+            self.patience.append(float(str(request.pop("until"))) - time.monotonic())
             self.asked.append(request)
             reply = self.handler(request)
             if reply is not None:
