@@ -91,5 +91,6 @@ def stop_and_look(node: Machine, folder: Path) -> None:
     node.systemctl("stop", UNIT)
     assert node.show(UNIT, "Result") == "success"
     assert node.run("mountpoint", "-q", str(folder / "mnt")).returncode != 0
-    assert node.run("pgrep", "-f", "nydusd").stdout == ""
+    # Who held what readers had open ends a moment after them.
+    wait_until(lambda: node.run("pgrep", "-f", "nydusd").stdout == "", "the end of all processes", 60)
     assert node.run("ls", "/run/nydusd", "/dev/shm").stdout.split() == ["/dev/shm:", "/run/nydusd:"]
