@@ -62,7 +62,9 @@ def _run(supervisor: Supervisor) -> int:
         raise
     finally:
         supervisor.stop()
-        nursery.end_if_last()
+        # Who takes over may be waiting to come from there, and ends what still has the session open: so at once.
+        if not supervisor.handover.leaving:
+            nursery.end_if_last()
         logging.getLogger().removeHandler(supervisor.errors)
     log.info("stopped")
     return 0

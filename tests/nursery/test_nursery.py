@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from nydusd.nursery.__main__ import Nursery, shorten
 from tests.supervisor.lives import IMAGE, ROOT, config_for, wrong
 from tests.support.daemon import image_config
 from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
+from tests.support.keeper import Keeper, upgrade
 from tests.support.nursery import Another, is_ready, nurseries, running_nursery, seats_kept
 
 
@@ -170,6 +172,23 @@ def test_a_daemon_alone_is_succeeded_by_a_copy(
         daemon.stop()
         wait_until(lambda: not is_running(nursery), "the end of the nursery", 60)
     assert list(runtime.iterdir()) == []
+
+
+def test_an_upgrade_leaves_it_to_the_successor() -> None:
+    folder = discipline.folder / "kept"
+    folder.mkdir()
+    with closing(Keeper(folder)) as keeper:
+        daemon = Another(folder / "run")
+        daemon.command += keeper.args
+        with daemon:
+            keeper.save(daemon)
+            wait_until(lambda: is_ready(folder / "run"), "a nursery", 60)
+            before = nurseries()
+            for _ in range(3):
+                upgrade(daemon, keeper)
+                assert daemon.is_copy()
+                assert wrong(daemon) == []
+            assert nurseries() == before
 
 
 def test_the_last_daemon_kills_one_that_hangs() -> None:
