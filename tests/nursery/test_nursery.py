@@ -183,12 +183,14 @@ def test_an_upgrade_leaves_it_to_the_successor() -> None:
         with daemon:
             keeper.save(daemon)
             wait_until(lambda: is_ready(folder / "run"), "a nursery", 60)
-            before = nurseries()
-            for _ in range(3):
-                upgrade(daemon, keeper)
-                assert daemon.is_copy()
-                assert wrong(daemon) == []
-            assert nurseries() == before
+            (nursery,) = nurseries()
+            # Who asks it to end waits for the answer, and is killed by the successor.
+            upgrade(daemon, keeper, lambda: os.kill(nursery, signal.SIGSTOP))
+            os.kill(nursery, signal.SIGCONT)
+            upgrade(daemon, keeper)
+            assert daemon.is_copy()
+            assert wrong(daemon) == []
+            assert nurseries() == [nursery]
 
 
 def test_the_last_daemon_kills_one_that_hangs() -> None:
