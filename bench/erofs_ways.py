@@ -4,7 +4,7 @@ All cache folders are on one ext4 in a file on tmpfs, through a loop device: fan
 measured; $NYDUSD_BENCH_ROOM names a folder of a disk instead, which is cold at each step. The image is that of `make bench`
 and one file more, which nobody reads: so a blob can be all cached where it is read, and still be incomplete. One run,
 contenders in turn, $NYDUSD_BENCH_ROUNDS (2) rounds, medians and ratios. $NYDUSD_REF names the reference. Random reads are
-of fio's (psync, 4 KiB, O_DIRECT), over the largest files of the image: a reader of our own would be slower than the kernel.
+4 KiB, over files of more than 64 KiB, each past the reader's page cache.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from pathlib import Path
 
 from bench.erofs import erofs_mount
 from bench.image import Built, build, configuration
-from bench.run import FOLDER, SECONDS, Figures, drop_caches, median, prepare, read_all, warm
+from bench.run import FOLDER, Figures, drop_caches, median, prepare, read_all, warm
 
 ROUNDS = int(os.environ.get("NYDUSD_BENCH_ROUNDS", "2"))
 UNREAD = "zz-unread"
 UNREAD_SIZE = 64 << 20
 ROOM = 4 << 30
-FIO_FILES = 32
 PLACE = os.environ.get("NYDUSD_BENCH_ROOM", "")
 HIGHER_IS_BETTER = ("cold MB/s", "warm MB/s", "random 1 job, 1/s", "random 4 jobs, 1/s")
 
@@ -132,7 +131,7 @@ def daemon(image: Built, room: Path, command: list[str], *, complete: bool, keep
             figures = {"cold MB/s": read_all(mountpoint, skip=() if complete else (UNREAD,))}
             if complete:
                 time.sleep(1)  # all is there now, and the daemon sees it
-            figures |= warm(mountpoint, (UNREAD,), fio_reads)
+            figures |= warm(mountpoint, (UNREAD,))
         finally:
             process.terminate()
             process.wait()
@@ -147,18 +146,7 @@ def alone(image: Built, room: Path, plain: Path) -> Figures:
     mountpoint = room / "alone"
     mountpoint.mkdir(exist_ok=True)
     with erofs_mount(image.bootstrap, [plain], mountpoint):
-        return warm(mountpoint, (UNREAD,), fio_reads)
-
-
-def fio_reads(files: list[bytes], jobs: int) -> float:
-    """Reads a second of so many jobs."""
-    largest = sorted(files, key=os.path.getsize)[-FIO_FILES:]
-    names = ":".join(os.fsdecode(path).replace(":", "\\:") for path in largest)
-    command = ["fio", "--name=x", f"--filename={names}", "--readonly", "--rw=randread", "--bs=4k", "--ioengine=psync"]
-    command += ["--direct=1", f"--numjobs={jobs}", "--thread", "--group_reporting", "--output-format=json"]
-    command += ["--time_based", f"--runtime={SECONDS}", "--norandommap", "--file_service_type=random"]
-    out = subprocess.run(command, check=True, capture_output=True).stdout
-    return float(json.loads(out)["jobs"][0]["read"]["iops"])
+        return warm(mountpoint, (UNREAD,))
 
 
 def table(results: dict[str, Figures]) -> str:

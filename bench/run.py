@@ -129,10 +129,8 @@ def erofs(image: Built) -> Figures:
             return warm(mountpoint)
 
 
-def warm(
-    mountpoint: Path, skip: Sequence[str] = (), random_reads: Callable[[list[bytes], int], float] | None = None
-) -> Figures:
-    """What is measured of complete data. Files named `skip` are not read. `random_reads`: a second, of so many jobs."""
+def warm(mountpoint: Path, skip: Sequence[str] = ()) -> Figures:
+    """What is measured of complete data. Files named `skip` are not read."""
     drop_caches()
     figures = {"warm MB/s": read_all(mountpoint, skip)}
     drop_caches()
@@ -142,11 +140,11 @@ def warm(
     files = [path for path in regular_files(mountpoint, skip) if os.path.getsize(path) > 65536]
     for jobs in (1, 4):
         drop_caches()
-        figures[f"random {jobs} job{'s' * (jobs > 1)}, 1/s"] = (random_reads or in_python)(files, jobs)
+        figures[f"random {jobs} job{'s' * (jobs > 1)}, 1/s"] = random_reads(files, jobs)
     return figures
 
 
-def in_python(files: list[bytes], jobs: int) -> float:
+def random_reads(files: list[bytes], jobs: int) -> float:
     """Reads a second of so many processes of ours."""
     queue: SimpleQueue[int] = SimpleQueue()
     readers = [Process(target=random_reader, args=(files[:800], seed, queue)) for seed in range(jobs)]
