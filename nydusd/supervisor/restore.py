@@ -81,8 +81,10 @@ class Restore:
                 self._mounts.serve(image, files)
 
     def end(self) -> None:
-        """All are known: remove what none of them has."""
+        """All are known: remove what none of them has. Where we stop before that, all stays for the next one."""
         self._router.unknown = lambda handle: None
+        if self._coming:
+            return
         try:
             self._mounts.remove_strays(self._kept)
         except (NydusError, OSError) as e:

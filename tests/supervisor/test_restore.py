@@ -257,7 +257,9 @@ def test_an_image_for_which_nothing_is_left_now_is_known_later() -> None:
         known.append(recorded.place)
         return recorded
 
-    mounts, router = SimpleNamespace(coming={}, know=know), SimpleNamespace(unknown=None)
+    strays: list[object] = []
+    mounts = SimpleNamespace(coming={}, know=know, remove_strays=strays.append)
+    router = SimpleNamespace(unknown=None)
     restore = Restore(cast("Mounts", mounts), cast("Router", router), cast("list[Recorded]", records), lambda _: None)
     assert restore.step() and restore.is_scarce
     router.unknown(ord("c"))
@@ -265,4 +267,8 @@ def test_an_image_for_which_nothing_is_left_now_is_known_later() -> None:
     router.unknown(ord("c"))
     assert known == ["/b", "/c"]
     assert restore.step() and restore.is_scarce
+    restore.end()
+    assert not strays, "what an image has that is not known yet is nobody's stray"
     assert not restore.step() and known == ["/b", "/c", "/a"]
+    restore.end()
+    assert len(strays) == 1
