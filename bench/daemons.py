@@ -10,7 +10,6 @@ With NYDUSD_NURSERY=off each of them loads all by itself.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import os
 import subprocess
@@ -21,12 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.image import Built, build, configuration
-from bench.processes import family, pss
+from bench.processes import family, pss, title
+from nydusd.forkserver.process import take_in_orphans
 
 _FILES = 200
 _UNREAD = 20 << 20
 """Bytes of a file of which only the middle is read: nothing else brings that into the cache."""
-_SET_CHILD_SUBREAPER = 36
 _SETTLE = 1.5
 """Seconds after which processes that begin are done with it."""
 _FIRST = 2
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
     """Start the daemons in turn, print a line for each, and stop them."""
     count = int(argv[0]) if argv else 8
     # Whatever loses its parent stays below us, to be found and counted.
-    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    take_in_orphans()
     with tempfile.TemporaryDirectory(prefix="nydusd-daemons-", dir="/dev/shm") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         runtime = folder / "run"
@@ -82,7 +81,7 @@ def _rest() -> float:
 
 
 def _workers() -> int:
-    return sum(_title(pid).startswith(("nydusd: fetch", "nydusd: decompress")) for pid in _pids())
+    return sum(title(pid).startswith(("nydusd: fetch", "nydusd: decompress")) for pid in _pids())
 
 
 def _all_at_once(mountpoints: list[Path]) -> tuple[float, int]:
@@ -97,12 +96,6 @@ def _all_at_once(mountpoints: list[Path]) -> tuple[float, int]:
         for reader in readers:
             reader.result()
     return time.perf_counter() - begin, most
-
-
-def _title(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    return ""
 
 
 def _miss(mountpoint: Path) -> float:

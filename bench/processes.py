@@ -17,6 +17,13 @@ def family(pid: int) -> list[int]:
     return pids
 
 
+def title(pid: int) -> str:
+    """What a process calls itself; empty for one that is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
 def cpu(pid: int) -> float:
     """Seconds of CPU of a process and its descendants that live."""
     fields = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in family(pid)]

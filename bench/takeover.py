@@ -10,7 +10,6 @@ of the longest read of each kill, the median and the worst, and of a miss in bet
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import mmap
@@ -28,7 +27,8 @@ from multiprocessing.synchronize import Event as Flag
 from pathlib import Path
 
 from bench.image import Built, build, configuration
-from bench.processes import family
+from bench.processes import family, title
+from nydusd.forkserver.process import take_in_orphans
 
 _READERS = 16
 _CHUNK = 1 << 16
@@ -38,7 +38,6 @@ _PAUSE = 0.01
 """Seconds between two reads of chunks that are not cached."""
 _BETWEEN = 1.5
 """Seconds between two kills: a nursery that was started is there by then, on a busy machine as well."""
-_SET_CHILD_SUBREAPER = 36
 
 
 class Misses:
@@ -73,7 +72,7 @@ class Misses:
 def main(argv: list[str]) -> int:
     """Measure and print the table."""
     kills = int(argv[0]) if argv else 10
-    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever loses its parent stays below us
+    take_in_orphans()  # whoever loses its parent stays below us
     with tempfile.TemporaryDirectory(prefix="nydusd-takeover-", dir="/dev/shm") as name:
         folder = Path(name)
         tree = folder / "tree"
@@ -150,12 +149,6 @@ def read_on(path: Path, end: Flag) -> None:
     while not end.is_set():
         for offset in range(0, _CACHED, 1 << 16):
             os.preadv(fd, page, offset)
-
-
-def title(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    return ""
 
 
 if __name__ == "__main__":
