@@ -1,4 +1,4 @@
-"""Worlds for the tests of the router, and what stands in for systemd."""
+"""Worlds for the tests of the router, and what stands in for systemd and nydus-snapshotter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from tests.supervisor.systemd import Systemd
 from tests.supervisor.world import World
+from tests.support.keeper import Keeper
 
 
 @pytest.fixture
@@ -21,6 +22,13 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         made.check()
     finally:
         made.close()
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Iterator[Keeper]:
+    made = Keeper(tmp_path)
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pytest
-
 from bench.image import build
 from nydusd.ipc.messages import Json
 from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, device_of, read_direct, state_file, wrong
@@ -28,13 +26,6 @@ TRUTH = oracle.truth(IMAGE.name)
 
 
 READER = "import sys; f = open(sys.argv[1], 'rb'); input(); print(len(f.read()))"
-
-
-@pytest.fixture
-def keeper(tmp_path: Path) -> Iterator[Keeper]:
-    made = Keeper(tmp_path)
-    yield made
-    made.close()
 
 
 @contextmanager

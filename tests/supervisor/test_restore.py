@@ -69,13 +69,6 @@ def steps(tmp_path: Path) -> Iterator[Steps]:
     made.close()
 
 
-@pytest.fixture
-def keeper(tmp_path: Path) -> Iterator[Keeper]:
-    made = Keeper(tmp_path)
-    yield made
-    made.close()
-
-
 @contextmanager
 def many(
     folder: Path,

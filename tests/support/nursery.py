@@ -60,12 +60,24 @@ class Another(Daemon):
 
 
 def nurseries() -> list[int]:
-    return [pid for pid in descendants(os.getpid()) if cmdline(pid) == "nydusd: nursery" and is_running(pid)]
+    return of_nursery("nursery")
 
 
 def seats_kept() -> list[int]:
     """What keeps the seats beside a nursery."""
-    return [pid for pid in descendants(os.getpid()) if cmdline(pid) == "nydusd: seats" and is_running(pid)]
+    return of_nursery("seats")
+
+
+def of_nursery(role: str) -> list[int]:
+    """The processes of this run with this title: `nursery`, or `seats`."""
+    return [pid for pid in descendants(os.getpid()) if cmdline(pid) == f"nydusd: {role}" and is_running(pid)]
+
+
+def wait_for_end() -> None:
+    """Until no nursery is left; the files of one that was killed are removed, as by whoever comes next."""
+    wait_until(lambda: not nurseries() and not seats_kept(), "the end of the nurseries", 60)
+    for path in discipline.runtime.glob("nursery-*"):
+        path.unlink()
 
 
 def is_ready(runtime: Path) -> bool:
@@ -85,6 +97,4 @@ def running_nursery() -> Iterator[int]:
         finally:
             for other in nurseries():  # a daemon that found none has started another
                 os.kill(other, signal.SIGKILL)
-            wait_until(lambda: not nurseries() and not seats_kept(), "the end of the nurseries")
-            for path in discipline.runtime.glob("nursery-*"):
-                path.unlink()
+            wait_for_end()

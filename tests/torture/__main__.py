@@ -31,11 +31,12 @@ from tests.support.discipline import discipline
 from tests.support.faulty_server import Faulty, faulty, part_of
 from tests.support.keeper import Keeper
 from tests.support.mounted import REPO
+from tests.support.nursery import wait_for_end
 from tests.support.readers import bytes_read, longest_reads, pieces_read
 from tests.support.trees import half_random_tree
 from tests.support.verifying import Verifying
 from tests.torture.acts import PATIENCE, Counts, Round
-from tests.torture.copied import CopiedDaemon, wait_for_end
+from tests.torture.copied import CopiedDaemon
 
 READERS = 16
 FILES, FILE_SIZE, CHUNK = 64, 1 << 20, 1 << 16

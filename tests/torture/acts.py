@@ -23,7 +23,8 @@ from nydusd.storage.state.lock import start_time
 from tests.support.daemon import Daemon
 from tests.support.discipline import discipline, is_running, wait_until
 from tests.support.keeper import Keeper, succeed, upgrade
-from tests.torture.copied import CopiedDaemon, of_nursery
+from tests.support.nursery import of_nursery
+from tests.torture.copied import CopiedDaemon
 from tests.torture.upgrades import Upgrades
 
 _RECENT = timedelta(seconds=1)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from nydusd.storage.state.lock import start_time
 from tests.support.daemon import Daemon
-from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
+from tests.support.discipline import descendants, is_running, wait_until
+from tests.support.nursery import nurseries, seats_kept
 
 
 class CopiedDaemon(Daemon):
@@ -36,7 +37,7 @@ class CopiedDaemon(Daemon):
         found = super().family()
         for supervisor in self.supervisors():
             found += [pid for pid in (supervisor, *descendants(supervisor)) if pid not in (self.pid, *found)]
-        of_others = {*of_nursery("nursery"), *of_nursery("seats")}
+        of_others = {*nurseries(), *seats_kept()}
         return [pid for pid in found if pid not in of_others]
 
     def kill_supervisor(self) -> None:
@@ -49,15 +50,3 @@ class CopiedDaemon(Daemon):
             os.kill(victim, signal.SIGKILL)
         self._process.wait()
         wait_until(lambda: not any(map(is_running, supervisors)), "the end of the supervisor", 60)
-
-
-def of_nursery(role: str) -> list[int]:
-    """The processes of this run with this title: `nursery`, or `seats`."""
-    return [pid for pid in descendants(os.getpid()) if cmdline(pid) == f"nydusd: {role}" and is_running(pid)]
-
-
-def wait_for_end() -> None:
-    """After the last daemon has ended."""
-    wait_until(lambda: not of_nursery("nursery") and not of_nursery("seats"), "the end of the nursery", 60)
-    for path in discipline.runtime.glob("nursery-*"):  # of one that was killed: whoever comes next removes them
-        path.unlink()
