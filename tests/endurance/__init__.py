@@ -186,6 +186,20 @@ def measured(
     return found[0]
 
 
+def measured_with(
+    files: Sequence[tuple[int, bytes]],
+    daemon: Daemon,
+    folder: Path,
+    one: Callable[[int], None],
+    rounds: int,
+    warm_up: int,
+) -> Measured:
+    """`measured` while a file of each mount is open: who serves them has met them all when it is looked at."""
+    return measured(
+        daemon, folder, one, rounds, warm_up, worker_fds=_MET * len(files), before_looking=lambda: meet(daemon, files)
+    )
+
+
 def upgrades_with_open_files(daemon: Daemon, folder: Path, mounts: int, rounds: int, warm_up: int) -> Measured:
     """Upgrade the workers again and again, while a file of each mount is open and read after each upgrade."""
     with ExitStack() as stack:
@@ -195,15 +209,7 @@ def upgrades_with_open_files(daemon: Daemon, folder: Path, mounts: int, rounds: 
             daemon.ctl("workers", "upgrade")
             check(files)
 
-        return measured(
-            daemon,
-            folder,
-            one,
-            rounds,
-            warm_up,
-            worker_fds=_MET * (mounts + 1),
-            before_looking=lambda: meet(daemon, files),
-        )
+        return measured_with(files, daemon, folder, one, rounds, warm_up)
 
 
 def successions(daemon: Daemon, keeper: Keeper, folder: Path, mounts: int, rounds: int, warm_up: int) -> Measured:
@@ -229,15 +235,7 @@ def successions(daemon: Daemon, keeper: Keeper, folder: Path, mounts: int, round
             check(files)
             readers.go_on(READERS)
 
-        return measured(
-            daemon,
-            folder,
-            one,
-            rounds,
-            warm_up,
-            worker_fds=_MET * (mounts + 1),
-            before_looking=lambda: meet(daemon, files),
-        )
+        return measured_with(files, daemon, folder, one, rounds, warm_up)
 
 
 def mounts_and_umounts(daemon: Daemon, folder: Path, rounds: int, warm_up: int) -> Measured:
