@@ -2,9 +2,10 @@
 
 One daemon; a reader that asks for one chunk after another that nobody has read yet, and, in every second table, 16 processes
 that read what is cached, as fast as they can, past the page cache: the machine is busy then. The supervisor is killed KILLS
-(10) times, and the same command is started at once each time, as whoever looks after a daemon does. A line each for a
-successor that loads all by itself (NYDUSD_NURSERY=off), and for one that comes from a nursery (NYDUSD_NURSERY=always): seconds
-of the longest read of each kill, the median and the worst, and of a miss in between.
+(10) times, alone or with all other processes of the daemon but the one that holds the mount, and the same command is started
+at once each time, as whoever looks after a daemon does. A line each for a successor that loads all by itself
+(NYDUSD_NURSERY=off), and for one that comes from a nursery (NYDUSD_NURSERY=always): seconds of the longest read of each kill,
+the median and the worst, and of a miss in between.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import Event, Process
 from multiprocessing.synchronize import Event as Flag
 from pathlib import Path
+from typing import Any
 
 from bench.image import Built, build, configuration
 from bench.processes import family, title
@@ -80,19 +82,42 @@ def main(argv: list[str]) -> int:
         (tree / "cached").write_bytes(os.urandom(_CACHED))
         (tree / "unread").write_bytes(os.urandom(_UNREAD))
         image = build(tree, folder / "image", _CHUNK)
-        print("| machine | successor | wait, s (median) | wait, s (worst) | a miss without a kill, s |")
-        print("| --- | --- | --- | --- | --- |")
-        for readers in (0, _READERS):
-            for mode, words in (("off", "loads all by itself"), ("always", "from a nursery")):
-                with tempfile.TemporaryDirectory(dir=folder) as work:
-                    waits, usual = measure(image, Path(work), mode, readers, kills)
-                machine = f"{readers} readers" if readers else "idle"
-                row = (statistics.median(waits), max(waits), usual)
-                print(f"| {machine} | {words} | " + " | ".join(f"{value:.3f}" for value in row) + " |", flush=True)
+        print("| machine | killed | successor | wait, s (median) | wait, s (worst) | a miss without a kill, s |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for readers, victims, mode in itertools.product((0, _READERS), VICTIMS, MODES):
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                waits, usual = measure(image, Path(work), mode, readers, kills, VICTIMS[victims])
+            machine = f"{readers} readers" if readers else "idle"
+            row = (statistics.median(waits), max(waits), usual)
+            figures = " | ".join(f"{value:.3f}" for value in row)
+            print(f"| {machine} | {victims} | {MODES[mode]} | {figures} |", flush=True)
     return 0
 
 
-def measure(image: Built, work: Path, mode: str, readers: int, kills: int) -> tuple[list[float], float]:
+def nobody_else(_run: Path) -> list[int]:
+    return []
+
+
+def all_but_a_fork_server(run: Path) -> list[int]:
+    """Those of a daemon's processes that may die with its supervisor: all but one fork server that is noted as a holder."""
+    while not (keepers := [row["pid"] for row in holders(run) if row["role"] == "keeper"]):
+        time.sleep(0.001)
+    roles = [f"nydusd: {role}" for role in ("fuse", "fetch", "decompress", "fork server")]
+    return [pid for pid in family(os.getpid()) if title(pid).startswith(tuple(roles)) and pid != keepers[0]]
+
+
+def holders(run: Path) -> list[dict[str, Any]]:
+    """Of the mount, as a successor finds them."""
+    return [row for path in run.glob("*/state.json") for row in json.loads(path.read_bytes()).get("holders", ())]
+
+
+VICTIMS = {"the supervisor": nobody_else, "all but a fork server": all_but_a_fork_server}
+MODES = {"off": "loads all by itself", "always": "from a nursery"}
+
+
+def measure(
+    image: Built, work: Path, mode: str, readers: int, kills: int, victims: Callable[[Path], list[int]]
+) -> tuple[list[float], float]:
     """The longest wait after each kill, and the median of the reads that no kill concerned."""
     mountpoint = work / "mnt"
     mountpoint.mkdir()
@@ -110,8 +135,12 @@ def measure(image: Built, work: Path, mode: str, readers: int, kills: int) -> tu
         with busy(mountpoint / "cached", readers), Misses(mountpoint / "unread") as misses:
             for _ in range(kills):
                 time.sleep(_BETWEEN)
+                others = victims(work / "run")
                 times.append(time.monotonic())
                 process.send_signal(signal.SIGKILL)
+                for pid in others:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 process.wait()
                 process = subprocess.Popen(command, env=environment)
             time.sleep(_BETWEEN)

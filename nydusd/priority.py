@@ -1,8 +1,10 @@
-"""Priority of a daemon that takes over: until it serves, readers wait for it, and for what it starts.
+"""Priority of what readers wait for: a daemon that takes over, until it serves, and a fork server that has none beside it.
 
-Loading what a supervisor and a fork server need takes 0.3 s of a processor; on a busy machine that would be seconds. So a start
-at which something is mounted already runs at a higher priority (nice -10), and so does what it starts, until it serves: then
-the supervisor sets all of them to the usual one. Without the right to that (CAP_SYS_NICE) it takes as long as it takes.
+Loading what a supervisor and a fork server need takes 0.3 s of a processor each; on a busy machine that would be seconds. So a
+start at which something is mounted already runs at the highest priority (nice -20: beside eight others that are busy it has
+nine tenths of a processor; with -10 it would have half of one), and so does what it starts, until that has had a moment to
+answer who waits: then the supervisor sets all of them to the usual one. Without the right to that (CAP_SYS_NICE) it takes as
+long as it takes.
 
 What holds after SIGKILL in between: front ends may keep the higher priority until the next supervisor serves.
 Imports nothing that costs time: it comes first in the command.
@@ -17,7 +19,7 @@ TYPE_CHECKING = False  # known to type checkers by its name: `typing` takes 10 m
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_HURRIED = -10
+_HURRIED = -20
 _usual: list[int] = []
 """The nice value to go back to, if there was a hurry."""
 
@@ -40,6 +42,21 @@ def hurry(*started: int) -> None:
         return
 
 
+def is_hurried() -> bool:
+    """Whether there is a usual priority to go back to."""
+    return bool(_usual)
+
+
+def hasten(pid: int) -> None:
+    """A process of one thread that we have started, for which others wait: until `settle`."""
+    _set(pid, _HURRIED)
+
+
+def settle(pid: int) -> None:
+    """At our own priority from now on: a process of one thread, perhaps made in a hurry."""
+    _set(pid, os.getpriority(os.PRIO_PROCESS, 0))
+
+
 def calm(pids: Iterable[int]) -> None:
     """We serve: back to the usual priority, and so these processes, with all their threads."""
     if not _usual:
@@ -51,10 +68,14 @@ def calm(pids: Iterable[int]) -> None:
         except OSError:  # it has ended
             continue
         for thread in threads:
-            try:
-                os.setpriority(os.PRIO_PROCESS, int(thread), usual)
-            except OSError:  # this one has
-                continue
+            _set(int(thread), usual)
+
+
+def _set(thread: int, nice: int) -> None:
+    try:
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
+    except OSError:  # it has ended, or we have no right to it
+        return
 
 
 def _takes_over(arguments: list[str]) -> bool:

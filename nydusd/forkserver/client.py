@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nydusd import priority
 from nydusd.forkserver.environment import environment
 from nydusd.forkserver.line import PACKET_MAX, Server
 from nydusd.forkserver.process import Process, take_in_orphans
@@ -312,6 +313,8 @@ class ForkServer:
             except OSError:
                 ours.close()
                 raise
+        if not self.waits:  # while a daemon serves: until it is ready, no front end that was killed is started again
+            priority.hasten(pid)
         server = Server(ours, pid, commit, ready=False)
         self._servers.append(server)
         self._redirect(server)
@@ -383,6 +386,7 @@ class ForkServer:
         """Whether that was none of a request that is waited for."""
         if "ready" in answer:
             server.ready = True
+            priority.settle(server.process.pid)
             self._interval = _INTERVAL
         elif "copy" in answer:
             line, self._copying = self._copying, None
@@ -394,8 +398,7 @@ class ForkServer:
                     self._next_copy = time.monotonic() + _INTERVAL_NO_ROOM
                 else:
                     # It was made at the priority that its original had then, perhaps in the hurry of a start.
-                    with contextlib.suppress(OSError):
-                        os.setpriority(os.PRIO_PROCESS, answer["copy"], os.getpriority(os.PRIO_PROCESS, 0))
+                    priority.settle(answer["copy"])
                     self._servers.append(copy)
                     copy.tell({})
                     copy.release(self._released)

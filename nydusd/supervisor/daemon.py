@@ -62,6 +62,9 @@ log = logging.getLogger(__name__)
 _SCARCE_PAUSE = 0.1
 """Seconds until an image is known again for which there were no file descriptors or no memory."""
 
+_HURRY_ON = 1.0
+"""Seconds after READY in which a takeover keeps its priority: workers begin, and answer who waited for them."""
+
 _NAMED = 3
 """Images that are named one by one where all are told of."""
 
@@ -113,6 +116,8 @@ class Supervisor:
         self._listener: Listener | None = None
         self._metrics: socket.socket | None = None
         self.handover = Handover(options.serves, self._runtime, self._family, self._poller, self._notifier)
+        self._calm_at = math.inf
+        """When a takeover goes back to the usual priority."""
         self._wake = -1
         self.stopping = False
         self._unmount = True
@@ -235,7 +240,8 @@ class Supervisor:
         self._family.add_fetch_workers()
         self._store.keep(self._family.session)
         self._status.ready(what)
-        priority.calm([*self.fork_server.pids, *(child.pid for child in self.children if child.pid)])
+        if priority.is_hurried():
+            self._calm_at = time.monotonic() + _HURRY_ON
         log.info("%s", what)
 
     def _shown(self) -> str:
@@ -325,6 +331,7 @@ class Supervisor:
     def _timeout(self) -> float:
         now = time.monotonic()
         until = [self._family.due(), *self.engine.due(now)]
+        until.append(self._calm_at)
         alive = self._notifier.wait(now)
         if alive is not None:
             until.append(now + alive)
@@ -348,6 +355,9 @@ class Supervisor:
         self._family.look_after(engine.pools, now)
         self._notifier.alive(now)
         self._status.tick(now)
+        if now >= self._calm_at:
+            self._calm_at = math.inf
+            priority.calm([*self.fork_server.pids, *(child.pid for child in self.children if child.pid)])
         engine.tick(now, self.stopping)
 
     def _reap(self) -> None:

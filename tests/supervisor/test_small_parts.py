@@ -45,7 +45,7 @@ def test_a_hurry_is_of_what_was_started_before_too_and_ends_for_all_threads_that
             monkeypatch.setattr(os, "listdir", lambda path: [str(1 << 22), *listed(path)])
             priority.calm([child.pid])
             monkeypatch.setattr(os, "listdir", listed)
-            assert hurried == {-10}
+            assert hurried == {-20}
             assert {os.getpriority(os.PRIO_PROCESS, one) for one in everyone} == {usual}
         finally:
             child.send_signal(signal.SIGKILL)

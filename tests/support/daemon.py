@@ -29,6 +29,7 @@ from tests.support.discipline import (
     mounts_under,
     wait_until,
 )
+from tests.support.haste import not_in_haste
 
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0
@@ -143,6 +144,7 @@ class Daemon:
                 env=self._environment,
                 cwd=Path(__file__).resolve().parents[2],
             )
+        not_in_haste(self._process.pid)
 
     def has_ended(self) -> bool:
         """Whether the process that was started is no more."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tests.support.discipline import wait_until
+from tests.support.haste import not_in_haste
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 150.0
@@ -117,6 +118,7 @@ def begin(daemon: Daemon, *more: str) -> None:
             cwd=ROOT,
             env=daemon._environment,
         )
+    not_in_haste(daemon._process.pid)
     wait_until(lambda: state_of(daemon) == "INIT", "INIT", PATIENCE)
 
 

@@ -1,8 +1,10 @@
 """`make torture`: processes of a daemon are killed at random while 16 readers compare every byte.
 
 TORTURE_MINUTES (10) says how long, TORTURE_SEED repeats the choices of a run, TORTURE_ROUND begins it with that round,
-TORTURE_WAY (fuse) is how the image is read: fuse, fanotify or blobfs. With TORTURE_PACE=calm nothing more is done until each
-reader has been answered what it asked for meanwhile: the longest read is then what one act costs, not several in a row.
+TORTURE_WAY (fuse) is how the image is read: fuse, fanotify or blobfs. After an act by which another supervisor
+takes over, or a fork server has to be loaded, nothing more is done until each reader has been answered what it asked for
+meanwhile: so the longest read is what one such act costs, and what else was killed while it was made good.
+With TORTURE_PACE=storm that is not waited for, with TORTURE_PACE=calm after all other acts as well.
 TORTURE_NURSERY=1 or 0: with all daemons, or none, successors come from a nursery (else with half of them). With
 TORTURE_LONGEST=N a read of more than N seconds is a failure, too; those in which we had stopped a process do not count.
 
@@ -44,7 +46,7 @@ ROUND_SECONDS = 30.0
 _LOG_SHOWN = 64 * 1024
 WAY = os.environ.get("TORTURE_WAY", "fuse")
 NURSERY = {"": None, "0": False, "1": True}[os.environ.get("TORTURE_NURSERY", "")]
-CALM = os.environ.get("TORTURE_PACE", "") == "calm"
+PACE = os.environ.get("TORTURE_PACE", "usual")
 FRONT_ENDS = ("erofs", "guard") if WAY == "fanotify" else ("fuse",)
 _EXPECTED = ("workers died", "fetching it again")
 """Errors in a log that are no problem here: by kills, and by what becomes of a cache file."""
@@ -103,8 +105,8 @@ class Trial:
             readers.start()
             try:
                 while time.monotonic() < until and not readers.have_ended():
-                    self.round.hurt()
-                    if CALM:
+                    loads = self.round.hurt()
+                    if PACE == "calm" or (PACE == "usual" and loads):
                         readers.all_go_on()
             finally:
                 self.problems += readers.stop()

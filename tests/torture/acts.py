@@ -22,6 +22,7 @@ from datetime import datetime, timedelta
 from nydusd.storage.state.lock import start_time
 from tests.support.daemon import Daemon
 from tests.support.discipline import discipline, is_running, wait_until
+from tests.support.haste import in_haste, not_in_haste
 from tests.support.keeper import Keeper, succeed, upgrade
 from tests.support.nursery import of_nursery
 from tests.torture.copied import CopiedDaemon
@@ -64,8 +65,8 @@ class Round:
         self.stops: list[tuple[datetime, datetime]] = []
         """When a process was stopped, and when it was let go on."""
 
-    def hurt(self) -> None:
-        """A pause, and one act of those that fit."""
+    def hurt(self) -> bool:
+        """A pause, and one act of those that fit: whether something has to be loaded anew by it."""
         self._acts += 1
         self.choose = random.Random(f"{self._seed}/{self._acts}")
         pause = self.choose.random() ** 2 / 2
@@ -76,8 +77,10 @@ class Round:
         if kind not in _HARMLESS:
             self.upgrades.disturb()
         self.history.append((datetime.now(), kind))
-        ACTS[kind][0](self)
+        with in_haste():
+            ACTS[kind][0](self)
         self.counts.acts[kind] += 1
+        return kind in _LOADED_ANEW
 
     def around(self, began: datetime, seconds: float) -> list[str]:
         """What was done while a read waited: the act before it, if that was not long ago, and those until its end."""
@@ -260,6 +263,7 @@ def supervisor_and_its_successor(this: Round) -> None:
     moment = this.choose.random() * 0.4
     this.kill_supervisor()
     with subprocess.Popen(this.daemon.command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as next_one:
+        not_in_haste(next_one.pid)
         time.sleep(moment)
         next_one.kill()
     this.counts.kills["supervisor"] += 1
@@ -329,5 +333,14 @@ ACTS: dict[str, tuple[Callable[[Round], None], Callable[[Round], bool]]] = {
     "upgraded": (upgraded, lambda this: this.keeper is not None),
 }
 """By its name each kind of act, and in which rounds it may be."""
+_LOADED_ANEW = (
+    "fork server and its copy",
+    "supervisor",
+    "supervisor and front ends",
+    "all but a fork server",
+    "supervisor and its successor",
+    "upgraded",
+)
+"""Acts after which something has to be loaded anew: another supervisor, or a fork server that has no copy."""
 _HARMLESS = ("workers upgraded", "workers scaled")
 """Acts by which no upgrade of the workers may be disturbed."""
