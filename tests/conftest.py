@@ -6,10 +6,12 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.support import share
 from tests.support.discipline import discipline
 
 settings.register_profile("nydusd", deadline=None, print_blob=True)
@@ -24,17 +26,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", default="1/1", metavar="K/N", help="run each N-th module's tests, from the K-th on")
+    parser.addoption("--share", metavar="FOLDER", help="run the modules that no other pytest has taken in this folder")
     parser.addoption("--failures", metavar="FILE", help="append a line of JSON for each failure: the test and its text")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep this shard's modules. Module by module: what a module's fixtures make is then made once."""
-    shard, shards = map(int, config.getoption("--shard").split("/"))
-    modules = {path: number for number, path in enumerate(sorted({item.path for item in items}))}
-    kept = [item for item in items if modules[item.path] % shards == shard - 1]
-    config.hook.pytest_deselected(items=[item for item in items if modules[item.path] % shards != shard - 1])
-    items[:] = kept
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """With `--share`, some of the modules. Module by module: what a module's fixtures make is then made once."""
+    folder = session.config.getoption("--share")
+    if folder is None or session.testsfailed or session.config.option.collectonly:
+        return None  # pytest's own loop
+    share.run(session, Path(folder))
+    return True
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
