@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -28,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", metavar="FOLDER", help="run the modules that no other pytest has taken in this folder")
     parser.addoption("--failures", metavar="FILE", help="append a line of JSON for each failure: the test and its text")
+
+
+def pytest_collection_finish() -> None:
+    """What was collected stays: `discipline` has gc look for what a test leaves, which must not look through all of that."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def small_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(os.fsdecode(top))
 
 
-def _make(path: bytes, row: Row, top: bytes, contents: dict[bytes, bytes]) -> None:
+def _make(path: bytes, row: Row, top: bytes, contents: Mapping[bytes, bytes]) -> None:
     path = os.path.normpath(path)
     mode = int(str(row["mode"]), 8)
     first = row.get("same_inode_as", row["path"])

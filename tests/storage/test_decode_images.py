@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import stat
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,6 +21,13 @@ from tests.support import oracle
 from tests.support.blobs import OpenedBlob, open_image
 
 NAMES = [image.name for image in oracle.images()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _are_forgotten() -> Iterator[None]:
+    """They are large, and what runs after these tests in their process forks it."""
+    yield
+    opened.cache_clear()
 
 
 @functools.cache
