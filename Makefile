@@ -13,7 +13,7 @@ help:
 	@echo 'make test-containerd  of these, what containerd and nydus-snapshotter do with the daemon'
 	@echo 'make test-fscache  fscache, in a guest kernel under QEMU (the first run on a machine builds the kernel: ten minutes)'
 	@echo 'make lint    the checks alone'
-	@echo 'make fuzz    at least 100,000 mutated inputs through every parser (FUZZ_INPUTS=N)'
+	@echo 'make fuzz    at least 100,000 mutated inputs through every parser (FUZZ_INPUTS=N), many orders of events through the router (MODEL_TIMES=N)'
 	@echo 'make torture  kill processes of a daemon at random under readers that compare every byte (TORTURE_MINUTES=N, TORTURE_WAY=fuse|fanotify|blobfs)'
 	@echo 'make kill-points  kill whoever passes a named point, at each of them in turn; power cuts at each write (KILL_POINTS_MOST=N, KILL_POINTS_SCENE=N)'
 	@echo 'make endurance  many upgrades and mounts, after which a daemon must take what it took before'
@@ -59,6 +59,7 @@ test-fscache: setup
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz
+	MODEL_TIMES=$${MODEL_TIMES:-10} $(BIN)/pytest -q --timeout=0 tests/supervisor/test_router_model.py tests/supervisor/test_shared_model.py
 
 torture: setup
 	scripts/need-fuse

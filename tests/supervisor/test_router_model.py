@@ -7,13 +7,13 @@ import errno
 from enum import Enum, auto
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from nydusd.ipc.messages import AHEAD, LOST, Json
 from nydusd.storage.cache.blob_cache import BlobCache
 from tests.supervisor.world import CHUNKS, World
+from tests.support.models import run_model
 
 CLIENTS = (b"fuse-0-1", b"fuse-1-1", b"fuse-2-1")
 clients = st.sampled_from(CLIENTS)
@@ -268,4 +268,4 @@ class RemoteMachine(Machine):
 
 @pytest.mark.parametrize("machine", [Machine, RemoteMachine])
 def test_every_request_is_answered_once_and_nothing_is_left(machine: type[Machine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=300, stateful_step_count=60, deadline=None))
+    run_model(machine, examples=100, steps=60)

@@ -6,14 +6,14 @@ from __future__ import annotations
 from enum import Enum, auto
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from nydusd.ipc.messages import LOST, UNREADABLE
 from nydusd.storage.cache.blob_cache import BlobCache
 from tests.supervisor.shared_world import SharedWorld
 from tests.supervisor.world import CHUNKS
+from tests.support.models import run_model
 
 CLIENTS = (b"fuse-0-1", b"fuse-1-1")
 _FEW = 6
@@ -166,7 +166,7 @@ class RemoteMachine(Machine):
 
 @pytest.mark.parametrize("machine", [Machine, RemoteMachine])
 def test_nothing_is_ready_that_is_not_in_the_file_and_every_request_is_answered(machine: type[Machine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
+    run_model(machine, examples=40, steps=30)
 
 
 def test_who_waits_for_room_in_shared_memory_has_it_when_an_eviction_has_ended() -> None:
