@@ -12,14 +12,14 @@ import pytest
 
 from bench.image import build
 from bench.run import regular_files
-from tests.erofs.test_images import OTHER_WAYS, differences
+from tests.erofs.test_images import V6, differences
 from tests.support.daemon import Daemon
 from tests.support.discipline import wait_until
 from tests.support.oracle import Image, image
 from tests.support.trees import random_tree
 
 
-@pytest.mark.parametrize("image", OTHER_WAYS, ids=lambda image: image.name)
+@pytest.mark.parametrize("image", V6, ids=lambda image: image.name)
 def test_the_kernel_shows_the_manifest_over_blobfs(image: Image, tmp_path: Path) -> None:
     blobs = tmp_path / "blobs"
     shutil.copytree(image.blobs, blobs)

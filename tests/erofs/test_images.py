@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -10,16 +9,9 @@ import pytest
 
 from tests.support import manifest
 from tests.support.daemon import Daemon
-from tests.support.oracle import Image, image, images
+from tests.support.oracle import Image, fewer_images, image
 
-V6 = [image for image in images() if "v6" in image.name]
-_LARGER = ("v6-batch", "v6-targz-ref", "v6-tarfs")
-OTHER_WAYS = [
-    image
-    for image in V6
-    if ":" not in image.name or os.environ.get("NYDUSD_TEST_IMAGES") == "all" or image.name.endswith(_LARGER)
-]
-"""For the other ways to show them: of the larger ones those whose data is stored in a way of its own, or all."""
+V6 = [image for image in fewer_images() if "v6" in image.name]
 KERNEL_DIFFERS = {"v6-tarfs": "long-symlink", "large:v6-tarfs": "long-symlink"}
 """Where the reference's builder stored a target in a way that the kernel reads as a shorter one."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.frontends.nbd import protocol
-from tests.erofs.test_images import OTHER_WAYS, differences
+from tests.erofs.test_images import V6, differences
 from tests.support.daemon import Daemon
 from tests.support.oracle import Image, image
 
@@ -69,7 +69,7 @@ def shows_the_manifest(disk: Path, what: Image, place: Path) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("what", OTHER_WAYS, ids=lambda what: what.name)
+@pytest.mark.parametrize("what", V6, ids=lambda what: what.name)
 def test_a_copy_of_the_export_is_a_disk_that_the_kernel_mounts(what: Image, tmp_path: Path) -> None:
     with Export(what) as export:
         told = json.loads(export.client("nbdinfo", "--json"))["exports"][0]
