@@ -56,9 +56,9 @@ def read_direct(path: Path) -> bytes:
         os.close(fd)
 
 
-def wrong(daemon: Daemon, name: str = IMAGE.name) -> list[bytes]:
+def wrong(daemon: Daemon, name: str = IMAGE.name, place: str = "") -> list[bytes]:
     """Files of an image whose bytes are not right, read past the page cache. OSError for one that cannot be read."""
-    top = os.fsencode(daemon.mountpoint)
+    top = os.fsencode(daemon.mountpoint / place)
     return [
         path
         for path, content in oracle.truth(name).items()

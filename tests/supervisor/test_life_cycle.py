@@ -7,6 +7,8 @@ import errno
 import os
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -28,15 +30,20 @@ DEAD_MOUNT = (errno.ECONNABORTED, errno.ENOTCONN)
 
 
 class TestStop:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-    def test_while_a_reader_is_blocked_by_workers_that_hang(self, number: signal.Signals) -> None:
-        with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:
-            wait_for_role(daemon, "decompress", 2)
-            for pid in [*daemon.pids("decompress"), *daemon.pids("fetch")]:
-                os.kill(pid, signal.SIGSTOP)
-            with blocked_reader(daemon.mountpoint / ONE_CHUNK) as reader:
-                daemon.stop(number)
-                assert reader.wait(10) in DEAD_MOUNT
+    def test_while_a_reader_is_blocked_by_workers_that_hang(self) -> None:
+        """By either signal, of two daemons at once: a stop takes as long as workers that hang are waited for."""
+        with ExitStack() as stack:
+            daemons, readers = {}, []
+            for number in (signal.SIGTERM, signal.SIGINT):
+                daemon = daemons[number] = stack.enter_context(Daemon(IMAGE.bootstrap, IMAGE.blobs))
+                wait_for_role(daemon, "decompress", 2)
+                for pid in [*daemon.pids("decompress"), *daemon.pids("fetch")]:
+                    os.kill(pid, signal.SIGSTOP)
+                readers.append(stack.enter_context(blocked_reader(daemon.mountpoint / ONE_CHUNK)))
+            pool = stack.enter_context(ThreadPoolExecutor())
+            for _ in pool.map(lambda number: daemons[number].stop(number), daemons):
+                pass
+            assert all(reader.wait(10) in DEAD_MOUNT for reader in readers)
 
     def test_twice_at_once_is_one_stop(self) -> None:
         with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:

@@ -119,7 +119,7 @@ class Asking(threading.Thread):
 
 
 def test_ready_the_api_and_reads_do_not_wait_for_all_images(tmp_path: Path, steps: Steps, systemd: Systemd) -> None:
-    count = 50
+    count = 20
     with many(tmp_path, count, environment={"NOTIFY_SOCKET": systemd.path}) as daemon:
         systemd.until("READY")
         crash(daemon)
