@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nydusd.ipc.messages import Json
-from nydusd.storage.cache.manager import SEGMENT_DIGITS
+from nydusd.storage.cache.manager import segments_in
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.segment import inode_of, names
 
@@ -206,5 +206,4 @@ class Quota:
 def _segments(instance: str) -> dict[str, int]:
     """The blob segments of this daemon that there are, with their inodes."""
     prefix = f"/nydusd.{instance}."
-    found = (name for name in names(prefix[1:]) if len(name) == len(prefix) + SEGMENT_DIGITS)
-    return {name: inode for name in found if (inode := inode_of(name))}
+    return {name: inode for name in segments_in(names(prefix[1:]), prefix) if (inode := inode_of(name))}

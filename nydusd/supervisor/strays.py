@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nydusd.storage.cache.manager import SEGMENT_DIGITS
+from nydusd.storage.cache.manager import segments_in
 from nydusd.storage.state.segment import names, remove
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def remove_strays(prefix: str, folder: Path, images: Collection[Image], segments
         if kind in ("count", "files"):
             stray = f"{prefix}{kind}.{rest.partition('.')[0]}" not in counters
         else:
-            stray = len(kind) == SEGMENT_DIGITS and prefix + kind not in segments
+            stray = bool(segments_in([prefix + kind], prefix)) and prefix + kind not in segments
         if stray:
             remove(name)
     traces = {image.trace for image in images}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.frontends.erofs import mount_api, session, table
-from nydusd.storage.cache.manager import SEGMENT_DIGITS
+from nydusd.storage.cache.manager import segments_in
 from nydusd.storage.state.segment import names
 from nydusd.supervisor.selection import choose, choose_without_image
 from tests.erofs.test_images import differences
@@ -116,7 +116,7 @@ def segments(many: Many) -> list[str]:
     """Those of blobs, of this daemon."""
     (record,) = (path for path in discipline.runtime.glob("*/state.json") if str(many.mountpoint) in path.read_text())
     prefix = f"/nydusd.{record.parent.name}."
-    return [name for name in names(prefix[1:]) if len(name) == len(prefix) + SEGMENT_DIGITS]
+    return segments_in(names(prefix[1:]), prefix)
 
 
 def test_a_remount_that_was_killed_leaves_the_mount_before_it_whoever_mounts_meanwhile(tmp_path: Path) -> None:

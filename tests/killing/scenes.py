@@ -10,7 +10,7 @@ import threading
 import time
 from contextlib import ExitStack
 
-from nydusd.storage.cache.manager import SEGMENT_DIGITS
+from nydusd.storage.cache.manager import segments_in
 from nydusd.storage.state.segment import Segment, names
 from nydusd.supervisor.runtime import TRIAL
 from tests.killing.scene import FILES, SECONDS, Config, Scene, read
@@ -165,7 +165,7 @@ class LockLeft(Shared):
     def segments(self) -> list[str]:
         """Those of blobs that are open."""
         prefix = self.instance()
-        return [name for name in names(prefix) if len(name.removeprefix(f"/{prefix}")) == SEGMENT_DIGITS]
+        return segments_in(names(prefix), f"/{prefix}")
 
     def die_with_the_lock(self) -> None:
         (name,) = self.segments()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nydusd import priority
+from nydusd.storage.cache.manager import segments_in
 from nydusd.supervisor import handover
 from nydusd.supervisor.checked import read_checked, write_checked
 from tests.support.discipline import wait_until
@@ -70,3 +71,11 @@ def test_a_keeper_whose_state_trickles_is_not_waited_for(monkeypatch: pytest.Mon
         finally:
             over.set()
             sender.join()
+
+
+def test_counters_of_a_second_supervisor_are_not_taken_for_the_segment_of_a_blob() -> None:
+    prefix = "/nydusd.0123456789ab."
+    segment = f"{prefix}a8fc3f9b7cab084d"
+    assert segments_in(
+        [segment, f"{prefix}count.4294967297", f"{prefix}files.4294967297", f"{segment}.500"], prefix
+    ) == [segment]

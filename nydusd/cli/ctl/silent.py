@@ -66,11 +66,11 @@ class Record:
     def chunk_maps(self) -> bytes:
         """A picture of all that are in shared memory. Raises OSError."""
         from nydusd.control.enrich import with_states
-        from nydusd.storage.cache.manager import SEGMENT_DIGITS
+        from nydusd.storage.cache.manager import segments_in
         from nydusd.storage.state.segment import names
 
-        prefix = f"nydusd.{self.instance}."
-        found = [name for name in names(prefix) if len(name) == len(prefix) + 1 + SEGMENT_DIGITS]
+        prefix = f"/nydusd.{self.instance}."
+        found = segments_in(names(prefix[1:]), prefix)
         blobs = with_states({"blobs": [{"segment": name} for name in found]})["blobs"]
         return png([states_of(blob) for blob in blobs] if isinstance(blobs, list) else [])
 

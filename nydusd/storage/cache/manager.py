@@ -7,17 +7,27 @@ chunks, and one may say what is not true. What they agree on, they share through
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from string import hexdigits
 from typing import Any, NamedTuple
 
 from nydusd.formats.model import BlobInfo
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.spec import NO_COOKIE, BlobSpec
 
-SEGMENT_DIGITS = 16
+_SEGMENT_DIGITS = 16
 """Of the hash that names a blob's segment."""
+
+
+def segments_in(found: Iterable[str], prefix: str) -> list[str]:
+    """Of these names of shared memory those of blobs' segments; `prefix` is what all names of the daemon begin with.
+
+    By more than their length: a counter of a second supervisor's, `count.4294967297`, is as long.
+    """
+    rests = ((name, name.removeprefix(prefix)) for name in found if name.startswith(prefix))
+    return [name for name, rest in rests if len(rest) == _SEGMENT_DIGITS and set(rest) <= set(hexdigits)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +112,7 @@ class BlobCacheMgr(ABC):
     def segment_of(self, info: BlobInfo, image: str) -> str:
         """The name of a blob's segment, the same in each daemon of this instance and configuration for the same image."""
         place = "\0".join((self._config.key(), *self._key(info, image))).encode()
-        return f"/nydusd.{self._instance}.{sha256(place).hexdigest()[:SEGMENT_DIGITS]}"
+        return f"/nydusd.{self._instance}.{sha256(place).hexdigest()[:_SEGMENT_DIGITS]}"
 
     def gc(self, ended: Collection[BlobCache] | None = None) -> list[BlobCache]:
         """Drop blobs that no image uses (only those in `ended`, if given); gives them, closed. Cache files stay."""
