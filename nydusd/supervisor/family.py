@@ -398,7 +398,9 @@ class Family:
         """Kill workers that do nothing on their job, or never get ready; the job goes to another when they are reaped."""
         workers = {child.pid: child for child in self.children if child.role in pools and child.pid}
         jobs = {pid: pools[child.role].job_of(child.identity) for pid, child in workers.items()}
-        for pid in self._watch.hung({pid: job for pid, job in jobs.items() if job is not None}, now):
+        busy = {pid: job for pid, job in jobs.items() if job is not None}
+        computing = {pid for pid in busy if pools[workers[pid].role].may_compute(workers[pid].identity)}
+        for pid in self._watch.hung(busy, now, computing):
             child, patience = workers[pid], self._config.nydusd.worker_patience
             log.warning("%s (pid %d) has shown no sign of life for %g s; killing it", child.name, pid, patience)
             child.hung = True

@@ -32,6 +32,8 @@ _KILLS = 10
 """Workers that may be killed from outside while they do it."""
 _OVER_NETWORK = ("fetch", "prepare")
 """Kinds of jobs that wait for a server; the second only sometimes."""
+_PROMPT = ("fetch", "fill")
+"""Kinds of jobs on a few chunks: they never compute for long. All others may go through all of a blob, or of an image."""
 
 
 class WorkerPool:
@@ -155,6 +157,11 @@ class WorkerPool:
         """The number of the job that a worker has; None if it has none; 0 if it has not announced itself yet."""
         job = self._busy.get(identity)
         return job.number if job is not None else None if identity in self._knows else 0
+
+    def may_compute(self, identity: bytes) -> bool:
+        """Whether a worker has a job that may do nothing but compute for long."""
+        job = self._busy.get(identity)
+        return job is not None and job.kind not in _PROMPT
 
     def queued(self) -> int:
         return sum(map(len, self._queues.values()))

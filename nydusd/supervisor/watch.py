@@ -3,15 +3,27 @@
 Runs in the supervisor. A worker's heartbeat is what the kernel counts anyway: how often it went to sleep of its own accord.
 All work does, at least at each timeout of a backend; what is stopped, spins, or waits for ever does not. So a worker
 needs no thread and no timer for it, and none can beat on while its job hangs. One that starts may be starved by a busy
-machine in the middle of its imports: for that, being made to sleep is a sign of life, too.
+machine in the middle of its imports: for that, being made to sleep is a sign of life, too. And some jobs only compute, over
+all chunks of a blob or all files of an image: for those, being on a processor, or in line for one, is one, though not for ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from typing import NamedTuple
 
 _LOOKS = 4
 """Looks in the time after which a worker is given up."""
+_COMPUTING = 12
+"""How many times as long a worker may only compute: longer than any job takes, but who is in an endless loop must end, too."""
+
+
+class _Seen(NamedTuple):
+    """The heartbeat at the last look, since when it is this one, and when there was any sign of life (`time.monotonic()`)."""
+
+    beat: tuple[int, int]
+    since: float
+    alive: float
 
 
 class Watch:
@@ -20,15 +32,18 @@ class Watch:
     def __init__(self, patience: float) -> None:
         self._patience = patience
         self._interval = patience / _LOOKS
-        self._seen: dict[int, tuple[tuple[int, int], float]] = {}
+        self._seen: dict[int, _Seen] = {}
         self._looked = 0.0
 
     def next_look(self) -> float:
         """When `hung` is to be called next (`time.monotonic()`)."""
         return self._looked + self._interval
 
-    def hung(self, busy: Mapping[int, int], now: float) -> list[int]:
-        """The pids of hung workers. `busy`: by the pid of each worker that has one, the number of its job; 0: its start."""
+    def hung(self, busy: Mapping[int, int], now: float, computing: Container[int] = ()) -> list[int]:
+        """The pids of hung workers. `busy`: by the pid of each worker that has one, the number of its job; 0: its start.
+
+        `computing`: the pids of those whose job may compute for long.
+        """
         # If we were not there to look (stopped, or the whole machine was), neither may they have been.
         absent = now - self._looked > self._patience
         self._looked = now
@@ -36,8 +51,14 @@ class Watch:
         for pid, job in busy.items():
             beat = job, _sleeps(pid, starts=job == 0)
             known = before.get(pid)
-            self._seen[pid] = known if known is not None and known[0] == beat and not absent else (beat, now)
-        return [pid for pid, (_, since) in self._seen.items() if now - since >= self._patience]
+            if known is None or known.beat != beat or absent:
+                self._seen[pid] = _Seen(beat, now, now)
+            else:
+                self._seen[pid] = known._replace(alive=now) if pid in computing and _runs(pid) else known
+        return [pid for pid, seen in self._seen.items() if self._is_over(seen, now)]
+
+    def _is_over(self, seen: _Seen, now: float) -> bool:
+        return now - seen.alive >= self._patience or now - seen.since >= self._patience * _COMPUTING
 
 
 def _sleeps(pid: int, starts: bool) -> int:
@@ -48,3 +69,12 @@ def _sleeps(pid: int, starts: bool) -> int:
             return sum(int(line.split()[1]) for line in status if line.startswith(wanted))
     except OSError:
         return 0
+
+
+def _runs(pid: int) -> bool:
+    """Whether the main thread of a process is on a processor or waits for one: not asleep, not stopped."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b") ")[2].startswith(b"R")
+    except OSError:
+        return False

@@ -141,6 +141,19 @@ def test_what_a_worker_does_is_known(pool: Pool) -> None:
     assert pool.pool.job_of(b"w") == 0
 
 
+@pytest.mark.parametrize(("kind", "may"), [("fetch", False), ("fill", False), ("prepare", True), ("survey", True)])
+def test_jobs_on_whole_blobs_may_compute_for_long_and_those_on_a_few_chunks_may_not(
+    pool: Pool, kind: str, may: bool
+) -> None:
+    pool.pool.worker_ready(b"w")
+    assert not pool.pool.may_compute(b"w")
+    job = pool.submit(kind)
+    pool.pool.pump()
+    assert pool.pool.may_compute(b"w") == may
+    pool.pool.worker_done(b"w", {"id": job.number})
+    assert not pool.pool.may_compute(b"w")
+
+
 def test_report_of_a_dead_worker_is_ignored(pool: Pool) -> None:
     job = pool.submit("a")
     pool.pool.worker_ready(b"w1")

@@ -12,13 +12,26 @@ from pathlib import Path
 import pytest
 
 from nydusd.supervisor.watch import Watch
-from tests.supervisor.lives import IMAGE, config_for, wrong
+from tests.supervisor.lives import IMAGE, ROOT, config_for, wrong
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import wait_until
 
 BEATS = "import time\nwhile True: time.sleep(0.001)"
 SPINS = "while True: pass"
 SLEEPS = "import signal\nsignal.pause()"
+COMPUTES = """
+import time
+from nydusd import points
+
+def reach(name):
+    if name == "prepare: map judged":
+        begin = time.process_time()
+        while time.process_time() - begin < 1.6:
+            pass
+
+vars(points)["reach"] = reach
+"""
+"""`sitecustomize.py` of a daemon whose blobs have so many chunks that it takes long to prepare them."""
 
 
 class Process:
@@ -79,6 +92,21 @@ def test_a_process_that_waits_and_wakes_is_not(process: Callable[[str], int]) ->
         assert watch.hung(busy, 100.0 + now) == []
 
 
+def test_who_may_compute_for_long_may_do_so_but_not_for_ever(process: Callable[[str], int]) -> None:
+    pid = process(SPINS)
+    watch = Watch(4.0)
+    assert [watch.hung({pid: 1}, 100.0 + now, {pid}) for now in range(50)] == [[]] * 48 + [[pid]] * 2
+
+
+@pytest.mark.parametrize("code", [SPINS, SLEEPS])
+def test_who_may_compute_for_long_and_does_nothing_is_hung(process: Callable[[str], int], code: str) -> None:
+    pid = process(code)
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: ") T " in Path(f"/proc/{pid}/stat").read_text(), "stop", 60)
+    watch = Watch(4.0)
+    assert [watch.hung({pid: 1}, 100.0 + now, {pid}) for now in range(6)] == [[]] * 4 + [[pid]] * 2
+
+
 def test_a_new_job_is_a_sign_of_life_and_so_is_none(process: Callable[[str], int]) -> None:
     pid = process(SLEEPS)
     watch = Watch(4.0)
@@ -137,3 +165,12 @@ def test_workers_that_are_stopped_are_replaced_and_their_jobs_done(tmp_path: Pat
         assert len(set(stopped) - set(daemon.pids("decompress"))) >= 1
         for pid in set(stopped) & set(daemon.pids("decompress")):
             os.kill(pid, signal.SIGCONT)
+
+
+def test_worker_that_computes_for_longer_than_its_patience_is_not_killed(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(COMPUTES)
+    config = config_for(IMAGE, tmp_path / "cache", nydusd={"worker_patience": 1})
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, environment=environment) as daemon:
+        assert wrong(daemon) == []
+        assert "job prepare" not in daemon.log.read_text(), "it has lost a worker"
