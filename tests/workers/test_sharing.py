@@ -91,6 +91,16 @@ def test_only_tables_that_agree_share_a_file(
     assert not said if not why else any(part in said for part in why.split("|"))
 
 
+def test_difference_behind_what_is_compared_first_is_found(made: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_PIECE", 64)
+    with made.segment() as segment:
+        last = segment.count - 1
+    with twin(made, last, None, b"d" * 32):
+        assert "another digest" in again(made)
+    with twin(made):
+        assert again(made) == ""
+
+
 def test_image_of_a_daemon_that_is_gone_contradicts_nobody(
     made: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
