@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nydusd import points
 from nydusd.errors import CacheError, FormatError, InternalError
 from nydusd.storage.state.segment import (
     COUNTER_ROWS,
@@ -158,6 +159,32 @@ def test_leftover_of_a_killed_builder_goes(name: str, monkeypatch: pytest.Monkey
     assert left.startswith(f"{name}.")
     make_segment(name, 10).close()
     assert names(name[1:]) == [name]
+
+
+def test_what_another_builder_is_at_stays_and_gets_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers may build the segment of one blob: whoever is later replaces it."""
+    ready, begun = os.pipe()
+    go, done = os.pipe()
+
+    def wait(point: str) -> None:
+        if point == "segment: written":
+            os.write(begun, b"x")
+            os.read(go, 1)
+
+    monkeypatch.setattr(points, "reach", wait)
+    slow = in_child(lambda: make_segment(name, 10, generation=2).close())
+    monkeypatch.undo()
+    os.close(begun)
+    assert os.read(ready, 1) == b"x"
+    make_segment(name, 10).close()
+    os.write(done, b"x")
+    assert join(slow) == 0
+    opened = _opened(name)
+    assert opened.generation == 2
+    opened.close()
+    assert names(name[1:]) == [name]
+    for fd in (ready, go, done):
+        os.close(fd)
 
 
 def test_replaced_segment_stays_with_who_has_it(name: str) -> None:

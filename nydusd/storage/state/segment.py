@@ -29,7 +29,7 @@ from nydusd import points
 from nydusd.errors import CacheError, FormatError, InternalError, cache_error
 from nydusd.formats.blob_meta import CONTEXT_SIZE
 from nydusd.formats.model import ChunkRecord
-from nydusd.storage.state.lock import BlobLock
+from nydusd.storage.state.lock import BlobLock, start_time
 
 MAGIC = b"NYDSEG01"
 HEADER_SIZE = 4096
@@ -187,8 +187,7 @@ class Segment:
         contexts_at = digests_at + _align(len(digests))
         touched_at = contexts_at + _align(len(contexts))
         total = touched_at + _align(4 * count)
-        for path in _SHM.glob(f"{name[1:]}.*"):  # left by a worker that was killed here
-            path.unlink(missing_ok=True)
+        _remove_left(name)
         temporary = f"{name}.{os.getpid()}"
         try:
             shm = posix_ipc.SharedMemory(temporary, posix_ipc.O_CREX, 0o600)
@@ -346,6 +345,14 @@ def file_of(path: Path) -> tuple[int, int] | None:
         return None
     magic, _version, _flags, _count, _generation, dev, ino = _HEAD.unpack(head)
     return (dev, ino) if magic == MAGIC else None
+
+
+def _remove_left(name: str) -> None:
+    """Remove what was left of a segment of this name by workers that were killed over it; others may be at one just now."""
+    for path in _SHM.glob(f"{name[1:]}.*"):
+        pid = path.suffix[1:]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not start_time(int(pid))):
+            path.unlink(missing_ok=True)
 
 
 def _unlink(name: str) -> None:
