@@ -43,6 +43,8 @@ _LOOKS, _LOOK_SECONDS = 50, 0.01
 """How often a lock is tried that no living daemon seems to have, and the pause between."""
 _END_SECONDS = 5.0
 """How long a killed process may take to vanish."""
+_TAKER = b"nydusd: fetch"
+"""What processes are called that may take something out of a cache."""
 
 
 class Runtime:
@@ -314,7 +316,11 @@ def alive(process: tuple[int, int]) -> bool:
 
 
 def end(process: tuple[int, int]) -> None:
-    """SIGKILL this very process and wait until it is gone, with all its file descriptors."""
+    """SIGKILL this very process and wait until it is gone, with all its file descriptors: 5 s, for a fetch worker for ever.
+
+    That may be about to punch a hole into a cache file on a disk that does not answer: the kernel does that when it can,
+    killed or not, and it must not be done to what was fetched since.
+    """
     try:
         fd = os.pidfd_open(process[0])
     except ProcessLookupError:
@@ -324,8 +330,15 @@ def end(process: tuple[int, int]) -> None:
             signal.pidfd_send_signal(fd, signal.SIGKILL)
             poll = select.poll()
             poll.register(fd, select.POLLIN)
-            poll.poll(_END_SECONDS * 1000)
+            while not poll.poll(_END_SECONDS * 1000) and _may_take(process[0]):
+                log.warning("waiting for the end of pid %d: it was killed in the middle of work on a cache", process[0])
     except ProcessLookupError:
         pass
     finally:
         os.close(fd)
+
+
+def _may_take(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_bytes().startswith(_TAKER)
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -9,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +29,21 @@ from nydusd.supervisor.handover import Handover
 from nydusd.supervisor.listener import Listener
 from nydusd.supervisor.runtime import TRIAL, Runtime
 from nydusd.supervisor.sockets import Sockets
+from tests.support.discipline import wait_until
+from tests.support.disk import make_ext4, mounted
 from tests.support.fork_server import fork_server
+
+PUNCHES = """
+import os, sys
+from nydusd.proctitle import set_title
+from nydusd.storage.state.eviction import punch
+set_title("fetch 0")
+fd = os.open(sys.argv[1], os.O_RDWR)
+print(flush=True)
+sys.stdin.read()
+punch(fd, [(0, 4096)])
+"""
+"""A worker that makes room when it is told to."""
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +109,39 @@ class TestRuntime:
             runtime.claim()
             assert orphan.wait() == -9
         assert [path.name for path in runtime.folder.iterdir()] == ["state.json"]
+        runtime.remove()
+
+    def test_worker_that_a_disk_holds_in_the_middle_of_its_work_is_waited_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It would punch its hole later, into what others have fetched meanwhile."""
+        monkeypatch.setattr("nydusd.supervisor.runtime._END_SECONDS", 0.05)
+        image, disk, runtime = tmp_path / "image", tmp_path / "disk", Runtime("/mnt/image")
+        make_ext4(image)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mounted(image, disk, "rw"))
+            file = disk / "blob.data"
+            file.write_bytes(b"x" * 8192)
+            command = [sys.executable, "-c", PUNCHES, str(file)]
+            worker = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            assert worker.stdin is not None and worker.stdout is not None
+            worker.stdout.readline()
+            subprocess.run(["fsfreeze", "-f", str(disk)], check=True)
+            thaw = stack.enter_context(contextlib.ExitStack())
+            thaw.callback(subprocess.run, ["fsfreeze", "-u", str(disk)], check=True)
+            worker.stdin.close()
+            wait_until(lambda: ") D " in Path(f"/proc/{worker.pid}/stat").read_text(), "wait for the disk", 60)
+            runtime.folder.mkdir(parents=True)
+            rows = [[1 << 22, 1], [worker.pid, start_time(worker.pid)]]
+            (runtime.folder / "state.json").write_text(json.dumps({"processes": rows}))
+            claim = threading.Thread(target=runtime.claim)
+            claim.start()
+            wait_until(lambda: caplog.text.count(f"waiting for the end of pid {worker.pid}") > 2, "several looks", 60)
+            assert claim.is_alive()
+            assert start_time(worker.pid)
+            thaw.close()
+            claim.join()
+            assert worker.wait() == -9
         runtime.remove()
 
     def test_trial_that_ended_with_its_supervisor_is_cleared_away_by_the_one_that_takes_over(self) -> None:
