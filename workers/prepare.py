@@ -31,6 +31,7 @@ from nydusd.storage.state import map_file
 from nydusd.storage.state.gone import remove_if_gone
 from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY, Identity, Segment
 from nydusd.storage.state.sharing import contradiction, ready_in, segments_of
+from nydusd.storage.state.temporary import is_still, temporary_of
 from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs, map_bootstrap
 
 log = logging.getLogger(__name__)
@@ -186,45 +187,19 @@ def _store_meta(blob: OpenBlob, content: bytes) -> bool:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either absent or complete, also after a power cut. Raises OSError.
-
-    The temporary file has always the same name, so what a killed writer has left is taken by the next one; its lock has
-    writers take turns, of other daemons too.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    written = False
-    for _ in range(_TRIES):
-        with open(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "r+b") as f:
-            map_file.lock(f.fileno())
-            if written := _is_still(temporary, f.fileno()):
-                try:
-                    f.truncate(0)
-                    f.write(content)
-                    f.flush()
-                    os.fsync(f.fileno())
-                    points.reach("prepare: metadata written")
-                    os.replace(temporary, path)
-                    points.reach("prepare: metadata named")
-                except OSError:
-                    temporary.unlink(missing_ok=True)
-                    raise
-                break
-    if not written:
-        raise OSError(errno.EBUSY, "others keep replacing it")
+    """Write a file so that it is either absent or complete, also after a power cut. Raises OSError."""
+    with temporary_of(path) as (file, temporary):
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        points.reach("prepare: metadata written")
+        os.replace(temporary, path)
+        points.reach("prepare: metadata named")
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _is_still(path: Path, fd: int) -> bool:
-    """Whether the open file is the one of this name: whoever had its lock before us may have renamed it."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(fd))
-    except FileNotFoundError:
-        return False
 
 
 def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable, layout: bytes) -> int:
@@ -320,7 +295,7 @@ def _open_data(
         opened.callback(os.close, fd)
         _lock(fd, path)
         points.reach("prepare: data file locked")
-        if not _is_still(path, fd):
+        if not is_still(path, fd):
             continue
         earlier = _earlier_segment(spec)
         if earlier is not None:

@@ -2,12 +2,13 @@
 
 `inspect` runs in the supervisor for the image of the command line, before there are workers, and in a fetch worker for
 images that come by the API: it reads a disk and parses what others wrote. After SIGKILL in the middle, an extracted
-bootstrap is either there and whole, or not there (a temporary file may stay; its name ends in `.tmp`).
+bootstrap is either there and whole, or not there (a temporary file may stay, which the next one takes).
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import mmap
 import os
@@ -25,6 +26,8 @@ from nydusd.formats.model import BlobInfo
 from nydusd.formats.rafs_v6_super import SLOT_SIZE, SLOTS_OFFSET
 from nydusd.formats.superblock import S_IFDIR, S_IFMT
 from nydusd.storage.cache.spec import info_from_json, info_to_json
+from nydusd.storage.state.lock import start_time
+from nydusd.storage.state.temporary import temporary_of
 
 log = logging.getLogger(__name__)
 
@@ -152,17 +155,25 @@ def _store(content: bytes, name: str, folders: Sequence[str]) -> str:
     """Keep an extracted bootstrap for the processes that map it."""
     for folder in folders:
         target = Path(folder) / name
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, target)
+            with temporary_of(target) as (file, temporary):
+                file.write(content)
+                file.flush()
+                os.replace(temporary, target)
+            _remove_left(target)
         except OSError as e:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             if folder == folders[-1]:
                 raise CacheError(f"bootstrap {target} cannot be written: {e.strerror}", e.errno) from e
             log.warning("bootstrap %s cannot be written: %s", target, e.strerror)
         else:
             return str(target)
     raise CacheError(f"bootstrap {name}: no folder to keep it in")
+
+
+def _remove_left(target: Path) -> None:
+    """Remove what earlier releases have left that were killed over it: there, each process had a temporary file of its own."""
+    for left in target.parent.glob(f"{glob.escape(target.name)}.*.tmp"):
+        pid = left.suffixes[-2][1:]
+        if pid.isdecimal() and not start_time(int(pid)):
+            with contextlib.suppress(OSError):
+                left.unlink()
