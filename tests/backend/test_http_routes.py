@@ -156,10 +156,23 @@ def test_scheme_and_host_of_redirects_are_replaced_as_configured(origin: Faulty,
         ("a\r\nb", ""),
         ("", ""),
         ("http://x/" + "a" * 20_000, ""),
+        ("http://x\\@h/b", ""),
+        ("//x\\@h/b", ""),
+        ("http://x\\/b", ""),
     ],
 )
 def test_where_a_redirect_leads(location: str, target: str) -> None:
     assert target_of("http://h/v2/a", location) == target
+
+
+def test_a_redirect_that_only_looks_like_one_to_us_gets_no_credentials(origin: Faulty, other: Faulty) -> None:
+    """By way of another host, which may lead us wherever it likes."""
+    origin.handlers[BLOB.path] = with_basic(to(f"{other.url}/data"))
+    other.program("/data", to(f"{other.url}\\@{origin.host}/stolen"))
+    with registry_backend(origin.host, auth=AUTH) as backend, pytest.raises(BackendError):
+        backend.get_reader(BLOB.id).read(0, 10)
+    assert {one.path for one in other.requests} == {"/data"}
+    assert not any("authorization" in one.headers for one in other.requests)
 
 
 def test_how_long_a_signed_url_is_good_for() -> None:

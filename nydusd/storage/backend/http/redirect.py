@@ -22,6 +22,9 @@ def target_of(url: str, location: str) -> str:
         target = urljoin(url, location.strip()).partition("#")[0]
         parts = urlsplit(target)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
+        # The library that connects takes a backslash for the host's end, and what follows for a path: by `same_origin` such an
+        # URL could be the registry's, and be sent to another host, with our credentials.
+        usable = usable and "\\" not in parts.netloc
     except ValueError:
         return ""
     return target.replace(" ", "%20") if usable else ""
