@@ -200,4 +200,4 @@ def _parse(raw: bytes, host: str) -> tuple[str, float]:
     life = reply.get("expires_in")
     if not isinstance(life, int | float) or isinstance(life, bool) or not life > 0:
         life = _DEFAULT_LIFE
-    return token, min(max(float(life), _LIVES[0]), _LIVES[1])
+    return token, float(min(max(life, _LIVES[0]), _LIVES[1]))  # in this order: an int may be too large for a float
