@@ -26,7 +26,7 @@ from nydusd.errors import (
 )
 from nydusd.storage.backend import make_backend
 from nydusd.storage.backend.base import ReadHow
-from nydusd.storage.backend.http.breaker import Policy
+from nydusd.storage.backend.http.breaker import MAX_HOLD, Policy
 from nydusd.storage.backend.http.failure import retry_after
 from nydusd.storage.backend.http.fetch import Timing
 from nydusd.storage.backend.registry.backend import RegistryBackend
@@ -291,6 +291,14 @@ def test_date_to_wait_for_is_by_the_clock_of_the_server(server: Faulty, backend:
     assert retry_after(until, date) == 1
     server.program(BLOB.path, Reply(429, {"Date": date, "Retry-After": until}), good)
     assert read(backend) == BLOB.data[1000:151_000]
+
+
+@pytest.mark.parametrize("value", ["99999999999999999999", "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_nobody_is_asked_to_wait_for_years(server: Faulty, backend: RegistryBackend, value: str) -> None:
+    server.program(BLOB.path, Reply(429, {"Retry-After": value}))
+    with pytest.raises(ThrottledError) as caught:
+        read(backend)
+    assert caught.value.retry_after == MAX_HOLD
 
 
 def test_prefetch_does_not_wait_for_a_server_that_wants_less(server: Faulty, backend: RegistryBackend) -> None:

@@ -22,6 +22,7 @@ from nydusd.errors import (
     ThrottledError,
 )
 from nydusd.logs import clean
+from nydusd.storage.backend.http.breaker import MAX_HOLD
 
 
 class Kind(enum.Enum):
@@ -119,13 +120,15 @@ def of_status(status: int, headers: Mapping[str, str], host: str) -> Failure:
 def retry_after(value: str, date: str) -> float | None:
     """Seconds that a Retry-After header asks for (a number, or a date by the server's clock); None if it is unusable.
 
+    An hour at most: a slip of the server must not keep a blob from all who ask for it until the daemon ends.
+
     `date`: the answer's Date header. Where it is one, our clock does not count: it may be days away from the server's.
     """
     value = value.strip()
     if value.isdecimal() and value.isascii():
-        return float(value[:9])
+        return min(float(value[:9]), MAX_HOLD)
     when, now = _seconds_of(value), _seconds_of(date)
-    return None if when is None else max(0.0, when - (time.time() if now is None else now))
+    return None if when is None else min(max(0.0, when - (time.time() if now is None else now)), MAX_HOLD)
 
 
 def _seconds_of(date: str) -> float | None:
