@@ -36,16 +36,19 @@ def resolve(_blobs: OpenBlobs, job: Json) -> Json:
     deadline = time.monotonic() + _PATIENCE
     seen: set[int] = set()
     for ino in () if whole else dict.fromkeys(inodes):
-        if time.monotonic() > deadline:
-            log.warning("prefetch list: cut off after %d files: it takes too long", len(seen))
-            break
+        late = time.monotonic() > deadline
         try:
-            for file in walk(image, ino, _FILES):
+            for file in () if late else walk(image, ino, _FILES):
+                if late := time.monotonic() > deadline:
+                    break
                 if file not in seen:
                     seen.add(file)
                     _add(image, file, runs)
         except FormatError as e:
             log.warning("prefetch list: inode %d: %s", ino, str(e))
+        if late:
+            log.warning("prefetch list: cut off after %d files: it takes too long", len(seen))
+            break
     return {"whole": whole, "runs": runs}
 
 

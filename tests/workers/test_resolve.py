@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +74,16 @@ def test_list_that_takes_too_long_is_cut(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("workers.resolve._PATIENCE", -1.0)
     with jobs("v6-prefetch", folder) as image:
         assert _resolve(image, [b"/sizes"]) == {"whole": False, "runs": []}
+
+
+def test_list_that_takes_too_long_is_cut_in_the_middle_of_a_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    times = iter([0.0, 0.0, 1.0, 2.0, 61.0])
+    monkeypatch.setattr("workers.resolve.time", SimpleNamespace(monotonic=lambda: next(times)))
+    with jobs("v6-prefetch", folder) as image:
+        _resolve(image, [b"/sizes", b"/dup"])
+    assert "cut off after 2 files" in caplog.text
 
 
 @pytest.mark.parametrize("size", [0, 5, 1200, 5000])
