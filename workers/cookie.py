@@ -99,6 +99,8 @@ def copy_bootstrap(_blobs: OpenBlobs, job: Json) -> Json:
             if os.fstat(source.fileno()).st_size != job["size"]:
                 raise CacheError(f"{job['path']}: its size is not the {job['size']} bytes that it was mounted with")
             data = os.pread(source.fileno(), job["length"], job["offset"])
+            if len(data) < min(job["length"], job["size"] - job["offset"]):  # the rest would be written as zeros
+                raise CacheError(f"{job['path']}: gave {len(data)} of {job['length']} bytes at {job['offset']}")
             write_pages(fd, memoryview(data), job["offset"])
     except OSError as e:
         raise CacheError(f"{job['path']}: copying it into the kernel's cache: {e.strerror}", e.errno) from e

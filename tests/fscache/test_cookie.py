@@ -91,6 +91,21 @@ def test_a_metadata_file_is_copied_piece_by_piece_and_not_when_its_size_is_anoth
 
 
 @pytest.mark.usefixtures("_own_supervisor")
+def test_a_metadata_file_that_gives_too_little_is_an_error_and_no_zeros(
+    file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "bootstrap"
+    source.write_bytes(os.urandom(3 * PAGE))
+    job = {"path": str(source), "size": 3 * PAGE, "offset": 0, "length": 2 * PAGE, "cookie": [os.getpid(), file]}
+    pread = os.pread
+    with monkeypatch.context() as short:
+        short.setattr(os, "pread", lambda fd, length, offset: pread(fd, length - 100, offset))
+        with pytest.raises(CacheError, match="gave 8092 of 8192 bytes at 0"):
+            copy_bootstrap(OpenBlobs(), job)
+    assert os.fstat(file).st_size == 0
+
+
+@pytest.mark.usefixtures("_own_supervisor")
 def test_a_descriptor_is_lent_for_a_while_and_an_unknown_one_is_an_error(file: int) -> None:
     with lent((os.getpid(), file)) as copy:
         assert os.path.samestat(os.fstat(copy), os.fstat(file))
