@@ -30,8 +30,9 @@ _DATA = ".blob.data"
 _PARTS = (
     *(".blob.data.chunk_map", ".blob.data.chunk_map.nydusd", ".blob.data.chunk_map.nydusd.tmp", _DATA),
     *(".blob.meta", ".blob.meta.tmp"),
+    *(".blob.data.chunk_map.bad", ".blob.data.bad"),
 )
-"""Files of a blob, in the order of their removal; two of them are left by writers that were killed.
+"""Files of a blob, in the order of their removal; two of them are left by writers that were killed, the last were set aside.
 
 The bootstrap taken out of one stays: a mount may have it mapped."""
 _MOST = 20_000

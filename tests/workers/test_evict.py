@@ -279,8 +279,9 @@ class TestSurvey:
     def other(self, made: Jobs, name: str, used: int) -> Path:
         data = made.work_dir / f"{name}.blob.data"
         data.write_bytes(b"x" * 65536)
-        for suffix in (".blob.data.chunk_map", ".blob.data.chunk_map.nydusd", ".blob.meta"):
-            (made.work_dir / f"{name}{suffix}").write_bytes(b"m")
+        for suffix in (".chunk_map", ".chunk_map.nydusd", ".chunk_map.bad", ".bad"):
+            (made.work_dir / f"{name}.blob.data{suffix}").write_bytes(b"m")
+        (made.work_dir / f"{name}.blob.meta").write_bytes(b"m")
         os.utime(data, (used, used))
         return data
 
