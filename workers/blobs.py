@@ -133,7 +133,7 @@ class OpenBlobs:
         for handle in job.get("forget", ()):
             if (gone := self._blobs.pop(handle, None)) is not None:
                 gone.close()
-                self._drop_backend(_settings(gone.spec))
+                self._leave_backend(gone.spec)
         raw = job.get("spec")
         if raw is None:
             return
@@ -142,12 +142,21 @@ class OpenBlobs:
         self._blobs[spec.handle] = OpenBlob(spec, self._backend)
         if old is not None:
             old.close()
-            self._drop_backend(_settings(old.spec))
+            self._leave_backend(old.spec)
 
-    def _drop_backend(self, key: str) -> None:
-        """Close the backend of settings that no blob has any more."""
-        if key in self._backends and all(_settings(blob.spec) != key for blob in self._blobs.values()):
+    def _leave_backend(self, spec: BlobSpec) -> None:
+        """Close the backend of a blob that is gone if no blob has its settings any more; else what it keeps open for it."""
+        key = _settings(spec)
+        if key not in self._backends:
+            return
+        if all(_settings(blob.spec) != key for blob in self._blobs.values()):
             self._backends.pop(key).close()
+            return
+        names = {spec.info.blob_id, spec.info.meta_blob_id}
+        for blob in self._blobs.values():
+            names -= {blob.spec.info.blob_id, blob.spec.info.meta_blob_id}
+        for name in names:
+            self._backends[key].let_go(name)
 
     def _backend(self, spec: BlobSpec) -> BlobBackend:
         """Made when it is first read from: a decompress worker needs none for a remote blob, and could not log in."""
@@ -183,6 +192,8 @@ class OpenBlobs:
         """Close what is kept open to be at hand; it is opened again when it is needed."""
         for blob in self._blobs.values():
             blob.close()
+        for backend in self._backends.values():
+            backend.close_readers()
         for arena in self._arenas.values():
             arena.close()
         self._arenas.clear()

@@ -166,6 +166,16 @@ class BlobBackend(ABC):
             reader = self._readers[blob_id] = self._new_reader(validate_blob_id(blob_id))
         return reader
 
+    def let_go(self, blob_id: str) -> None:
+        """Nobody asks for this blob any more: close its reader, if there is one."""
+        if (reader := self._readers.pop(blob_id, None)) is not None:
+            reader.close()
+
+    def close_readers(self) -> None:
+        """Close what readers keep open to be at hand; they open it again when they are asked."""
+        for reader in self._readers.values():
+            reader.close()
+
     def connections(self) -> dict[str, int]:
         """Connections that are open now, by host."""
         return {}
@@ -176,6 +186,5 @@ class BlobBackend(ABC):
 
     def close(self) -> None:
         """Close all readers."""
-        for reader in self._readers.values():
-            reader.close()
+        self.close_readers()
         self._readers.clear()
