@@ -275,7 +275,7 @@ def _take_over(
             holder.close()
     frontends = [frontend for frontend in frontends if 0 <= frontend.number < len(lanes)]
     ends = [(row.pid, row.start) for row in record.holders if row.role != "fuse"]
-    return Former(record.term + 1, session, table, records, frontends, ends, record)
+    return Former(table.next_term(record.term), session, table, records, frontends, ends, record)
 
 
 def _check_image(records: Sequence[Recorded]) -> None:

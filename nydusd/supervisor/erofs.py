@@ -179,7 +179,7 @@ class ErofsDaemon(Supervisor):
             assert isinstance(options, FuseOptions)
             records = readable(images, self.config, None if options.bootstrap is None else options.virtual_mountpoint)
             self._check_image(records)
-            self._runtime.term = int(record.get("term", 0)) + 1
+            self._runtime.term = images.next_term(int(record.get("term", 0)))
         except NydusError as e:
             log.warning("what a killed daemon has mounted cannot be taken over: %s; mounting anew", e)
             self._abandon(found)

@@ -138,6 +138,14 @@ class MountTable:
         self.publish()
         self._remove(old)
 
+    def next_term(self, noted: int) -> int:
+        """That of the supervisor that takes this table over. `noted`: what is written down of the last one's.
+
+        It may not have been able to write, or that may be damaged: by shared memory, too, it is known who has published the
+        table. What front ends have of one supervisor, arenas and handles, must not be called like anything of the next one.
+        """
+        return max(noted, self._shared[1]) + 1
+
     def begin_term(self, term: int) -> None:
         """Publish a table that was taken over, and that another supervisor does so; remove files that it does not name."""
         named = {"table"} | {f"{p.index}.{p.revision}" for p in self._root.below() if p.index is not None}

@@ -130,7 +130,7 @@ class NbdDaemon(Supervisor):
         log.warning("%d clients of a daemon that was killed are taken over", len(found.clients))
         self._found, self._noted, self._former = found, note, (table, image)
         self._family.inherited = True
-        self._runtime.term = int(record.get("term", 0)) + 1
+        self._runtime.term = table.next_term(int(record.get("term", 0)))
         return [pid for pid, _ in found.holders]
 
     def _know_mounts(self, rows: int, table: MountTable | None = None) -> None:

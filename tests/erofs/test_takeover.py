@@ -18,8 +18,9 @@ from tests.erofs.test_images import differences
 from tests.erofs.test_kills import NAMES, Held, own
 from tests.erofs.test_mounts import OTHER, SMALL, Many
 from tests.killing.plan import Plan
+from tests.supervisor.lives import state_file
 from tests.support.daemon import image_config
-from tests.support.discipline import discipline, wait_until
+from tests.support.discipline import wait_until
 from tests.support.faulty_server import Reply, Request
 from tests.support.mounted import CHUNK, REPO, Hub, Tree
 
@@ -114,8 +115,7 @@ def test_what_is_cached_of_an_unmounted_image_is_read_on_after_a_takeover(tree: 
 
 def segments(many: Many) -> list[str]:
     """Those of blobs, of this daemon."""
-    (record,) = (path for path in discipline.runtime.glob("*/state.json") if str(many.mountpoint) in path.read_text())
-    prefix = f"/nydusd.{record.parent.name}."
+    prefix = f"/nydusd.{state_file(many).parent.name}."
     return segments_in(names(prefix[1:]), prefix)
 
 
@@ -165,6 +165,20 @@ def test_a_file_system_is_told_from_another_that_is_made_at_the_same_time(
     wait_until(lambda: name in table.instances(), "it alone to be there")
     os.close(mount)
     wait_until(lambda: name not in table.instances(), "its end")
+
+
+def test_blobs_are_called_differently_by_supervisors_whose_records_were_lost(many: Many, tree: Tree) -> None:
+    """What one has mounted is filled on when the next one has mounted something else."""
+    for place, what in (("/a", SMALL), ("/b", OTHER)):
+        assert many.put(place, what) == (204, "")
+        many.kill_supervisor()
+        state_file(many).unlink()
+        many.start()
+    assert put(many, tree, "/c") == (204, "")
+    assert differences(OTHER, many.at("/b")) == []
+    for place in ("/b", "/c", "/a"):
+        assert many.umount(place) == (204, "")
+    assert many.mounted() == []
 
 
 # --- cache files ------------------------------------------------------------------------------------------------
@@ -217,8 +231,7 @@ def test_a_remount_that_the_kernel_must_be_told_of_does_not_take_what_is_mounted
 
 def obstacle(many: Many) -> Path:
     """A folder that is in the way of the table of images: as long as it is there that cannot be written."""
-    (record,) = (path for path in discipline.runtime.glob("*/state.json") if str(many.mountpoint) in path.read_text())
-    return record.parent / "mounts" / "table.tmp"
+    return state_file(many).parent / "mounts" / "table.tmp"
 
 
 def test_a_remount_that_cannot_be_written_down_can_be_repeated_and_unmounted(many: Many) -> None:

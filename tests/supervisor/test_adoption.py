@@ -28,6 +28,7 @@ from tests.supervisor.lives import (
     read_direct,
     run_to_end,
     state_file,
+    with_cache,
     wrong,
 )
 from tests.support import oracle
@@ -375,6 +376,18 @@ class TestSuccessor:
         daemon.apisock.rmdir()
         start_again(daemon, frontends)
         assert wrong(daemon) == []
+
+    def test_of_one_that_could_not_write_who_it_was_gives_no_byte_of_what_that_one_had(self, tmp_path: Path) -> None:
+        """The run-time folder was full: its record is that of the supervisor before. Nothing is cached but in shared memory."""
+        config = config_for(IMAGE, tmp_path / "cache", amplify_io=0, nydusd={"front_ends": 1})
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=with_cache(config, type="")) as daemon:
+            record = state_file(daemon)
+            first = record.read_bytes()
+            for path in ("sizes/300K-text", ONE_CHUNK):
+                frontends = crash(daemon)
+                record.write_bytes(first)
+                start_again(daemon, frontends)
+                assert read_direct(daemon.mountpoint / path) == TRUTH[path.encode()]
 
     def test_with_other_tuning_takes_over_and_with_another_image_mounts_that(
         self, daemon: Daemon, expect_log: ExpectLog

@@ -82,6 +82,18 @@ def test_every_change_is_announced(table: MountTable) -> None:
     number.release()
 
 
+def test_no_two_who_have_published_it_have_the_same_number(table: MountTable, tmp_path: Path) -> None:
+    """Whatever they have written down of it elsewhere, or could not."""
+    assert (table.next_term(0), table.next_term(3)) == (1, 4)
+    table.begin_term(table.next_term(0))
+    for expected in (2, 3):
+        taken = MountTable.take_over(tmp_path / "mounts", NAME)
+        assert taken.next_term(0) == expected
+        assert taken.next_term(7) == 8
+        taken.begin_term(expected)
+        taken.close()
+
+
 def test_indexes_are_never_given_twice(table: MountTable) -> None:
     given = []
     for _ in range(600):
