@@ -104,6 +104,13 @@ class WorkerPool:
             job.cancelled = True
             job.done(job, {})
 
+    def withdraw(self, job: Job) -> None:
+        """Nobody wants any more what comes of a job: it is not begun, nor done again. `done` may be called or not."""
+        job.cancelled = True
+        queue = self._queues[job.priority]
+        if job in queue:
+            queue.remove(job)
+
     def has(self, cache: BlobCache) -> bool:
         """Whether a worker does something with this blob, wanted or not."""
         return any(job.cache is cache for job in self._busy.values())

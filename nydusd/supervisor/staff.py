@@ -79,7 +79,10 @@ class Staff:
         from nydusd.supervisor.upgrade import Upgrade
 
         self._refuse_while_upgrading()
-        self._upgrade = Upgrade(self, Trial(self._send, self.pools, self._factory, self._runtime), answer)
+        mounts = self.family.mounts
+        assert mounts is not None
+        trial = Trial(self._send, self.pools, self._factory, self._runtime, mounts.let_go)
+        self._upgrade = Upgrade(self, trial, answer)
 
     def _refuse_while_upgrading(self) -> None:
         if self._upgrade is not None:

@@ -66,7 +66,10 @@ class _Side(NamedTuple):
 
 
 class Trial:
-    """`send(identity, message)` gives a worker a job; `answered` is to be called with what it reports."""
+    """`send(identity, message)` gives a worker a job; `answered` is to be called with what it reports.
+
+    `let_go(cache)` is the end of our use of a blob of an image.
+    """
 
     _numbers = count(1)
 
@@ -76,10 +79,12 @@ class Trial:
         pools: Mapping[str, WorkerPool],
         factory: BlobFactory,
         runtime: Runtime,
+        let_go: Callable[[BlobCache], None],
     ) -> None:
         self._send = send
         self._pools = pools
         self._factory = factory
+        self._let_go = let_go
         self._folder = Path(runtime.folder) / TRIAL
         self._segment = f"{runtime.prefix}{TRIAL}"
         self._arena_name = f"{runtime.prefix}{runtime.term}.{TRIAL}"
@@ -99,8 +104,13 @@ class Trial:
         chosen = self._choose()
         if chosen is None or all(worker.role != "decompress" for worker in workers):
             self.note = "no blob of an image is open to be tried"
-        else:
-            yield from self._blob_of_an_image(workers, *chosen)
+            return
+        cache, chunks = chosen
+        cache.users += 1  # its image may be unmounted meanwhile
+        try:
+            yield from self._blob_of_an_image(workers, cache, chunks)
+        finally:  # also when this is closed in the middle
+            self._let_go(cache)
 
     def close(self) -> None:
         """Give everything back. Workers that are still at it write where nobody looks."""
@@ -209,11 +219,18 @@ class Trial:
 
         def ask_old(role: str, message: Json) -> Result:
             told: list[Json] = []
+
+            def done(job: Job, answer: Json) -> None:
+                told.append({} if job.cancelled else answer)
+
             payload = {key: value for key, value in message.items() if key not in ("kind", "chunks")}
-            done: Callable[[Job, Json], None] = lambda _job, answer: told.append(answer)  # noqa: E731
-            self._pools[role].submit(Job(message["kind"], cache, Priority.USER, payload, done, chunks))
-            while not told:
-                yield
+            job = Job(message["kind"], cache, Priority.USER, payload, done, chunks)
+            self._pools[role].submit(job)
+            try:
+                while not told:
+                    yield
+            finally:
+                self._pools[role].withdraw(job)
             return told[0] or {"error": "it was cancelled"}
 
         def ask_new(role: str, message: Json) -> Result:
@@ -222,6 +239,8 @@ class Trial:
             self._send(identity, message | told)
             while identity not in self._answers:
                 yield
+            if cache.spec is not spec:
+                raise TrialError("the blob was opened anew meanwhile")
             return self._answers.pop(identity)
 
         try:

@@ -1,0 +1,134 @@
+"""The trial of new workers while blobs of images are not all that they could be. Old workers and new ones are played."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from nydusd.ipc.messages import Json
+from nydusd.supervisor import trial
+from nydusd.supervisor.children import Child
+from nydusd.supervisor.mounts import Mounts
+from tests.supervisor.world import World
+
+if TYPE_CHECKING:
+    from nydusd.supervisor.runtime import Runtime
+
+OLD = b"old"
+
+
+class Trying:
+    """A trial of two new workers that is at the blob of an image; `asked` is what they have not done yet."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self._world = world
+        self.asked: list[tuple[bytes, Json]] = []
+        prefix = f"/nydusd.{world.instance}."
+        self.mounts = Mounts(folder, prefix, world.factory, world.prefetch, lambda _: None, 1)
+        self.mounts.start(world.fetch, world.router)
+        self.trial = trial.Trial(
+            lambda identity, message: self.asked.append((identity, message)),
+            {"fetch": world.fetch, "decompress": world.decompress},
+            world.factory,
+            cast("Runtime", SimpleNamespace(folder=str(folder), prefix=prefix, term=0)),
+            self.mounts.let_go,
+        )
+        self._steps = self.trial.run([Child(role, 0, "workers") for role in ("fetch", "decompress")])
+        self.go_on()
+        for identity, message in self.asked:
+            content = trial.STORED if message["kind"] == "fetch" else trial.PLAIN
+            (arena,) = self.trial._arenas
+            arena.view(message["slot"]["offset"], len(content))[:] = content
+            self.trial.answered(identity, {})
+        self.asked.clear()
+        self.over = self.go_on()
+
+    def go_on(self) -> bool:
+        """As far as that can be done without waiting; whether it is over."""
+        return next(self._steps, "over") == "over"
+
+    def old_one_works(self) -> list[int]:
+        """An old worker does what it is asked; gives the chunks."""
+        self._world.worker("decompress", OLD)
+        return self._world.fill_next()
+
+    def new_one_works(self) -> None:
+        """So does the new one, of which the blob of an image wants that of one chunk."""
+        ((identity, message),) = self.asked
+        (chunk,) = message["chunks"]
+        self.trial.answered(identity, {"placed": [[chunk, message["slot"]["offset"], message["slot"]["length"]]]})
+
+    def unmount(self) -> None:
+        """The image of the blob that comes first is unmounted, and the loop turns."""
+        self.mounts.let_go(self._world.plain)
+        self.mounts.collect()
+
+    def is_open(self) -> bool:
+        """Whether that blob is open after a turn of the loop."""
+        self.mounts.collect()
+        return self._world.factory.get(self._world.plain.handle) is not None
+
+    def close(self) -> None:
+        """As an upgrade that is given up."""
+        self._steps.close()
+        self.trial.close()
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """All blobs are open, and no worker is there."""
+    made = World(monkeypatch)
+    monkeypatch.setattr(trial, "time", made.clock)
+    try:
+        made.open_all()
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def trying(world: World, tmp_path: Path) -> Iterator[Trying]:
+    made = Trying(world, tmp_path)
+    yield made
+    made.close()
+    made.mounts.close()
+    made.mounts.board.close()
+
+
+def test_a_blob_whose_image_is_unmounted_meanwhile_is_tried_to_the_end(trying: Trying) -> None:
+    trying.unmount()
+    assert trying.old_one_works() == [0]
+    assert not trying.go_on()
+    assert trying.is_open()
+    trying.new_one_works()
+    assert trying.go_on()
+    assert trying.trial.note == "chunk 0 of blob plain is the same"
+    assert not trying.is_open()
+
+
+@pytest.mark.parametrize("asked", ["the old ones", "the new ones"])
+def test_a_trial_that_is_given_up_keeps_no_blob_open_and_leaves_no_job(
+    trying: Trying, world: World, asked: str
+) -> None:
+    trying.unmount()
+    if asked == "the new ones":
+        trying.old_one_works()
+        assert not trying.go_on()
+    trying.close()
+    assert not world.decompress.queued()
+    assert not trying.is_open()
+
+
+def test_a_blob_that_is_opened_anew_meanwhile_is_not_tried(trying: Trying, world: World) -> None:
+    """Whoever has the chunk then: it may be of what was open before."""
+    world.worker("decompress", OLD)
+    world.pump()
+    world.router.renew(world.plain)
+    world.filled(OLD)
+    assert trying.go_on()
+    assert trying.trial.note.startswith("chunk 0 of blob plain was not tried: ")
+    assert not trying.asked
