@@ -103,7 +103,7 @@ class Trial:
         points.reach("trial: own blob is good")
         chosen = self._choose()
         if chosen is None or all(worker.role != "decompress" for worker in workers):
-            self.note = "no blob of an image is open to be tried"
+            self.note = "no blob of an image is open that could be tried"
             return
         cache, chunks = chosen
         cache.users += 1  # its image may be unmounted meanwhile
@@ -199,14 +199,22 @@ class Trial:
     # --- a blob of an image -----------------------------------------------------------------------------------
 
     def _choose(self) -> tuple[BlobCache, list[int]] | None:
-        """A small chunk of a blob that can be read, with what is decoded with it."""
+        """A small chunk of a blob that can be read, with what is decoded with it.
+
+        It has bytes that can be compared, and none of these chunks has failed of late: one that kills workers would go on.
+        """
         for cache in self._factory.blobs():
-            if cache.state != "ready" or cache.outage or not cache.chunk_map.count:
+            if cache.state != "ready" or cache.outage:
                 continue
-            first = min(range(min(cache.chunk_map.count, _LOOK_AT)), key=lambda chunk: cache.meta.record(chunk).usize)
-            chunks = cache.meta.with_units([first])
-            if cache.meta.span(chunks)[1] + cache.meta.plain_bytes(chunks) <= _BYTES_MOST:
-                return cache, chunks
+            looked_at: set[int] = set()
+            for first in _smallest(cache):
+                if first in looked_at:
+                    continue
+                chunks = cache.meta.with_units([first])
+                looked_at.update(chunks)
+                size = cache.meta.span(chunks)[1] + cache.meta.plain_bytes(chunks)
+                if size <= _BYTES_MOST and not any(map(cache.failure, chunks)):
+                    return cache, chunks
         return None
 
     def _blob_of_an_image(self, workers: Sequence[Child], cache: BlobCache, chunks: list[int]) -> Steps:
@@ -292,6 +300,12 @@ class Trial:
         self._arenas.append(arena)
         arena.allocate(arena.size)
         return arena
+
+
+def _smallest(cache: BlobCache) -> list[int]:
+    """The first chunks of a blob that have any bytes, the smallest first."""
+    sizes = {chunk: cache.meta.record(chunk).usize for chunk in range(min(cache.chunk_map.count, _LOOK_AT))}
+    return sorted(filter(sizes.__getitem__, sizes), key=sizes.__getitem__)
 
 
 def _fetch_of(at: int) -> Json:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -10,10 +12,12 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from nydusd.ipc.messages import Json
+from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.state.segment import RECORD
 from nydusd.supervisor import trial
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.mounts import Mounts
-from tests.supervisor.world import World
+from tests.supervisor.world import CHUNKS, World
 
 if TYPE_CHECKING:
     from nydusd.supervisor.runtime import Runtime
@@ -22,7 +26,7 @@ OLD = b"old"
 
 
 class Trying:
-    """A trial of two new workers that is at the blob of an image; `asked` is what they have not done yet."""
+    """A trial of two new workers, which at its begin is at the blob of an image; `asked` is what these have not done yet."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self._world = world
@@ -90,13 +94,22 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         made.close()
 
 
+@contextmanager
+def begun(world: World, folder: Path) -> Iterator[Trying]:
+    folder.mkdir(exist_ok=True)
+    made = Trying(world, folder)
+    try:
+        yield made
+    finally:
+        made.close()
+        made.mounts.close()
+        made.mounts.board.close()
+
+
 @pytest.fixture
 def trying(world: World, tmp_path: Path) -> Iterator[Trying]:
-    made = Trying(world, tmp_path)
-    yield made
-    made.close()
-    made.mounts.close()
-    made.mounts.board.close()
+    with begun(world, tmp_path) as made:
+        yield made
 
 
 def test_a_blob_whose_image_is_unmounted_meanwhile_is_tried_to_the_end(trying: Trying) -> None:
@@ -132,3 +145,35 @@ def test_a_blob_that_is_opened_anew_meanwhile_is_not_tried(trying: Trying, world
     assert trying.go_on()
     assert trying.trial.note.startswith("chunk 0 of blob plain was not tried: ")
     assert not trying.asked
+
+
+def empty(cache: BlobCache, chunk: int) -> None:
+    """The blob was made with such a chunk."""
+    assert cache.segment is not None
+    record = cache.meta.record(chunk)._replace(usize=0, csize=0)
+    RECORD.pack_into(cache.segment.records, chunk * RECORD.size, *record)
+
+
+def test_what_is_tried_has_bytes_and_has_not_failed(world: World, tmp_path: Path) -> None:
+    """Nothing is equal to nothing; and what kills workers would kill them again."""
+    empty(world.plain, 0)
+    world.plain.failed(4, errno.EIO, poison=True)
+    with begun(world, tmp_path) as trying:
+        assert trying.old_one_works() == [8]
+
+
+def test_a_blob_is_passed_over_where_each_chunk_is_empty_or_has_failed(world: World, tmp_path: Path) -> None:
+    for chunk in range(CHUNKS):
+        if chunk % 2:
+            empty(world.plain, chunk)
+        else:
+            world.plain.failed(chunk, errno.EIO, poison=True)
+    world.batch.failed(1, errno.EIO, poison=True)
+    with begun(world, tmp_path) as trying:
+        assert trying.old_one_works() == [3, 4, 5], "the chunks of a unit are decoded together"
+    for cache in world.blobs:
+        for chunk in range(CHUNKS):
+            cache.failed(chunk, errno.EIO)
+    with begun(world, tmp_path / "again") as trying:
+        assert trying.over
+        assert trying.trial.note == "no blob of an image is open that could be tried"
