@@ -13,6 +13,7 @@ which the next one removes them when it has ended the workers.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import count
@@ -41,7 +42,7 @@ _LOOK_AT = 64
 _BYTES_MOST = 8 << 20
 """Bytes of a chunk, stored and plain together, that the trial is worth."""
 _DEADLINE = 20.0
-"""Seconds that a backend may take for it."""
+"""Seconds that a backend may take for it, and that old workers may take in all: they have other things to do."""
 
 _LINE = b"New workers must give this before they are trusted.\n"
 PLAIN: Final = _LINE * 300
@@ -92,6 +93,8 @@ class Trial:
         self._answers: dict[bytes, Json] = {}
         self.note = ""
         """What was tried beside the blob of our own, or why nothing was."""
+        self.until = math.inf
+        """How long old workers are waited for (`time.monotonic()`)."""
 
     def answered(self, identity: bytes, answer: Json) -> None:
         """A worker reports."""
@@ -236,6 +239,8 @@ class Trial:
             self._pools[role].submit(job)
             try:
                 while not told:
+                    if time.monotonic() >= self.until:
+                        raise TrialError(f"the old workers had no time for it within {_DEADLINE:g} s")
                     yield
             finally:
                 self._pools[role].withdraw(job)
@@ -251,11 +256,14 @@ class Trial:
                 raise TrialError("the blob was opened anew meanwhile")
             return self._answers.pop(identity)
 
+        self.until = time.monotonic() + _DEADLINE
         try:
             expected = yield from self._bring(arena, cache, chunks, _Side(ask_old, 0))
         except NydusError as e:
             self.note = f"{place} was not tried: {e}"
             return
+        finally:
+            self.until = math.inf
         if cache.spec is not spec:
             self.note = f"{place} was not tried: the blob was opened anew meanwhile"
             return

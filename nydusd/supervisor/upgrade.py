@@ -79,8 +79,8 @@ class Upgrade:
         return True
 
     def wait(self, now: float) -> float:
-        """Seconds until it has taken too long."""
-        return self._deadline - now
+        """Seconds until it has taken too long, or its trial goes on without what it waits for."""
+        return min(self._deadline, self._trial.until) - now
 
     def close(self) -> None:
         """The daemon ends."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +146,27 @@ def test_a_blob_that_is_opened_anew_meanwhile_is_not_tried(trying: Trying, world
     assert trying.go_on()
     assert trying.trial.note.startswith("chunk 0 of blob plain was not tried: ")
     assert not trying.asked
+
+
+def test_old_workers_that_have_no_time_for_it_are_not_waited_for(trying: Trying, world: World) -> None:
+    """The queue before them is long. What they were asked is taken back, and nobody is to blame."""
+    world.clock.now = trying.trial.until - 0.01
+    assert not trying.go_on()
+    world.clock.now = trying.trial.until
+    assert trying.go_on()
+    assert trying.trial.note == "chunk 0 of blob plain was not tried: the old workers had no time for it within 20 s"
+    assert trying.trial.until == math.inf
+    assert not world.decompress.queued()
+
+
+def test_an_old_worker_that_does_not_come_to_an_end_is_not_waited_for(trying: Trying, world: World) -> None:
+    """Nor does another one do it when that is killed at last."""
+    world.worker("decompress", OLD)
+    world.pump()
+    world.clock.now = trying.trial.until
+    assert trying.go_on()
+    world.kill(OLD)
+    assert not world.decompress.queued()
 
 
 def empty(cache: BlobCache, chunk: int) -> None:
