@@ -131,12 +131,13 @@ class Engine:
         """The last checkpoint, after which the daemon ends; `turn(seconds)` is a turn of its loop."""
         points.reach("stop: unmounted")
         deadline = time.monotonic() + _STOP_PATIENCE
-        fetchers = [child for child in self._family.children if child.role == "fetch"]
         # A server that does not answer must not keep the worker that is to store what is here.
         stuck = self.fetch.refuse("fetch")
-        for child in fetchers:
-            if child.identity in stuck:
+        for child in self._family.children:
+            if child.role == "fetch" and child.identity in stuck:
                 child.send(signal.SIGKILL)
+        # One that leaves is given no job any more: where the others rest, one of these is to be there.
+        fetchers = [child for child in self._family.children if child.role == "fetch" and not child.leaving]
         while self.router.checkpoint() and time.monotonic() < deadline:
             if fetchers and not any(child.pid for child in fetchers):
                 self._family.launch(fetchers[0])

@@ -1,7 +1,8 @@
-"""Parts of a supervisor that need no daemon: records, priorities, what a keeper sends."""
+"""Parts of a supervisor that need no daemon: records, priorities, what a keeper sends, who is there at a stop."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -16,7 +19,12 @@ from nydusd import priority
 from nydusd.storage.cache.manager import segments_in
 from nydusd.supervisor import handover
 from nydusd.supervisor.checked import read_checked, write_checked
+from nydusd.supervisor.children import Child
+from nydusd.supervisor.engine import Engine
 from tests.support.discipline import wait_until
+
+if TYPE_CHECKING:
+    from nydusd.forkserver.process import Process
 
 
 @pytest.mark.parametrize("content", [{}, {"a": [1]}])
@@ -79,3 +87,24 @@ def test_counters_of_a_second_supervisor_are_not_taken_for_the_segment_of_a_blob
     assert segments_in(
         [segment, f"{prefix}count.4294967297", f"{prefix}files.4294967297", f"{segment}.500"], prefix
     ) == [segment]
+
+
+def test_a_stop_wakes_a_worker_to_store_what_is_cached_where_all_rest_but_one_that_leaves() -> None:
+    """That one has its last job still, and gets no other."""
+    leaving, resting = Child("fetch", 0, "workers"), Child("fetch", 1, "workers")
+    leaving.leave_by = math.inf
+    leaving.process = cast("Process", SimpleNamespace(pid=os.getpid()))
+    launched: list[Child] = []
+    turns: list[float] = []
+
+    def turn(seconds: float) -> None:
+        turns.append(seconds)
+        assert len(turns) < 3, "nobody stores it"
+
+    engine = SimpleNamespace(
+        _family=SimpleNamespace(children=[leaving, resting], launch=launched.append),
+        fetch=SimpleNamespace(refuse=lambda _kind: []),
+        router=SimpleNamespace(checkpoint=lambda: not launched),
+    )
+    Engine.store_all(cast("Engine", engine), turn)
+    assert launched == [resting]
