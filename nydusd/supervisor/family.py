@@ -249,6 +249,7 @@ class Family:
 
         Noted before the former one ends: whoever is killed in between, a successor finds one that has them.
         """
+        fresh.release([fd for fd in fresh.held if fd not in self.fork_server.held])  # let go of while it was tried
         self.fork_server.trade_places(fresh)
         points.reach("upgrade: servers traded")
         self.fork_server.hold(self.fork_server.held)  # some may be newer than it is

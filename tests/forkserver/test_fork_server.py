@@ -13,16 +13,20 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from nydusd.forkserver import client
 from nydusd.forkserver.client import ForkServer, LoadingError
 from nydusd.forkserver.environment import environment
+from nydusd.forkserver.fresh import FreshServer
 from nydusd.forkserver.guardian import guard
 from nydusd.forkserver.process import Process
 from nydusd.ipc.spec import write_spec
 from nydusd.supervisor.children import Child, reap_strays
+from nydusd.supervisor.family import Family
 from tests.killing.plan import Plan
 from tests.support.discipline import wait_until
 from tests.support.fork_server import fork_server
@@ -285,6 +289,35 @@ def test_what_its_line_has_no_room_for_it_is_told_later_and_is_not_killed_for() 
         assert open_in(pid, one) == sorted([stay, new])
         assert open_in(pid, other) == [again]
         for fd in (stay, new, again):
+            os.close(fd)
+
+
+def test_one_that_takes_the_place_of_another_holds_nothing_that_was_let_go_of_while_it_was_tried() -> None:
+    """Clients of an export come and go during an upgrade. Numbers are used again."""
+    one, other = os.memfd_create("one"), os.memfd_create("other")
+    with open(one, "rb"), open(other, "rb"), fork_server() as server:
+        fresh = FreshServer()
+        try:
+            stays, leaves, changes = (os.dup(one) for _ in range(3))
+            server.hold([stays, leaves, changes])
+            fresh.hold(server.held)
+            server.release([leaves, changes])
+            os.close(leaves)
+            os.dup2(other, changes, inheritable=False)
+            server.hold([changes])
+            nothing = lambda: None  # noqa: E731
+            family = SimpleNamespace(
+                fork_server=server, _watch_fork_server=nothing, _have_guarded=nothing, remember=nothing
+            )
+            Family.succeed(cast("Family", family), fresh)
+        finally:
+            fresh.close()
+        process, _ = spawn(server)  # when that is there, all that was told before is done
+        assert process.wait(10) == 0
+        process.close()
+        assert open_in(server.pid, one) == [stays]
+        assert open_in(server.pid, other) == [changes]
+        for fd in (stays, changes):
             os.close(fd)
 
 
