@@ -22,7 +22,7 @@ from typing import Any
 from nydusd import priority
 from nydusd.forkserver.environment import environment
 from nydusd.forkserver.line import PACKET_MAX, Server
-from nydusd.forkserver.process import Process, take_in_orphans
+from nydusd.forkserver.process import Process, let_begin, take_in_orphans
 from nydusd.version import GIT_COMMIT, commit_on_disk
 
 log = logging.getLogger(__name__)
@@ -134,9 +134,7 @@ class ForkServer:
             try:
                 answer = self._ask(request, [*fds, gate])
                 if answer is not None and "pid" in answer:
-                    process = Process(answer["pid"])
-                    os.write(key, b"g")
-                    return process
+                    return let_begin(answer["pid"], key)
                 if answer is not None:
                     if answer["errno"] != errno.EINTR or not tries_left:
                         raise OSError(answer["errno"], answer["error"])

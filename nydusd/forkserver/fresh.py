@@ -17,7 +17,7 @@ from typing import Any
 
 from nydusd.forkserver.client import ForkServer
 from nydusd.forkserver.line import PACKET_MAX
-from nydusd.forkserver.process import Process
+from nydusd.forkserver.process import Process, let_begin
 
 
 class FreshServer(ForkServer):
@@ -52,10 +52,11 @@ class FreshServer(ForkServer):
         answer = self._receive()
         if answer is None or "pid" not in answer:
             return None
-        process, key = Process(answer["pid"]), self._keys.pop()
-        os.write(key, b"g")
-        os.close(key)
-        return process
+        key = self._keys.pop()
+        try:
+            return let_begin(answer["pid"], key)
+        finally:
+            os.close(key)
 
     def is_ready(self) -> bool:
         """Whether it has loaded all that it was to load. Raises OSError when it cannot."""

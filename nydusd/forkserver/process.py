@@ -6,6 +6,7 @@ Its end is noticed by whoever holds this. The exit status is known to the proces
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import select
@@ -56,6 +57,17 @@ class Process:
     def close(self) -> None:
         """Let go of it; only `pid` and `status` are known from then on."""
         os.close(self.pidfd)
+
+
+def let_begin(pid: int, key: int) -> Process:
+    """The child that was made, which begins now; `key` is that of its gate. Raises OSError when it has died there."""
+    process = Process(pid)
+    try:
+        os.write(key, b"g")
+    except BrokenPipeError:
+        process.close()
+        raise OSError(errno.EPIPE, "a child has died before it began") from None
+    return process
 
 
 @functools.cache

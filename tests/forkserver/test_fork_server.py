@@ -23,6 +23,7 @@ from nydusd.forkserver.client import ForkServer, LoadingError
 from nydusd.forkserver.environment import environment
 from nydusd.forkserver.fresh import FreshServer
 from nydusd.forkserver.guardian import guard
+from nydusd.forkserver.line import PACKET_MAX
 from nydusd.forkserver.process import Process
 from nydusd.ipc.spec import write_spec
 from nydusd.supervisor.children import Child, reap_strays
@@ -430,6 +431,28 @@ def test_a_child_that_nobody_knows_of_does_not_begin(tmp_path: Path) -> None:
             process.close()
             assert marker.exists() == begins
         assert server.pid == first.process.pid
+
+
+def test_a_child_that_dies_before_it_begins_is_an_error_and_costs_no_file_descriptor() -> None:
+    server = FreshServer()
+    try:
+        wait_until(server.is_ready, "it has loaded", 60)
+        before = len(os.listdir("/proc/self/fd"))
+        spec_fd = write_spec({})
+        server.ask_for_child("child", [spec_fd], ())
+        os.close(spec_fd)
+        assert select.select([server], [], [], 60)[0]
+        answer = json.loads(server._servers[0].line.recv(PACKET_MAX, socket.MSG_PEEK))
+        child = os.pidfd_open(answer["pid"])
+        signal.pidfd_send_signal(child, signal.SIGKILL)
+        assert select.select([child], [], [], 60)[0]
+        os.close(child)
+        with pytest.raises(OSError, match="a child has died before it began"):
+            server.take_child()
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert os.waitpid(answer["pid"], 0)[1] == signal.SIGKILL
+    finally:
+        server.close()
 
 
 def test_it_ends_when_whoever_started_it_is_gone() -> None:
