@@ -6,6 +6,7 @@ that were flipped and of files that somebody has cut off.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -17,7 +18,7 @@ from nydusd.ipc.messages import Json
 
 
 def write_checked(path: Path, content: Json) -> None:
-    """Replace the file at `path`, readable for its owner only. Raises CacheError."""
+    """Replace the file at `path`, readable for its owner only. Raises CacheError, and then it is as it was."""
     text = json.dumps(content, separators=(",", ":"))
     temporary = path.with_suffix(".tmp")
     try:
@@ -28,6 +29,8 @@ def write_checked(path: Path, content: Json) -> None:
         os.replace(temporary, path)
         points.reach("record: named")
     except OSError as e:
+        with contextlib.suppress(OSError):  # what is half written takes room that is missing, and may be a secret
+            os.unlink(temporary)
         raise CacheError(f"{path}: {e.strerror}", e.errno) from e
 
 

@@ -11,7 +11,9 @@ the one that is written: what `table.json` names is there, and files that it doe
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,8 @@ from nydusd.errors import CacheError, MountError
 from nydusd.ipc.messages import Json
 from nydusd.ipc.shared_number import make_number, map_number
 from nydusd.supervisor.checked import read_checked, write_checked
+
+log = logging.getLogger(__name__)
 
 INDEX_MAX = (1 << 28) - 2
 """Indexes that the front ends' node ids have room for; the next is that of the folders between mounts."""
@@ -204,7 +208,8 @@ class MountTable:
         try:
             self.publish()
         except CacheError:
-            place.index = None
+            self._clear(place)
+            self._remove(f"{index}.0")
             raise
         return index
 
@@ -221,6 +226,7 @@ class MountTable:
             self._describe(place.index, place.revision, spec, record)
             self.publish()
         except CacheError:
+            self._remove(f"{place.index}.{place.revision}")
             place.index, place.revision = before
             raise
         self._remove("{}.{}".format(*before))
@@ -303,6 +309,7 @@ class MountTable:
         points.reach("mounts: table published")
 
     def _describe(self, index: int, revision: int, spec: Json, record: Json | None) -> None:
+        """Raises CacheError, and then there is nothing: records have credentials, and each try would leave another one."""
         target = self._folder / f"{index}.{revision}.json"
         if record is not None:
             write_checked(target.with_suffix(".record"), record)
@@ -312,11 +319,19 @@ class MountTable:
             points.reach("mounts: description written")
             os.replace(temporary, target)
         except OSError as e:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            self._remove(f"{index}.{revision}")
             raise CacheError(f"{target}: {e.strerror}", e.errno) from e
 
     def _remove(self, stem: str) -> None:
+        """What cannot be removed is removed by the next supervisor, for which the table does not name it."""
         for suffix in ("json", "record"):
-            (self._folder / f"{stem}.{suffix}").unlink(missing_ok=True)
+            path = self._folder / f"{stem}.{suffix}"
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as e:
+                log.warning("%s stays until the next takeover: %s", path, e.strerror)
             points.reach("mounts: description removed")
 
 

@@ -175,3 +175,38 @@ def test_what_cannot_be_written_is_not_mounted(table: MountTable, tmp_path: Path
     (tmp_path / "away").rename(tmp_path / "mounts")
     assert table.add(names("/c"), {}) > 1
     assert {path: index for path, index in seen(table, tmp_path).items() if path in "/a/b"} == {"/": None, "/a": 1}
+
+
+@pytest.mark.parametrize("in_the_way", ["table.tmp", "1.0.json", "1.0.tmp", "2.0.json"])
+def test_what_cannot_be_written_leaves_no_record_and_no_folders(
+    table: MountTable, tmp_path: Path, in_the_way: str
+) -> None:
+    """A record has credentials. Who mounts, or remounts, tries again and again."""
+    folder = tmp_path / "mounts"
+    if in_the_way == "2.0.json":
+        table.add(names("/a"), {}, {"secret": 0})
+    before = sorted([*os.listdir(folder), in_the_way])
+    (folder / in_the_way).mkdir()
+    with pytest.raises(CacheError, match="Is a directory"):
+        if in_the_way == "2.0.json":
+            table.replace(names("/a"), {}, {"secret": 1}, same=False)
+        else:
+            table.add(names("/b/c"), {}, {"secret": 1})
+    assert sorted(os.listdir(folder)) == before
+    (folder / in_the_way).rmdir()
+    table.publish()
+    assert not {"/b", "/b/c"} & seen(table, tmp_path).keys()
+    index = table.add(names("/b/c"), {}, {"secret": 2})
+    assert (index, "/b/c", {"secret": 2}) in recorded(table)
+
+
+def test_a_remount_whose_table_cannot_be_written_leaves_what_was_there(table: MountTable, tmp_path: Path) -> None:
+    folder = tmp_path / "mounts"
+    table.add(names("/a"), {}, {"secret": 0})
+    for same in (True, False):
+        (folder / "table.tmp").mkdir()
+        with pytest.raises(CacheError, match="Is a directory"):
+            table.replace(names("/a"), {}, {"secret": 1}, same=same)
+        (folder / "table.tmp").rmdir()
+        assert sorted(os.listdir(folder)) == ["1.0.json", "1.0.record", "table.json"]
+        assert table.record(names("/a")) == {"secret": 0}
