@@ -61,10 +61,12 @@ class Trying:
         self._world.worker("decompress", OLD)
         return self._world.fill_next()
 
-    def new_one_works(self) -> None:
-        """So does the new one, of which the blob of an image wants that of one chunk."""
+    def new_one_works(self, *, wrong: bool = False) -> None:
+        """So does the new one, of which one chunk of the blob of an image is wanted, or it gives a `wrong` byte."""
         ((identity, message),) = self.asked
         (chunk,) = message["chunks"]
+        if wrong:
+            self.trial._arenas[-1].view(message["slot"]["offset"], 1)[:] = b"x"
         self.trial.answered(identity, {"placed": [[chunk, message["slot"]["offset"], message["slot"]["length"]]]})
 
     def unmount(self) -> None:
@@ -137,15 +139,32 @@ def test_a_trial_that_is_given_up_keeps_no_blob_open_and_leaves_no_job(
     assert not trying.is_open()
 
 
-def test_a_blob_that_is_opened_anew_meanwhile_is_not_tried(trying: Trying, world: World) -> None:
-    """Whoever has the chunk then: it may be of what was open before."""
+def test_a_blob_that_is_opened_anew_while_old_ones_have_it_is_not_tried(trying: Trying, world: World) -> None:
+    """The chunk may be of what was open before."""
     world.worker("decompress", OLD)
     world.pump()
     world.router.renew(world.plain)
     world.filled(OLD)
     assert trying.go_on()
-    assert trying.trial.note.startswith("chunk 0 of blob plain was not tried: ")
+    assert trying.trial.note == "chunk 0 of blob plain was not tried: a decompress worker failed: it was cancelled"
     assert not trying.asked
+
+
+def test_new_ones_are_not_to_blame_for_a_blob_that_is_opened_anew(trying: Trying, world: World) -> None:
+    trying.old_one_works()
+    assert not trying.go_on()
+    world.router.renew(world.plain)
+    trying.new_one_works(wrong=True)
+    assert trying.go_on()
+    assert trying.trial.note == "chunk 0 of blob plain was not tried: the blob was opened anew meanwhile"
+
+
+def test_new_ones_that_give_a_wrong_byte_are_to_blame(trying: Trying) -> None:
+    trying.old_one_works()
+    assert not trying.go_on()
+    trying.new_one_works(wrong=True)
+    with pytest.raises(trial.TrialError, match="gave other bytes for chunk 0 of blob plain"):
+        trying.go_on()
 
 
 def test_old_workers_that_have_no_time_for_it_are_not_waited_for(trying: Trying, world: World) -> None:
