@@ -59,14 +59,23 @@ def is_of(mounted: Mounted, image: Image) -> bool:
     return [(file.device, file.inode) for file in mounted.files] == files
 
 
-def files_of(image: Image, index: int, cuts: Sequence[Sequence[int]]) -> tuple[File, ...]:
-    """The blobs of an image as front ends know them. Raises OSError."""
+def files_of(
+    image: Image,
+    index: int,
+    cuts: Sequence[Sequence[int]],
+    former: Sequence[File] = (),
+) -> tuple[File, ...]:
+    """The blobs of an image as front ends know them; `former`: how these very files were known. Raises OSError."""
     files = []
     for number, (cache, of_blob) in enumerate(zip(image.caches, cuts, strict=True)):
         path = str(cache.spec.data_path)
         st = os.stat(path)
+        birth = former[number].birth if former else None
+        if cache.segment is not None and cache.segment.identity.file[:2] == (st.st_dev, st.st_ino):
+            birth = cache.segment.identity.birth
         names = cache.spec.info.blob_id, cache.handle, cache.spec.segment, path
-        files.append(File(index << 8 | number, *names, st.st_dev, st.st_ino, tuple(of_blob)))
+        more = tuple(of_blob), birth, cache.spec.always_verify
+        files.append(File(index << 8 | number, *names, st.st_dev, st.st_ino, *more))
     return tuple(files)
 
 

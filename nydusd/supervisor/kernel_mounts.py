@@ -263,7 +263,7 @@ class KernelMounts:
         shown = next(shown for shown in self._shown if shown.image is coming.old)
         mounted = self.table.mounted(shown.index)
         cuts = [file.cuts for file in mounted.files]
-        self.table.note(replace(mounted, files=files_of(coming.image, mounted.index, cuts)))
+        self.table.note(replace(mounted, files=files_of(coming.image, mounted.index, cuts, mounted.files)))
         former, shown.image, shown.caches = shown.caches, coming.image, self._hold(coming.image)
         for cache in former:
             self._mounts.let_go(cache)
@@ -372,7 +372,7 @@ class KernelMounts:
                 continue
             lacking.remove(image)
             cuts = [file.cuts for file in mounted.files]
-            self.table.note(replace(mounted, files=files_of(image, mounted.index, cuts)))
+            self.table.note(replace(mounted, files=files_of(image, mounted.index, cuts, mounted.files)))
             for cache in image.caches:
                 cache.pinned = True
             self._shown.append(_Shown(mounted.index, image, self._hold(image)))

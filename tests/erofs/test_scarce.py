@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,15 @@ class OneChunk(Blob):
 
     def __init__(self, path: Path, scarce: int) -> None:
         st = path.stat()
-        super().__init__(File(1, "blob", RUN.blob, "", str(path), st.st_dev, st.st_ino), 0)
+        super().__init__([File(1, "blob", RUN.blob, "", str(path), st.st_dev, st.st_ino)], 0)
         self.scarce = scarce
         self.asked = 0
 
-    def missing(self, offset: int, count: int, held: int) -> ChunkRun | None:
+    def missing(self, offset: int, count: int, held: int, refused: Collection[int] = ()) -> list[ChunkRun]:
         if self.scarce:
             self.scarce -= 1
             raise ScarceError("the segment: Too many open files")
-        return None if self.asked else RUN
+        return [] if self.asked else [RUN]
 
     def ready(self, run: ChunkRun) -> bool:
         return bool(self.asked)

@@ -1,7 +1,11 @@
 """The blobs of an image as address ranges of their cache files: what of a range is there, what must be fetched.
 
-Runs in the front end. For each blob it maps the segment. The file itself is read by the kernel alone, after the event was
-answered; nothing is ever taken out of it (`BlobCache.pinned`), so a range that is ready stays so.
+Runs in the front end. For each blob it maps the segments, one for each image that has it (`view.py`). The file itself is
+read by the kernel alone, after the event was answered; nothing is ever taken out of it (`BlobCache.pinned`), so a range that is
+ready stays so.
+
+A chunk is there if it is so for an image that lists it: whoever wrote it then had a digest to check it by. The kernel does not
+say for which image it reads, so what an image that does not list a chunk says of it counts only if no other one lists it.
 
 The kernel reads the file that it was given at the mount. If another takes its place in the cache folder, what the first one
 has can be read on, and the rest cannot be had any more: the segment of the other file says nothing of it.
@@ -12,12 +16,14 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Sequence
 
-from nydusd.errors import CacheError, StaleCacheError
+from nydusd.errors import CacheError, FormatError, ScarceError, StaleCacheError
 from nydusd.storage.api.io import ChunkRun
-from nydusd.storage.state.segment import EMPTY, READY, RECORD, RETIRED, Segment
+from nydusd.storage.state.segment import EMPTY, READY, RETIRED
 
 from .table import File
+from .view import View
 
 _LOOK_AHEAD = 16 << 20
 """Bytes behind a sequential reader that should be there, or on their way."""
@@ -26,29 +32,58 @@ _STEADY = 4 << 20
 _STEP = 1 << 20
 """Bytes after which a sequential reader is looked at again."""
 _PAGE = 4096
+_ABSENT = bytes(state != READY for state in range(256))
+"""To translate state bytes: 1 for a chunk that is not there."""
+
+
+class OutsideError(CacheError):
+    """A read of what the blob does not have."""
 
 
 class Blob:
     """One cache file, of one mount or of several. `row`: in which the front end counts."""
 
-    def __init__(self, file: File, row: int) -> None:
-        self.blob_id = file.blob_id
-        self.file = (file.device, file.inode)
+    def __init__(self, files: Sequence[File], row: int) -> None:
+        self.blob_id = files[-1].blob_id
+        self.file = (files[-1].device, files[-1].inode)
         """(device, inode) of the cache file that EROFS has."""
+        self._birth = files[-1].birth
         self._row = row
-        self._segment: Segment | None = None
+        self._views: list[View] = []
+        """One for each image: those that have digests checked of what is found on disk first, then the latest first."""
+        self._open: list[View] = []
+        """Those of them of which something is known; empty before it was looked which."""
+        self._only: View | None = None
+        """It is all that there is."""
+        self._limit = 1 << 63
         self._place = -_STEADY - 1
         self._looked = 0
-        self.describe([file])
+        self.describe(files)
 
-    def describe(self, files: list[File]) -> None:
+    def is_still(self, files: Sequence[File]) -> bool:
+        """Whether mounts that have these are of this very file, for all that is known: its number may be another's now."""
+        births = {file.birth for file in files} | {self._birth}
+        handles = {view.handle for view in self._views}
+        return len(births - {None}) <= 1 and any(file.handle in handles for file in files)
+
+    def describe(self, files: Sequence[File]) -> None:
         """It is this of each mount that has it, the latest last."""
-        self.handle = files[-1].handle
+        former = {view.handle: view for view in self._views}
+        self._birth = next((file.birth for file in reversed(files) if file.birth is not None), self._birth)
+        self._views = []
+        for file in reversed(files):
+            if all(view.handle != file.handle for view in self._views):
+                known = file.handle in former
+                self._views.append(former.pop(file.handle) if known else View(file, self._row))
+                self._views[-1].describe(file)
+        self._views.sort(key=lambda view: not view.verifies)
+        for view in former.values():
+            view.close()
         self._path = files[-1].data
-        self._name = files[-1].segment
         self._cuts = [file.cuts for file in files]
         self._lacks: dict[int, int] = {}
         """By the begin of an interval, a chunk of it that was missing when it was looked at last."""
+        self._open, self._only = [], None
 
     def held(self) -> int:
         """Bytes of the cache file. Raises StaleCacheError when it is not in its place."""
@@ -60,53 +95,59 @@ class Blob:
             raise StaleCacheError(f"blob {self.blob_id}: its cache file was replaced; mount the image again")
         return st.st_size
 
-    def missing(self, offset: int, count: int, held: int) -> ChunkRun | None:
-        """The chunks that must be fetched before this range may be read, the first missing to the last; None: read now.
+    def missing(self, offset: int, count: int, held: int, refused: Collection[int] = ()) -> list[ChunkRun]:
+        """The chunks that must be fetched before this range may be read, and those between them; none: read now.
 
-        `held` is the size that the cache file has now. Raises StaleCacheError when it was cut off or the range cannot be had
-        any more, CacheError when that is outside the blob.
+        `held` is the size that the cache file has now. `refused`: handles that are asked only if there is no other. Raises
+        StaleCacheError when the file was cut off or the range cannot be had any more, OutsideError when the blob has none such.
         """
-        if self._segment is None or self._epoch[0] == RETIRED:
-            self._current()
+        self._look()
         if held < self._size:
             raise StaleCacheError(f"blob {self.blob_id}: its cache file was cut off")
         end = offset + count
         if offset >= self._limit or not count:
-            raise CacheError(
+            raise OutsideError(
                 f"blob {self.blob_id}: a read of {count} bytes at {offset} is outside its {self._size} bytes"
             )
         first, last = bisect_right(self._ends, offset), bisect_left(self._starts, end)
-        states = self._states[first:last].tobytes()
         counters = self._counters
-        if states.count(READY) == last - first:
+        if self._are_there(first, last):
             counters[0] += 1
             counters[1] += count
-            return None
+            return []
         counters[2] += 1
         counters[3] += count
-        absent = [chunk for chunk, state in enumerate(states, first) if state != READY]
-        return ChunkRun(self.handle, absent[0], absent[-1] - absent[0] + 1)
+        if len(self._open) < len(self._views):
+            self._survey()
+        return self._runs(first, last, refused)
 
     def ready(self, run: ChunkRun) -> bool:
         """Whether all chunks of a run are there. Raises StaleCacheError if not, and the blob has another file now."""
-        segment = self._current()
-        if bytes(segment.state[run.first : run.first + run.count]).count(READY) == run.count:
+        self._look()
+        first, last = run.first, run.first + run.count
+        if self._are_there(first, last):
             return True
-        if segment.is_current():
+        view = next((view for view in self._open if view.handle == run.blob), None)
+        if view is None or view.segment is None or view.segment.is_current():
             return False
-        self.close()
-        return bytes(self._current().state[run.first : run.first + run.count]).count(READY) == run.count
+        view.close()
+        self._survey()
+        if view not in self._open:
+            raise self._stale()
+        return self._are_there(first, last)
 
     def hint(self, offset: int) -> ChunkRun | None:
         """A reader is at `offset`: a run to send with AHEAD if it goes on sequentially and will come to what is not there."""
         place, self._place = self._place, offset
         if not place < offset <= place + _STEADY:
             self._looked = offset + _STEP
-        elif offset >= self._looked:
+        elif offset >= self._looked and self._open:
             self._looked = offset + _STEP
             chunk = min(bisect_right(self._ends, offset + _LOOK_AHEAD), len(self._ends) - 1)
-            if chunk >= 0 and self._states[chunk] == EMPTY:
-                return ChunkRun(self.handle, min(bisect_right(self._ends, offset), chunk), 1)
+            if chunk >= 0 and not self._are_there(chunk, chunk + 1):
+                view = self._asked(chunk)
+                if view is not None and view.listed[chunk] and view.states[chunk] == EMPTY:
+                    return ChunkRun(view.handle, min(bisect_right(self._ends, offset), chunk), 1)
         return None
 
     def interval(self, offset: int) -> tuple[int, int]:
@@ -120,55 +161,157 @@ class Blob:
 
     def whole(self, begin: int, end: int) -> bool:
         """Whether nothing is missing of an interval. Raises CacheError."""
-        states = self._current().state
+        self._look()
         known = self._lacks.get(begin)
-        if known is not None and states[known] != READY:
+        if known is not None and not self._are_there(known, known + 1):
             return False
         first, last = bisect_right(self._ends, begin), bisect_left(self._starts, end)
-        missing = next((chunk for chunk, state in enumerate(bytes(states[first:last]), first) if state != READY), None)
-        if missing is not None:
-            self._lacks[begin] = missing
-        return missing is None
+        if self._are_there(first, last):
+            return True
+        self._lacks[begin] = first + self._absent(first, last).index(1)
+        return False
 
     def complete(self) -> bool:
         """Whether nothing of the blob is missing."""
         try:
-            segment = self._current()
+            self._look()
         except CacheError:
             return False
-        return bool(bytes(segment.state).count(READY) == segment.count)
+        return self._are_there(0, len(self._ends))
 
     def count_error(self) -> None:
         """A read failed."""
-        if self._segment is not None:
+        if self._open:
             self._counters[4] += 1
 
-    def _current(self) -> Segment:
-        """The segment of the kernel's file. Raises StaleCacheError when there is none."""
-        segment = self._segment
-        if segment is not None and segment.epoch[0] != RETIRED:
-            return segment
-        fresh = Segment.open(self._name)
-        if fresh is None or (fresh.identity.dev, fresh.identity.ino) != self.file:
-            if fresh is not None:
-                fresh.close()
-            raise StaleCacheError(
-                f"blob {self.blob_id}: its cache file was replaced or deleted; mount the image again to have the rest of it"
-            )
-        self.close()
-        self._segment = fresh
-        self._epoch, self._states = fresh.epoch, fresh.state
-        self._counters = fresh.counters(self._row)
-        self._size = fresh.identity.size
-        self._limit = -(-self._size // _PAGE) * _PAGE
-        self._starts, self._ends = array("Q"), array("Q")
-        for _, start, _, size, *_ in RECORD.iter_unpack(fresh.records):
-            self._starts.append(start)
-            self._ends.append(start + size)
-        return fresh
-
     def close(self) -> None:
-        if self._segment is not None:
-            self._counters.release()
-            self._segment.close()
-            self._segment = None
+        for view in self._views:
+            view.close()
+        self._open, self._only = [], None
+
+    # --- all views together -----------------------------------------------------------------------------------
+
+    def _are_there(self, first: int, last: int) -> bool:
+        """Whether all of these chunks are there; `last` is behind them."""
+        number = last - first
+        for view in self._open:
+            if view.states[first:last].tobytes().count(READY) == number and (
+                view is self._only or (view.verifies == self._verifies and view.listed.count(1, first, last) == number)
+            ):
+                return True
+        return self._only is None and 1 not in self._absent(first, last)
+
+    def _absent(self, first: int, last: int) -> bytes:
+        """A byte for each of these chunks: 1 if it is not there.
+
+        Of images that list a chunk those count that have digests checked of what is found on disk, if there are any. One that
+        none lists is there if it is so for any, and there is none of which nothing is known.
+        """
+        if self._only is not None:
+            return self._only.states[first:last].tobytes().translate(_ABSENT)
+        number = last - first
+        everything = int.from_bytes(b"\1" * number, "little")
+        decided = absent = 0
+        unsaid = everything
+        for verifies in (True, False):
+            listed, lacking = 0, everything
+            for view in self._open:
+                states = int.from_bytes(view.states[first:last].tobytes().translate(_ABSENT), "little")
+                unsaid &= states
+                if view.verifies == verifies:
+                    lists = int.from_bytes(view.listed[first:last], "little")
+                    listed |= lists
+                    lacking &= states | (everything ^ lists)
+            absent |= lacking & listed & ~decided
+            decided |= listed
+        if len(self._open) < len(self._views):
+            unsaid = everything
+        return (absent | (unsaid & ~decided)).to_bytes(number, "little")
+
+    def _asked(self, chunk: int, refused: Collection[int] = ()) -> View | None:
+        """By which view a chunk is to be asked for; None if it may be another's, of which nothing is known."""
+        found = [view for view in self._open if view.listed[chunk]]
+        found = [view for view in found if view.verifies == found[0].verifies]
+        if not found and len(self._open) == len(self._views):
+            found = self._open
+        return next((view for view in found if view.handle not in refused), found[0] if found else None)
+
+    def _runs(self, first: int, last: int, refused: Collection[int]) -> list[ChunkRun]:
+        """What is to be asked for to have these chunks. Raises StaleCacheError when one of them cannot be had.
+
+        A run has no chunk that its image does not list, unless no other one lists it.
+        """
+        runs: list[ChunkRun] = []
+        latest: dict[int, int] = {}
+        for chunk, absent in enumerate(self._absent(first, last), first):
+            if not absent:
+                continue
+            view = self._asked(chunk, refused)
+            if view is None:
+                raise self._stale()
+            place = latest.get(view.handle, -1)
+            if place >= 0:
+                begin = runs[place].first
+                reached = begin + runs[place].count
+                if view is self._only or view.listed.count(1, reached, chunk) == chunk - reached:
+                    runs[place] = ChunkRun(view.handle, begin, chunk + 1 - begin)
+                    continue
+            latest[view.handle] = len(runs)
+            runs.append(ChunkRun(view.handle, chunk, 1))
+        return runs
+
+    def _look(self) -> None:
+        """Know the views as they are now. Raises StaleCacheError when there is none, ScarceError when that cannot be told."""
+        if self._open:
+            for epoch in self._epochs:
+                if epoch[0] == RETIRED:
+                    break
+            else:
+                return
+        self._survey()
+
+    def _survey(self) -> None:
+        self._open, self._only = [], None
+        found: list[View] = []
+        why: CacheError | None = None
+        for view in self._views:
+            try:
+                if view.open((*self.file, self._birth)):
+                    found.append(view)
+            except ScarceError:
+                raise
+            except (CacheError, FormatError) as e:
+                why = CacheError(str(e))
+        if not found:
+            raise why or self._stale()
+        segments = [view.segment for view in found if view.segment is not None]
+        if any((each.count, each.identity.size) != (segments[0].count, segments[0].identity.size) for each in segments):
+            raise StaleCacheError(f"blob {self.blob_id}: images that have its cache file differ")
+        self._open, self._epochs = found, [view.epoch for view in found]
+        self._only = found[0] if len(self._views) == 1 else None
+        self._verifies = found[0].verifies
+        self._counters = found[0].counters
+        self._size = segments[0].identity.size
+        self._limit = -(-self._size // _PAGE) * _PAGE
+        self._starts, self._ends = _places(found)
+
+    def _stale(self) -> StaleCacheError:
+        return StaleCacheError(
+            f"blob {self.blob_id}: its cache file was replaced or deleted; mount the image again to have the rest of it"
+        )
+
+
+def _places(views: Sequence[View]) -> tuple[array[int], array[int]]:
+    """Where chunks begin and end. Of one that it does not list an image may know nothing, and say that it has no bytes."""
+    first = views[0]
+    if all(view.starts == first.starts and view.ends == first.ends for view in views):
+        for view in views:
+            view.starts, view.ends = first.starts, first.ends  # once in memory
+        return first.starts, first.ends
+    starts, ends, reached = array("Q"), array("Q"), 0
+    for places in zip(*(zip(view.starts, view.ends, strict=True) for view in views), strict=True):
+        start, end = next((place for place in places if place[0] < place[1]), (reached, reached))
+        starts.append(start)
+        ends.append(end)
+        reached = end
+    return starts, ends

@@ -71,22 +71,30 @@ class Known:
         before = self.files
         self.files, self.keys = {}, {}
         for place, files in found.items():
-            if place in before:
+            # A number that was given to another file says that nobody uses the mounts any more that had the former one.
+            birth = files[-1].birth
+            here = [file for file in files if birth is None or file.birth in (None, birth)]
+            if place in before and before[place][1].is_still(here):
                 blob = before[place][1]
-                blob.describe(files)
+                blob.describe(here)
             else:
-                blob = Blob(files[-1], self._row)
-                blob.describe(files)
-            self.files[place] = files[-1].key, blob
+                blob = Blob(here, self._row)
+            self.files[place] = here[-1].key, blob
             self.keys |= {file.key: blob for file in files}
         for place, (_, blob) in before.items():
-            if place not in found:
+            if self.files.get(place, (0, None))[1] is not blob:
                 self._forget(blob)
         self._complete &= {mounted.index for mounted in self.table.mounts}
         return True
 
+    def current(self, blob: Blob) -> Blob:
+        """The blob that has the place of this one now: itself, unless its mounts have come and gone."""
+        return self.files.get(blob.file, (0, blob))[1]
+
     def passes(self, blob: Blob, offset: int, fd: int) -> None:
         """A reader passes at `offset`, or will, that has come by the file `fd`: unmark its private mount if that can be."""
+        if self.current(blob) is not blob:
+            return
         interval = blob.interval(offset)
         whole = blob.whole(*interval)
         if not whole and ((blob, *interval) in self._kept or len(self._kept) >= _KEPT_MOST):
@@ -94,6 +102,8 @@ class Known:
         # The mounts as they are now: it may be one that was made of the same file since, with other ranges. Each is in the
         # table before it can be read.
         if self.refresh():
+            if self.current(blob) is not blob:
+                return
             interval = blob.interval(offset)
             whole = blob.whole(*interval)
         if whole:

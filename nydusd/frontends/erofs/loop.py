@@ -31,7 +31,7 @@ from nydusd.ipc.messages import AHEAD, LOST
 from nydusd.storage.api.io import ChunkRun
 
 from . import fanotify
-from .device import Blob
+from .device import Blob, OutsideError
 from .journal import UNKNOWN, Journal
 from .known import Known
 
@@ -50,7 +50,19 @@ _REST = 2.0
 class _Waiting:
     """A reader that waits: its event's number, what it still needs, until when, and where that is shown (`slot`)."""
 
-    __slots__ = ("blobs", "count", "deadline", "number", "offset", "pending", "place", "rounds", "runs", "slot")
+    __slots__ = (
+        "blobs",
+        "count",
+        "deadline",
+        "number",
+        "offset",
+        "pending",
+        "place",
+        "refused",
+        "rounds",
+        "runs",
+        "slot",
+    )
 
     def __init__(self, number: int, place: int, offset: int, count: int, blobs: list[Blob], deadline: float) -> None:
         self.number = number
@@ -61,6 +73,8 @@ class _Waiting:
         self.deadline = deadline
         self.rounds = 1
         self.slot = -1
+        self.refused: set[int] = set()
+        """Handles by which what it needs could not be had."""
         self.pending: dict[int, tuple[ChunkRun, int]] = {}
         self.runs: list[tuple[Blob, ChunkRun]] = []
 
@@ -147,15 +161,14 @@ class FrontEnd:
     def _take(self, length: int) -> None:
         """Answer the events in the first `length` bytes of the buffer, or have them wait."""
         known = self._known
+        # Each mount that has asked is in the table; what has gone since may have left its file's number to another file.
+        known.refresh()
         for event in fanotify.events(self._journal.buffer):
             try:
                 st = os.fstat(event.fd)
-                file = st.st_dev, st.st_ino
-                if file not in known.files:
-                    known.refresh()
-                key, blob = known.files[file]
-                run = blob.missing(event.offset, event.length, st.st_size)
-                if run is None:
+                key, blob = known.files[st.st_dev, st.st_ino]
+                runs = blob.missing(event.offset, event.length, st.st_size)
+                if not runs:
                     known.passes(blob, event.offset, event.fd)
             except (KeyError, OSError):
                 self._refuse(
@@ -172,16 +185,15 @@ class FrontEnd:
                 self._refuse(event.fd, self._code(e), str(e))
                 os.close(event.fd)
                 continue
-            if run is None:
+            if not runs:
                 self._answer(event.fd, 0)
                 os.close(event.fd)
             else:
                 points.reach("fanotify: event looked at")
                 place = self._journal.keep(event, key)
                 points.reach("fanotify: event kept")
-                self._wait(
-                    _Waiting(event.fd, place, event.offset, event.length, [blob], self._deadline()), [(blob, run)]
-                )
+                waiting = _Waiting(event.fd, place, event.offset, event.length, [blob], self._deadline())
+                self._wait(waiting, [(blob, run) for run in runs])
                 points.reach("fanotify: event asked for")
             hint = blob.hint(event.offset)
             if hint is not None and not self._alone:
@@ -215,26 +227,23 @@ class FrontEnd:
             else:
                 self._end(waiting, 0)
 
-    @staticmethod
-    def _needs(waiting: _Waiting) -> list[tuple[Blob, ChunkRun]]:
+    def _needs(self, waiting: _Waiting) -> list[tuple[Blob, ChunkRun]]:
         """What must be fetched for a reader. Where it is not known of which blob, the range of each that has it."""
-        runs = []
-        outside: CacheError | None = None
+        waiting.blobs = [self._known.current(blob) for blob in waiting.blobs]
+        needed = []
+        outside: OutsideError | None = None
         inside = False
         for blob in waiting.blobs:
             try:
-                run = blob.missing(waiting.offset, waiting.count, blob.held())
-            except CacheError as e:
-                if len(waiting.blobs) == 1 or e.temporary:
-                    raise
+                runs = blob.missing(waiting.offset, waiting.count, blob.held(), waiting.refused)
+            except OutsideError as e:
                 outside = e
                 continue
             inside = True
-            if run is not None:
-                runs.append((blob, run))
+            needed += [(blob, run) for run in runs]
         if not inside and outside is not None:
             raise outside
-        return runs
+        return needed
 
     # --- waiting ----------------------------------------------------------------------------------------------
 
@@ -312,16 +321,48 @@ class FrontEnd:
         waiting = self._owners.pop(request, None)
         if waiting is None:
             return
-        del waiting.pending[request]
+        run, _ = waiting.pending.pop(request)
         if code == errno.ENOSPC or (in_memory and not code):
             self._end(waiting, errno.ENOSPC, "the cache folder cannot be used")
         elif code:
-            self._end(waiting, code, os.strerror(code))
+            self._ask_others(waiting, run.blob, code)
         elif not waiting.pending:
             self._check(waiting)
 
+    def _ask_others(self, waiting: _Waiting, handle: int, code: int) -> None:
+        """Chunks cannot be had by this handle: its image is gone, or its backend fails. Ask by those of other images."""
+        self._known.refresh()
+        waiting.refused.add(handle)
+        try:
+            runs = self._needs(waiting)
+        except ScarceError as e:
+            self._cancel(waiting)
+            self._put_off(waiting, e)
+            return
+        except NydusError:
+            self._end(waiting, code, os.strerror(code))
+            return
+        if any(run.blob in waiting.refused for _, run in runs):
+            self._end(waiting, code, os.strerror(code))
+            return
+        self._cancel(waiting)
+        if runs:
+            self._wait(waiting, runs)
+        else:
+            self._end(waiting, 0)
+
+    def _cancel(self, waiting: _Waiting) -> None:
+        """Want nothing any more of what was asked for a reader."""
+        for number in waiting.pending:
+            self._owners.pop(number, None)
+            self._line().cancel(number)
+        waiting.pending.clear()
+
     def _check(self, waiting: _Waiting) -> None:
         """All that was asked for has come, it is said."""
+        if any(self._known.current(blob) is not blob for blob in waiting.blobs):
+            self._look_at(waiting)
+            return
         try:
             lost = [(blob, run) for blob, run in waiting.runs if not blob.ready(run)]
             if not lost:
@@ -348,10 +389,7 @@ class FrontEnd:
             self._answer(waiting.number, 0)
         points.reach("fanotify: answered")
         self._waiting.pop(waiting.number, None)
-        for number in waiting.pending:
-            self._owners.pop(number, None)
-            self._line().cancel(number)
-        waiting.pending.clear()
+        self._cancel(waiting)
         if self._board is not None:
             self._board.end(waiting.slot)
             waiting.slot = -1

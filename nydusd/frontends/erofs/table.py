@@ -34,6 +34,8 @@ _READ_AHEAD_KIB = 2048
 _READ_AHEAD_USUAL_KIB = 128
 _OLD: dict[str, Any] = {"before": ()}
 """What daemons of before 2026-11-26 read of a mount, and nobody else."""
+_MORE = ("birth", "verifies")
+"""What is said of a file that daemons of before 2026-11-27 do not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,8 @@ class File:
     """A blob of a mount. `handle` and `segment`: how the supervisor and shared memory call it; `data`: path of its cache file.
 
     `cuts`: where its ranges begin, in order; the kernel reads each through a private mount of its own. `key`: its number in the
-    journal, one for each blob of each mount.
+    journal, one for each blob of each mount. `birth` tells the cache file from another one that was
+    given its number (`Identity.birth`), None: not known. `verifies`: digests are checked of what is found on disk.
     """
 
     key: int
@@ -52,6 +55,8 @@ class File:
     device: int
     inode: int
     cuts: tuple[int, ...] = (0,)
+    birth: int | None = None
+    verifies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,10 @@ def create() -> int:
 
 def write(fd: int, table: Table) -> None:
     """Replace what is there. Raises OSError, FormatError for more than there is room for."""
-    raw = {"ended": table.ended, "folders": table.folders, "mounts": [asdict(m) | _OLD for m in table.mounts]}
+    mounts = [asdict(mounted) | _OLD for mounted in table.mounts]
+    # Beside the mounts: a daemon of before 2026-11-27 that goes on with them takes no other keys there. It drops these.
+    more = {file["key"]: [file.pop(name) for name in _MORE] for mounted in mounts for file in mounted["files"]}
+    raw = {"ended": table.ended, "folders": table.folders, "mounts": mounts, "more": more}
     content = json.dumps(raw).encode()
     if len(content) + _LENGTH.size > _HALF:
         raise FormatError("table of mounts", "size", f"{len(content)} bytes, {_HALF} at most: too many mounts")
@@ -154,14 +162,18 @@ def read(fd: int) -> Table:
 def _parse(content: bytes, revision: int) -> Table:
     try:
         raw = json.loads(content)
-        mounts = tuple(_mounted(each) for each in raw["mounts"])
-        return Table(mounts, tuple(raw["folders"]), bool(raw["ended"]), revision)
+        more = raw.get("more", {})
+        mounts = tuple(_mounted(each, more) for each in raw["mounts"])
+        return Table(mounts, tuple(raw["folders"]), bool(raw["ended"]), revision=revision)
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise FormatError("table of mounts", "content", f"cannot be read: {e!r}") from e
 
 
-def _mounted(raw: dict[str, Any]) -> Mounted:
+def _mounted(raw: dict[str, Any], more: dict[str, list[Any]]) -> Mounted:
     names = raw.pop("names")
-    files = tuple(File(**(each | {"cuts": tuple(each["cuts"])})) for each in raw.pop("files"))
+    files = tuple(
+        File(**(each | {"cuts": tuple(each["cuts"])} | dict(zip(_MORE, more.get(str(each["key"]), ()), strict=False))))
+        for each in raw.pop("files")
+    )
     raw.pop("before", None)  # of another release
     return Mounted(**raw, files=files, names=None if names is None else tuple(names))

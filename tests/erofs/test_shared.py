@@ -1,0 +1,289 @@
+"""One cache file of several mounts, or of one after the other: readers pass by what is said of the very file now.
+
+A socket pair takes the place of the fanotify group; mounts are entries of the table, images segments in shared memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nydusd.formats.model import ChunkFlag
+from nydusd.frontends.erofs import table
+from nydusd.frontends.erofs.device import Blob
+from nydusd.frontends.erofs.journal import Journal, create
+from nydusd.frontends.erofs.known import Known
+from nydusd.frontends.erofs.loop import FrontEnd
+from nydusd.frontends.erofs.table import File, Mounted, Table
+from nydusd.ipc.client import Reply
+from nydusd.ipc.messages import SlotRef
+from nydusd.storage.api.io import ChunkRun
+from nydusd.storage.state.segment import EMPTY, READY, Identity, Segment, remove
+from tests.support.segments import Place, make_segment, segment_name
+
+EVENT = struct.Struct("=IBBHQii BBHIQQ")
+ANSWER = struct.Struct("=iI")
+PASSES, FAILS = 1, 2 | errno.EIO << 24
+CHUNK, COUNT = 4096, 4
+UNLISTED = int(ChunkFlag.UNLISTED)
+ALL = range(COUNT)
+
+
+class Line:
+    """A line to a supervisor that answers as a test says."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._answers: list[Reply] = []
+        self.asked: dict[int, ChunkRun] = {}
+        self._number = 0
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def request(self, run: ChunkRun, flags: int = 0, number: int | None = None) -> int:
+        self._number += 1
+        self.asked[self._number] = run
+        return self._number
+
+    def answer(self, handle: int, code: int) -> None:
+        """To all that was asked for by this handle."""
+        for number in [number for number, run in self.asked.items() if run.blob == handle]:
+            del self.asked[number]
+            self._answers.append(Reply(number, code, None))
+
+    def replies(self) -> list[Reply]:
+        taken, self._answers = self._answers, []
+        return taken
+
+    def cancel(self, request: int) -> None:
+        self.asked.pop(request, None)
+
+    def pieces(self, slot: SlotRef) -> dict[int, memoryview]:
+        return {}
+
+    def release(self, slot: SlotRef) -> None: ...
+
+    def forget_arenas(self) -> None: ...
+
+
+class Kernel:
+    """A blob of four chunks, the mounts that have it, and the front end that is asked about it."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        path.write_bytes(bytes(CHUNK * COUNT))
+        self._path = path
+        self._stack = stack
+        self.memory = table.create()
+        stack.callback(os.close, self.memory)
+        self._ours, self._group = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._ours, self._group):
+            stack.callback(end.close)
+            end.setblocking(False)
+        self._journal = create()
+        stack.callback(os.close, self._journal)
+        self._mounts: dict[int, Mounted] = {}
+        self._names: dict[int, str] = {}
+        self.line = Line(self._ours.fileno())
+        self.front: FrontEnd | None = None
+        stack.callback(self.end)
+
+    def begin(self) -> FrontEnd:
+        """A front end that succeeds the one that there is, which is killed."""
+        self.end()
+
+        def know(complain: object) -> Known:
+            return Known(self.memory, self._group.fileno(), 0, lambda _text: None)
+
+        journal = Journal(self._journal)
+        self.front = FrontEnd(self._group.fileno(), journal, know, lambda: self.line, lambda: False, inherited=set())
+        self.line.asked.clear()
+        self.front._recover()
+        return self.front
+
+    def end(self) -> None:
+        """Nothing of a front end stays."""
+        if self.front is None:
+            return
+        for _, blob in self.front._known.files.values():
+            self.front._known._forget(blob)
+        for number in self.front._waiting.keys() - self.front._own_numbers:
+            os.close(number)
+        self.front = None
+
+    def mount(
+        self, index: int, handle: int, *, lists: Iterable[int] = ALL, ready: Iterable[int] = (), birth: int | None = 1
+    ) -> Segment:
+        """A further one, by an image that lists these chunks, of which these are ready."""
+        name = self._names[index] = self._stack.enter_context(segment_name())
+        st = self._path.stat()
+        places = [Place(CHUNK * i, CHUNK, CHUNK, 0 if i in lists else UNLISTED) for i in ALL]
+        state = bytes(READY if i in ready else EMPTY for i in ALL)
+        segment = make_segment(
+            name, places, state=state, identity=Identity(st.st_dev, st.st_ino, CHUNK * COUNT, birth or 0)
+        )
+        self._stack.callback(segment.close)
+        file = File(index << 8, "blob", handle, name, str(self._path), st.st_dev, st.st_ino, (0,), birth)
+        self._mounts[index] = Mounted(index, f"/{index}", f"/mnt/{index}", "id", (file,), (f"no-{index}",))
+        self._write()
+        return segment
+
+    def says(self, index: int, *, verifies: bool = False) -> None:
+        """What `File` says beside of the image of this mount."""
+        mounted = self._mounts[index]
+        (file,) = mounted.files
+        self._mounts[index] = replace(mounted, files=(replace(file, verifies=verifies),))
+        self._write()
+
+    def blob(self) -> Blob:
+        """As the front end knows it."""
+        front = self.front or self.begin()
+        front._known.refresh()
+        ((_, blob),) = front._known.files.values()
+        return blob
+
+    def umount(self, index: int) -> None:
+        del self._mounts[index]
+        remove(self._names[index])
+        self._write()
+
+    def _write(self) -> None:
+        table.write(self.memory, Table(tuple(self._mounts.values())))
+
+    def read(self, first: int, count: int = 1) -> list[int]:
+        """Somebody reads these chunks: the answers at once."""
+        front = self.front or self.begin()
+        event = os.open(self._path, os.O_RDONLY)
+        packet = EVENT.pack(EVENT.size, 3, 0, 24, 0, event, 0, 6, 0, 24, 0, CHUNK * first, CHUNK * count)
+        front._journal.buffer[: len(packet)] = packet
+        front._take(len(packet))
+        return self.answers()
+
+    def asked(self) -> list[ChunkRun]:
+        return list(self.line.asked.values())
+
+    def answered(self, handle: int, code: int = 0) -> list[int]:
+        """The supervisor answers what was asked for by this handle: what readers get then."""
+        assert self.front is not None
+        self.line.answer(handle, code)
+        self.front._service()
+        return self.answers()
+
+    def answers(self) -> list[int]:
+        found = []
+        while True:
+            try:
+                found.append(ANSWER.unpack(self._ours.recv(ANSWER.size))[1])
+            except BlockingIOError:
+                return found
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Iterator[Kernel]:
+    with ExitStack() as stack:
+        yield Kernel(tmp_path / "blob.data", stack)
+
+
+# --- one file after the other ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("births", [(1, 2), (1, 1), (None, None)])
+def test_what_is_known_of_a_file_says_nothing_of_the_next_one_of_its_number(
+    kernel: Kernel, births: tuple[int | None, int | None]
+) -> None:
+    """Also if it is the same file: others may have taken something out of it while nobody had it mounted."""
+    kernel.mount(1, 7, ready=ALL, birth=births[0])
+    assert kernel.read(0) == [PASSES]
+    kernel.umount(1)
+    segment = kernel.mount(2, 9, birth=births[1])
+    assert kernel.read(0) == [] and kernel.asked() == [ChunkRun(9, 0, 1)]
+    segment.state[0] = READY
+    assert kernel.answered(9) == [PASSES]
+
+
+def test_a_mount_that_has_ended_and_is_not_forgotten_says_nothing_of_the_next_file_of_its_number(
+    kernel: Kernel,
+) -> None:
+    kernel.mount(1, 7, ready=ALL, birth=1)
+    assert kernel.read(0) == [PASSES]
+    kernel.mount(2, 9, birth=2)
+    assert kernel.read(0) == [] and kernel.asked() == [ChunkRun(9, 0, 1)]
+    assert kernel.answered(9, errno.EIO) == [FAILS]
+
+
+def test_what_is_cached_is_read_on_while_other_mounts_come_and_go(kernel: Kernel) -> None:
+    """Its segment has lost its name: the cache file was deleted and made again, under the mount."""
+    kernel.mount(1, 7, ready=ALL)
+    assert kernel.read(0) == [PASSES]
+    remove(kernel._names[1])
+    kernel.mount(2, 9, lists=[])
+    assert kernel.read(0) == [PASSES]
+    kernel.umount(2)
+    assert kernel.read(1) == [PASSES]
+
+
+# --- one file of several images --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_cannot_be_had_for_the_latest_image_is_asked_for_by_another_one(kernel: Kernel, gone: bool) -> None:
+    """Its image was unmounted, or its backend fails."""
+    segment = kernel.mount(1, 7)
+    kernel.mount(2, 9)
+    assert kernel.read(1) == [] and kernel.asked() == [ChunkRun(9, 1, 1)]
+    if gone:
+        kernel.umount(2)
+    assert kernel.answered(9, errno.EIO) == [] and kernel.asked() == [ChunkRun(7, 1, 1)]
+    segment.state[1] = READY
+    assert kernel.answered(7) == [PASSES]
+    assert kernel.read(2) == []
+    assert kernel.answered(9, errno.EIO) == []
+    assert kernel.answered(7, errno.EIO) == [FAILS] and kernel.asked() == []
+
+
+def test_a_chunk_is_there_if_an_image_says_so_that_lists_it(kernel: Kernel) -> None:
+    lists_it = kernel.mount(1, 7)
+    other = kernel.mount(2, 9, lists=[0, 1, 3], ready=[2])
+    assert kernel.read(2) == [] and kernel.asked() == [ChunkRun(7, 2, 1)], "nobody has compared it with a digest"
+    assert kernel.answered(7, errno.EIO) == [FAILS]
+    lists_it.state[2] = READY
+    assert kernel.read(2) == [PASSES]
+    other.state[0] = READY
+    assert kernel.read(0) == [PASSES], "both have the same digest of it"
+
+
+def test_no_image_is_asked_for_chunks_that_it_does_not_list_and_another_does(kernel: Kernel) -> None:
+    first = kernel.mount(1, 7, lists=[1, 2])
+    second = kernel.mount(2, 9, lists=[0, 3])
+    assert kernel.read(0, COUNT) == []
+    assert kernel.asked() == [ChunkRun(9, 0, 1), ChunkRun(7, 1, 2), ChunkRun(9, 3, 1)]
+    for chunk in (0, 3):
+        second.state[chunk] = READY
+    assert kernel.answered(9) == []
+    for chunk in (1, 2):
+        first.state[chunk] = READY
+    assert kernel.answered(7) == [PASSES]
+    blob = kernel.blob()
+    assert blob.complete() and blob.whole(0, CHUNK * COUNT)
+    first.state[2] = EMPTY
+    assert not blob.complete() and not blob.whole(0, CHUNK * COUNT) and blob.whole(CHUNK * 3, CHUNK * COUNT)
+
+
+def test_who_wants_digests_checked_believes_only_others_who_do(kernel: Kernel) -> None:
+    checks = kernel.mount(1, 7)
+    kernel.mount(2, 9, ready=ALL)
+    assert kernel.read(0) == [PASSES]
+    kernel.umount(2)
+    kernel.mount(3, 10, ready=ALL)
+    kernel.says(1, verifies=True)
+    assert kernel.read(0) == [] and kernel.asked() == [ChunkRun(7, 0, 1)]
+    checks.state[0] = READY
+    assert kernel.answered(7) == [PASSES]
