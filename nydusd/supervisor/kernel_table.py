@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from nydusd.errors import MountError
 from nydusd.frontends.erofs import table
-from nydusd.frontends.erofs.table import Mounted, Table
+from nydusd.frontends.erofs.table import Mounted
 from nydusd.supervisor.kernel_places import remove_unused
 
 
@@ -28,11 +28,12 @@ class KernelTable:
         return next(mounted for mounted in self.mounts if mounted.index == index)
 
     def next_index(self) -> int:
-        """A number for a further mount, above all that are there."""
-        return max((each.index for each in self.mounts), default=0) + 1
+        """A number for a further mount, one that none has had: an event that somebody waits for may be noted for that."""
+        return max([self._table.next, *(mounted.index + 1 for mounted in self.mounts)])
 
     def add(self, mounted: Mounted) -> None:
         """Raises FormatError when there is no room for it."""
+        self._table = replace(self._table, next=max(self._table.next, mounted.index + 1))
         self._write(*self.mounts, mounted)
 
     def note(self, mounted: Mounted) -> None:
@@ -79,6 +80,6 @@ class KernelTable:
                 raise MountError(f"it is in use: {each.place} is mounted in it")
 
     def _write(self, *mounts: Mounted) -> None:
-        fresh = Table(mounts, self._table.folders, self._table.ended)
+        fresh = replace(self._table, mounts=mounts)
         table.write(self._memory, fresh)
         self._table = fresh

@@ -6,6 +6,7 @@ A socket pair takes the place of the fanotify group; mounts are entries of the t
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import struct
@@ -19,7 +20,8 @@ import pytest
 from nydusd.formats.model import ChunkFlag
 from nydusd.frontends.erofs import table
 from nydusd.frontends.erofs.device import Blob
-from nydusd.frontends.erofs.journal import Journal, create
+from nydusd.frontends.erofs.fanotify import Event
+from nydusd.frontends.erofs.journal import _ENTRY, UNKNOWN, Journal, create
 from nydusd.frontends.erofs.known import Known
 from nydusd.frontends.erofs.loop import FrontEnd
 from nydusd.frontends.erofs.table import File, Mounted, Table
@@ -27,6 +29,7 @@ from nydusd.ipc.client import Reply
 from nydusd.ipc.messages import SlotRef
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state.segment import EMPTY, READY, Identity, Segment, remove
+from nydusd.supervisor.kernel_table import KernelTable
 from tests.support.segments import Place, make_segment, segment_name
 
 EVENT = struct.Struct("=IBBHQii BBHIQQ")
@@ -228,6 +231,62 @@ def test_what_is_cached_is_read_on_while_other_mounts_come_and_go(kernel: Kernel
     assert kernel.read(0) == [PASSES]
     kernel.umount(2)
     assert kernel.read(1) == [PASSES]
+
+
+# --- events that are left --------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_is_noted_for_a_mount_that_is_gone_waits_for_what_it_needs(kernel: Kernel) -> None:
+    segment = kernel.mount(1, 7)
+    kernel.mount(2, 9)
+    assert kernel.read(0) == [] and kernel.asked() == [ChunkRun(9, 0, 1)]
+    kernel.umount(2)
+    kernel.begin()
+    assert kernel.answers() == [] and kernel.asked() == [ChunkRun(7, 0, 1)]
+    segment.state[0] = READY
+    assert kernel.answered(7) == [PASSES]
+
+
+def test_the_number_of_a_mount_is_never_given_to_another_one(kernel: Kernel) -> None:
+    known = KernelTable(kernel.memory)
+    for index in (1, 2, 3):
+        assert known.next_index() == index
+        known.add(Mounted(index, f"/{index}", f"/mnt/{index}", "id", ()))
+    known.forget(3)
+    known.note_folder("/mnt/3")
+    assert known.next_index() == 4
+    assert KernelTable(kernel.memory).next_index() == 4, "nor by the next supervisor"
+
+
+def test_an_event_is_noted_for_a_mount_of_any_number(kernel: Kernel) -> None:
+    """A front end of an older release, which has written 32 bits, is killed, and so is one that knows 64."""
+    segment = kernel.mount(1 << 40, 7)
+    assert kernel.read(0) == []
+    kernel.begin()
+    assert kernel.answers() == [] and kernel.asked() == [ChunkRun(7, 0, 1)]
+    segment.state[0] = READY
+    assert kernel.answered(7) == [PASSES]
+    journal = Journal(kernel._journal)
+    place = journal.keep(Event(99, 0, CHUNK), UNKNOWN)
+    at = place * _ENTRY.size
+    assert struct.unpack_from("=iIiIQQ", journal._entries, at)[2] == -1, "as an older release reads it"
+    struct.pack_into("=iIiIQQ", journal._entries, at, 99, 0, 1 << 8, 0, 0, CHUNK)
+    assert [left.blob for left in Journal(kernel._journal).left] == [1 << 8]
+
+
+def test_an_older_release_goes_on_with_the_table_and_drops_what_it_does_not_know(kernel: Kernel) -> None:
+    kernel.mount(5, 7)
+    ours = table.read(kernel.memory)
+    start = 4096 + (table.revision_of(kernel.memory) & 1) * (64 << 20)
+    (length,) = struct.unpack("=Q", os.pread(kernel.memory, 8, start))
+    raw = json.loads(os.pread(kernel.memory, length, start + 8))
+    known = {"key", "blob_id", "handle", "segment", "data", "device", "inode", "cuts"}
+    assert [set(file) for mounted in raw["mounts"] for file in mounted["files"]] == [known]
+    content = json.dumps({name: raw[name] for name in ("ended", "folders", "mounts")}).encode()
+    os.pwrite(kernel.memory, struct.pack("=Q", len(content)) + content, start)
+    (file,) = table.read(kernel.memory).mounts[0].files
+    assert file.birth is None and ours.mounts[0].files[0].birth == 1
+    assert KernelTable(kernel.memory).next_index() == 6
 
 
 # --- one file of several images --------------------------------------------------------------------------------

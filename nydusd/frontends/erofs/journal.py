@@ -25,8 +25,8 @@ from .fanotify import EVENT_SIZE, READ_SIZE, Event, events
 
 _MAGIC = 0x31_4A_46_44_59_4E  # NYDFJ1: another layout, another number
 _HEADER = Struct("=Q")
-_ENTRY = Struct("=iIiIQQ")
-"""number, front ends that crashed at it, blob, nothing, offset, count."""
+_ENTRY = Struct("=iIqQQ")
+"""number, front ends that crashed at it, blob, offset, count."""
 EVENTS = 1 << 14
 """Readers that can wait at once."""
 _BUFFER = mmap.PAGESIZE
@@ -42,7 +42,7 @@ UNKNOWN = -1
 
 
 class Kept(NamedTuple):
-    """An event that a predecessor has left. `blob` is an index or UNKNOWN; `hopeless`: too many have crashed at it."""
+    """An event that a predecessor has left. `blob` is `table.File.key` or UNKNOWN; `hopeless`: too many have crashed at it."""
 
     place: int
     event: Event
@@ -91,7 +91,7 @@ class Journal:
     def keep(self, event: Event, blob: int) -> int:
         """Note an event that must wait; gives the place."""
         place = self._free.pop()
-        _ENTRY.pack_into(self._entries, place * _ENTRY.size, event.fd, 0, blob, 0, event.offset, event.length)
+        _ENTRY.pack_into(self._entries, place * _ENTRY.size, event.fd, 0, blob, event.offset, event.length)
         self._states[place] = _TAKEN
         return place
 
@@ -112,7 +112,7 @@ class Journal:
         for event in events(self.buffer):
             if event.fd not in known:
                 place = next(free)
-                entry = (event.fd, 0, UNKNOWN, 0, event.offset, event.length)
+                entry = (event.fd, 0, UNKNOWN, event.offset, event.length)
                 _ENTRY.pack_into(self._entries, place * _ENTRY.size, *entry)
                 self._states[place] = _TAKEN
                 taken.append(place)
@@ -120,9 +120,9 @@ class Journal:
         found = []
         for place in taken:
             at = place * _ENTRY.size
-            number, deaths, blob, _, offset, count = _ENTRY.unpack_from(self._entries, at)
+            number, deaths, blob, offset, count = _ENTRY.unpack_from(self._entries, at)
             deaths += crashed
-            _ENTRY.pack_into(self._entries, at, number, deaths, blob, 0, offset, count)
+            _ENTRY.pack_into(self._entries, at, number, deaths, blob, offset, count)
             found.append(Kept(place, Event(number, offset, count), blob, deaths >= LIVES))
         return found
 

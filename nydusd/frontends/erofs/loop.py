@@ -32,7 +32,7 @@ from nydusd.storage.api.io import ChunkRun
 
 from . import fanotify
 from .device import Blob, OutsideError
-from .journal import UNKNOWN, Journal
+from .journal import Journal
 from .known import Known
 
 log = logging.getLogger(__name__)
@@ -206,7 +206,8 @@ class FrontEnd:
         everything = [blob for _, blob in self._known.files.values()]
         for place, event, key, hopeless in self._journal.left:
             points.reach("fanotify: successor takes up an event")
-            blobs = everything if key == UNKNOWN else [blob for blob in [self._known.keys.get(key)] if blob is not None]
+            # Who has come by a mount that is gone may have come by another as well that has the same file.
+            blobs = [self._known.keys[key]] if key in self._known.keys else everything
             waiting = _Waiting(event.fd, place, event.offset, event.length, blobs, self._deadline())
             if hopeless or not event.length or not blobs:
                 self._end(waiting, errno.EIO, "front ends die of this event: its reader is refused")

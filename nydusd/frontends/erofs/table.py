@@ -43,7 +43,7 @@ class File:
     """A blob of a mount. `handle` and `segment`: how the supervisor and shared memory call it; `data`: path of its cache file.
 
     `cuts`: where its ranges begin, in order; the kernel reads each through a private mount of its own. `key`: its number in the
-    journal, one for each blob of each mount. `birth` tells the cache file from another one that was
+    journal, one for each blob of each mount; no other one has it ever. `birth` tells the cache file from another one that was
     given its number (`Identity.birth`), None: not known. `verifies`: digests are checked of what is found on disk.
     """
 
@@ -87,11 +87,15 @@ class Mounted:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """All mounts. `folders`: what was made for them to be mounted on; `ended`: the daemon was stopped, not killed."""
+    """All mounts. `folders`: what was made for them to be mounted on; `ended`: the daemon was stopped, not killed.
+
+    `next` is above the index of each mount that there ever was, as far as its writers have known of it.
+    """
 
     mounts: tuple[Mounted, ...] = ()
     folders: tuple[str, ...] = ()
     ended: bool = False
+    next: int = 1
     revision: int = field(default=0, compare=False)
 
     def alive(self) -> bool:
@@ -128,7 +132,7 @@ def write(fd: int, table: Table) -> None:
     mounts = [asdict(mounted) | _OLD for mounted in table.mounts]
     # Beside the mounts: a daemon of before 2026-11-27 that goes on with them takes no other keys there. It drops these.
     more = {file["key"]: [file.pop(name) for name in _MORE] for mounted in mounts for file in mounted["files"]}
-    raw = {"ended": table.ended, "folders": table.folders, "mounts": mounts, "more": more}
+    raw = {"ended": table.ended, "folders": table.folders, "mounts": mounts, "next": table.next, "more": more}
     content = json.dumps(raw).encode()
     if len(content) + _LENGTH.size > _HALF:
         raise FormatError("table of mounts", "size", f"{len(content)} bytes, {_HALF} at most: too many mounts")
@@ -164,7 +168,7 @@ def _parse(content: bytes, revision: int) -> Table:
         raw = json.loads(content)
         more = raw.get("more", {})
         mounts = tuple(_mounted(each, more) for each in raw["mounts"])
-        return Table(mounts, tuple(raw["folders"]), bool(raw["ended"]), revision=revision)
+        return Table(mounts, tuple(raw["folders"]), bool(raw["ended"]), next=int(raw.get("next", 1)), revision=revision)
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise FormatError("table of mounts", "content", f"cannot be read: {e!r}") from e
 
