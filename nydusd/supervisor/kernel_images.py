@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from nydusd.errors import UnsupportedError
 from nydusd.frontends.erofs.session import Range
 from nydusd.frontends.erofs.table import File, Mounted
-from nydusd.storage.state.segment import READY, RECORD
+from nydusd.storage.state.segment import READY, RECORD, Identity
 
 if TYPE_CHECKING:
     from nydusd.storage.cache.blob_cache import BlobCache
@@ -36,14 +36,22 @@ def check(image: Image) -> None:
         raise UnsupportedError(f"{image.source}: {len(image.caches)} blobs, {_BLOBS_MOST} at most")
 
 
+def file_at(path: str) -> tuple[int, int, int]:
+    """What tells the cache file at this path from others (`Identity.file`). Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return Identity.of(fd, 0).file
+    finally:
+        os.close(fd)
+
+
 def is_fillable(cache: BlobCache) -> bool:
     """Whether what is fetched comes into the cache file that is there: its shared memory is of that very file.
 
     It is of none where the file could not be used, and of another one where that was deleted or replaced.
     """
     with contextlib.suppress(OSError):
-        st = os.stat(str(cache.spec.data_path))
-        return cache.segment is not None and cache.segment.identity.file[:2] == (st.st_dev, st.st_ino)
+        return cache.segment is not None and cache.segment.identity.file == file_at(str(cache.spec.data_path))
     return False
 
 
@@ -91,5 +99,5 @@ def ranges_of(caches: Sequence[BlobCache], cuts: Sequence[Sequence[int]]) -> lis
             ends.append(start + size)
         for begin, end in zip(of_blob, [*of_blob[1:], 1 << 63], strict=True):
             part = state[bisect_right(ends, begin) : bisect_left(starts, end)]
-            found.append(Range(str(cache.spec.data_path), part.count(READY) == len(part)))
+            found.append(Range(str(cache.spec.data_path), part.count(READY) == len(part), cache.segment.identity.file))
     return found

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from nydusd.errors import MountError
 from nydusd.formats.model import ChunkFlag
-from nydusd.frontends.erofs import table
+from nydusd.frontends.erofs import session, table
 from nydusd.frontends.erofs.device import Blob
 from nydusd.frontends.erofs.fanotify import Event
 from nydusd.frontends.erofs.journal import _ENTRY, UNKNOWN, Journal, create
@@ -29,6 +30,7 @@ from nydusd.ipc.client import Reply
 from nydusd.ipc.messages import SlotRef
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state.segment import EMPTY, READY, Identity, Segment, remove
+from nydusd.supervisor.kernel_images import file_at
 from nydusd.supervisor.kernel_table import KernelTable
 from tests.support.segments import Place, make_segment, segment_name
 
@@ -346,3 +348,15 @@ def test_who_wants_digests_checked_believes_only_others_who_do(kernel: Kernel) -
     assert kernel.read(0) == [] and kernel.asked() == [ChunkRun(7, 0, 1)]
     checks.state[0] = READY
     assert kernel.answered(7) == [PASSES]
+
+
+# --- the file that is mounted ----------------------------------------------------------------------------------
+
+
+def test_a_cache_file_that_was_made_anew_before_the_mount_is_not_mounted(tmp_path: Path) -> None:
+    path = tmp_path / "blob.data"
+    path.write_bytes(b"x")
+    device, inode, birth = file_at(str(path))
+    for other in ((device, inode + 1, birth), (device, inode, birth + 1)):
+        with pytest.raises(MountError, match=r"blob\.data: it was deleted or replaced"):
+            session.make(-1, "/nonexistent", [session.Range(str(path), True, other)], "test")

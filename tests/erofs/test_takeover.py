@@ -13,6 +13,7 @@ import pytest
 from nydusd.frontends.erofs import mount_api, session, table
 from nydusd.storage.cache.manager import segments_in
 from nydusd.storage.state.segment import names
+from nydusd.supervisor.kernel_images import file_at
 from nydusd.supervisor.selection import choose, choose_without_image
 from tests.erofs.test_images import differences
 from tests.erofs.test_kills import NAMES, Held, own
@@ -158,7 +159,7 @@ def test_a_file_system_is_told_from_another_that_is_made_at_the_same_time(
         return mount
 
     monkeypatch.setattr(mount_api, "make_erofs", with_another)
-    mount, found = session.make(-1, str(SMALL.bootstrap), [session.Range(str(data), True)], "test")
+    mount, found = session.make(-1, str(SMALL.bootstrap), [session.Range(str(data), True, file_at(str(data)))], "test")
     for fd in others:
         os.close(fd)
     (name,) = found

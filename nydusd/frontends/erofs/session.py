@@ -27,6 +27,7 @@ from nydusd.frontends.fuse.session import (
     resolve_mountpoint,
     umount,
 )
+from nydusd.storage.state.segment import Identity
 
 from . import fanotify, journal, mount_api, table
 
@@ -59,10 +60,14 @@ class Fds(NamedTuple):
 
 
 class Range(NamedTuple):
-    """A device of the file system: a range of a cache file. `whole`: nothing is missing of it."""
+    """A device of the file system: a range of a cache file. `whole`: nothing is missing of it.
+
+    `file`: which one is meant (`Identity.file`), whatever has its path now.
+    """
 
     path: str
     whole: bool
+    file: tuple[int, int, int]
 
 
 def make(group: int, bootstrap: str, ranges: Sequence[Range], what: str) -> tuple[int, tuple[str, ...]]:
@@ -73,8 +78,9 @@ def make(group: int, bootstrap: str, ranges: Sequence[Range], what: str) -> tupl
     """
     trees: list[int] = []
     try:
-        for path, whole in ranges:
+        for path, whole, file in ranges:
             trees.append(fanotify.private_mount(path))
+            _check_file(trees[-1], path, file)
             if not whole:
                 fanotify.watch(group, trees[-1])
         points.reach("erofs: prepared")
@@ -89,6 +95,20 @@ def make(group: int, bootstrap: str, ranges: Sequence[Range], what: str) -> tupl
     finally:
         for tree in trees:
             os.close(tree)
+
+
+def _check_file(tree: int, path: str, file: tuple[int, int, int]) -> None:
+    """Raises MountError when a private mount is not of this file: what is said of its ranges was said of another one."""
+    try:
+        fd = os.open(fanotify.path_of(tree), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found = Identity.of(fd, 0).file
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise MountError(f"{path}: {e.strerror}") from e
+    if found != file:
+        raise MountError(f"{path}: it was deleted or replaced while it was mounted")
 
 
 def mount_erofs(mountpoint: str, bootstrap: str, devices: Sequence[str]) -> None:
