@@ -19,7 +19,9 @@ from workers.blobs import OpenBlobs, map_bootstrap
 
 
 def split_image(_blobs: OpenBlobs, job: Json) -> Json:
-    """Job: image (plain data), file (pid and number of an fd), least, most. Answer: `cuts`, None if it is not to be split."""
+    """Job: image (plain data), file (pid and number of an fd), least, most. Answer: `cuts`, None if it is not to be split, and
+    `listed`.
+    """
     facts = ImageFacts.from_json(job["image"])
     view = map_bootstrap(facts.bootstrap)
     image = open_bootstrap(view, facts.bootstrap, facts.path_id, extracted=facts.extracted)
@@ -39,4 +41,4 @@ def split_image(_blobs: OpenBlobs, job: Json) -> Json:
             os.close(fd)
     except OSError as e:
         raise CacheError(f"a copy of {facts.bootstrap} for the kernel: {e.strerror}", e.errno) from e
-    return {"cuts": found.cuts}
+    return {"cuts": found.cuts, "listed": found.listed}

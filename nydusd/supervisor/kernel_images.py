@@ -71,9 +71,14 @@ def files_of(
     image: Image,
     index: int,
     cuts: Sequence[Sequence[int]],
+    listed: Sequence[bool] = (),
     former: Sequence[File] = (),
 ) -> tuple[File, ...]:
-    """The blobs of an image as front ends know them; `former`: how these very files were known. Raises OSError."""
+    """The blobs of an image as front ends know them. `listed`: see `File`, nothing if it is not known. Raises OSError.
+
+    `former`: how these very files were known.
+    """
+    listed = listed or [file.listed for file in former] or [False] * len(cuts)
     files = []
     for number, (cache, of_blob) in enumerate(zip(image.caches, cuts, strict=True)):
         path = str(cache.spec.data_path)
@@ -82,7 +87,7 @@ def files_of(
         if cache.segment is not None and cache.segment.identity.file[:2] == (st.st_dev, st.st_ino):
             birth = cache.segment.identity.birth
         names = cache.spec.info.blob_id, cache.handle, cache.spec.segment, path
-        more = tuple(of_blob), birth, cache.spec.always_verify
+        more = tuple(of_blob), birth, cache.spec.always_verify, listed[number]
         files.append(File(index << 8 | number, *names, st.st_dev, st.st_ino, *more))
     return tuple(files)
 

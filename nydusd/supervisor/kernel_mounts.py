@@ -189,8 +189,9 @@ class KernelMounts:
             try:
                 if "error" in answer:
                     log.warning("%s: its blobs are watched as a whole: %s", image.source, answer["error"])
-                cuts = answer.get("cuts")
-                self._mount(coming, image.metadata.bootstrap if cuts is None else f"/proc/self/fd/{file}", cuts)
+                cuts, listed = answer.get("cuts"), answer.get("listed")
+                copy = image.metadata.bootstrap if cuts is None else f"/proc/self/fd/{file}"
+                self._mount(coming, copy, cuts, listed or ())
             finally:
                 os.close(file)
 
@@ -198,14 +199,16 @@ class KernelMounts:
         self._submitted = True
         self._fetch.submit(Job("split_image", None, Priority.USER, payload, split))
 
-    def _mount(self, coming: _Coming, bootstrap: str, cuts: list[list[int]] | None) -> None:
+    def _mount(
+        self, coming: _Coming, bootstrap: str, cuts: list[list[int]] | None, listed: Sequence[bool] = ()
+    ) -> None:
         if coming not in self._coming:  # the daemon stops
             return
         image = coming.image
         try:
             if image.released:
                 raise MountError("it was unmounted meanwhile")
-            self._make(image, bootstrap, cuts or [[0]] * len(image.caches), coming.old)
+            self._make(image, bootstrap, cuts or [[0]] * len(image.caches), listed, coming.old)
         except NydusError as e:
             self._end(coming, e)
         except OSError as e:
@@ -214,7 +217,14 @@ class KernelMounts:
             log.info("%s is mounted at %s by the kernel", image.source, path_of(self._base, image.place))
             self._end(coming, None)
 
-    def _make(self, image: Image, bootstrap: str, cuts: Sequence[Sequence[int]], old: Image | None) -> None:
+    def _make(
+        self,
+        image: Image,
+        bootstrap: str,
+        cuts: Sequence[Sequence[int]],
+        listed: Sequence[bool],
+        old: Image | None,
+    ) -> None:
         """Raises NydusError, OSError; nothing is mounted then."""
         path = path_of(self._base, image.place)
         place = open_folder(self._base, image.place, self.table.note_folder)
@@ -222,7 +232,7 @@ class KernelMounts:
             former = -1 if old is None else self._index_of(old)
             beneath = former >= 0 and _is_seen(self.table.mounted(former))
             index = self.table.next_index()
-            known = Mounted(index, image.place, path, image.metadata.identity, files_of(image, index, cuts))
+            known = Mounted(index, image.place, path, image.metadata.identity, files_of(image, index, cuts, listed))
             self.table.add(known)
             points.reach("erofs: written down")
             try:
@@ -263,7 +273,7 @@ class KernelMounts:
         shown = next(shown for shown in self._shown if shown.image is coming.old)
         mounted = self.table.mounted(shown.index)
         cuts = [file.cuts for file in mounted.files]
-        self.table.note(replace(mounted, files=files_of(coming.image, mounted.index, cuts, mounted.files)))
+        self.table.note(replace(mounted, files=files_of(coming.image, mounted.index, cuts, former=mounted.files)))
         former, shown.image, shown.caches = shown.caches, coming.image, self._hold(coming.image)
         for cache in former:
             self._mounts.let_go(cache)
@@ -372,7 +382,7 @@ class KernelMounts:
                 continue
             lacking.remove(image)
             cuts = [file.cuts for file in mounted.files]
-            self.table.note(replace(mounted, files=files_of(image, mounted.index, cuts, mounted.files)))
+            self.table.note(replace(mounted, files=files_of(image, mounted.index, cuts, former=mounted.files)))
             for cache in image.caches:
                 cache.pinned = True
             self._shown.append(_Shown(mounted.index, image, self._hold(image)))

@@ -7,7 +7,7 @@ cache file may hold them already. A claim is made with its job and ends with it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
@@ -63,7 +63,7 @@ class Launch:
         joined: list[int] = []
         if cache.remote:
             joined, _ = cache.meta.ahead(missing[-1], self._amplify - cache.meta.span(missing)[1])
-        self._start(cache, [*missing, *_hopeful(cache, joined)], Priority.USER)
+        self._start(cache, [*missing, *_hopeful(cache, joined)], Priority.USER, missing if cache.pinned else ())
 
     def read_ahead(self, cache: BlobCache, first: int, last: int) -> None:
         """A reader is at these chunks: take along what follows, more and more for one that goes on and on."""
@@ -106,14 +106,14 @@ class Launch:
         """Shared memory may have become free."""
         self.transfers.retry()
 
-    def _start(self, cache: BlobCache, chunks: Iterable[int], priority: Priority) -> None:
+    def _start(self, cache: BlobCache, chunks: Iterable[int], priority: Priority, needed: Collection[int] = ()) -> None:
         """Make jobs of those chunks that nobody fetches, and of what is decoded with them.
 
-        Chunks that no file of the image refers to are left out: they cannot be checked, and others may have them in the file.
+        Chunks that no file of the image refers to are left out, but for those that are `needed`: they cannot be checked, and
+        others may have them in the file.
         """
         free = cache.meta.with_units(chunk for chunk in chunks if chunk not in cache.jobs)
-        if not cache.pinned:
-            free = [chunk for chunk in free if cache.meta.is_listed(chunk)]
+        free = [chunk for chunk in free if chunk in needed or cache.meta.is_listed(chunk)]
         self._kin.take(cache, free)
         self._kin.follow(cache, free, priority)
         free = [chunk for chunk in free if chunk not in cache.jobs and not cache.chunk_map.is_ready(chunk)]

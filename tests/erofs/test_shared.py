@@ -141,11 +141,11 @@ class Kernel:
         self._write()
         return segment
 
-    def says(self, index: int, *, verifies: bool = False) -> None:
+    def says(self, index: int, *, verifies: bool = False, listed: bool = False) -> None:
         """What `File` says beside of the image of this mount."""
         mounted = self._mounts[index]
         (file,) = mounted.files
-        self._mounts[index] = replace(mounted, files=(replace(file, verifies=verifies),))
+        self._mounts[index] = replace(mounted, files=(replace(file, verifies=verifies, listed=listed),))
         self._write()
 
     def blob(self) -> Blob:
@@ -336,6 +336,24 @@ def test_no_image_is_asked_for_chunks_that_it_does_not_list_and_another_does(ker
     assert blob.complete() and blob.whole(0, CHUNK * COUNT)
     first.state[2] = EMPTY
     assert not blob.complete() and not blob.whole(0, CHUNK * COUNT) and blob.whole(CHUNK * 3, CHUNK * COUNT)
+
+
+def test_a_range_is_whole_without_what_no_file_refers_to_if_that_is_known(kernel: Kernel) -> None:
+    for index, handle in ((1, 7), (2, 9)):
+        segment = kernel.mount(index, handle, lists=[0, 1, 2], ready=[0, 1, 2])
+        kernel.says(index, listed=False)
+        assert not kernel.blob().complete() and not kernel.blob().whole(0, CHUNK * COUNT)
+        assert kernel.read(3) == [] and kernel.asked() == [ChunkRun(handle, 3, 1)], (
+            "it may be damaged, and right all the same"
+        )
+        assert kernel.answered(handle, errno.EIO)[-1:] == ([FAILS] if index == 1 else [])
+        kernel.says(index, listed=True)
+        assert kernel.blob().complete() and kernel.blob().whole(0, CHUNK * COUNT)
+        segment.state[1] = EMPTY
+        assert kernel.blob().complete() == (index == 2)
+        segment.state[1] = READY
+    assert kernel.asked() == [ChunkRun(7, 3, 1)]
+    assert kernel.answered(7, errno.EIO) == [FAILS]
 
 
 def test_who_wants_digests_checked_believes_only_others_who_do(kernel: Kernel) -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from nydusd.errors import FormatError
 from nydusd.formats.blob_id import blob_id_from_path
+from nydusd.formats.chunk_info import CHUNK_INFO_SIZE
 from nydusd.formats.rafs_v6 import RafsV6
+from nydusd.formats.rafs_v6_super import read_super
 from nydusd.formats.walk import walk
 from nydusd.formats.write.rafs_v6_split import split_devices
 from tests.support.oracle import Image, images
@@ -38,7 +40,7 @@ def test_each_chunk_keeps_its_address_and_is_within_the_range_of_its_device(what
     if "tarfs" in what.name:
         assert found is None
         return
-    assert found is not None
+    assert found is not None and all(found.listed)
     devices = [(blob, number) for blob, cuts in enumerate(found.cuts) for number in range(len(cuts))]
     assert struct.unpack_from("<H", found.metadata, 1024 + 86)[0] == len(devices) <= 300
     ranges = {
@@ -69,6 +71,16 @@ def test_the_slots_name_the_same_blobs_and_only_the_first_of_each_counts_its_blo
     tags = {tag for tag, _, _ in slots}
     assert len(tags) == len(image.blobs)
     assert sum(blocks for _, blocks, _ in slots) == struct.unpack_from("<64sI", view, 1408)[1]
+
+
+def test_a_blob_is_told_of_which_the_chunk_table_lacks_what_a_file_refers_to() -> None:
+    original, _ = opened(PLAIN[0].bootstrap)
+    at = read_super(original, "bootstrap").chunk_table.offset
+    raw = bytearray(original)
+    raw[at : at + CHUNK_INFO_SIZE] = raw[at + CHUNK_INFO_SIZE : at + 2 * CHUNK_INFO_SIZE]
+    view = memoryview(bytes(raw))
+    found = split_devices(view, RafsV6(view, "bootstrap"), "bootstrap", 1 << 16, 300)
+    assert found is not None and not all(found.listed)
 
 
 def test_few_devices_are_made_where_few_are_allowed_and_none_of_what_is_small() -> None:

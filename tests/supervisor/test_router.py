@@ -6,9 +6,11 @@ import errno
 
 import pytest
 
+from nydusd.formats.model import ChunkFlag
 from nydusd.ipc.messages import LOST
+from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Priority
-from nydusd.storage.state.segment import PENDING
+from nydusd.storage.state.segment import PENDING, RECORD
 from tests.supervisor.world import CHUNKS, World
 
 A, B = b"fuse-0-1", b"fuse-1-1"
@@ -321,6 +323,26 @@ class TestFullDisk:
         world.settle()
         assert codes(world).pop() == (20, 0)
         assert world.plain.no_room_until == 0
+
+    @pytest.mark.parametrize("name", ["plain", "far"])
+    def test_where_the_kernel_reads_the_file_what_no_file_refers_to_is_fetched_only_when_it_asks_for_that(
+        self, world: World, name: str
+    ) -> None:
+        """Nothing is there to check it by, and others may have checked what is there."""
+        blob: BlobCache = getattr(world, name)
+        blob.pinned = True
+        assert blob.segment is not None
+        for chunk in range(1, CHUNKS):
+            record = blob.segment.record(chunk)
+            unlisted = record._replace(flags=record.flags | ChunkFlag.UNLISTED)
+            RECORD.pack_into(blob.segment.records, chunk * RECORD.size, *unlisted)
+        for number, chunk in enumerate((0, 5)):
+            world.ask(A, number, blob, chunk, 1)
+            world.prefetch.want(blob, 0, -1)
+            world.router.prefetch()
+            world.settle()
+        assert codes(world) == [(0, 0), (1, 0)]
+        assert [chunk for chunk in range(CHUNKS) if blob.chunk_map.is_ready(chunk)] == [0, 5]
 
     def test_one_warning_however_long_it_lasts(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
         world.worker("decompress", b"w")

@@ -33,10 +33,14 @@ INODES_MOST = 200_000
 
 
 class Split(NamedTuple):
-    """`metadata` is the copy. `cuts`: of each blob, where its ranges begin; its devices follow those of the blob before it."""
+    """`metadata` is the copy. `cuts`: of each blob, where its ranges begin; its devices follow those of the blob before it.
+
+    `listed`: of each blob, whether the chunk table has each chunk that a file refers to.
+    """
 
     metadata: bytes
     cuts: list[list[int]]
+    listed: list[bool]
 
 
 def split_devices(buf: memoryview, image: RafsV6, where: str, least: int, most: int) -> Split | None:
@@ -78,7 +82,7 @@ def split_devices(buf: memoryview, image: RafsV6, where: str, least: int, most: 
             at = array + number * _CHUNK.size
             device = bases[blob] + bisect_right(cuts[blob], start) - 1
             _CHUNK.pack_into(copy, at, 0, device, start // top.block)
-    return Split(_with_table(copy, cuts, count - 1, where), cuts)
+    return Split(_with_table(copy, cuts, count - 1, where), cuts, _are_listed(image, ends, top.block))
 
 
 def _room(top: V6Super) -> int:
@@ -96,6 +100,16 @@ def _cut(ends: dict[int, int], least: int) -> list[int]:
             cuts.append(start)
         reached = max(reached, ends[start])
     return cuts
+
+
+def _are_listed(image: RafsV6, ends: Sequence[dict[int, int]], block: int) -> list[bool]:
+    """Of each blob, whether all that files read of it, which is from these bytes to those, is of chunks in the chunk table."""
+    left = [dict(of_blob) for of_blob in ends]
+    for chunk in image.raw_chunks():
+        end = left[chunk.blob_index].get(chunk.uoff)
+        if end is not None and end <= -(-(chunk.uoff + chunk.usize) // block) * block:
+            del left[chunk.blob_index][chunk.uoff]
+    return [not of_blob for of_blob in left]
 
 
 def _with_table(copy: bytearray, cuts: Sequence[Sequence[int]], count: int, where: str) -> bytes:

@@ -160,24 +160,24 @@ class Blob:
         return min(begins), max(ends)
 
     def whole(self, begin: int, end: int) -> bool:
-        """Whether nothing is missing of an interval. Raises CacheError."""
+        """Whether nothing is missing of an interval that a file refers to. Raises CacheError."""
         self._look()
         known = self._lacks.get(begin)
-        if known is not None and not self._are_there(known, known + 1):
+        if known is not None and not self._are_there(known, known + 1, referred=True):
             return False
         first, last = bisect_right(self._ends, begin), bisect_left(self._starts, end)
-        if self._are_there(first, last):
+        if self._are_there(first, last, referred=True):
             return True
-        self._lacks[begin] = first + self._absent(first, last).index(1)
+        self._lacks[begin] = first + self._absent(first, last, referred=True).index(1)
         return False
 
     def complete(self) -> bool:
-        """Whether nothing of the blob is missing."""
+        """Whether nothing of the blob is missing that a file refers to."""
         try:
             self._look()
         except CacheError:
             return False
-        return self._are_there(0, len(self._ends))
+        return self._are_there(0, len(self._ends), referred=True)
 
     def count_error(self) -> None:
         """A read failed."""
@@ -191,23 +191,24 @@ class Blob:
 
     # --- all views together -----------------------------------------------------------------------------------
 
-    def _are_there(self, first: int, last: int) -> bool:
-        """Whether all of these chunks are there; `last` is behind them."""
+    def _are_there(self, first: int, last: int, *, referred: bool = False) -> bool:
+        """Whether all of these chunks are there; `last` is behind them. `referred`: all that a file refers to."""
         number = last - first
         for view in self._open:
             if view.states[first:last].tobytes().count(READY) == number and (
                 view is self._only or (view.verifies == self._verifies and view.listed.count(1, first, last) == number)
             ):
                 return True
-        return self._only is None and 1 not in self._absent(first, last)
+        return (referred or self._only is None) and 1 not in self._absent(first, last, referred=referred)
 
-    def _absent(self, first: int, last: int) -> bytes:
+    def _absent(self, first: int, last: int, *, referred: bool = False) -> bytes:
         """A byte for each of these chunks: 1 if it is not there.
 
         Of images that list a chunk those count that have digests checked of what is found on disk, if there are any. One that
-        none lists is there if it is so for any, and there is none of which nothing is known.
+        none lists is there if it is so for any, and there is none of which nothing is known; with `referred` also if it is
+        known that no file refers to it.
         """
-        if self._only is not None:
+        if self._only is not None and not referred:
             return self._only.states[first:last].tobytes().translate(_ABSENT)
         number = last - first
         everything = int.from_bytes(b"\1" * number, "little")
@@ -226,6 +227,8 @@ class Blob:
             decided |= listed
         if len(self._open) < len(self._views):
             unsaid = everything
+        elif referred and all(view.closed for view in self._open):
+            unsaid = 0
         return (absent | (unsaid & ~decided)).to_bytes(number, "little")
 
     def _asked(self, chunk: int, refused: Collection[int] = ()) -> View | None:

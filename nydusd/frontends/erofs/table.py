@@ -34,7 +34,7 @@ _READ_AHEAD_KIB = 2048
 _READ_AHEAD_USUAL_KIB = 128
 _OLD: dict[str, Any] = {"before": ()}
 """What daemons of before 2026-11-26 read of a mount, and nobody else."""
-_MORE = ("birth", "verifies")
+_MORE = ("birth", "verifies", "listed")
 """What is said of a file that daemons of before 2026-11-27 do not know."""
 
 
@@ -44,7 +44,8 @@ class File:
 
     `cuts`: where its ranges begin, in order; the kernel reads each through a private mount of its own. `key`: its number in the
     journal, one for each blob of each mount; no other one has it ever. `birth` tells the cache file from another one that was
-    given its number (`Identity.birth`), None: not known. `verifies`: digests are checked of what is found on disk.
+    given its number (`Identity.birth`), None: not known. `verifies`: digests are checked of what is found on disk. `listed`: it
+    is known that the image's files refer to no chunk but those that it lists.
     """
 
     key: int
@@ -57,6 +58,7 @@ class File:
     cuts: tuple[int, ...] = (0,)
     birth: int | None = None
     verifies: bool = False
+    listed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

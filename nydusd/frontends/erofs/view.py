@@ -22,7 +22,8 @@ _UNLISTED = int(ChunkFlag.UNLISTED)
 class View:
     """`handle` is how the supervisor calls it, for as long as there are front ends; `row`: in which the front end counts.
 
-    What else there is, is there while `segment` is. `listed` has a byte for each chunk: 1 if the image lists it.
+    What else there is, is there while `segment` is. `listed` has a byte for each chunk: 1 if the image lists it. `closed`: no
+    file of it refers to any other one, for sure.
     """
 
     def __init__(self, file: File, row: int) -> None:
@@ -35,6 +36,7 @@ class View:
     def describe(self, file: File) -> None:
         """It is this of a mount."""
         self.verifies = file.verifies
+        self.closed = file.listed
 
     def open(self, file: tuple[int, int, int | None]) -> bool:
         """Map the segment, unless that is done; False if there is none of this cache file: device, inode, birth.

@@ -120,7 +120,7 @@ class PrefetchWorker:
         size = stored = 0
         state = cache.chunk_map.states()
         while chunk < end and size < self.batch_size:
-            if state[chunk] in (EMPTY, VERIFY) and (cache.pinned or cache.meta.is_listed(chunk)):
+            if state[chunk] in (EMPTY, VERIFY) and cache.meta.is_listed(chunk):
                 record = cache.meta.record(chunk)
                 batch.append(chunk)
                 size += record.usize
