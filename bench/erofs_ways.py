@@ -118,11 +118,13 @@ def daemon(image: Built, room: Path, command: list[str], *, complete: bool, keep
             "-M",
             str(mountpoint),
             "--log-level",
-            "error",
+            "info" if complete else "error",
         ]
         drop_caches()
         environment = os.environ | {"NYDUSD_RUNTIME_DIR": str(work / "run")}
-        process = subprocess.Popen([*command, *more], env=environment, stderr=subprocess.DEVNULL)
+        log = work / "log"
+        with open(log, "wb") as file:
+            process = subprocess.Popen([*command, *more], env=environment, stderr=file)
         try:
             while not os.path.ismount(mountpoint):
                 if process.poll() is not None:
@@ -130,14 +132,17 @@ def daemon(image: Built, room: Path, command: list[str], *, complete: bool, keep
                 time.sleep(0.001)
             figures = {"cold MB/s": read_all(mountpoint, skip=() if complete else (UNREAD,))}
             if complete:
-                time.sleep(1)  # all is there now, and the daemon sees it
+                while "the kernel reads it by itself" not in log.read_text():  # all is there, and on its disk
+                    if process.poll() is not None:
+                        raise RuntimeError(f"{command[0]} ended with status {process.returncode}")
+                    time.sleep(0.05)
             figures |= warm(mountpoint, (UNREAD,))
         finally:
             process.terminate()
             process.wait()
         if keep is not None:
-            (file,) = (work / "cache").glob("*.blob.data")
-            file.replace(keep)
+            (data,) = (work / "cache").glob("*.blob.data")
+            data.replace(keep)
         return figures
 
 

@@ -137,6 +137,10 @@ class ScarceError(CacheError):
     temporary: ClassVar[bool] = True
 
 
+class LostWritesError(ScarceError):
+    """Some of what was written to a cache file is lost, and it is not known yet what: that is found out soon."""
+
+
 class EvictedError(CacheError):
     """Chunks were taken out of the cache file, to make room, while they were read. Asking again fetches them anew."""
 

@@ -4,6 +4,7 @@ It takes the map's own lock and not the segment's: the supervisor claims chunks 
 
 What holds after SIGKILL: a map with true bits (`map_file`). The kernel says once that it has lost written data: a worker
 that is killed where it may have heard that leaves `syncing` set, and the next one doubts all that is ready before it stores it.
+So it does when a front end has heard it (`lost`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
     blob = blobs.get(job)
     fd = blob.data_fd()
     segment = blob.segment
+    if segment.lost[0]:
+        segment.syncing[0], segment.lost[0] = 1, 0  # in this order: killed here, the next one doubts
     if segment.syncing[0]:
         _doubt(segment)
     # The copy is taken before the fdatasync: only what was written by then may be claimed.
@@ -58,13 +61,18 @@ def _claimed(segment: Segment, states: bytes) -> tuple[list[int], dict[str, tupl
     same: dict[str, tuple[int, int]] = {}
     with contextlib.suppress(CacheError):  # what others have is stored by them, or next time
         for other in segments_of(segment.identity.dev, segment.identity.ino):
-            if other.name != segment.name and other.identity.file == segment.identity.file and not other.syncing[0]:
+            if other.name != segment.name and other.identity.file == segment.identity.file and not _is_doubtful(other):
                 ready = list(ready_in(other, segment))
                 found.update(ready)
                 if ready and other.identity == segment.identity and segment.identity.layout:
                     same[other.name] = other.inode, len(ready)
     claimed = [c for c, record in enumerate(RECORD.iter_unpack(segment.records)) if record[3] and c in found]
     return claimed, same
+
+
+def _is_doubtful(segment: Segment) -> bool:
+    """Whether what is ready in it is doubted before it is stored."""
+    return bool(segment.syncing[0] or segment.lost[0])
 
 
 def _doubt(segment: Segment) -> None:
@@ -80,7 +88,10 @@ def _doubt(segment: Segment) -> None:
 
 
 def _doubt_in(segment: Segment) -> None:
+    """Killed in the middle, `syncing` is set still, and it is done again. Who relies on a sync of before looks at `doubts`."""
+    segment.doubts[0] += 1
     for chunk, state in enumerate(bytes(segment.state)):
         if state == READY:
             checkable = segment.record(chunk).flags & (ChunkFlag.DIGEST | ChunkFlag.CRC)
             segment.state[chunk] = VERIFY if checkable else EMPTY
+    segment.doubts[0] += 1

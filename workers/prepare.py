@@ -356,7 +356,7 @@ def _inherit(identity: Identity, state: bytearray, table: ChunkTable) -> None:
     for segment in segments_of(identity.dev, identity.ino):
         if segment.identity.file == identity.file:
             found.update(ready_in(segment, table))
-            if segment.syncing[0]:
+            if segment.syncing[0] or segment.lost[0]:
                 value = VERIFY  # who was killed over that may have heard that some of it was lost
     for chunk in found:
         state[chunk] = value

@@ -41,6 +41,11 @@ UNREADABLE = 4
 AHEAD = 2
 """Request flag: a reader goes on sequentially and will want what is behind these chunks. Nothing is answered."""
 
+SYNC = 8
+"""Request flag: no chunk is wanted. Answered with 0 when all that is ready in the blob's segment now is on its disk.
+
+With LOST: at once, since some of it is lost."""
+
 Json = dict[str, Any]
 
 

@@ -5,8 +5,10 @@ What holds after SIGKILL: state bytes in shared memory are true, and the next da
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.blob_cache import BlobCache
@@ -38,17 +40,33 @@ class Checkpoints:
         """Have the map of a blob stored if it has gained chunks; whether that is under way."""
         if cache.state != "ready" or cache.spec.data_path is None:
             return False
-        if not cache.checkpointing and cache.chunk_map.ready_count() != cache.stored:
-            if _is_under_way(cache):
+        if not cache.checkpointing and (cache.syncs or cache.chunk_map.ready_count() != cache.stored):
+            if not cache.syncs and _is_under_way(cache):
                 return True
             cache.checkpointing = True
-            self._fetch.submit(Job("checkpoint", cache, Priority.AHEAD, {}, self._done))
+            told, cache.syncs = cache.syncs, []
+            self._fetch.submit(Job("checkpoint", cache, Priority.AHEAD, {}, partial(self._done, told)))
         return cache.checkpointing
 
-    def _done(self, job: Job, answer: Answer) -> None:
+    def sync(self, cache: BlobCache, told: Callable[[int], None], *, at_once: bool) -> None:
+        """Call `told` with 0 once all that is ready now is on its disk, with an errno if that is not known; or never.
+
+        Unless it must be `at_once`, what is new waits for the next round of checkpoints: a disk is not to be synced for each
+        range that becomes complete.
+        """
+        if cache.state != "ready" or cache.spec.data_path is None:
+            told(errno.EIO)
+            return
+        cache.syncs.append(told)
+        if at_once or cache.stored in (-1, cache.chunk_map.ready_count()):
+            self.store(cache)
+
+    def _done(self, told: Iterable[Callable[[int], None]], job: Job, answer: Answer) -> None:
         cache = job.cache
         assert cache is not None
         cache.checkpointing = False
+        for tell in told:
+            tell(0 if "stored" in answer and not job.cancelled else errno.EIO)
         if job.cancelled:
             return
         if "stored" in answer:

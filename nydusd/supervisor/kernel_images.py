@@ -1,21 +1,20 @@
 """Images as the kernel's EROFS is to read them: whether it can, which files and ranges of them are its devices. Used by the
 supervisor.
 
-Nothing is kept here. Of a range it is said that nothing is missing only if that stays so: the blobs are pinned before.
+Nothing is kept here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nydusd.errors import UnsupportedError
 from nydusd.frontends.erofs.session import Range
 from nydusd.frontends.erofs.table import File, Mounted
-from nydusd.storage.state.segment import READY, RECORD, Identity
+from nydusd.storage.state.segment import Identity
 
 if TYPE_CHECKING:
     from nydusd.storage.cache.blob_cache import BlobCache
@@ -97,12 +96,5 @@ def ranges_of(caches: Sequence[BlobCache], cuts: Sequence[Sequence[int]]) -> lis
     found = []
     for cache, of_blob in zip(caches, cuts, strict=True):
         assert cache.segment is not None
-        state = bytes(cache.segment.state)
-        starts, ends = [], []
-        for _, start, _, size, *_ in RECORD.iter_unpack(cache.segment.records):
-            starts.append(start)
-            ends.append(start + size)
-        for begin, end in zip(of_blob, [*of_blob[1:], 1 << 63], strict=True):
-            part = state[bisect_right(ends, begin) : bisect_left(starts, end)]
-            found.append(Range(str(cache.spec.data_path), part.count(READY) == len(part), cache.segment.identity.file))
+        found += [Range(str(cache.spec.data_path), cache.segment.identity.file)] * len(of_blob)
     return found

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from nydusd import points
 from nydusd.errors import CacheError, ScarceError
-from nydusd.ipc.messages import AHEAD, LOST, UNREADABLE, SlotRef
+from nydusd.ipc.messages import AHEAD, LOST, SYNC, UNREADABLE, SlotRef
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
@@ -101,6 +101,11 @@ class Router:
             return
         if cache is None or count <= 0:
             self._reply(client, number, errno.EIO, None)
+            return
+        if flags & SYNC:
+            self._checkpoints.sync(
+                cache, lambda code: self._reply(client, number, code, None), at_once=bool(flags & LOST)
+            )
             return
         if flags & LOST and cache.caches and cache.state == "ready":
             self._reopen(cache, "the cache file does not hold what its map promises")

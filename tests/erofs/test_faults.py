@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.discipline import wait_until
-from tests.support.disk import Disk
+from tests.support.disk import NO_WRITES, Disk
 from tests.support.faulty_server import Faulty, Reply, Request
 from tests.support.mounted import CHUNK, Hub, Mounted, Step, Tree
 
@@ -215,6 +216,36 @@ def test_with_fanotify_a_full_disk_fails_what_is_not_cached_until_there_is_room(
         assert told(mounted) == ""
         assert "there is room for blob" in mounted.log()
         assert mounted.wrong_in_cache() == []
+
+
+def test_with_fanotify_what_the_disk_did_not_take_is_never_read_as_zeros(
+    tree: Tree, registry: Registry, expect_log: Expect
+) -> None:
+    """All of the range is ready, in the page cache alone, and nobody would sync it for an hour."""
+    expect_log("its disk did not take all that was written: who needs it waits|a read failed: .*cache folder")
+    backend: dict[str, object] = {"host": registry.server.host}
+    tuning: dict[str, object] = {"checkpoint_interval": 3600}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="nydusd-k-"))
+        slow = stack.enter_context(Disk(Path(folder), "commit=300"))
+        cache = slow.path / "cache"
+        made = Mounted(tree, backend, verb="erofs", args=("--driver", "fanotify"), cache=cache, tuning=tuning)
+        mounted = stack.enter_context(made)
+        files = {name: stack.enter_context(opened(mounted, name)) for name in NAMES}
+        for name, fd in files.items():
+            assert is_right(tree, name, fd)
+        slow.does(NO_WRITES)
+        drop(cache / f"{tree.blob_id}.blob.data")
+        for name, fd in files.items():
+            is_right(tree, name, fd)
+        assert "the kernel reads it by itself" not in mounted.log()
+
+
+def drop(path: Path) -> None:
+    """Have the kernel read a file anew from the device, whatever it could not write there; nobody is told of that."""
+    with open(path, "rb") as file:
+        ctypes.CDLL(None).syncfs(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def test_with_blobfs_a_full_disk_costs_no_read(tree: Tree, registry: Registry, disk: Disk) -> None:

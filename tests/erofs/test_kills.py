@@ -163,7 +163,7 @@ def test_what_nobody_serves_any_more_is_refused(tree: Tree, hub: Hub, expect_log
 
 
 def test_a_complete_image_is_read_without_the_front_end(tree: Tree, hub: Hub, tmp_path: Path) -> None:
-    held = Held(tree, hub)
+    held = Held(tree, hub, checkpoint_interval=0.2)
     with held.mounted:
         for name in NAMES:
             held.right(held.read(name), name)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from bench.image import Built, build
 from bench.run import regular_files
 from nydusd.frontends.erofs import table
 from tests.erofs.test_images import differences
-from tests.support.daemon import Daemon, wait_for_role
+from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import mounts_under, wait_until
 from tests.support.oracle import Image, image
 from tests.support.trees import random_tree
@@ -204,6 +205,26 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Built]:
     return tree, build(tree, tmp_path_factory.mktemp("image"), 1 << 20)
 
 
+def often_stored(built: Built, folder: Path) -> Daemon:
+    """A daemon whose cache file is synced often: what is not on its disk is asked about."""
+    blobs = built.blob.parent
+    cache = folder / "cache"
+    config = image_config(blobs, cache) | {"nydusd": {"checkpoint_interval": 0.2}}
+    return Daemon(built.bootstrap, blobs, cache=cache, config=config, verb="erofs", args=("--driver", "fanotify"))
+
+
+def questions(daemon: Daemon) -> int:
+    """How often the kernel has asked before a read."""
+    reads = daemon.get("/api/v1/nydusd/load")["reads"]  # type: ignore[index]
+    return int(reads["hits"]) + int(reads["misses"])
+
+
+def is_read_without_a_question(daemon: Daemon, name: str) -> bool:
+    before = questions(daemon)
+    subprocess.run([sys.executable, "-c", READ, str(daemon.mountpoint / name)], stdout=subprocess.DEVNULL, check=True)
+    return questions(daemon) == before
+
+
 READ = """
 import os, sys
 fd = os.open(sys.argv[1], os.O_RDONLY)
@@ -221,10 +242,10 @@ def read_ahead(daemon: Daemon) -> list[int]:
     return [int(Path(f"/sys/class/bdi/{name}/read_ahead_kb").read_text()) for name in names]
 
 
-def test_the_read_ahead_is_raised_until_all_ranges_are_there(large: tuple[Path, Built]) -> None:
+def test_the_read_ahead_is_raised_until_all_ranges_are_there(large: tuple[Path, Built], tmp_path: Path) -> None:
     tree, built = large
     names = sorted((path.name for path in tree.iterdir()), reverse=True)  # so nothing is fetched ahead of the reader
-    with Daemon(built.bootstrap, built.blob.parent, verb="erofs", args=("--driver", "fanotify")) as daemon:
+    with often_stored(built, tmp_path) as daemon:
         wait_for_role(daemon, "guard", 1)
         assert read_ahead(daemon) == [2048]
         for name in names[:-1]:
@@ -237,13 +258,15 @@ def test_the_read_ahead_is_raised_until_all_ranges_are_there(large: tuple[Path, 
 
 
 def test_what_is_cached_is_read_without_the_front_end_while_other_ranges_are_missing(
-    large: tuple[Path, Built],
+    large: tuple[Path, Built], tmp_path: Path
 ) -> None:
     tree, built = large
     names = sorted(path.name for path in tree.iterdir())
-    with Daemon(built.bootstrap, built.blob.parent, verb="erofs", args=("--driver", "fanotify")) as daemon:
+    with often_stored(built, tmp_path) as daemon:
         for name in names[:6]:
             assert (daemon.mountpoint / name).read_bytes() == (tree / name).read_bytes()
+        for name in names[1:3]:
+            wait_until(partial(is_read_without_a_question, daemon, name), "its range to be on the disk", 60)
         front_end = daemon.pids("erofs")[0]
         begin = [subprocess.run([sys.executable, "-c", READ, str(daemon.mountpoint / names[1])], stdout=-1, check=True)]
         os.kill(front_end, signal.SIGSTOP)

@@ -52,6 +52,8 @@ class OneChunk(Blob):
     def hint(self, offset: int) -> ChunkRun | None:
         return RUN
 
+    def check(self, fd: int = -1) -> None: ...
+
 
 class OneBlob(Known):
     """It is all that is mounted."""
@@ -66,9 +68,12 @@ class OneBlob(Known):
     def refresh(self) -> bool:
         return False
 
-    def passes(self, blob: Blob, offset: int, fd: int) -> None: ...
+    def passes(self, blob: Blob, offset: int, fd: int) -> bool:
+        return False
 
-    def look(self) -> None: ...
+    def look(self, send: object) -> None: ...
+
+    def answered(self, request: int, code: int) -> None: ...
 
 
 class Line:

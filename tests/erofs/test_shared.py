@@ -377,4 +377,4 @@ def test_a_cache_file_that_was_made_anew_before_the_mount_is_not_mounted(tmp_pat
     device, inode, birth = file_at(str(path))
     for other in ((device, inode + 1, birth), (device, inode, birth + 1)):
         with pytest.raises(MountError, match=r"blob\.data: it was deleted or replaced"):
-            session.make(-1, "/nonexistent", [session.Range(str(path), True, other)], "test")
+            session.make(-1, "/nonexistent", [session.Range(str(path), other)], "test")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nydusd.frontends.erofs import mount_api, session, table
+from nydusd.frontends.erofs import fanotify, mount_api, session, table
 from nydusd.storage.cache.manager import segments_in
 from nydusd.storage.state.segment import names
 from nydusd.supervisor.kernel_images import file_at
@@ -159,7 +159,9 @@ def test_a_file_system_is_told_from_another_that_is_made_at_the_same_time(
         return mount
 
     monkeypatch.setattr(mount_api, "make_erofs", with_another)
-    mount, found = session.make(-1, str(SMALL.bootstrap), [session.Range(str(data), True, file_at(str(data)))], "test")
+    group = fanotify.open_group()
+    mount, found = session.make(group, str(SMALL.bootstrap), [session.Range(str(data), file_at(str(data)))], "test")
+    os.close(group)
     for fd in others:
         os.close(fd)
     (name,) = found

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from nydusd.formats.model import ChunkFlag
-from nydusd.ipc.messages import LOST
+from nydusd.ipc.messages import LOST, SYNC
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Priority
 from nydusd.storage.state.segment import PENDING, RECORD
@@ -488,6 +488,26 @@ class TestCheckpoint:
         (identity,) = world.sent
         world.done(identity, {"error": "disk", "errno": errno.EIO, "type": "CacheError"})
         assert world.router.checkpoint() == 0
+
+    def test_tells_who_waits_for_the_disk_only_if_it_began_after_the_request(self, world: World) -> None:
+        world.ask(A, 1, world.plain, 0, 1)
+        world.settle()
+        world.router.checkpoint()
+        world.pump()
+        (earlier,) = world.sent
+        world.ask(A, 2, world.plain, 0, 1, SYNC)
+        world.finish(earlier)
+        assert codes(world) == [(1, 0)]
+        assert world.router.checkpoint() == 1, "nothing is new, and somebody waits"
+        world.pump()
+        (identity,) = world.sent
+        world.done(identity, {"error": "disk", "errno": errno.EIO, "type": "UnsyncedError"})
+        assert codes(world)[1:] == [(2, errno.EIO)]
+        world.ask(A, 3, world.plain, 0, 1, SYNC)
+        world.settle()
+        assert codes(world)[2:] == [(3, 0)], "at once, for there is nothing new to be stored"
+        world.ask(A, 4, world.dummy, 0, 1, SYNC)
+        assert codes(world)[3:] == [(4, errno.EIO)], "it has no file"
 
     def test_that_finds_the_file_deleted_makes_no_new_one_and_a_reader_does(self, world: World) -> None:
         world.ask(A, 1, world.plain, 0, 1)

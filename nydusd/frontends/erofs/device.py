@@ -17,11 +17,13 @@ import os
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
-from nydusd.errors import CacheError, FormatError, ScarceError, StaleCacheError
+from nydusd.errors import CacheError, FormatError, LostWritesError, ScarceError, StaleCacheError, cache_error
 from nydusd.storage.api.io import ChunkRun
-from nydusd.storage.state.segment import EMPTY, READY, RETIRED
+from nydusd.storage.state.segment import EMPTY, READY, RETIRED, Segment
 
+from .lost import has_lost_writes
 from .table import File
 from .view import View
 
@@ -34,6 +36,16 @@ _STEP = 1 << 20
 _PAGE = 4096
 _ABSENT = bytes(state != READY for state in range(256))
 """To translate state bytes: 1 for a chunk that is not there."""
+
+
+class Ready(NamedTuple):
+    """What was there at a time: a byte for each chunk, 0 if it was, or no file refers to it; by which segments, and how often
+    each had been doubted before. `run`: by which the file may be synced, a chunk that was there.
+    """
+
+    run: ChunkRun
+    absent: bytes
+    doubts: dict[Segment, int]
 
 
 class OutsideError(CacheError):
@@ -56,6 +68,8 @@ class Blob:
         self._only: View | None = None
         """It is all that there is."""
         self._limit = 1 << 63
+        self._stored: Ready | None = None
+        self._suspect: tuple[Segment, int] | None = None
         self._place = -_STEADY - 1
         self._looked = 0
         self.describe(files)
@@ -178,6 +192,78 @@ class Blob:
         except CacheError:
             return False
         return self._are_there(0, len(self._ends), referred=True)
+
+    def look(self) -> Ready:
+        """What is there now. Raises CacheError."""
+        self._look()
+        doubts = {segment: segment.doubts[0] for segment in self._segments()}
+        view = next((view for view in self._open if view.segment is not None and view.segment.lost[0]), self._open[0])
+        run = ChunkRun(view.handle, max(view.states.tobytes().find(READY), 0), 1)
+        return Ready(run, self._absent(0, len(self._ends), referred=True), doubts)
+
+    def synced(self, ready: Ready) -> None:
+        """The file was synced after this look, and nothing of it was lost: this one, if it has not been replaced."""
+        if all(segment.is_current() for segment in ready.doubts):
+            self._stored = ready
+
+    def is_stored(self, begin: int = 0, end: int = 1 << 63) -> bool:
+        """Whether all of an interval is there, was so before the file was synced, and nothing was doubted since."""
+        try:
+            self._look()
+        except CacheError:
+            return False
+        stored, segments = self._stored, self._segments()
+        if stored is None or not stored.doubts.keys() <= set(segments):
+            return False
+        first, last = bisect_right(self._ends, begin), bisect_left(self._starts, end)
+        if stored.absent.find(1, first, last) >= 0 or not self._are_there(first, last, referred=True):
+            return False
+        if any(segment.lost[0] for segment in segments):
+            return False
+        return all(segment.doubts[0] == doubts for segment, doubts in stored.doubts.items())  # last of all
+
+    def check(self, fd: int = -1) -> None:
+        """To be called before a reader passes to what may be in the page cache alone.
+
+        `fd` is the cache file, opened for this; -1: it is opened here. Raises LostWritesError when the disk did not take all
+        that was written to it, until workers have doubted what is there; CacheError when that cannot be found out.
+        """
+        self._look()
+        own = fd if fd >= 0 else self._open_file()
+        try:
+            if has_lost_writes(own):
+                self._segments()[0].lost[0] = 1
+        finally:
+            if fd < 0:
+                os.close(own)
+        for segment in self._segments():
+            if segment.lost[0]:  # or a predecessor was told
+                self._suspect = segment, segment.doubts[0] + 2
+        if self.is_suspect():
+            raise LostWritesError(f"blob {self.blob_id}: its disk did not take all that was written")
+
+    def _segments(self) -> list[Segment]:
+        return [view.segment for view in self._open if view.segment is not None]
+
+    def _open_file(self) -> int:
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise cache_error(f"blob {self.blob_id}: {self._path}", e) from e
+        st = os.fstat(fd)
+        if (st.st_dev, st.st_ino) != self.file:
+            os.close(fd)
+            raise StaleCacheError(f"blob {self.blob_id}: its cache file was replaced; mount the image again")
+        return fd
+
+    def is_suspect(self) -> bool:
+        """Whether some of what is said to be there is lost, and it is not known yet what."""
+        if self._suspect is None:
+            return False
+        segment, doubts = self._suspect
+        if segment not in self._segments() or segment.doubts[0] >= doubts:
+            self._suspect = None
+        return self._suspect is not None
 
     def count_error(self) -> None:
         """A read failed."""

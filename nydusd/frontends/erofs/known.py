@@ -1,11 +1,11 @@
 """What the front end knows of the mounts: their blobs by cache file, and the private mounts of which nothing is missing.
 
 The kernel asks as long as a private mount is marked. There is one for each range of a blob (`formats/write/rafs_v6_split.py`),
-and its mark goes as soon as the range is complete: so what is cached is read without us, whatever else is missing. We have a
-private mount only by the file of an event that came through it; one such file of each is kept.
+and its mark goes as soon as the range is complete and on its disk (`synced.py`): so what is cached is read without us, whatever
+else is missing. We have a private mount only by the file of an event that came through it; one such file of each is kept.
 
 After SIGKILL: a mark that is gone was not needed any more, since nothing is taken out of these files; one that stays costs an
-event, at which it goes.
+event, after which it goes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from nydusd.errors import CacheError, FormatError, MountError
 
 from . import fanotify, table
 from .device import Blob
+from .synced import Send, Syncs
 from .table import Table
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,9 @@ class Known:
         """By interval, a file that was opened through its private mount."""
         self._complete: set[int] = set()
         """Indexes of mounts of which nothing is missing."""
+        self._syncs = Syncs()
+        self.answered = self._syncs.answered
+        """Told of the answers to requests that `look` has sent, and of others."""
         self.refresh()
 
     @property
@@ -91,45 +95,58 @@ class Known:
         """The blob that has the place of this one now: itself, unless its mounts have come and gone."""
         return self.files.get(blob.file, (0, blob))[1]
 
-    def passes(self, blob: Blob, offset: int, fd: int) -> None:
-        """A reader passes at `offset`, or will, that has come by the file `fd`: unmark its private mount if that can be."""
+    def passes(self, blob: Blob, offset: int, fd: int) -> bool:
+        """A reader passes at `offset`, or will, that has come by the file `fd`: unmark its private mount if that can be.
+
+        Whether it can: else what is read may be in the page cache alone.
+        """
         if self.current(blob) is not blob:
-            return
+            return False
         interval = blob.interval(offset)
-        whole = blob.whole(*interval)
-        if not whole and ((blob, *interval) in self._kept or len(self._kept) >= _KEPT_MOST):
-            return
+        free = blob.is_stored(*interval)
+        if not free and ((blob, *interval) in self._kept or len(self._kept) >= _KEPT_MOST):
+            return False
         # The mounts as they are now: it may be one that was made of the same file since, with other ranges. Each is in the
         # table before it can be read.
         if self.refresh():
             if self.current(blob) is not blob:
-                return
+                return False
             interval = blob.interval(offset)
-            whole = blob.whole(*interval)
-        if whole:
+            free = blob.is_stored(*interval)
+        if free:
             self._unwatch(blob, fd)
         elif (blob, *interval) not in self._kept:
             with contextlib.suppress(OSError):
                 self._kept[(blob, *interval)] = os.dup(fd)
+        return free
 
-    def look(self) -> None:
-        """Unmark what has become complete without an event."""
+    def look(self, send: Send | None) -> None:
+        """Unmark what has become complete without an event; have synced, by `send`, what is complete and perhaps not stored."""
         self.refresh()
+        unsure = dict.fromkeys(blob for blob in self.keys.values() if blob.is_suspect())
         for (blob, begin, end), fd in list(self._kept.items()):
-            try:
-                whole = blob.whole(begin, end)
-            except CacheError:
-                continue
-            if whole:
+            if blob.is_stored(begin, end):
                 self._unwatch(blob, fd)
                 os.close(self._kept.pop((blob, begin, end)))
+                continue
+            with contextlib.suppress(CacheError):
+                if blob.whole(begin, end):
+                    unsure[blob] = None
         for mounted in self.table.mounts:
             if mounted.index in self._complete or mounted.names is None:
                 continue
-            if all(self.keys[file.key].complete() for file in mounted.files):
+            blobs = [self.keys[file.key] for file in mounted.files]
+            if not all(blob.complete() for blob in blobs):
+                continue
+            if all(blob.is_stored() for blob in blobs):
                 self._complete.add(mounted.index)
                 log.info("%s: all of it is in the cache; the kernel reads it by itself", mounted.mountpoint)
                 mounted.set_read_ahead(incomplete=False)
+            else:
+                unsure |= dict.fromkeys(blob for blob in blobs if not blob.is_stored())
+        if send is not None:
+            for blob in unsure:
+                self._syncs.ask(blob, send)
 
     def _unwatch(self, blob: Blob, fd: int) -> None:
         try:
@@ -142,4 +159,5 @@ class Known:
         """No mount has it any more: whoever would come by these files is gone."""
         for interval in [interval for interval in self._kept if interval[0] is blob]:
             os.close(self._kept.pop(interval))
+        self._syncs.forget(blob)
         blob.close()

@@ -168,8 +168,8 @@ class FrontEnd:
                 st = os.fstat(event.fd)
                 key, blob = known.files[st.st_dev, st.st_ino]
                 runs = blob.missing(event.offset, event.length, st.st_size)
-                if not runs:
-                    known.passes(blob, event.offset, event.fd)
+                if not runs and not known.passes(blob, event.offset, event.fd):
+                    known.current(blob).check(event.fd)
             except (KeyError, OSError):
                 self._refuse(
                     event.fd, errno.EIO, "an event for a file that is no cache file of an image that is mounted"
@@ -244,7 +244,14 @@ class FrontEnd:
             needed += [(blob, run) for run in runs]
         if not inside and outside is not None:
             raise outside
+        if not needed:
+            self._check_disk(waiting)
         return needed
+
+    def _check_disk(self, waiting: _Waiting) -> None:
+        """Raises as `Blob.check` does."""
+        for blob in waiting.blobs:
+            blob.check(-1 if waiting.number in self._inherited else waiting.number)
 
     # --- waiting ----------------------------------------------------------------------------------------------
 
@@ -307,7 +314,7 @@ class FrontEnd:
                     self._line().request(run, flags, number)
         if now >= self._next_look:
             self._next_look = now + _LOOK
-            self._known.look()
+            self._known.look(None if self._alone else lambda run, flags: self._line().request(run, flags))
         if now >= self._next_rest:
             self._next_rest = now + _REST
             self._look_around()
@@ -321,6 +328,7 @@ class FrontEnd:
     def _reply(self, request: int, code: int, in_memory: bool) -> None:
         waiting = self._owners.pop(request, None)
         if waiting is None:
+            self._known.answered(request, code)
             return
         run, _ = waiting.pending.pop(request)
         if code == errno.ENOSPC or (in_memory and not code):
@@ -367,6 +375,7 @@ class FrontEnd:
         try:
             lost = [(blob, run) for blob, run in waiting.runs if not blob.ready(run)]
             if not lost:
+                self._check_disk(waiting)
                 self._end(waiting, 0)
             elif waiting.rounds == _ROUNDS:
                 self._end(waiting, errno.EIO, f"chunks were reported as fetched, {_ROUNDS} times, and are not there")

@@ -60,29 +60,29 @@ class Fds(NamedTuple):
 
 
 class Range(NamedTuple):
-    """A device of the file system: a range of a cache file. `whole`: nothing is missing of it.
+    """A device of the file system: a range of a cache file.
 
     `file`: which one is meant (`Identity.file`), whatever has its path now.
     """
 
     path: str
-    whole: bool
     file: tuple[int, int, int]
 
 
 def make(group: int, bootstrap: str, ranges: Sequence[Range], what: str) -> tuple[int, tuple[str, ...]]:
-    """An EROFS, seen nowhere yet, that reads each range through a private mount, marked unless the range is whole.
+    """An EROFS, seen nowhere yet, that reads each range through a private mount, which is marked.
+
+    Also where nothing is missing: it may not be on its disk yet (`synced.py`).
 
     Gives its fd, and what the kernel calls it. That is only to be seen by what is there that was not before: if there is more
     than one, somebody else has made another meanwhile, and ours is made again. Raises MountError, which begins with `what`.
     """
     trees: list[int] = []
     try:
-        for path, whole, file in ranges:
+        for path, file in ranges:
             trees.append(fanotify.private_mount(path))
             _check_file(trees[-1], path, file)
-            if not whole:
-                fanotify.watch(group, trees[-1])
+            fanotify.watch(group, trees[-1])
         points.reach("erofs: prepared")
         for left in reversed(range(_TRIES)):
             before = table.instances()

@@ -7,6 +7,7 @@ truncated by somebody, the blob is opened anew under the next generation.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +63,7 @@ class BlobCache:
         self.waiters: dict[int, list[Request]] = {}
         self.stored = 0  # ready chunks at the last checkpoint, -1: not known
         self.checkpointing = False  # or chunks are being taken out: never both
+        self.syncs: list[Callable[[int], None]] = []  # told (an errno) of the next checkpoint that begins
         self.pinned = False  # the kernel reads the cache file by itself: nothing may be taken out
         self.prefetch_at = self.prefetch_delay = 0.0  # not before: no backend could be reached, or there was no room
         self.no_room_until = 0.0  # 0: the cache folder could be used the last time
@@ -153,6 +155,7 @@ class BlobCache:
         self.spec = replace(self.spec, generation=self.spec.generation + 1)
         self.state, self.lost = "new", True
         self.ahead.forget()
+        self.syncs.clear()  # who waits for these asks again
         self.jobs.clear()
         self.waiters.clear()
 

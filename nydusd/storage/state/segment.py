@@ -41,6 +41,8 @@ LOCK_OFFSET = 512
 EPOCH_OFFSET = 640
 CLOCK_OFFSET = 648
 SYNC_OFFSET = 656
+DOUBTS_OFFSET = 660
+LOST_OFFSET = 664
 
 RETIRED = 1 << 63
 """Value of `epoch` when another segment has taken this one's place."""
@@ -156,6 +158,10 @@ class Segment:
         """How often chunks were taken away, in one item (see `storage/state/eviction.py`)."""
         self.syncing = view[SYNC_OFFSET : SYNC_OFFSET + 4].cast("I")
         """1, in one item, while a worker has the data file synced: killed there, it may have been told of lost data."""
+        self.doubts = view[DOUBTS_OFFSET : DOUBTS_OFFSET + 4].cast("I")
+        """How often all that was ready was doubted, in one item: raised before that and again after it."""
+        self.lost = view[LOST_OFFSET : LOST_OFFSET + 4].cast("I")
+        """1, in one item, if a front end was told that written data is lost: the next who has the file synced doubts first."""
         self._lock: BlobLock | None = None
 
     @classmethod
@@ -320,6 +326,8 @@ class Segment:
             self.clock,
             self.epoch,
             self.syncing,
+            self.doubts,
+            self.lost,
         )
         for view in (*mapped, self._view):
             view.release()

@@ -1,0 +1,60 @@
+"""Syncs: has the cache files synced of which ranges are complete, for only of what is on its disk may nobody be asked any more.
+
+A chunk is ready when its bytes are in the page cache. If the disk then does not take them, the kernel drops them at some time,
+and gives zeros to whoever reads there. A worker hears of that when it syncs the file: it doubts all that is ready, and says so
+in the segment (`Segment.doubts`). So the mark of a range stays until a sync that began after the range was complete has
+succeeded, with no doubt since.
+
+Runs in the front end. After SIGKILL nothing is known: what is marked stays so until the successor has asked again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+
+from nydusd.errors import CacheError
+from nydusd.ipc.messages import LOST, SYNC
+from nydusd.storage.api.io import ChunkRun
+
+from .device import Blob, Ready
+
+_AGAIN = 10.0
+"""Seconds after which it is asked again, if there was no answer (the supervisor was replaced) or the sync failed."""
+
+Send = Callable[[ChunkRun, int], int]
+"""Asks the supervisor for a run of chunks, with these flags; gives the number of the request."""
+
+
+class Syncs:
+    """One request a blob at a time."""
+
+    def __init__(self) -> None:
+        self._asked: dict[Blob, tuple[int, Ready]] = {}
+        self._next: dict[Blob, float] = {}
+
+    def ask(self, blob: Blob, send: Send) -> None:
+        """Have a blob synced, unless that was asked for a moment ago; in any case if some of it is lost."""
+        now, flags = time.monotonic(), SYNC | (LOST if blob.is_suspect() else 0)
+        if now < self._next.get(blob, 0.0) and flags == SYNC:
+            return
+        self._next[blob] = now + _AGAIN
+        with contextlib.suppress(CacheError):
+            ready = blob.look()
+            # Of a chunk that is there: a supervisor of another release fetches what it is asked for.
+            self._asked[blob] = send(ready.run, flags), ready
+
+    def answered(self, request: int, code: int) -> None:
+        """The answer to a request, if it was one of these."""
+        blob = next((blob for blob, (number, _) in self._asked.items() if number == request), None)
+        if blob is None:
+            return
+        _, ready = self._asked.pop(blob)
+        if not code:
+            blob.synced(ready)
+            del self._next[blob]
+
+    def forget(self, blob: Blob) -> None:
+        self._asked.pop(blob, None)
+        self._next.pop(blob, None)

@@ -1,0 +1,125 @@
+"""What the front end takes for being on the disk: what was ready before a sync that went well, and not doubted since."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from nydusd.errors import CacheError, LostWritesError
+from nydusd.frontends.erofs import device
+from nydusd.frontends.erofs.device import Blob
+from nydusd.frontends.erofs.synced import Syncs
+from nydusd.frontends.erofs.table import File
+from nydusd.ipc.messages import LOST, SYNC
+from nydusd.storage.api.io import ChunkRun
+from nydusd.storage.state.segment import READY, VERIFY
+from tests.workers.harness import Jobs, jobs
+
+
+class Asked:
+    """A supervisor that notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[ChunkRun, int]] = []
+
+    def send(self, run: ChunkRun, flags: int) -> int:
+        self.requests.append((run, flags))
+        return len(self.requests)
+
+
+def blob_of(image: Jobs) -> Blob:
+    st = image.data.stat()
+    return Blob([File(0, image.info.blob_id, 7, image.prefix, str(image.data), st.st_dev, st.st_ino)], 0)
+
+
+def test_only_what_was_ready_before_a_sync_that_went_well_is_on_the_disk(tmp_path: Path) -> None:
+    with jobs("v6-lz4-sha256", tmp_path) as image:
+        count = image.prepare()["count"]
+        blob, syncs, asked = blob_of(image), Syncs(), Asked()
+        image.fill(range(count // 2))
+        with image.segment() as segment:
+            middle = segment.record(count // 2 - 1).uoff
+            assert segment.record(0).usize
+        assert blob.whole(0, middle) and not blob.is_stored(0, middle)
+        syncs.ask(blob, asked.send)
+        syncs.ask(blob, asked.send)
+        assert asked.requests == [(ChunkRun(7, 0, 1), SYNC)], "one at a time, and of a chunk that is there"
+        image.fill(range(count // 2, count))
+        image.checkpoint()
+        syncs.answered(99, 0)
+        assert not blob.is_stored(0, middle), "it was an answer to another request"
+        syncs.answered(1, 0)
+        assert blob.is_stored(0, middle)
+        assert blob.complete() and not blob.is_stored(), "the rest became ready after the request"
+        syncs.ask(blob, asked.send)
+        syncs.answered(2, errno.EIO)
+        assert not blob.is_stored()
+        syncs.ask(blob, asked.send)
+        assert len(asked.requests) == 2, "it has just failed"
+        blob.close()
+
+
+def test_what_was_doubted_since_is_not_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with jobs("v6-lz4-sha256", tmp_path) as image:
+        count = image.prepare()["count"]
+        blob, syncs, asked = blob_of(image), Syncs(), Asked()
+        image.fill_all()
+        syncs.ask(blob, asked.send)
+        image.checkpoint()
+        syncs.answered(1, 0)
+        assert blob.is_stored()
+
+        def fails(_fd: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", fails)
+            with pytest.raises(CacheError, match="Input/output error"):
+                image.checkpoint()
+        image.fill(range(count), verify=range(count))
+        assert set(image.states()) == {READY}
+        assert blob.complete() and not blob.is_stored()
+        blob.close()
+
+
+def test_what_was_asked_of_a_file_that_was_replaced_says_nothing_of_it(tmp_path: Path) -> None:
+    with jobs("v6-lz4-sha256", tmp_path) as image:
+        image.prepare()
+        blob, syncs, asked = blob_of(image), Syncs(), Asked()
+        image.fill_all()
+        syncs.ask(blob, asked.send)
+        image.data.unlink()
+        image.generation += 1
+        image.prepare()
+        image.checkpoint()
+        syncs.answered(1, 0)
+        assert not blob.is_stored()
+        blob.close()
+
+
+def test_a_reader_waits_from_a_lost_write_on_until_what_is_ready_was_doubted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with jobs("v6-lz4-sha256", tmp_path) as image:
+        image.prepare()
+        blob, syncs, asked = blob_of(image), Syncs(), Asked()
+        image.fill_all()
+        blob.check()
+        syncs.ask(blob, asked.send)
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "has_lost_writes", lambda fd: True)
+            with pytest.raises(LostWritesError, match="did not take"):
+                blob.check()
+        with pytest.raises(LostWritesError):
+            blob.check()
+        syncs.ask(blob, asked.send)
+        assert [flags for _, flags in asked.requests] == [SYNC, SYNC | LOST], "at once"
+        image.checkpoint()
+        assert set(image.states()) == {VERIFY}
+        blob.check()
+        syncs.answered(2, 0)
+        assert not blob.is_stored()
+        blob.close()
