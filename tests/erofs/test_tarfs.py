@@ -10,13 +10,13 @@ import pytest
 from tests.support import manifest
 from tests.support.daemon import Daemon
 from tests.support.discipline import detach_mount
-from tests.support.oracle import Image, image
+from tests.support.oracle import Image, image, images
 
 TARFS = image("v6-tarfs")
 
 
-def same(place: Path) -> None:
-    found = manifest.differences(manifest.load(TARFS.manifest), manifest.walk(place))
+def same(place: Path, what: Image = TARFS) -> None:
+    found = manifest.differences(manifest.load(what.manifest), manifest.walk(place))
     assert [line for line in found if "long-symlink" not in line] == [], "the builder's own fault is known"
 
 
@@ -24,9 +24,10 @@ def daemon(blobs: Path = TARFS.blobs, driver: str = "auto", what: Image = TARFS)
     return Daemon(what.bootstrap, blobs, verb="erofs", args=("--driver", driver))
 
 
-def test_auto_takes_the_tar_itself_and_nothing_is_copied() -> None:
-    with daemon() as served:
-        same(served.mountpoint)
+@pytest.mark.parametrize("what", [image for image in images() if "tarfs" in image.name], ids=lambda what: what.name)
+def test_auto_takes_the_tar_itself_and_nothing_is_copied(what: Image) -> None:
+    with daemon(what.blobs, what=what) as served:
+        same(served.mountpoint, what)
         assert "EROFS over tars" in served.ctl("info")
         assert served.backend_reads() == 0
         assert not served.cache.exists()
