@@ -4,7 +4,8 @@ All cache folders are on one ext4 in a file on tmpfs, through a loop device: fan
 measured; $NYDUSD_BENCH_ROOM names a folder of a disk instead, which is cold at each step. The image is that of `make bench`
 and one file more, which nobody reads: so a blob can be all cached where it is read, and still be incomplete. One run,
 contenders in turn, $NYDUSD_BENCH_ROUNDS (2) rounds, medians and ratios. $NYDUSD_REF names the reference. Random reads are
-4 KiB, over files of more than 64 KiB, each past the reader's page cache.
+4 KiB, over files of more than 64 KiB, each past the reader's page cache; by a reader of ours, for an EROFS over files opens
+none with O_DIRECT (EINVAL, with or without us), and fio, which picks among several files at random, then tries for ever.
 """
 
 from __future__ import annotations
