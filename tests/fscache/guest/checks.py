@@ -109,7 +109,6 @@ def every_larger_image_shows_its_manifest() -> None:
         place = mount(name, name)
         same(what, place)
         unmount(place)
-        assert request("DELETE", f"/api/v2/blobs?domain_id={name}&blob_id={name}")[0] == 204
         print(f"   {what.name}: no difference, {time.monotonic() - began:.1f} s", flush=True)
 
 
