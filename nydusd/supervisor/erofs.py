@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nydusd import points
 from nydusd.cli.options import FuseOptions
 from nydusd.errors import MountError, NydusError
 from nydusd.frontends.erofs import left, table
@@ -48,6 +50,8 @@ log = logging.getLogger(__name__)
 
 _OWN = ("erofs", "guard")
 """Roles of those that outlive the supervisor."""
+_PAUSE = 0.5
+"""Seconds between tries to start a guard that is waited for."""
 
 
 class ErofsDaemon(Supervisor):
@@ -62,6 +66,7 @@ class ErofsDaemon(Supervisor):
         self._former: tuple[MountTable, list[Recorded]] | None = None
         """Its table of images, until that is served again."""
         self._front_end = Child("erofs", 0, "nydusd.frontends.erofs")
+        self._guard = Child("guard", 0, "nydusd.frontends.erofs.guard", ("nydusd.frontends.erofs.main",))
         self._left = Path(self.run_dir).with_suffix(left_by_erofs.FANOTIFY)
         self._stored = f"nydusd-erofs-{self._runtime.instance}-"
         """What the names of our fds in systemd's store begin with."""
@@ -96,7 +101,10 @@ class ErofsDaemon(Supervisor):
                 image = self.mounts.mount_first(first)
         missing = self._kernel.go_on(list(self.images.values()))
         if self._found is not None:
+            points.reach("takeover: before the holders of the former end")
+            self._have_guard()
             left.end(self._found.holders)
+            points.reach("takeover: holders of the former ended")
             self._found = self._found._replace(holders=[], noted=[])
         self._family.add(self._front_end)
         if restore is not None:
@@ -135,7 +143,7 @@ class ErofsDaemon(Supervisor):
         if self._found is not None:
             # Its ZeroMQ identity must be no former one's: what that asked for may be under way still.
             self._front_end.generation = self._found.generation
-        self._family.add(Child("guard", 0, "nydusd.frontends.erofs.guard", ("nydusd.frontends.erofs.main",)))
+        self._family.add(self._guard)
         self.open_api()
         counts = {role: self._family.count(role) for role in ("fetch", "decompress")}
         for turn in range(max(counts.values())):
@@ -269,6 +277,24 @@ class ErofsDaemon(Supervisor):
             "successor": front | {"log": self._family.log_spec(), "index": 0},
         }
 
+    def _have_guard(self) -> None:
+        """See to it that a guard of ours is there, whatever its back-off: what else holds the group is about to end.
+
+        It is waited for as long as there is no room for one: without it readers would read holes.
+        """
+        self._reap()
+        if self._guard not in self.children:  # a start that has failed
+            self._family.prepare(self._guard)
+            self.children.append(self._guard)
+        waits, self.fork_server.waits = self.fork_server.waits, True
+        while self._guard.process is None:
+            try:
+                self._family.launch(self._guard)
+            except NydusError as e:
+                log.error("%s; trying again: without it readers would read holes", e)
+                time.sleep(_PAUSE)
+        self.fork_server.waits = waits
+
     def _started(self, child: Child) -> None:
         """A guard or a front end is there: note it for a successor."""
         if child.role in _OWN:
@@ -309,6 +335,7 @@ class ErofsDaemon(Supervisor):
 
     def stop(self) -> None:
         """Unmount before anything is closed; what somebody uses still, or all in a restart, is left to front end and guard."""
+        self.stopping = True
         kernel = self._kernel
         gone = not self.handover.leaving
         if kernel is not None:
@@ -316,6 +343,7 @@ class ErofsDaemon(Supervisor):
             if not gone:
                 if not self.handover.leaving:
                     log.warning("%s is used still; front end and guard stay until it is not", self.options.serves)
+                self._have_guard()
                 self.children[:] = [child for child in self.children if child.role not in _OWN]
         super().stop()
         if kernel is not None:

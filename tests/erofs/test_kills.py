@@ -143,6 +143,29 @@ def test_a_stop_with_open_files_leaves_no_hole_to_read(tree: Tree, hub: Hub, exp
         wait_until(lambda: not own("erofs") and not own("guard"), "the end of those that stayed")
 
 
+def test_a_stop_while_front_end_and_guard_are_dead_leaves_no_hole_to_read(
+    tree: Tree, hub: Hub, expect_log: Expect
+) -> None:
+    """Nobody else holds the group: the stop has a guard started before it closes it."""
+    expect_log("a read failed: .*(the daemon was stopped|nobody has fetched it in time)")
+    held = Held(tree, hub)
+    with held.mounted:
+        absent = os.open(held.daemon.mountpoint / NAMES[1], os.O_RDONLY)
+        victims = [held.one("erofs"), held.one("guard")]
+        os.kill(held.daemon.pid, signal.SIGSTOP)  # so that it learns of all at once
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(is_running, victims)), "their end", 60)
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            os.kill(held.daemon.pid, number)
+        held.daemon.wait_for_end()
+        with pytest.raises(OSError) as failure:
+            os.pread(absent, CHUNK, 0)
+        assert failure.value.errno == errno.EIO
+        os.close(absent)
+        wait_until(lambda: not own("erofs") and not own("guard"), "the end of those that stayed", 60)
+
+
 def test_what_nobody_serves_any_more_is_refused(tree: Tree, hub: Hub, expect_log: Expect) -> None:
     expect_log("a read failed: .*nobody has fetched it in time")
     held = Held(tree, hub, read_deadline=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.erofs.test_mounts import OTHER, SMALL, Many
 from tests.killing.plan import Plan
 from tests.supervisor.lives import state_file
 from tests.support.daemon import image_config
-from tests.support.discipline import wait_until
+from tests.support.discipline import is_running, wait_until
 from tests.support.faulty_server import Reply, Request
 from tests.support.mounted import CHUNK, REPO, Hub, Tree
 
@@ -98,6 +99,37 @@ def test_a_takeover_that_is_killed_leaves_nobody_who_takes_events_and_cannot_hav
         held.daemon.start()
         wait_until(lambda: len(own("erofs")) == 1 and len(own("guard")) == 1, "the end of the others", 60)
         held.right(held.read(NAMES[1]), NAMES[1])
+
+
+def test_a_takeover_ends_nobody_who_holds_the_group_while_its_own_guard_is_dead(
+    tree: Tree, hub: Hub, tmp_path: Path
+) -> None:
+    plan = Plan(tmp_path / "plan")
+    held = Held(tree, hub)
+    daemon = held.daemon
+    daemon._environment |= plan.environment
+    with held.mounted:
+        reader = held.waiting_reader(NAMES[0])
+        daemon.kill_supervisor()
+        plan.begin("takeover: before the holders of the former end", 1, signal.SIGSTOP)
+        daemon.launch()
+        wait_until(lambda: is_stopped(daemon.pid), "the second supervisor to be there", 60)
+        guard = daemon.pids("guard")[0]
+        daemon.kill(guard)
+        wait_until(lambda: not is_running(guard), "its guard's end", 60)
+        plan.begin("takeover: holders of the former ended", 1)
+        os.kill(daemon.pid, signal.SIGCONT)
+        wait_until(daemon.has_ended, "its end", 60)
+        assert plan.end()[0]
+        daemon.forget()
+        assert reader.poll() is None
+        held.gate.set()
+        daemon.start()
+        held.right(reader, NAMES[0])
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
 
 
 def test_what_is_cached_of_an_unmounted_image_is_read_on_after_a_takeover(tree: Tree) -> None:

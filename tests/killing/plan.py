@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from signal import SIGKILL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,9 +35,12 @@ class Plan:
         inject = Path(__file__).parent / "inject"
         self.environment = {"NYDUSD_TEST_PLAN": str(path), "PYTHONPATH": f"{inject}:{ROOT}"}
 
-    def begin(self, name: str = "", number: int = 0) -> None:
-        """Kill whoever reaches this point for the `number`-th time from now on; count what is passed."""
-        self._change({"name": name, "number": number, "passed": {}, "killed": 0})
+    def begin(self, name: str = "", number: int = 0, signal: int = SIGKILL) -> None:
+        """Kill whoever reaches this point for the `number`-th time from now on; count what is passed.
+
+        `signal`: or stop it there, by SIGSTOP.
+        """
+        self._change({"name": name, "number": number, "passed": {}, "killed": 0, "signal": signal})
 
     def end(self) -> tuple[bool, dict[str, int]]:
         """Whether somebody was killed, and how often each point was passed."""

@@ -1,6 +1,7 @@
 """Loaded by the interpreter itself, first of all, in each process of a daemon that a test of kills has started.
 
-Whoever reaches a point of the name in the plan's file for the N-th time, counted over all processes, is killed there.
+Whoever reaches a point of the name in the plan's file for the N-th time, counted over all processes, is killed there, or
+stopped.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
 
 from nydusd import points
 
@@ -32,10 +32,10 @@ def _reach(name: str) -> None:
         text = json.dumps(plan).encode()
         os.ftruncate(fd, len(text))
         os.pwrite(fd, text, 0)
-        if dies:
-            os.kill(os.getpid(), signal.SIGKILL)
     finally:
         os.close(fd)
+    if dies:  # others must go on meanwhile if it is only stopped
+        os.kill(os.getpid(), plan["signal"])
 
 
 if _PLAN:
