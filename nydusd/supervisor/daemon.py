@@ -428,13 +428,13 @@ class Supervisor:
             self._let_go()
             return
         self._notifier.send("STOPPING=1")
-        engine, session = self._engine, self._family.session
+        engine, session, spared = self._engine, self._family.session, self._spared()
         if engine is not None:
             engine.staff.close()
         with ExitStack() as steps:  # backwards, and each one whatever becomes of those before it
-            steps.callback(self._runtime.remove)
+            steps.callback(self._runtime.remove, spared)
             steps.callback(self._family.close)
-            steps.callback(self.factory.close)
+            steps.callback(self.factory.close, spared)
             if self.handover.sockets is not None:
                 steps.callback(self.handover.sockets.close)
             if engine is not None:
@@ -451,6 +451,10 @@ class Supervisor:
                 steps.callback(self._listener.remove)
             if self._metrics is not None:
                 steps.callback(self._metrics.close)
+
+    def _spared(self) -> set[str]:
+        """Shared memory that a stop leaves, since somebody reads by it who outlives us."""
+        return set()
 
     def _workers_have_ended(self) -> None:
         """In a stop: what they may have borrowed of us can be closed, and nobody can have come after us yet."""

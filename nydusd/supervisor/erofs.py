@@ -274,7 +274,7 @@ class ErofsDaemon(Supervisor):
         return {name: front[name] for name in (*Fds._fields, "supervisor")} | {
             "left": str(self._left),
             "patience": self.config.nydusd.read_deadline,
-            "successor": front | {"log": self._family.log_spec(), "index": 0},
+            "successor": front | {"log": self._family.log_spec(), "index": 0, "left": str(self._left)},
         }
 
     def _have_guard(self) -> None:
@@ -333,6 +333,9 @@ class ErofsDaemon(Supervisor):
     def _can_leave(self) -> bool:
         return self._kernel is not None or self._found is not None
 
+    def _spared(self) -> set[str]:
+        return set() if self._kernel is None else self._kernel.table.spared
+
     def stop(self) -> None:
         """Unmount before anything is closed; what somebody uses still, or all in a restart, is left to front end and guard."""
         self.stopping = True
@@ -343,6 +346,7 @@ class ErofsDaemon(Supervisor):
             if not gone:
                 if not self.handover.leaving:
                     log.warning("%s is used still; front end and guard stay until it is not", self.options.serves)
+                    kernel.table.spare()
                 self._have_guard()
                 self.children[:] = [child for child in self.children if child.role not in _OWN]
         super().stop()

@@ -10,6 +10,7 @@ from dataclasses import replace
 from nydusd.errors import MountError
 from nydusd.frontends.erofs import table
 from nydusd.frontends.erofs.table import Mounted
+from nydusd.storage.state.segment import inode_of
 from nydusd.supervisor.kernel_places import remove_unused
 
 
@@ -63,6 +64,16 @@ class KernelTable:
         self._table = replace(self._table, ended=True)
         self._write(*self.mounts)
         return False
+
+    def spare(self) -> None:
+        """The daemon ends, and what is mounted is read on: its segments stay until the guard removes them."""
+        self._table = replace(self._table, segments=tuple((name, inode_of(name)) for name in sorted(self.segments())))
+        self._write(*self.mounts)
+
+    @property
+    def spared(self) -> set[str]:
+        """The names of those segments."""
+        return {name for name, _ in self._table.segments}
 
     def files(self) -> set[str]:
         """The paths of all cache files that the kernel reads, also for what was unmounted and is used still."""

@@ -255,11 +255,13 @@ class Runtime:
         except CacheError as e:
             log.warning("%s; a successor will not find our processes", e)
 
-    def remove(self) -> None:
-        """Remove the folder and all shared memory of this instance, if it is ours: the end of a stop."""
+    def remove(self, spared: Collection[str] = ()) -> None:
+        """Remove the folder and all shared memory of this instance but what is `spared`, if it is ours: the end of a stop."""
         if self._lock < 0:
             return
         for name in names(f"nydusd.{self.instance}."):
+            if name in spared:
+                continue
             remove(name)
             points.reach("stop: one name removed")
         self.leave_line()

@@ -150,7 +150,10 @@ def test_a_stop_while_front_end_and_guard_are_dead_leaves_no_hole_to_read(
     expect_log("a read failed: .*(the daemon was stopped|nobody has fetched it in time)")
     held = Held(tree, hub)
     with held.mounted:
+        cached = os.open(held.daemon.mountpoint / NAMES[0], os.O_RDONLY)
         absent = os.open(held.daemon.mountpoint / NAMES[1], os.O_RDONLY)
+        assert os.pread(cached, CHUNK, 0) == tree.contents[NAMES[0]]
+        os.posix_fadvise(cached, 0, 0, os.POSIX_FADV_DONTNEED)
         victims = [held.one("erofs"), held.one("guard")]
         os.kill(held.daemon.pid, signal.SIGSTOP)  # so that it learns of all at once
         for pid in victims:
@@ -162,7 +165,9 @@ def test_a_stop_while_front_end_and_guard_are_dead_leaves_no_hole_to_read(
         with pytest.raises(OSError) as failure:
             os.pread(absent, CHUNK, 0)
         assert failure.value.errno == errno.EIO
+        assert os.pread(cached, CHUNK, 0) == tree.contents[NAMES[0]], "what is cached, by who has never served before"
         os.close(absent)
+        os.close(cached)
         wait_until(lambda: not own("erofs") and not own("guard"), "the end of those that stayed", 60)
 
 

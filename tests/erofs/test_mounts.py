@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from bench.image import Built, build
 from bench.run import regular_files
 from nydusd.frontends.erofs import table
 from tests.erofs.test_images import differences
+from tests.image.build import image as image_tool
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import mounts_under, wait_until
 from tests.support.oracle import Image, image
@@ -67,6 +69,28 @@ def test_images_come_and_go_each_with_a_mount_of_the_kernels(many: Many) -> None
     assert sorted(os.listdir(many.mountpoint)) == ["a", "same"], "folders that were made for it are gone"
     assert many.umount("/deep/er")[0] == 500
     assert differences(SMALL, many.at("/same")) == []
+
+
+def test_the_front_end_knows_what_is_cached_of_every_blob_before_somebody_reads_from_it(
+    many: Many, tmp_path: Path
+) -> None:
+    """A stop may come before that, after which it is to be read on."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for layer in ("lower", "upper"):
+        (tmp_path / layer).mkdir()
+        (tmp_path / layer / layer).write_bytes(os.urandom(200_000))
+        image_tool("create", "--fs-version", "6", "-B", tmp_path / f"{layer}.boot", "-D", blobs, tmp_path / layer)
+    image_tool("merge", "-B", tmp_path / "both", tmp_path / "lower.boot", tmp_path / "upper.boot")
+    assert many.mount("/a", tmp_path / "both", blobs) == (204, "")
+    front_end = many.front_end()
+
+    def known() -> set[str]:
+        maps = Path(f"/proc/{front_end}/maps").read_text().splitlines()
+        return {line.split()[-1] for line in maps if re.search(r" /dev/shm/nydusd\.\w+\.[0-9a-f]{16}$", line)}
+
+    wait_until(lambda: len(known()) == 2, "both segments to be mapped", 60)
+    assert not any(path.stat().st_blocks for path in many.cache.glob("*.blob.data")), "nothing is there of either"
 
 
 def test_an_image_goes_into_a_folder_of_another_and_not_below_what_it_would_hide(many: Many) -> None:

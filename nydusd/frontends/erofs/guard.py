@@ -5,7 +5,7 @@ may both be killed; while the guard lives, readers wait for the next daemon, whi
 
 If none comes: a daemon that is gone must not keep readers for ever. Once neither supervisor nor front end have been there
 for `patience` seconds, the guard becomes a front end by itself: what is cached is served, the rest refused. It ends when no
-file system is left.
+file system is left, and clears away what the daemon has left (`ending.py`).
 
 The spec: `group`, `journal`, `table` (fds), `left` (path of the file that names us), `patience` (seconds), `supervisor` (its
 pid), and `successor`: the spec of the front end that it may become.
@@ -25,7 +25,8 @@ from nydusd.frontends.guard import begin_guard
 from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import write_spec
 
-from . import left, table
+from . import table
+from .ending import clear_away
 
 _LOOK = 1.0
 """Seconds between looks around."""
@@ -43,10 +44,8 @@ def main(argv: list[str]) -> int:
         time.sleep(_LOOK)
         known = table.read(memory)
         orphaned = os.getppid() != supervisor
-        if (orphaned or known.ended) and not known.alive():
-            if orphaned:
-                _remove_folders(known.folders)
-                left.forget(Path(spec["left"]), os.getpid())
+        if orphaned and not known.alive():
+            clear_away(known, Path(spec["left"]))
             return 0
         if not orphaned or not _is_idle(int(spec["journal"])):
             alone_since = None
@@ -65,16 +64,6 @@ def _keep_open(files: dict[str, int], wanted: set[str]) -> None:
             files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     for path in files.keys() - wanted:
         os.close(files.pop(path))
-
-
-def _remove_folders(folders: Iterable[str]) -> None:
-    """Nothing is mounted any more: also what was made to be mounted on goes, since the next daemon finds nothing to take over.
-
-    If there is one already, it mounts nothing before it has ended us.
-    """
-    for folder in sorted(folders, key=len, reverse=True):
-        with contextlib.suppress(OSError):  # somebody has put something into it, or removed it
-            os.rmdir(folder)
 
 
 def _is_idle(journal: int) -> bool:

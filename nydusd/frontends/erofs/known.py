@@ -136,7 +136,9 @@ class Known:
             if mounted.index in self._complete or mounted.names is None:
                 continue
             blobs = [self.keys[file.key] for file in mounted.files]
-            if not all(blob.complete() for blob in blobs):
+            # Each is looked at, and so has its segment opened: those that nobody has read from yet are known after a stop, too.
+            complete = [blob.complete() for blob in blobs]
+            if not all(complete):
                 continue
             if all(blob.is_stored() for blob in blobs):
                 self._complete.add(mounted.index)

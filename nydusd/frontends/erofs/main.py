@@ -2,13 +2,13 @@
 and serve.
 
 It outlives the supervisor: what is cached is served on, and a miss waits for the supervisor's successor until its deadline.
-It ends when the supervisor is gone and no file system is left (exit 0). A guard that is left alone becomes one (`guard.py`),
-and then refuses what is not cached.
+It ends when the supervisor is gone and no file system is left (exit 0). A guard that is left alone becomes one (`guard.py`):
+it refuses what is not cached, and does at its end what the guard would have done.
 
 The spec: `index`, `identity` (its ZeroMQ name, optional), `group`, `journal`, `table` (fds, see `session.Fds`), `supervisor`
 (its pid), `crashed` (its predecessor died by itself; optional), `front` (the supervisor's endpoint), `read_deadline`
-(seconds), `alone` (there is no supervisor; optional), `inflight` (the board of reads that wait; optional), `log` {`level`,
-`file`}.
+(seconds), `alone` (there is no supervisor; optional), `left` (with that: path of the file that names us), `inflight` (the
+board of reads that wait; optional), `log` {`level`, `file`}.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 from nydusd import logs
 from nydusd.frontends.fuse.parking import Client
@@ -26,6 +27,8 @@ from nydusd.ipc.line import open_line
 from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
 
+from . import table
+from .ending import clear_away
 from .journal import Journal, reserve
 from .known import Known
 from .loop import FrontEnd
@@ -65,4 +68,6 @@ def main(argv: list[str]) -> int:
     gc.collect()
     gc.freeze()
     front_end.run()
+    if spec.get("alone"):
+        clear_away(table.read(int(spec["table"])), Path(spec["left"]))
     return 0

@@ -92,12 +92,14 @@ class Table:
     """All mounts. `folders`: what was made for them to be mounted on; `ended`: the daemon was stopped, not killed.
 
     `next` is above the index of each mount that there ever was, as far as its writers have known of it.
+    `segments`: names and inodes of what was spared when the daemon ended, since it says which chunks are there.
     """
 
     mounts: tuple[Mounted, ...] = ()
     folders: tuple[str, ...] = ()
     ended: bool = False
     next: int = 1
+    segments: tuple[tuple[str, int], ...] = ()
     revision: int = field(default=0, compare=False)
 
     def alive(self) -> bool:
@@ -135,7 +137,7 @@ def write(fd: int, table: Table) -> None:
     # Beside the mounts: a daemon of before 2026-11-27 that goes on with them takes no other keys there. It drops these.
     more = {file["key"]: [file.pop(name) for name in _MORE] for mounted in mounts for file in mounted["files"]}
     raw = {"ended": table.ended, "folders": table.folders, "mounts": mounts, "next": table.next, "more": more}
-    content = json.dumps(raw).encode()
+    content = json.dumps(raw | {"segments": table.segments}).encode()
     if len(content) + _LENGTH.size > _HALF:
         raise FormatError("table of mounts", "size", f"{len(content)} bytes, {_HALF} at most: too many mounts")
     revision = revision_of(fd) + 1
@@ -170,7 +172,9 @@ def _parse(content: bytes, revision: int) -> Table:
         raw = json.loads(content)
         more = raw.get("more", {})
         mounts = tuple(_mounted(each, more) for each in raw["mounts"])
-        return Table(mounts, tuple(raw["folders"]), bool(raw["ended"]), next=int(raw.get("next", 1)), revision=revision)
+        segments = tuple((str(name), int(inode)) for name, inode in raw.get("segments", ()))  # another release has none
+        following = int(raw.get("next", 1))
+        return Table(mounts, tuple(raw["folders"]), bool(raw["ended"]), following, segments, revision)
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise FormatError("table of mounts", "content", f"cannot be read: {e!r}") from e
 

@@ -78,10 +78,11 @@ class BlobFactory:
                 del self._by_file[path]
         return dropped
 
-    def close(self) -> None:
-        """Unmap and remove all segments."""
+    def close(self, spared: Collection[str] = ()) -> None:
+        """Unmap all segments, and remove all but the `spared` ones."""
         for cache in self._by_handle.values():
             cache.users = 0
+            cache.spared = cache.spec.segment in spared
         self.gc()
 
 

@@ -65,6 +65,7 @@ class BlobCache:
         self.checkpointing = False  # or chunks are being taken out: never both
         self.syncs: list[Callable[[int], None]] = []  # told (an errno) of the next checkpoint that begins
         self.pinned = False  # the kernel reads the cache file by itself: nothing may be taken out
+        self.spared = False  # somebody reads by its segment who outlives us
         self.prefetch_at = self.prefetch_delay = 0.0  # not before: no backend could be reached, or there was no room
         self.no_room_until = 0.0  # 0: the cache folder could be used the last time
         self.no_room_why = ""
@@ -191,10 +192,11 @@ class BlobCache:
         return errno if time.monotonic() < until else 0
 
     def close(self) -> None:
-        """Unmap and remove the segment; and of cache files that were deleted under us, what only we know of."""
+        """Unmap and remove the segment, if it is not spared; and of cache files deleted under us what only we know of."""
         if self.segment is not None:
             self.segment.close()
             self.segment = None
-        remove(self.spec.segment)
+        if not self.spared:
+            remove(self.spec.segment)
         if self.caches:
             forget_deleted(self.spec.map_path)
