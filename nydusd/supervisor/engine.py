@@ -86,7 +86,10 @@ class Engine:
         self.rest = Rest(family, self.pools, idle, lambda: not prefetch.idle(), family.seats())
         mounts.start(self.fetch, self.router)
         pools = self.fetch, self.decompress
-        self.quota = Quota(runtime.instance, factory, mounts.images.values, self._pids, pools, self.router.evictions)
+        self.quota = Quota(
+            *(runtime.instance, factory, mounts.images.values, self._pids, pools, self.router.evictions),
+            by_kernel=lambda: None if mounts.kernel is None else mounts.kernel.table,
+        )
 
     def take(self, events: Mapping[Any, int]) -> None:
         """Take in what has come at the sockets."""

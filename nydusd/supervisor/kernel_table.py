@@ -6,6 +6,7 @@ Used by the supervisor. What holds after SIGKILL: the table before a change or a
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from nydusd.errors import MountError
 from nydusd.frontends.erofs import table
@@ -78,6 +79,11 @@ class KernelTable:
     def files(self) -> set[str]:
         """The paths of all cache files that the kernel reads, also for what was unmounted and is used still."""
         return {file.data for mounted in self.mounts for file in mounted.files}
+
+    def blobs_in(self, folder: str) -> set[str]:
+        """The ids of those of a cache folder."""
+        files = (file for mounted in self.mounts for file in mounted.files)
+        return {file.blob_id for file in files if Path(file.data).parent == Path(folder)}
 
     def segments(self) -> set[str]:
         """The names of shared memory that says what is in these files."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nydusd.storage.api.factory import BlobFactory
     from nydusd.supervisor.evictions import Evictions
     from nydusd.supervisor.images import Image
+    from nydusd.supervisor.kernel_table import KernelTable
     from nydusd.supervisor.pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,10 @@ class _Folder:
 
 
 class Quota:
-    """`images()` are those mounted now, `pids()` all processes of the daemon."""
+    """`images()` are those mounted now, `pids()` all processes of the daemon.
+
+    `by_kernel()`: the table of what the kernel reads by itself, which has also what was unmounted and is used still.
+    """
 
     def __init__(
         self,
@@ -66,12 +70,14 @@ class Quota:
         pids: Callable[[], list[int]],
         pools: tuple[WorkerPool, WorkerPool],
         evictions: Evictions,
+        by_kernel: Callable[[], KernelTable | None],
     ) -> None:
         self._factory = factory
         self._images = images
         self._pids = pids
         self._fetch, self._decompress = pools
         self._evictions = evictions
+        self._by_kernel = by_kernel
         self._folders: dict[str, _Folder] = {}
         self._next = 0.0
         self._left = _segments(instance)
@@ -153,19 +159,25 @@ class Quota:
         self._fetch.submit(Job("survey", None, Priority.AHEAD, payload, done))
 
     def _mounted(self, folder: str) -> Json:
-        """The segments of each blob that an image uses, with their handles: of other images and configurations, too."""
+        """The segments of each blob that an image uses, with their handles: of other images and configurations, too.
+
+        One that only the kernel uses, since before our life, has none of ours.
+        """
         found: dict[str, list[Json]] = {}
         for cache in self._factory.blobs():
             if cache.spec.work_dir == folder:
                 row = {"handle": cache.handle, "segment": cache.spec.segment}
                 found.setdefault(cache.spec.info.blob_id, []).append(row)
+        for blob_id in () if (table := self._by_kernel()) is None else table.blobs_in(folder):
+            found.setdefault(blob_id, [])
         return found
 
     def _strays(self) -> dict[str, int]:
-        """Segments that a life of this daemon before ours has left, and that no image uses, with their inodes."""
+        """Segments that a life of this daemon before ours has left, and that nobody uses, with their inodes."""
         for cache in self._factory.blobs():
             self._left.pop(cache.spec.segment, None)
-        return self._left
+        used = set() if (table := self._by_kernel()) is None else table.segments()
+        return {name: inode for name, inode in self._left.items() if name not in used}
 
     def _take_out(self, folder: _Folder, victims: dict[str, list[int]]) -> None:
         for handle, chunks in victims.items():
