@@ -12,6 +12,9 @@ import pytest
 
 from bench.image import build
 from bench.run import regular_files
+from nydusd.formats.rafs_v6 import RafsV6
+from nydusd.formats.write.rafs_v6_split import split_devices
+from nydusd.frontends.erofs.session import detach, mount_erofs
 from tests.erofs.test_images import V6, differences
 from tests.support.daemon import Daemon
 from tests.support.discipline import wait_until
@@ -28,6 +31,30 @@ def test_the_kernel_shows_the_manifest_over_blobfs(image: Image, tmp_path: Path)
         assert differences(image, daemon.mountpoint) == []
         assert daemon.backend_reads() > 0
         assert "read through EROFS over blobfs (it was asked for)" in daemon.ctl("info")
+
+
+def test_a_mount_takes_many_blobs_and_any_path(tmp_path: Path) -> None:
+    """More than the options of mount(2) have room for, a comma, and paths that are longer than fsconfig(2) takes."""
+    folder = tmp_path / "a,b" / ("deep" * 60)
+    folder.mkdir(parents=True)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    built = build(random_tree(tree, 50, 8192), tmp_path / "image", 4096, plain=folder)
+    (plain,) = folder.iterdir()
+    view = memoryview(built.bootstrap.read_bytes())
+    split = split_devices(view, RafsV6(view, "bootstrap"), "bootstrap", 8192, 512)
+    assert split is not None and len(split.cuts[0]) == 50
+    metadata = folder / "metadata"
+    metadata.write_bytes(split.metadata)
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    mount_erofs(str(mountpoint), str(metadata), [str(plain)] * len(split.cuts[0]))
+    try:
+        assert {p.name: p.read_bytes() for p in mountpoint.iterdir()} == {
+            p.name: p.read_bytes() for p in tree.iterdir()
+        }
+    finally:
+        detach(str(mountpoint))
 
 
 def test_a_blob_is_a_file_with_its_plain_bytes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Called by the supervisor. After SIGKILL a mount is either nowhere, and gone with
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -17,25 +18,39 @@ _CLOEXEC = 1
 _SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
 _RDONLY, _NOSUID, _NODEV, _NOATIME = 0x1, 0x2, 0x4, 0x10
 _FROM_EMPTY, _TO_EMPTY, _BENEATH = 0x4, 0x40, 0x200
+_STRING_MOST = 255
+"""Bytes that fsconfig(2) takes as a string."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def make_erofs(bootstrap: str, devices: Iterable[str], what: str) -> int:
     """An EROFS of a metadata file over the files that are its devices, in the order of its table; seen nowhere yet: its fd.
 
-    Raises MountError, which begins with `what`.
+    `devices`: paths of 255 bytes at most. Raises MountError, which begins with `what`.
     """
-    context = _call(_FSOPEN, b"erofs", _CLOEXEC, what=f"{what}: fsopen")
-    try:
+    with contextlib.ExitStack() as opened:
+        context = _call(_FSOPEN, b"erofs", _CLOEXEC, what=f"{what}: fsopen")
+        opened.callback(os.close, context)
+        source = bootstrap
+        if len(os.fsencode(bootstrap)) > _STRING_MOST:
+            try:
+                source = by_number(bootstrap, opened)
+            except OSError as e:
+                raise MountError(f"{what}: {bootstrap}: {e.strerror}") from e
         _call(_FSCONFIG, context, _SET_FLAG, b"ro", None, 0, what=f"{what}: read-only")
-        _call(_FSCONFIG, context, _SET_STRING, b"source", os.fsencode(bootstrap), 0, what=f"{what}: {bootstrap}")
+        _call(_FSCONFIG, context, _SET_STRING, b"source", os.fsencode(source), 0, what=f"{what}: {bootstrap}")
         for device in devices:
             _call(_FSCONFIG, context, _SET_STRING, b"device", os.fsencode(device), 0, what=f"{what}: {device}")
         _call(_FSCONFIG, context, _CREATE, None, None, 0, what=f"{what}: mounting {bootstrap} as EROFS")
         flags = _RDONLY | _NOSUID | _NODEV | _NOATIME
         return _call(_FSMOUNT, context, _CLOEXEC, flags, what=f"{what}: fsmount")
-    finally:
-        os.close(context)
+
+
+def by_number(path: str, opened: contextlib.ExitStack) -> str:
+    """What this process may call a file, whatever its path is, as long as `opened` is not closed. Raises OSError."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    opened.callback(os.close, fd)
+    return f"/proc/self/fd/{fd}"
 
 
 def attach(mount: int, place: int, what: str, *, beneath: bool = False) -> None:

@@ -10,7 +10,6 @@ whoever reads what is not there waits. The private mounts through which EROFS re
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 from collections.abc import Sequence
@@ -18,20 +17,11 @@ from typing import NamedTuple
 
 from nydusd import points
 from nydusd.errors import MountError
-from nydusd.frontends.fuse.session import (
-    MNT_DETACH,
-    MS_NOATIME,
-    MS_NODEV,
-    MS_NOSUID,
-    MS_RDONLY,
-    resolve_mountpoint,
-    umount,
-)
+from nydusd.frontends.fuse.session import MNT_DETACH, resolve_mountpoint, umount
 from nydusd.storage.state.segment import Identity
 
 from . import fanotify, journal, mount_api, table
 
-_libc = ctypes.CDLL(None, use_errno=True)
 _TRIES = 32
 """How often a file system is made until no other one is made in the same millisecond. After that its name is not sure."""
 
@@ -112,12 +102,20 @@ def _check_file(tree: int, path: str, file: tuple[int, int, int]) -> None:
 
 
 def mount_erofs(mountpoint: str, bootstrap: str, devices: Sequence[str]) -> None:
-    """mount(2) of a metadata file over the files that are its blobs, in the order of its table. Raises MountError."""
-    options = ",".join(f"device={device}" for device in devices)
-    flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOATIME
-    arguments = (os.fsencode(bootstrap), os.fsencode(mountpoint), b"erofs", ctypes.c_ulong(flags), options.encode())
-    if _libc.mount(*arguments) != 0:
-        raise MountError(f"{mountpoint}: mounting {bootstrap} as EROFS: {mount_api.why(ctypes.get_errno())}")
+    """Mount a metadata file over the files that are its blobs, in the order of its table. Raises MountError.
+
+    Not by mount(2): its options end with a page, which is forty blobs of a long path, and a path may have a comma.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            place = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            opened.callback(os.close, place)
+            files = [mount_api.by_number(device, opened) for device in devices]
+        except OSError as e:
+            raise MountError(f"{mountpoint}: {e.filename}: {e.strerror}") from e
+        mount = mount_api.make_erofs(bootstrap, files, mountpoint)
+        opened.callback(os.close, mount)
+        mount_api.attach(mount, place, mountpoint)
 
 
 def unmount_erofs(mountpoint: str) -> None:
