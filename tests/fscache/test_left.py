@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +15,16 @@ import pytest
 from nydusd.cli.options import SingletonOptions
 from nydusd.errors import CacheError
 from nydusd.frontends.fscache.device import CacheDevice
-from nydusd.frontends.fscache.left import Held
+from nydusd.frontends.fscache.left import Files, Held
+from nydusd.ipc.spec import write_spec
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.fscache import FscacheDaemon
 from nydusd.supervisor.handover import Sent
+from tests.support.discipline import wait_until
 from tests.support.fork_server import fork_server
 
 IMAGES = [{"entry": 1}, {"entry": 2}]
+LOG = {"level": "info", "file": None}
 
 
 @pytest.fixture
@@ -133,6 +138,28 @@ def test_a_guard_that_gives_nothing_costs_no_device_that_was_kept(daemon: Fscach
     assert daemon._files.take(kept) == (kept, (os.getpid(), start_time(os.getpid())), IMAGES)
     os.close(kept)
     daemon.stop()
+
+
+def test_a_guard_that_nobody_could_name_names_itself_where_the_one_that_is_named_has_ended(tmp_path: Path) -> None:
+    """Its supervisor was killed after it had started it in the place of another that was killed."""
+    files, device = Files.beside(str(tmp_path / "run")), os.memfd_create("device")
+    before = Held((os.getpid(), 1), 1 << 20, {"d/a": 1}, ["."])  # as if an image was mounted
+    files.write(before, cast(Any, IMAGES))
+    nobody = 1 << 22  # no process has a number like that
+    spec = write_spec(
+        {"device": device, "folder": str(tmp_path / "run"), "supervisor": nobody, "patience": 600, "log": LOG}
+    )
+    command = [sys.executable, "-P", "-m", "nydusd.frontends.fscache.guard", "--spec-fd", str(spec)]
+    with subprocess.Popen(command, pass_fds=(spec, device)) as guard:
+        ours = msgspec.structs.replace(before, holder=(guard.pid, start_time(guard.pid)), device=device)
+        wait_until(lambda: files.read() == ours, "the guard to name itself", 60)
+        assert files.images() == IMAGES
+        others = msgspec.structs.replace(before, holder=(os.getpid(), start_time(os.getpid())))
+        files.write(others, cast(Any, IMAGES))
+        assert guard.wait(60) == 0, "its successor has the device"
+    assert files.read() == others
+    os.close(spec)
+    os.close(device)
 
 
 def test_the_former_guard_has_ended_before_the_kernel_says_anything_once_more(

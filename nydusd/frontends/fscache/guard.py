@@ -10,17 +10,24 @@ The spec: `device` (fd), `folder` (beside it is noted what there is, see `left.p
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import select
 import sys
 import time
 
-from nydusd.errors import FormatError
+import msgspec
+
+from nydusd.errors import CacheError, FormatError
 from nydusd.frontends.guard import begin_guard
+from nydusd.storage.state.lock import start_time
 
 from . import messages
 from .device import CacheDevice, completed
-from .left import Files
+from .left import Files, Held
+
+log = logging.getLogger(__name__)
 
 _LOOK = 1.0
 """Seconds between looks around."""
@@ -69,12 +76,14 @@ class Guard:
 def main(argv: list[str]) -> int:
     """Hold on until the images are unmounted. Raises InternalError when the spec cannot be read."""
     spec = begin_guard(argv)
-    supervisor, files = int(spec["supervisor"]), Files.beside(str(spec["folder"]))
+    files = Files.beside(str(spec["folder"]))
     device = CacheDevice(int(spec["device"]))
-    while os.getppid() == supervisor:
-        time.sleep(_LOOK)
+    _wait_for_end(int(spec["supervisor"]))
     gone, guard = time.monotonic(), None
-    while (held := files.read()) is not None and held.holder[0] == os.getpid() and held.is_used():
+    while (held := _held(files, device)) is not None:
+        if not held.is_used():
+            files.remove()
+            return 0
         if guard is None and time.monotonic() - gone < float(spec["patience"]):
             time.sleep(_LOOK)
             continue
@@ -82,9 +91,34 @@ def main(argv: list[str]) -> int:
             guard = Guard(device, files)
             device.restore()
         guard.serve(_LOOK)
-    if held is not None and held.holder[0] == os.getpid():
-        files.remove()
     return 0
+
+
+def _wait_for_end(supervisor: int) -> None:
+    """Until our parent is another: noticed at once, since its successor looks for us."""
+    poll = select.poll()
+    with contextlib.suppress(ProcessLookupError):
+        poll.register(os.pidfd_open(supervisor), select.POLLIN)
+    while os.getppid() == supervisor:
+        poll.poll(_LOOK * 1000)
+
+
+def _held(files: Files, device: CacheDevice) -> Held | None:
+    """What is noted, if it is for us to keep the device; None if somebody else has it now.
+
+    Where the one that is named has ended our supervisor was killed before it could name us: then we do so ourselves.
+    """
+    held = files.read()
+    if held is None or held.holder[0] == os.getpid():
+        return held
+    if held.is_alive():
+        return None
+    ours = msgspec.structs.replace(held, holder=(os.getpid(), start_time(os.getpid())), device=device.fd)
+    try:
+        files.name(ours)
+    except CacheError as e:
+        log.warning("%s; trying again", e)
+    return ours
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Two files beside the run-time folder, replaced at once, readable for their owner only: `NAME.fscache.json` says who holds the
 device and which files there are, `NAME.fscache.images.json` how the images are fetched (it may hold secrets; the guard does
-not read it). Written by the supervisor at each change, so a SIGKILL of it loses nothing.
+not read it). Written by the supervisor at each change, so a SIGKILL of it loses nothing. One that is killed when it has started
+a guard in the place of one that was killed, and not named it yet, leaves that to the guard.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class Held(msgspec.Struct):
     sizes: dict[str, int]
     mounts: list[str]
 
+    def is_alive(self) -> bool:
+        """Whether the guard that is named lives, or that cannot be told now."""
+        pid, start = self.holder
+        return start != 0 and start_time(pid) in (start, -1)
+
     def is_used(self) -> bool:
         """Whether one of the images is mounted, in whichever mount namespace."""
         return any(os.path.isdir(f"{_SYSFS}/{name}") for name in self.mounts)
@@ -64,6 +70,10 @@ class Files(NamedTuple):
         _write(self.told, {"images": list(images)})
         _write(self.held, msgspec.to_builtins(held))
 
+    def name(self, held: Held) -> None:
+        """A guard writes itself down, whose supervisor could not. Raises CacheError."""
+        _write(self.held, msgspec.to_builtins(held), ".guard.tmp")  # a successor may be writing, too
+
     def read(self) -> Held | None:
         """None if there is nothing that can be used."""
         try:
@@ -77,7 +87,7 @@ class Files(NamedTuple):
         `stored`: the device as systemd, or who keeps our session, has kept it, for when no guard lives; it is ours.
         """
         held = self.read()
-        if held is None or not held.holder[1] or start_time(held.holder[0]) != held.holder[1]:
+        if held is None or not held.is_alive():
             return None if stored is None else Taken(stored, None, self.images())
         try:
             pid, start = held.holder
@@ -101,8 +111,8 @@ class Files(NamedTuple):
             path.unlink(missing_ok=True)
 
 
-def _write(path: Path, content: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+def _write(path: Path, content: Any, suffix: str = ".tmp") -> None:
+    temporary = path.with_name(path.name + suffix)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with open(fd, "w") as file:
