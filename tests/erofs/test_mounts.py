@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from nydusd.frontends.erofs import table
 from tests.erofs.test_images import differences
 from tests.image.build import image as image_tool
 from tests.support.daemon import Daemon, image_config, wait_for_role
-from tests.support.discipline import mounts_under, wait_until
+from tests.support.discipline import discipline, mounts_under, wait_until
 from tests.support.oracle import Image, image
 from tests.support.trees import random_tree
 
@@ -218,6 +219,25 @@ def test_mounts_from_outside_are_noticed(many: Many) -> None:
     subprocess.run(["umount", str(many.at("/a"))], check=True)
     wait_until(lambda: "/a" not in many.ctl("info"), "the daemon to notice", 60)
     assert many.put("/a") == (204, "")
+
+
+def test_what_an_operator_has_mounted_where_a_killed_daemon_had_an_image_is_left_alone(many: Many) -> None:
+    """Its number may be that which the image had: the kernel gives it to the next file system."""
+    assert many.put("/a") == (204, "")
+    (note,) = (path for path in discipline.runtime.glob("*.erofs.json") if str(many.mountpoint) in path.read_text())
+    many.kill_all()
+    place = str(many.at("/a"))
+    subprocess.run(["umount", place], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "an-operators", place], check=True)
+    try:
+        number = os.stat(place).st_dev
+        noted = json.loads(note.read_text())
+        note.write_text(json.dumps(noted | {"mounts": [[place, f"{os.major(number)}:{os.minor(number)}"]]}))
+        many.start()
+        assert many.mounted() == [place]
+        assert os.stat(place).st_dev == number
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 # --- ranges -----------------------------------------------------------------------------------------------------

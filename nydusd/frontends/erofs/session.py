@@ -137,10 +137,13 @@ def detach(mountpoint: str) -> None:
 
 
 def is_seen(mountpoint: str, device: str) -> bool:
-    """Whether it is the file system of this number (`major:minor`) that is seen at this path."""
+    """Whether it is the EROFS of this number (`major:minor`) that is seen at this path, mounted there.
+
+    The number alone says little: that of one that is gone is given to the next file system, of whichever kind.
+    """
     with contextlib.suppress(OSError):
         number = os.stat(mountpoint, follow_symlinks=False).st_dev
-        return f"{os.major(number)}:{os.minor(number)}" == device
+        return f"{os.major(number)}:{os.minor(number)}" == device == top_mount(resolve_mountpoint(mountpoint))
     return False
 
 
