@@ -110,6 +110,21 @@ def test_a_client_that_writes_to_what_is_read_only_is_disconnected_where_its_nex
         assert read(wire, 0, 512) == (0, disk[:512])
 
 
+def test_what_came_with_a_write_is_counted_once_though_the_front_end_is_killed_as_it_ends_it(
+    export: Export, disk: bytes, plan: Plan
+) -> None:
+    """All of it was thrown away: what comes next are commands, also in the place that the first one had."""
+    with serving(export) as wire:
+        wire.settimeout(60)
+        for _ in range(2):
+            plan.begin("nbd: slot free, still noted", 1)
+            wire.sendall(command(protocol.WRITE, 0, 5000) + bytes(5000))
+            assert answered(wire) == 1
+            wait_until(plan.killed, "the front end to be killed", 60)
+            plan.end()
+        assert read(wire, 12_345, 6789) == (0, disk[12_345 : 12_345 + 6789])
+
+
 def test_a_client_that_has_half_of_a_reply_gets_the_other_half(export: Export, disk: bytes) -> None:
     victim = front_end(export)
     with serving(export) as wire:

@@ -184,6 +184,7 @@ class Connection:
         if not self._has(protocol.REQUEST.size):
             return False
         slot = next(slot for slot in range(kept.SLOTS) if not known.is_taken(slot))
+        known.make_ready(slot)
         self._receive(known.request(slot))
         self._request_taken(slot)
         return True

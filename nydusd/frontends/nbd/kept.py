@@ -17,6 +17,8 @@ import os
 from struct import Struct
 from typing import Final, NamedTuple
 
+from nydusd import points
+
 from . import protocol
 
 LAYOUT: Final = 1
@@ -120,10 +122,18 @@ class Kept:
         return self._bytes[_SLOTS + slot * _SLOT] != 0
 
     def free(self, slot: int) -> None:
-        """Its reply was sent."""
+        """Its reply was sent: the first store says so, whatever comes of the second.
+
+        In the other order a successor would count once more what came with the command, and throw away others instead.
+        """
         fields = self._fields(slot)
-        fields[_NOTED] = 0
         fields[0] = 0
+        points.reach("nbd: slot free, still noted")
+        fields[_NOTED] = 0
+
+    def make_ready(self, slot: int) -> None:
+        """A command is about to be taken into a free place: who was killed in `free` may have left something there."""
+        self._fields(slot)[_NOTED] = 0
 
     def code(self, slot: int) -> int:
         """The errno that is being sent as the reply to a command."""
