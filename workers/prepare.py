@@ -116,7 +116,7 @@ def _chunk_table(blob: OpenBlob) -> tuple[ChunkTable, bytes]:
             with open(path, "rb") as f:
                 content = f.read(info.ci_uncompressed_size + 3 * 4096)
             header, ci = parse_meta_file(content, info, str(path))
-            known = with_layout(build_from_ci(info, ci, header, _raw_chunks(spec), mark=spec.cookie is None), ci)
+            known = with_layout(build_from_ci(info, ci, header, _raw_chunks(spec), mark=True), ci)
         except FileNotFoundError:
             continue
         except (OSError, FormatError) as e:
@@ -135,7 +135,7 @@ def _chunk_table(blob: OpenBlob) -> tuple[ChunkTable, bytes]:
             raise
         return doubtful
     points.reach("prepare: metadata fetched")
-    table = build_from_ci(info, ci, header, _raw_chunks(spec), mark=spec.cookie is None)
+    table = build_from_ci(info, ci, header, _raw_chunks(spec), mark=True)
     stored = _store_meta(blob, meta_file_bytes(header, ci))
     if not stored and table.dict_size:
         raise CacheError(f"blob metadata of {info.blob_id} could not be stored, and its dictionaries are needed")
@@ -265,7 +265,10 @@ def _check_others(spec: BlobSpec, fd: int, table: ChunkTable) -> None:
 
 
 def _cookie(spec: BlobSpec, cookie: tuple[int, int], table: ChunkTable) -> int:
-    """See what the kernel's file of the blob has, and publish that. Nothing else is believed: the kernel may empty it."""
+    """See what the kernel's file of the blob has, and publish that. Nothing else is believed: the kernel may empty it.
+
+    What is there was checked, by the digest of an image that is bound or was: what none lists (UNLISTED) is never stored.
+    """
     from workers.cookie import lent, survey
 
     where = f"blob {spec.info.blob_id}"

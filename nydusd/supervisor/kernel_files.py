@@ -295,7 +295,7 @@ class KernelFiles:
             if errno:
                 self._finish(reader, os.strerror(errno))
             elif slot is not None:
-                self._finish(reader, "the kernel's cache has no room for it")
+                self._finish(reader, "the kernel's cache has no room for it, or no image lists it")
             elif not self._lacks(reader):
                 self._finish(reader)
             elif reader.again:

@@ -21,6 +21,7 @@ from nydusd.formats.model import RawChunk
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.domain import Tables, _chunks_of, additions
 from nydusd.storage.api.image import ImageFacts, inspect
+from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Job
 from nydusd.supervisor import blobs
 from nydusd.supervisor.fscache import FscacheDaemon
@@ -28,7 +29,7 @@ from tests.image.build import image
 from tests.support.fork_server import fork_server
 from workers.blobs import OpenBlobs
 from workers.inspect import compare_tables, inspect_image
-from workers.prepare import _raw_chunks
+from workers.prepare import _raw_chunks, prepare
 
 NAMES = ("gone", "keep", "last")
 
@@ -293,6 +294,36 @@ def test_the_chunks_of_all_images_of_a_domain_are_known_whichever_was_first(worl
     assert world.chunks() == known
     (found,) = [c for c in world.daemon.factory.blobs() if c.spec.info.blob_id == blob_of(folder)]
     assert (found.spec.bootstrap, found.spec.more) == (str(folder / "lower.boot"), ()), "the other may be deleted now"
+
+
+def test_what_no_image_of_the_domain_lists_is_never_fetched_ahead_and_is_when_one_does(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be stored unchecked, and believed when an image is bound that has a digest for it."""
+    monkeypatch.setattr(os, "getppid", os.getpid)  # of the worker that we are
+    world.bind("merged", world.folder / "merged.boot")
+    (cache,) = [c for c in world.daemon.factory.blobs() if c.spec.info.blob_id == blob_of(world.folder)]
+    file = os.open(tmp_path / "cookie", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(file, -(-cache.spec.info.uncompressed_size // 4096) * 4096)
+    cache.give((os.getpid(), file))
+
+    def fetched_ahead() -> list[int]:
+        workers, job = OpenBlobs(), {"handle": cache.handle, "spec": cache.spec.to_json()}
+        workers.learn(job)
+        prepare(workers, job)
+        workers.close()
+        cache.opened()
+        ahead = PrefetchWorker(1 << 20, 0)
+        ahead.want(cache, 0, -1)
+        (_, found) = ahead.take(0.0) or (cache, [])
+        return list(found)
+
+    few = fetched_ahead()
+    assert few == world.chunks()
+    world.bind("lower", world.folder / "lower.boot")
+    assert fetched_ahead() == world.chunks() == list(range(cache.meta.count))
+    assert len(few) == cache.meta.count - 1
+    os.close(file)
 
 
 def successor(world: World, images: Sequence[Json], monkeypatch: pytest.MonkeyPatch) -> tuple[World, list[str]]:
