@@ -78,12 +78,18 @@ def survey(fd: int, table: ChunkTable, where: str) -> bytearray:
 
 
 def _between(records: Iterable[tuple[int, int]], size: int, where: str) -> list[tuple[int, int]]:
-    """Offset and length of the pages that belong to no chunk."""
-    found, end = [], 0
-    for uoff, usize in [*records, (size, 0)]:
-        if uoff > end:
+    """Offset and length of the pages that belong to no chunk. Not where there are chunks of which no image says anything yet
+    (their size is 0): one that is bound later may.
+    """
+    found: list[tuple[int, int]] = []
+    end, unknown = 0, False
+    for uoff, usize in [*records, (size, PAGE)]:
+        if not usize:
+            unknown = True
+            continue
+        if uoff > end and not unknown:
             found.append((end, uoff - end))
-        end = max(end, -(-(uoff + usize) // PAGE) * PAGE)
+        end, unknown = max(end, -(-(uoff + usize) // PAGE) * PAGE), False
     total = sum(length for _, length in found)
     if total > _PADDING_MOST:
         raise FormatError(

@@ -64,6 +64,14 @@ def test_pages_of_no_chunk_become_zeros(file: int) -> None:
         assert (os.lseek(file, page * PAGE, os.SEEK_HOLE) > page * PAGE) is is_there, page
 
 
+def test_pages_of_chunks_that_no_image_describes_yet_stay_holes(file: int) -> None:
+    """Zeros there would be believed when an image is bound that does."""
+    os.ftruncate(file, 6 * PAGE)
+    chunks = ((0, PAGE), (PAGE, 0), (2 * PAGE, PAGE), (4 * PAGE, PAGE), (5 * PAGE, 0))
+    survey(file, table(*chunks, size=6 * PAGE), "blob x")
+    assert [page for page in range(6) if os.lseek(file, page * PAGE, os.SEEK_HOLE) > page * PAGE] == [3]
+
+
 def test_a_table_that_would_cost_too_much_or_cannot_be_served_is_refused(file: int) -> None:
     with pytest.raises(FormatError, match="belong to no chunk"):
         survey(file, table((0, 10), (1 << 40, 10), size=(1 << 40) + 10), "blob x")
