@@ -13,6 +13,7 @@ mount.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Collection, Sequence
@@ -61,6 +62,8 @@ log = logging.getLogger(__name__)
 
 _RETRY = 0.1
 """Seconds between looks at what waits for something that makes no event."""
+_NOTE_AGAIN = 1.0
+"""Seconds until what could not be noted is tried again."""
 
 
 class FscacheDaemon(Singleton):
@@ -85,6 +88,8 @@ class FscacheDaemon(Singleton):
         self._guard = Child("guard", 0, "nydusd.frontends.fscache.guard")
         self._kept = False
         """Whether what there is of the cache is left to the next daemon, mounted or not."""
+        self._note_at = math.inf
+        """When to note again what could not be noted (`time.monotonic()`)."""
         self._family.own_spec, self._family.started = self._own_spec, self._started
 
     # --- start ------------------------------------------------------------------------------------------------
@@ -298,7 +303,7 @@ class FscacheDaemon(Singleton):
     # --- what a successor needs -------------------------------------------------------------------------------
 
     def _note(self) -> None:
-        """Write down what the guard and a successor need; a full disk costs that, no more.
+        """Write down what the guard and a successor need; a full disk costs that, no more, and is tried again.
 
         Not before our guard is there: until then the record names the former one, which ends when it is named no more.
         """
@@ -314,7 +319,11 @@ class FscacheDaemon(Singleton):
         try:
             self._files.write(held, [noted(bound) for bound in self._bound.values()])
         except CacheError as e:
-            log.warning("%s; a successor will not know the images", e)
+            if self._note_at == math.inf:
+                log.warning("%s; until it can be written, a successor will not know the images", e)
+            self._note_at = time.monotonic() + _NOTE_AGAIN
+        else:
+            self._note_at = math.inf
 
     def _own_spec(self, child: Child) -> tuple[list[int], Json] | None:
         if child is not self._guard or self._device is None:
@@ -378,10 +387,13 @@ class FscacheDaemon(Singleton):
         super()._turn(timeout)
         if self._kernel is not None:
             self._kernel.turn()
+        if time.monotonic() >= self._note_at:
+            self._note()
 
     def _timeout(self) -> float:
         waits = self._kernel is not None and self._kernel.waits
-        return min(super()._timeout(), _RETRY) if waits else super()._timeout()
+        sooner = min(super()._timeout(), max(0.0, self._note_at - time.monotonic()))
+        return min(sooner, _RETRY) if waits else sooner
 
     # --- stop -------------------------------------------------------------------------------------------------
 

@@ -306,7 +306,7 @@ def _processes(record: Json) -> list[tuple[int, int]]:
 
 def _end_all(processes: Iterable[tuple[int, int]]) -> None:
     for process in processes:
-        if alive(process):
+        if process[1] > 0 and start_time(process[0]) in (process[1], -1):
             log.info("ending pid %d, left by a nydusd that was killed", process[0])
             end(process)
 
@@ -314,7 +314,7 @@ def _end_all(processes: Iterable[tuple[int, int]]) -> None:
 def alive(process: tuple[int, int]) -> bool:
     """Whether this very process is there: pid and start time."""
     pid, start = process
-    return start != 0 and start_time(pid) == start
+    return start > 0 and start_time(pid) == start
 
 
 def end(process: tuple[int, int]) -> None:
@@ -322,12 +322,16 @@ def end(process: tuple[int, int]) -> None:
 
     That may be about to punch a hole into a cache file on a disk that does not answer: the kernel does that when it can,
     killed or not, and it must not be done to what was fetched since.
+
+    Raises OSError when there is no file descriptor to see with whether it is this one.
     """
     try:
         fd = os.pidfd_open(process[0])
     except ProcessLookupError:
         return
     try:
+        if start_time(process[0]) < 0:
+            raise OSError(errno.EMFILE, f"whether pid {process[0]} has ended cannot be told")
         if alive(process):  # still the same: now the number cannot become another's
             signal.pidfd_send_signal(fd, signal.SIGKILL)
             poll = select.poll()

@@ -15,15 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from nydusd.errors import ScarceError
-from nydusd.frontends.erofs import loop
+from nydusd.errors import MountError, ScarceError
+from nydusd.frontends.erofs import left, loop
 from nydusd.frontends.erofs.device import Blob
 from nydusd.frontends.erofs.journal import Journal, create
 from nydusd.frontends.erofs.known import Known
+from nydusd.frontends.erofs.session import Fds
 from nydusd.frontends.erofs.table import File, Table
 from nydusd.ipc.client import Reply
 from nydusd.ipc.messages import SlotRef
 from nydusd.storage.api.io import ChunkRun
+from tests.support.scarce import no_fd_left
 
 EVENT = struct.Struct("=IBBHQii BBHIQQ")
 ANSWER = struct.Struct("=iI")
@@ -105,6 +107,19 @@ class Line:
     def release(self, slot: SlotRef) -> None: ...
 
     def forget_arenas(self) -> None: ...
+
+
+def test_holders_of_which_it_cannot_be_told_whether_they_live_are_not_taken_for_gone(tmp_path: Path) -> None:
+    """Not by what is noted, nor as they are looked at, nor as they are told from others."""
+    path = tmp_path / "left.json"
+    left.write(path, [os.getpid()], Fds(0, 1, 2), 3)
+    noted = path.read_bytes()
+    for spare in range(2):
+        with no_fd_left(os.getpid(), spare), pytest.raises(ScarceError):
+            left.take(path)
+    with no_fd_left(os.getpid()), pytest.raises(MountError, match="start time of pid"):
+        left.write(path, [os.getpid()], Fds(0, 1, 2), 4)
+    assert path.read_bytes() == noted
 
 
 @pytest.mark.parametrize("inherited", [False, True])

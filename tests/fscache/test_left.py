@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import msgspec
 import pytest
 
 from nydusd.cli.options import SingletonOptions
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, ScarceError
 from nydusd.frontends.fscache.device import CacheDevice
 from nydusd.frontends.fscache.left import Files, Held
 from nydusd.ipc.spec import write_spec
@@ -22,6 +23,7 @@ from nydusd.supervisor.fscache import FscacheDaemon
 from nydusd.supervisor.handover import Sent
 from tests.support.discipline import wait_until
 from tests.support.fork_server import fork_server
+from tests.support.scarce import no_fd_left
 
 IMAGES = [{"entry": 1}, {"entry": 2}]
 LOG = {"level": "info", "file": None}
@@ -160,6 +162,42 @@ def test_a_guard_that_nobody_could_name_names_itself_where_the_one_that_is_named
     assert files.read() == others
     os.close(spec)
     os.close(device)
+
+
+def test_a_guard_of_which_it_cannot_be_told_whether_it_lives_is_not_taken_for_gone(daemon: FscacheDaemon) -> None:
+    """Two would answer the kernel, each of them a part of what it says."""
+    kept = os.memfd_create("kept")
+    held = daemon._files.read()
+    assert held is not None
+    with no_fd_left(os.getpid()), pytest.raises(ScarceError):
+        daemon._files.take(kept)
+    daemon._files.held.write_bytes(msgspec.json.encode(msgspec.structs.replace(held, holder=(os.getpid(), -1))))
+    former = Path("/proc/self/comm").read_text()
+    Path("/proc/self/comm").write_text("nydusd: guard")
+    try:
+        with pytest.raises(CacheError, match="noted without its start time"):
+            daemon._files.take(kept)
+    finally:
+        Path("/proc/self/comm").write_text(former)
+    os.close(kept)
+    daemon.stop()
+
+
+def test_a_guard_is_noted_when_it_can_be_told_when_it_was_started(
+    daemon: FscacheDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ScarceError):
+        daemon._files.write(Held((os.getppid(), -1), 5, {}, []), [])
+    daemon._guard.process = cast(Any, type("Process", (), {"pid": os.getppid()}))
+    with no_fd_left(os.getpid()):
+        daemon._note()
+    assert taken(daemon) == (os.getpid(), IMAGES)
+    assert daemon._note_at < math.inf
+    assert "until it can be written, a successor will not know the images" in caplog.text
+    daemon._note()
+    assert taken(daemon) == (os.getppid(), [])
+    assert daemon._note_at == math.inf
+    daemon.stop()
 
 
 def test_the_former_guard_has_ended_before_the_kernel_says_anything_once_more(

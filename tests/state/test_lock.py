@@ -7,14 +7,16 @@ import os
 import signal
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import posix_ipc
 import pytest
 
-from nydusd.errors import ScarceError
+from nydusd.errors import CacheError, ScarceError
 from nydusd.storage.state import lock as lock_module
-from nydusd.storage.state.lock import BlobLock, start_time
+from nydusd.storage.state.lock import BlobLock, is_there, start_time
 from nydusd.storage.state.segment import LOCK_OFFSET, Segment
+from tests.support.scarce import no_fd_left
 from tests.support.segments import in_child, join, make_segment, segment_name
 
 _RECORD = struct.Struct("<QQ")
@@ -202,6 +204,29 @@ def test_start_time_of_nobody_is_zero() -> None:
     join(child)
     assert start_time(child) == 0
     assert start_time(os.getpid()) > 0
+
+
+def test_process_is_not_taken_for_gone_where_that_cannot_be_told() -> None:
+    me = os.getpid(), start_time(os.getpid())
+    assert is_there(*me)
+    assert not is_there(me[0], me[1] - 1)
+    with no_fd_left(me[0]), pytest.raises(ScarceError):
+        is_there(*me)
+    child = in_child(lambda: None)
+    join(child)
+    assert not is_there(child, -1)
+
+
+def test_process_that_was_noted_without_its_start_time_is_ours_by_its_title() -> None:
+    pid, untold = os.getpid(), -1
+    assert not is_there(pid, untold)
+    former = Path("/proc/self/comm").read_text()
+    Path("/proc/self/comm").write_text("nydusd: guard")
+    try:
+        with pytest.raises(CacheError, match=f"kill -9 {pid}"):
+            is_there(pid, untold)
+    finally:
+        Path("/proc/self/comm").write_text(former)
 
 
 def test_lock_is_not_taken_by_who_cannot_leave_a_record(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:

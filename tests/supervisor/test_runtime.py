@@ -27,11 +27,12 @@ from nydusd.supervisor.children import Child, end_all
 from nydusd.supervisor.family import Family
 from nydusd.supervisor.handover import Handover
 from nydusd.supervisor.listener import Listener
-from nydusd.supervisor.runtime import TRIAL, Runtime
+from nydusd.supervisor.runtime import TRIAL, Runtime, end
 from nydusd.supervisor.sockets import Sockets
 from tests.support.discipline import wait_until
 from tests.support.disk import make_ext4, mounted
 from tests.support.fork_server import fork_server
+from tests.support.scarce import no_fd_left
 
 PUNCHES = """
 import os, sys
@@ -143,6 +144,16 @@ class TestRuntime:
             claim.join()
             assert worker.wait() == -9
         runtime.remove()
+
+    def test_process_is_not_taken_for_ended_where_that_cannot_be_told(self) -> None:
+        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as orphan:
+            process = orphan.pid, start_time(orphan.pid)
+            for spare in range(2):  # none to hold it by, and none to look at it with
+                with no_fd_left(os.getpid(), spare), pytest.raises(OSError, match=r"open files|cannot be told"):
+                    end(process)
+            assert orphan.poll() is None
+            end(process)
+            assert orphan.wait() == -9
 
     def test_trial_that_ended_with_its_supervisor_is_cleared_away_by_the_one_that_takes_over(self) -> None:
         runtime = Runtime("/mnt/image")

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def no_fd_left(pid: int) -> Iterator[None]:
-    """A process that can open nothing more, unless it closes something."""
+def no_fd_left(pid: int, spare: int = 0) -> Iterator[None]:
+    """A process that can open nothing more than `spare`, unless it closes something."""
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(used) + 1)) - used), before[1]))
+    listed = os.listdir(f"/proc/{pid}/fd")
+    # Not by what they were listed themselves.
+    used = {int(name) for name in listed if os.path.lexists(f"/proc/{pid}/fd/{name}")}
+    free = sorted(set(range(len(used) + spare + 1)) - used)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[spare], before[1]))
     try:
         yield
     finally:

@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nydusd.errors import MountError
+from nydusd.errors import CacheError, MountError, cache_error, is_scarce
 from nydusd.frontends.fuse.session import resolve_mountpoint
 from nydusd.ipc.borrow import copy_of, memories_of
-from nydusd.storage.state.lock import start_time
+from nydusd.storage.state.lock import is_there, start_time
 
 from .session import Fds, top_mount
 
@@ -63,10 +63,13 @@ def write(
     `former`: holders that another supervisor has left, and that are not ended yet. Raises MountError: without the note a kill
     of the supervisor could not be made good.
     """
+    started = [[pid, start_time(pid)] for pid in holders]
+    if untold := [pid for pid, start in started if start < 0]:
+        raise MountError(f"{path}: the start time of pid {untold[0]} cannot be read now: no file descriptor is left")
     content = {
         "version": 2,
         "generation": generation,
-        "holders": [[pid, start_time(pid)] for pid in holders],
+        "holders": started,
         "fds": list(fds),
         "mounts": [list(each) for each in seen],
     }
@@ -107,7 +110,7 @@ def seen(path: Path) -> str | None:
 def take(path: Path) -> Left | None:
     """What is held, None when nobody holds anything. The holders go on: `end` them when all is taken over.
 
-    Raises MountError when there are holders and their fds cannot be had.
+    Raises MountError when there are holders and their fds cannot be had, CacheError when it cannot be told whether there are.
     """
     try:
         raw = json.loads(path.read_text())
@@ -121,9 +124,18 @@ def take(path: Path) -> Left | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        if is_scarce(e):
+            raise cache_error(str(path), e) from e
         log.warning("%s cannot be read: %s", path, e)
         return None
-    living = {pidfd: holder for holder in noted if (pidfd := _living(holder.pid, holder.start)) >= 0}
+    living: dict[int, Holder] = {}
+    try:
+        for holder in noted:
+            if (pidfd := _living(holder.pid, holder.start)) >= 0:
+                living[pidfd] = holder
+    except CacheError:
+        let_be(list(living))
+        raise
     why = ""
     for pidfd, holder in living.items():
         copies: list[int] = []
@@ -212,12 +224,17 @@ def _holds(pid: int, wanted: os.stat_result) -> bool:
 
 
 def _living(pid: int, start: int) -> int:
-    """The pidfd of this very process, -1 if it has ended."""
+    """The pidfd of this very process, -1 if it has ended. Raises CacheError when that cannot be told."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return -1
-    if start != 0 and start_time(pid) == start:
-        return pidfd
-    os.close(pidfd)
-    return -1
+    except OSError as e:
+        raise cache_error(f"pid {pid}", e) from e
+    there = False
+    try:
+        there = is_there(pid, start)
+    finally:
+        if not there:
+            os.close(pidfd)
+    return pidfd if there else -1

@@ -19,7 +19,7 @@ import time
 
 import msgspec
 
-from nydusd.errors import CacheError, FormatError
+from nydusd.errors import CacheError, FormatError, ScarceError
 from nydusd.frontends.guard import begin_guard
 from nydusd.storage.state.lock import start_time
 
@@ -45,7 +45,7 @@ class Guard:
         """Answer what the kernel says for so long."""
         until = time.monotonic() + seconds
         poll = select.poll()
-        poll.register(self._device.fd, select.POLLIN)
+        poll.register(self._device.fd, select.POLLIN)  # it has ended, or there is no room to be told so at once
         while (left := until - time.monotonic()) > 0:
             if any(ready & select.POLLIN for _, ready in poll.poll(left * 1000)):
                 while raw := self._device.read():
@@ -60,7 +60,7 @@ class Guard:
                 os.close(refused[1])
             return
         if isinstance(message, messages.Open):
-            held = self._files.read()
+            held = _noted(self._files)
             size = -2 if held is None else held.sizes.get(f"{message.domain}/{message.key}", -2)
             if self._device.opened(message.number, size) and size >= 0:
                 self._open[message.object_id] = message.fd
@@ -71,6 +71,15 @@ class Guard:
                 completed(self._open[message.object_id], message.number)
         elif message.object_id in self._open:
             os.close(self._open.pop(message.object_id))
+
+
+def _noted(files: Files) -> Held | None:
+    """What there is. Waits while there is no file descriptor to read it with: what we hold is not given up for that."""
+    while True:
+        try:
+            return files.read()
+        except ScarceError:
+            time.sleep(_LOOK)
 
 
 def main(argv: list[str]) -> int:
@@ -97,7 +106,7 @@ def main(argv: list[str]) -> int:
 def _wait_for_end(supervisor: int) -> None:
     """Until our parent is another: noticed at once, since its successor looks for us."""
     poll = select.poll()
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(OSError):  # it has ended, or there is no room to be told so at once
         poll.register(os.pidfd_open(supervisor), select.POLLIN)
     while os.getppid() == supervisor:
         poll.poll(_LOOK * 1000)
@@ -108,7 +117,7 @@ def _held(files: Files, device: CacheDevice) -> Held | None:
 
     Where the one that is named has ended our supervisor was killed before it could name us: then we do so ourselves.
     """
-    held = files.read()
+    held = _noted(files)
     if held is None or held.holder[0] == os.getpid():
         return held
     if held.is_alive():

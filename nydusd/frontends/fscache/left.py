@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, ScarceError, is_scarce
 from nydusd.ipc.borrow import borrow
 from nydusd.ipc.messages import Json
-from nydusd.storage.state.lock import start_time
+from nydusd.storage.state.lock import is_there, start_time
 
 _SYSFS = "/sys/fs/erofs"
 
@@ -66,28 +66,35 @@ class Files(NamedTuple):
         return cls(path.with_suffix(".fscache.json"), path.with_suffix(".fscache.images.json"))
 
     def write(self, held: Held, images: Sequence[Mapping[str, object]]) -> None:
-        """Raises CacheError."""
+        """Raises CacheError; also when it could not be told when the guard was started, by which who takes over knows it."""
+        _check_start(self.held, held)
         _write(self.told, {"images": list(images)})
         _write(self.held, msgspec.to_builtins(held))
 
     def name(self, held: Held) -> None:
-        """A guard writes itself down, whose supervisor could not. Raises CacheError."""
+        """A guard writes itself down, whose supervisor could not. Raises CacheError, as `write`."""
+        _check_start(self.held, held)
         _write(self.held, msgspec.to_builtins(held), ".guard.tmp")  # a successor may be writing, too
 
     def read(self) -> Held | None:
-        """None if there is nothing that can be used."""
+        """None if there is nothing that can be used. Raises ScarceError when that cannot be told now."""
         try:
             return msgspec.json.decode(self.held.read_bytes(), type=Held)
-        except (OSError, msgspec.MsgspecError):
+        except OSError as e:
+            if is_scarce(e):
+                raise ScarceError(f"{self.held}: {e.strerror}", e.errno) from e
+            return None
+        except msgspec.MsgspecError:
             return None
 
     def take(self, stored: int | None) -> Taken | None:
         """What is there to go on with; None if nobody holds the device. Raises CacheError.
 
+        Also where it cannot be told whether the guard lives: two who answer the kernel would each have a part of what it says.
         `stored`: the device as systemd, or who keeps our session, has kept it, for when no guard lives; it is ours.
         """
         held = self.read()
-        if held is None or not held.is_alive():
+        if held is None or not is_there(*held.holder):
             return None if stored is None else Taken(stored, None, self.images())
         try:
             pid, start = held.holder
@@ -95,7 +102,8 @@ class Files(NamedTuple):
         except OSError as e:
             if stored is not None:
                 return Taken(stored, held.holder, self.images())
-            raise CacheError(f"{self.held}: pid {held.holder[0]} does not give its device: {e.strerror}") from e
+            kind = ScarceError if is_scarce(e) else CacheError
+            raise kind(f"{self.held}: pid {held.holder[0]} does not give its device: {e.strerror}") from e
         if stored is not None:
             os.close(stored)
         return Taken(device, held.holder, self.images())
@@ -109,6 +117,11 @@ class Files(NamedTuple):
     def remove(self) -> None:
         for path in self:
             path.unlink(missing_ok=True)
+
+
+def _check_start(path: Path, held: Held) -> None:
+    if held.holder[1] < 0:
+        raise ScarceError(f"{path}: the start time of pid {held.holder[0]} cannot be read now")
 
 
 def _write(path: Path, content: Any, suffix: str = ".tmp") -> None:

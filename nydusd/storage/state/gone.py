@@ -75,7 +75,12 @@ def _lives(folder: Path) -> bool:
         return False
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return True
-    return any(start != 0 and start_time(pid) in (start, -1) for pid, start in processes)
+    return any(_may_live(pid, start) for pid, start in processes)
+
+
+def _may_live(pid: int, start: int) -> bool:
+    now = start_time(pid)
+    return start != 0 and now != 0 and (now == start or -1 in (now, start))
 
 
 def _is_read_by_kernel(note: Path) -> bool:

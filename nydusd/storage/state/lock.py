@@ -24,7 +24,7 @@ from types import TracebackType
 import posix_ipc
 
 from nydusd import points
-from nydusd.errors import ScarceError, cache_error, is_scarce
+from nydusd.errors import CacheError, ScarceError, cache_error, is_scarce
 
 PATIENCE = 0.05
 """Seconds to wait for the semaphore before its owner is looked at."""
@@ -50,6 +50,32 @@ def start_time(pid: int) -> int:
     if fields[0] in (b"Z", b"X"):
         return 0
     return int(fields[19])
+
+
+def is_there(pid: int, start: int) -> bool:
+    """Whether the process that was noted with this start time is there still.
+
+    Raises ScarceError if that cannot be told now, and CacheError if it never can: a process of ours has that pid, and which one
+    was not noted. Either is not to be taken for the end of a process that holds something.
+    """
+    now = start_time(pid)
+    if now < 0:
+        raise ScarceError(f"whether pid {pid} has ended cannot be told now: no file descriptor is left")
+    if start >= 0 or not now:
+        return start > 0 and now == start
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as f:
+            ours = f.read().startswith(b"nydusd: ")
+    except OSError as e:
+        if is_scarce(e):
+            raise ScarceError(f"who pid {pid} is cannot be told now: no file descriptor is left") from e
+        return False
+    if ours:
+        raise CacheError(
+            f"pid {pid} was noted without its start time, and a process of a nydusd has that pid: if `ps -fp {pid}` shows"
+            f" that it is of this daemon, end it with `kill -9 {pid}`, and start again"
+        )
+    return False
 
 
 class BlobLock:
