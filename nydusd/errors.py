@@ -148,6 +148,7 @@ class EvictedError(CacheError):
 
 
 _SCARCE = (_errno.EMFILE, _errno.ENFILE, _errno.ENOMEM)
+_CAUSES_MOST = 8
 
 
 def is_scarce(error: BaseException) -> bool:
@@ -156,6 +157,16 @@ def is_scarce(error: BaseException) -> bool:
     The library for POSIX shared memory says so without a number, as it does of nothing else.
     """
     return isinstance(error, OSError) and (error.errno in _SCARCE or (type(error) is OSError and error.errno is None))
+
+
+def comes_of_want(error: BaseException | None) -> bool:
+    """Whether an error, or one of those that it was raised from, is that file descriptors or memory are used up."""
+    seen = 0
+    while error is not None and seen < _CAUSES_MOST:
+        if isinstance(error, (ScarceError, MemoryError)) or (isinstance(error, OSError) and error.errno in _SCARCE):
+            return True
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return False
 
 
 def cache_error(what: str, error: Exception) -> CacheError:

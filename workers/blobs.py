@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from nydusd.errors import CacheError, FormatError, InternalError, StaleCacheError
+from nydusd.errors import CacheError, FormatError, InternalError, ScarceError, StaleCacheError, comes_of_want
 from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import Json
 from nydusd.storage.backend import make_backend
@@ -80,7 +80,9 @@ class OpenBlob:
                 with open(path, "rb") as f:
                     f.seek(offset)
                     data = f.read(size)
-            except OSError:
+            except OSError as e:
+                if comes_of_want(e):
+                    raise ScarceError(f"blob metadata {path}: {e.strerror}", e.errno) from e
                 continue
             if len(data) == size:
                 return data

@@ -19,7 +19,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from nydusd import points
-from nydusd.errors import BackendError, CorruptChunkError, InternalError, NydusError, StaleCacheError
+from nydusd.errors import (
+    BackendError,
+    CorruptChunkError,
+    InternalError,
+    NydusError,
+    ScarceError,
+    StaleCacheError,
+    comes_of_want,
+)
 from nydusd.formats.model import ChunkFlag, ChunkRecord
 from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import Json
@@ -218,6 +226,8 @@ def _adopt(blob: OpenBlob, chunk: int) -> None:
     try:
         data = _on_disk(blob.data_fd(), record.uoff, record.usize)
     except OSError as e:
+        if comes_of_want(e):
+            raise
         log.warning("blob %s chunk %d: cache file: %s; fetched again", blob.spec.info.blob_id, chunk, e.strerror)
         return
     if verify_chunk(blob.spec.info, record, segment.digest(chunk), data):
@@ -309,6 +319,8 @@ def _fetch(
                         result.fail(rest, why)
                     return
             except BackendError as e:
+                if comes_of_want(e):  # of the whole job: it is done again
+                    raise ScarceError(str(e)) from e
                 result.fail(range(first, last + 1), e)
                 break
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 import zmq
 
 from nydusd import logs, points, proctitle
-from nydusd.errors import NydusError
+from nydusd.errors import NydusError, ScarceError, comes_of_want
 from nydusd.ipc.messages import DONE, HELLO, JOB, PROTOCOL, Json, decode, encode
 from nydusd.ipc.spec import read_spec, supervisor_gone
 from workers.blobs import OpenBlobs
-from workers.failure import failure
+from workers.failure import failure, for_want
 
 Handler = Callable[[OpenBlobs, Json], Json]
 
@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
     poller = zmq.Poller()
     poller.register(socket, zmq.POLLIN)
     poller.register(lifeline, zmq.POLLIN)
+    lacking = False
     while True:
         events = dict(poller.poll())
         if socket in events:
@@ -83,10 +84,19 @@ def main(argv: Sequence[str]) -> int:
                 job = decode(body)
                 points.reach("worker: job taken")
                 answer = _run(handlers, blobs, job, log.exception)
-                if ("error" in answer or answer.get("failed")) and _no_fd_left():
-                    log.warning("no file descriptor is left: letting go of what was kept open, and doing the job again")
+                if not _is_for_want(answer):
+                    lacking = False
+                else:
+                    if not lacking:  # readers may try again and again: it is said once
+                        log.warning(
+                            "no file descriptor is left, or no memory: letting go of what was kept open, and doing the job"
+                            " again"
+                        )
+                    lacking = True
                     blobs.let_go()
                     answer = _run(handlers, blobs, job, log.exception)
+                    if _is_for_want(answer) and "retry_after" not in answer:
+                        answer |= for_want(str(answer.get("error") or answer["failed"][0][2]))
                 if connections := blobs.connections():
                     answer["connections"] = connections
                 if routes := blobs.take_routes():
@@ -98,8 +108,14 @@ def main(argv: Sequence[str]) -> int:
             return 0
 
 
+def _is_for_want(answer: Json) -> bool:
+    """Whether a job has failed, wholly or in part, for want of file descriptors or memory. Libraries do not always say so."""
+    failed = "error" in answer or answer.get("failed")
+    return bool(failed) and (answer.get("type") == ScarceError.__name__ or _no_fd_left())
+
+
 def _no_fd_left() -> bool:
-    """Whether this process, or the machine, can open nothing more (EMFILE, ENFILE). Libraries do not always say so."""
+    """Whether this process, or the machine, can open nothing more (EMFILE, ENFILE)."""
     try:
         os.close(os.dup(0))
     except OSError as e:
@@ -117,5 +133,7 @@ def _run(handlers: dict[str, Handler], blobs: OpenBlobs, job: Json, complain: Ca
             complain(f"job {job['kind']} of blob {job.get('handle')} failed by a bug of ours")
         return failure(e)
     except Exception as e:
+        if comes_of_want(e):
+            return for_want(str(e) or type(e).__name__)
         complain(f"job {job['kind']} of blob {job.get('handle')} failed by a bug of ours")
         return {"error": f"internal error: {e!r}", "errno": NydusError.errno, "type": "InternalError"}

@@ -143,7 +143,7 @@ class Launch:
         """What was found in the cache file was looked at: fetch what was not good."""
         cache = job.cache
         assert cache is not None
-        if job.cancelled or answer.get("type") == "StaleCacheError":
+        if job.cancelled or answer.get("type") == "StaleCacheError" or "retry_after" in answer:
             self._filled(job, answer)
             return
         bad = [chunk for chunk in job.chunks if not cache.chunk_map.is_ready(chunk)]

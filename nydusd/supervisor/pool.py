@@ -19,6 +19,7 @@ from collections.abc import Callable
 from itertools import count
 
 from nydusd import points
+from nydusd.errors import ScarceError
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority
@@ -261,15 +262,17 @@ class WorkerPool:
         if job is None or job.number != answer.get("id"):
             return
         del self._busy[identity]
+        lacks = answer.get("type") == ScarceError.__name__
         if identity not in self._retired:
-            self._idle.append(identity)
+            # Who lacks something comes last: another may have it.
+            (self._idle.appendleft if lacks else self._idle.append)(identity)
         self.jobs_done += 1
         self._done[identity] += 1
         self._connections[identity] = answer.pop("connections", {})
         self.jobs_failed += bool(answer.get("error") or answer.get("failed"))
         self.read_bytes[job.priority.name.lower()] += answer.get("read_bytes", 0)
         self.route_bytes.update(answer.pop("routes", {}))
-        if server := _server(job):
+        if (server := _server(job)) and not lacks:
             (self._silent.add if "retry_after" in answer else self._silent.discard)(server)
         if job.cache is not None:
             _count(job.cache, job, answer)

@@ -283,7 +283,7 @@ class Router:
         try:
             left = self._room.enter(request, missing)
         except CacheError as e:
-            if isinstance(e, ScarceError) and self.outages.put_off(request, 0.0, str(e)):
+            if isinstance(e, ScarceError) and self.outages.put_off(request, 0.0, str(e), lacks=True):
                 return
             log.error("blob %s: %s", request.cache.spec.info.blob_id, e)
             self._finish(request, errno.ENOMEM)
@@ -318,11 +318,14 @@ class Router:
             for chunk in job.chunks:
                 del cache.jobs[chunk]
                 cache.chunk_map.clear_pending(chunk)
+                if "retry_after" in answer and chunk in job.payload.get("verify", ()):
+                    cache.chunk_map.doubt(chunk)  # nobody has looked whether it is in the file
             if answer.get("type") == "StaleCacheError":
                 self._reopen(cache, answer["error"])
             elif "retry_after" in answer:
                 self._put_off(job, cache, answer)
             else:
+                self.outages.supplied(cache)
                 self._settle(job, cache, answer)
         self._retry_slots()
 
@@ -376,18 +379,18 @@ class Router:
                 self._finish(request, code)
 
     def _put_off(self, job: Job, cache: BlobCache, answer: Answer) -> None:
-        """The backend could not be reached: readers wait while they have time, then get the error."""
+        """The backend could not be reached, or something is lacking: readers wait while they have time, then get the error."""
         name, first, last = cache.spec.info.blob_id, job.chunks[0], job.chunks[-1]
         requests = {request: None for chunk in job.chunks for request in cache.waiters.get(chunk, ())}
         if not requests:  # what nobody has asked for yet may be tried again as soon as somebody does
             log.debug("blob %s chunks %d…%d: %s", name, first, last, answer["error"])
             if job.priority is Priority.PREFETCH:
                 self._prefetch.put_back(cache, first, last, answer["retry_after"], time.monotonic())
-        complained = False
+        complained, lacks = False, answer.get("type") == ScarceError.__name__
         for request in requests:
             wanted = request.left.intersection(job.chunks)
             self._detach(request)
-            if self.outages.put_off(request, answer["retry_after"], answer["error"]):
+            if self.outages.put_off(request, answer["retry_after"], answer["error"], lacks=lacks):
                 continue
             if not complained:
                 log.error("blob %s chunks %d…%d: %s; readers have no more time", name, first, last, answer["error"])
@@ -401,6 +404,7 @@ class Router:
         slot = None
         if not code:
             cache = request.cache
+            self.outages.supplied(cache)
             absent = [chunk for chunk in request.chunks if not cache.chunk_map.is_ready(chunk)]
             if not all(self._slots.has(cache.handle, chunk) for chunk in absent):
                 self._again(request)  # came in shared memory, not held for this one, and was given up meanwhile

@@ -218,7 +218,8 @@ class Transfers:
                 except CacheError as e:
                     del self._line[job]
                     self._fetching.discard(job)
-                    self._refuse(job, str(e), {"retry_after": 0.0} if isinstance(e, ScarceError) else None)
+                    more = {"type": ScarceError.__name__, "retry_after": 0.0} if isinstance(e, ScarceError) else None
+                    self._refuse(job, str(e), more)
                     continue
                 if offsets is None:
                     return

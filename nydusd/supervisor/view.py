@@ -14,6 +14,7 @@ from nydusd import logs
 from nydusd.errors import NydusError
 from nydusd.ipc.inflight import waiting
 from nydusd.ipc.messages import Json
+from nydusd.supervisor.outages import awaited
 from nydusd.supervisor.uncached import told
 from nydusd.version import GIT_COMMIT, build_info
 
@@ -183,7 +184,7 @@ def _mounts(daemon: Supervisor, _request: Json) -> Json:
             if cache.state == "failed":
                 failed.append(f"blob {cache.spec.info.blob_id} cannot be opened: {cache.reason}")
             elif cache.outage:
-                failed.append(f"readers wait for the backend: {cache.outage}")
+                failed.append(f"readers wait for {awaited(cache)}: {cache.outage}")
             if cache.no_room_until:
                 uncached.append(told(cache))
         images.append(

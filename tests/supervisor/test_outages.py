@@ -146,6 +146,74 @@ def test_reader_who_is_gone_is_not_served(world: World) -> None:
     assert world.router.outages.wait(world.clock.now) is None
 
 
+def lack(world: World) -> None:
+    """A decompress worker has no file descriptor for the job that is under way."""
+    while b"decompress" not in world.sent:
+        world.pump()
+        if b"fetch" in world.sent:
+            world.finish(b"fetch")
+    world.lack(b"decompress")
+    world.check()
+
+
+@pytest.mark.parametrize("name", ["plain", "dummy", "far", "far_dummy"])
+def test_reader_waits_while_a_worker_lacks_file_descriptors_and_that_is_said_once(
+    world: World, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """A backend that answers meanwhile, again and again, does not end it."""
+    cache = getattr(world, name)
+    world.ask(A, 1, cache, 4, 1)
+    for _ in range(5):
+        lack(world)
+        assert not cache.jobs and not world.stage.in_use() and not world.slots.held()
+        assert (cache.outage, cache.lacks) == ("Too many open files", True)
+        assert pass_time(world) > 0.05
+    assert codes(world) == []
+    world.settle()
+    assert codes(world) == [(1, 0)]
+    assert not cache.outage
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 2
+    assert said[0] == "readers wait for file descriptors or memory: Too many open files"
+    assert "file descriptors and memory are there again" in said[1]
+
+
+def test_reader_for_whom_file_descriptors_are_lacking_for_too_long_gets_an_error(world: World) -> None:
+    begin = world.clock.now
+    world.ask(A, 1, world.plain, 4, 1)
+    tries = 0
+    while not codes(world):
+        assert world.clock.now - begin < DEADLINE
+        lack(world)
+        tries += 1
+        if not codes(world):
+            pass_time(world)
+    assert codes(world) == [(1, errno.EIO)]
+    assert world.clock.now - begin > DEADLINE - 2.0
+    assert 10 < tries < 30
+
+
+def test_worker_that_lacks_something_is_asked_after_the_others(world: World) -> None:
+    world.ask(A, 1, world.plain, 4, 1)
+    world.pump()
+    world.worker("decompress", b"other")
+    world.lack(b"decompress")
+    pass_time(world)
+    world.pump()
+    assert list(world.sent) == [b"other"]
+
+
+def test_chunk_that_could_not_be_looked_at_in_the_cache_file_is_not_fetched(world: World) -> None:
+    world.far.chunk_map.doubt(4)
+    world.ask(A, 1, world.far, 4, 1)
+    for _ in range(3):
+        world.pump()
+        assert world.sent.keys() == {b"decompress"} and world.sent[b"decompress"]["verify"] == [4]
+        world.lack(b"decompress")
+        world.check()
+        pass_time(world)
+
+
 def test_blob_that_cannot_be_opened_for_want_of_its_backend_keeps_readers_waiting(world: World) -> None:
     world.far.state = "new"
     world.ask(A, 1, world.far, 4, 1)

@@ -50,6 +50,34 @@ def test_worker_without_a_file_descriptor_lets_go_of_some(tree: Tree, tmp_path: 
         assert daemon.pids("decompress") == workers
 
 
+def is_ready(daemon: Daemon, role: str) -> bool:
+    answer = daemon.get("/api/v1/nydusd/workers")
+    assert isinstance(answer, dict)
+    return all(row["state"] == "idle" for row in answer["processes"] if row["role"] == role)
+
+
+def test_reader_waits_while_no_worker_has_a_file_descriptor_for_his_chunks(tree: Tree, tmp_path: Path) -> None:
+    """Of what a worker has not opened yet, it has nothing to let go."""
+    found: list[bytes] = []
+    cache = tmp_path / "cache"
+    with Daemon(tree.bootstrap, tmp_path, cache=cache, config=config(tree, cache)) as daemon:
+        wait_until(lambda: is_ready(daemon, "decompress"), "the worker to have loaded what it needs", 60)
+        (worker,) = daemon.pids("decompress")
+        reader = threading.Thread(target=lambda: found.append(read(daemon.mountpoint / NAMES[0])))
+        with no_fd_left(worker):
+            reader.start()
+            waits = "readers wait for file descriptors or memory"
+            wait_until(lambda: waits in daemon.log.read_text(), "the reader to wait", 60)
+            assert waits in daemon.ctl("info")
+            assert not found
+        reader.join(60)
+        assert found == [tree.contents[NAMES[0]]]
+        wait_until(lambda: "memory are there again" in daemon.log.read_text(), "the supervisor to see it", 60)
+        assert waits not in daemon.ctl("info")
+        assert daemon.log.read_text().count(waits) == 1
+        assert daemon.pids("decompress") == [worker]
+
+
 def test_all_processes_killed_at_once_in_the_middle_of_reads_leave_nothing(tree: Tree, tmp_path: Path) -> None:
     """Again and again: the next daemon clears up, and after it there is nothing but the files of the blob."""
     choose = random.Random(11)

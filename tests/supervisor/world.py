@@ -342,6 +342,11 @@ class World:
         error: Json = {"error": "is down", "errno": errno.EIO, "type": "BackendUnavailableError"}
         self.done(identity, error | {"retry_after": retry_after, "reads": 1, "read_errors": 1, "read_bytes": 0})
 
+    def lack(self, identity: bytes) -> None:
+        """The worker's job ends for want of file descriptors."""
+        error: Json = {"error": "Too many open files", "errno": errno.EIO, "type": "ScarceError", "retry_after": 0.0}
+        self.done(identity, error)
+
     def settle(self) -> None:
         """Let healthy workers finish all that is asked for, while clients give back what they get and time passes."""
         for number in range(2):

@@ -17,6 +17,7 @@ from nydusd.formats.model import Extent
 from nydusd.storage.api.device import BlobDevice
 from nydusd.storage.state.segment import EMPTY, READY, VERIFY
 from tests.support.disk import make_ext4, mounted
+from tests.support.scarce import no_fd_left
 from tests.workers.harness import Jobs, jobs, slot_of, small_disk
 
 PLAIN = "v6-lz4-sha256"
@@ -35,6 +36,18 @@ def _stored_at(image: Jobs, chunk: int) -> tuple[int, int]:
     with image.segment() as segment:
         record = segment.record(chunk)
     return record.coff, record.csize
+
+
+# --- this process ---------------------------------------------------------------------------------------------
+
+
+def test_chunk_that_cannot_be_looked_at_for_want_of_a_file_descriptor_is_not_taken_for_absent(folder: Path) -> None:
+    """It would be fetched, though it may be in the cache file."""
+    with jobs(PLAIN, folder) as image:
+        image.prepare()
+        image.fill([0])
+        with no_fd_left(os.getpid()), pytest.raises(OSError, match="Too many open files"):
+            image.fill([0], verify=[0])
 
 
 # --- the blob -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -17,6 +18,7 @@ from nydusd.ipc.messages import DONE, HELLO, JOB, PROTOCOL, Json, decode, encode
 from nydusd.ipc.spec import write_spec
 from nydusd.storage.state.segment import READY
 from tests.support.discipline import discipline
+from tests.support.scarce import no_fd_left
 from tests.workers.harness import Jobs, jobs
 
 SECONDS = 60.0
@@ -111,6 +113,22 @@ def test_error_comes_back_with_its_class_and_errno(image: Jobs, fetch: Worker, d
     answer = decompress.do(image.job(kind="fill", chunks=[0], verify=[], slot=None, source=None))
     assert (answer["type"], answer["errno"]) == ("StaleCacheError", errno.EIO)
     assert str(image.data) in answer["error"]
+
+
+def test_job_that_lacks_file_descriptors_is_one_for_later_and_that_is_said_once(
+    image: Jobs, fetch: Worker, decompress: Worker
+) -> None:
+    """Whether it is the segment that cannot be opened, or the stored blob."""
+    count = fetch.do(image.job(kind="prepare"))["count"]
+    job = image.job(kind="fill", chunks=list(range(count)), verify=[], slot=None, source=None)
+    for spare in (0, 0, 1, 1):
+        with no_fd_left(decompress.process.pid, spare):
+            answer = decompress.do(job)
+            assert (answer["type"], answer["retry_after"]) == ("ScarceError", 0.0)
+            assert re.search("Too many open files|maximum number of files open", answer["error"])
+    assert decompress.log.read_text().count("no file descriptor is left") == 1
+    assert decompress.do(job)["failed"] == []
+    assert image.wrong_files() == []
 
 
 def test_worker_survives_our_bugs_and_logs_them(image: Jobs, fetch: Worker, expect_log: Callable[..., None]) -> None:

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Mapping
 
-from nydusd.errors import BackendError, ConfigError, NoSuchBlobError
+from nydusd.errors import BackendError, ConfigError, NoSuchBlobError, comes_of_want
 from nydusd.storage.backend.base import BlobBackend, BlobReader, ReadHow
 
 MAX_OPEN = 128
@@ -97,7 +97,8 @@ class LocalReader(BlobReader):
         try:
             done = self._fill(buf, offset)
         except OSError as error:
-            raise BackendError(f"blob {self.blob_id}: {self._path}: {error.strerror}") from error
+            path = error.filename or self._path
+            raise BackendError(f"blob {self.blob_id}: {path}: {error.strerror}") from error
         if done < len(buf):
             raise BackendError(
                 f"blob {self.blob_id}: {self._path} is shorter than the image says: "
@@ -125,6 +126,10 @@ class LocalReader(BlobReader):
             try:
                 fd = _open_regular(path)
             except OSError as error:
+                if comes_of_want(error):  # that says nothing of the file
+                    if empty[1] >= 0:
+                        os.close(empty[1])
+                    raise
                 wrong.append(f"{path}: {error.strerror or error}")
                 continue
             if os.fstat(fd).st_size:

@@ -55,7 +55,8 @@ class BlobCache:
         self.state = "new"  # new, preparing, ready, failed
         self.lost = False  # its cache file was taken from under it, and nobody has asked for it since
         self.reason: str | None = None
-        self.outage = ""  # why readers wait for the backend
+        self.outage = ""  # why readers wait
+        self.lacks = False  # not for the backend, but for file descriptors or memory here
         self.unreachable = False  # it failed because its backend could not be reached: readers wait
         self.segment: Segment | None = None
         self.waiting: list[Request] = []
