@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_HELD_SECONDS = 60.0
+"""How long a fork server may take to hold the clients of a daemon that was killed: one that hangs is replaced meanwhile."""
+_LOOK_SECONDS = 0.01
+
 
 class NbdDaemon(Supervisor):
     """A daemon that exports one image."""
@@ -92,7 +96,9 @@ class NbdDaemon(Supervisor):
         self._clients = Clients(self._export, self, found)
         listener = os.fstat(self._export.fileno()).st_ino
         self._noted = nbd_left.Note(self._parameters, self._clients.inode, listener, self._export.inode)
-        # Ours hold it all; noted before the former ones end, so that whoever comes after us looks there.
+        # A fork server of ours holds it all; noted before the former ones end, so that whoever comes after us looks there.
+        if found is not None:
+            self._wait_until_held(found)
         self._family.remember()
         points.reach("clients: noted")
         if found is not None:
@@ -144,6 +150,24 @@ class NbdDaemon(Supervisor):
         restore.end()
         table.begin_term(self._runtime.term)
         return self.images[recorded.place], recorded.files
+
+    def _wait_until_held(self, found: nbd_left.Left) -> None:
+        """Until a fork server of ours has taken the clients. Raises MountError if none does: they are the next one's then.
+
+        It costs nobody anything: the former front end serves on, and without a fork server that is ready there is no other.
+        """
+        until = time.monotonic() + _HELD_SECONDS
+        said = False
+        while not any(map(found.is_held_by, self.fork_server.pids)):
+            now = time.monotonic()
+            if now >= until:
+                raise MountError(f"{self.options.serves}: no fork server takes the clients of the daemon before")
+            if not said:
+                said = True
+                log.info("waiting for a fork server to hold the clients, %g s at most", _HELD_SECONDS)
+            time.sleep(_LOOK_SECONDS)
+            self._family.tend(dict(self._poller.poll(0)), now)
+            self._notifier.alive(now)
 
     def _note(self) -> Json:
         """What a successor must know."""

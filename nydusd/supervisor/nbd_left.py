@@ -4,8 +4,9 @@ Runs in the supervisor, in its first moments. `state.json` names the memory in w
 (`frontends/nbd/kept.py`) and the listening socket, by their inodes. Whoever has that memory open, a front end that serves on or
 a fork server, holds sockets and pipes as well; of each a copy is taken from the first who has it (pidfd_getfd(2)).
 
-What holds after SIGKILL in the middle: the holders go on. They are ended when our own processes hold all this and `state.json`
-says so, and only then is there another front end: so no two serve the same client.
+What holds after SIGKILL in the middle: the holders go on. They are ended when a fork server of ours has taken all this (what
+lies in its line would be lost with it) and `state.json` says so, and only then is there another front end: so no two serve the
+same client.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +60,15 @@ class Left(NamedTuple):
     listener: int
     clients: dict[int, tuple[socket.socket, int, int]]
     holders: list[tuple[int, int]]
+
+    def is_held_by(self, pid: int) -> bool:
+        """Whether a process has memory and clients open, whatever becomes of all others."""
+        wanted = Counter([f"{MEMORY}:{self.note.memory}"])
+        for sock, *pipe in self.clients.values():
+            wanted.update(_what(f"/proc/self/fd/{fd}") for fd in (sock.fileno(), *pipe))
+        with contextlib.suppress(OSError):  # it has ended
+            return wanted <= Counter(what for what, _ in _open_in(pid))
+        return False
 
     def end_holders(self, ours: Sequence[int]) -> None:
         """End them, and those that they have made since; not our own processes, which hold all this by now.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from nydusd.frontends.nbd import protocol
 from tests.killing.plan import Plan
 from tests.nbd.test_export import Export, answered, command, exactly, is_closed, read, serving
 from tests.support.daemon import image_config, wait_for_role
-from tests.support.discipline import is_running, wait_until
+from tests.support.discipline import cmdline, descendants, is_running, wait_until
 from tests.support.oracle import Image
 
 POINTS = ("clients: memory copied", "clients: noted", "clients: before a front end")
@@ -165,6 +166,32 @@ def test_the_next_supervisor_may_be_killed_at_any_step(export: Export, disk: byt
             assert plan.end()[0]
         export.start()
         reads_anywhere(wire, disk, 9)
+
+
+def test_the_former_holders_go_on_until_a_fork_server_of_the_next_one_has_the_clients(
+    export: Export, disk: bytes
+) -> None:
+    """It may be killed, too, before it has taken them from its line."""
+    with serving(export) as wire:
+        former = [front_end(export), *export.pids("fork server")]
+        export.kill_supervisor()
+        export.launch()
+
+        def loading() -> list[int]:
+            return [pid for pid in descendants(export.pid) if re.search("nydusd.forkserver|fork server", cmdline(pid))]
+
+        wait_until(lambda: bool(loading()), "its fork server", 60)
+        (server,) = loading()
+        os.kill(server, signal.SIGSTOP)
+        waits = "waiting for a fork server to hold the clients"
+        wait_until(lambda: waits in export.log.read_text(), "the supervisor to wait", 60)
+        assert [pid for pid in former if is_running(pid)] == former
+        reads_anywhere(wire, disk, 13)
+        export.kill_supervisor()
+        end(server)
+        export.start()
+        reads_anywhere(wire, disk, 14)
+    assert not any(is_running(pid) for pid in former)
 
 
 def test_nbdcopy_of_what_is_not_cached_notices_nothing(built: Built, disk: bytes, plan: Plan, tmp_path: Path) -> None:
