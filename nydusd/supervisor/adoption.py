@@ -212,6 +212,10 @@ def _take_over(
 ) -> Former:
     why = why_unknown(raw)
     if why is not None:
+        # Those that it names are ended for it, but not whom its supervisor started in its last moment.
+        with contextlib.suppress(msgspec.ValidationError):  # it may be of another form, too
+            unread = msgspec.convert(raw, _Record)
+            _end_strangers(unread, [row.pid for row in unread.holders])
         raise MountError(why)
     record = msgspec.convert(raw, _Record)
     holders: list[tuple[Orphan | FdStore, list[_Lane]]] = []

@@ -18,7 +18,7 @@ from nydusd import points
 from nydusd.cli.options import FuseOptions
 from nydusd.frontends.fuse.kernel_cache import forget_attributes, forget_names
 from nydusd.frontends.fuse.protocol import ROOT_ID
-from nydusd.frontends.fuse.session import Session, clear_stale_mount, is_held
+from nydusd.frontends.fuse.session import Session, clear_stale_mount, is_held, mounted_device
 from nydusd.ipc.messages import Json
 from nydusd.supervisor import control_ops, left_by_erofs
 from nydusd.supervisor.children import Child
@@ -26,6 +26,7 @@ from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.handover import EndedError
 from nydusd.supervisor.mount_request import first_request
 from nydusd.supervisor.restore import Restore
+from nydusd.supervisor.runtime import end
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from nydusd.supervisor.mount_table import MountTable
 
 log = logging.getLogger(__name__)
+
+_ROUNDS = 10
+"""How often it is looked whether somebody holds a session on."""
 
 
 class FuseDaemon(Supervisor):
@@ -49,6 +53,8 @@ class FuseDaemon(Supervisor):
         super().__init__(options, config, fork_server)
         self._former: Former | None = None
         """What was taken over, until it is served again."""
+        self._record: Json = {}
+        """What the daemon before us has written down."""
 
     def start(self) -> None:
         """Everything up to RUNNING. The mount is served before the workers are there: `ls` needs none."""
@@ -67,6 +73,7 @@ class FuseDaemon(Supervisor):
         image = None
         if self._former is None:
             mountpoint = self.fuse_mountpoint()
+            self._end_left(mountpoint)
             clear_stale_mount(mountpoint)
             image = None if first is None else self.mounts.mount_first(first)
             session = self._family.session = Session.mount(mountpoint, read_ahead_kib=1024)
@@ -111,6 +118,7 @@ class FuseDaemon(Supervisor):
         """The pids of what a killed supervisor has left and we take over or end later; None if nothing is taken over."""
         if not record:
             return None
+        self._record = record
         from nydusd.supervisor.adoption import take_over
 
         assert isinstance(self.options, FuseOptions)
@@ -134,6 +142,31 @@ class FuseDaemon(Supervisor):
         self._family.inherited = True
         runtime.term = former.term
         return [*(frontend.process.pid for frontend in former.frontends), *(pid for pid, _ in former.keepers)]
+
+    def _end_left(self, mountpoint: str) -> None:
+        """What a daemon before us has mounted here cannot be taken over: end whoever still holds its session, noted or not.
+
+        Else the mount would neither answer nor be dead. Nobody is ended who may be another daemon's: not where nothing of one
+        before us was written down, or what was speaks of another mount, nor where somebody holds it who is no process of ours.
+        """
+        self._store.keep(None)
+        device = mounted_device(mountpoint)
+        session = self._record.get("session")
+        # A record that is damaged, or of another release, may not say of which mount it speaks.
+        wanted = session.get("device") if isinstance(session, dict) else device
+        if device is None or not self._record or wanted != device:
+            return
+        from nydusd.frontends.fuse.holders import holders_of
+
+        for _ in range(_ROUNDS):  # a fork server may just have made one
+            holders = holders_of(device)
+            if not holders or not all(holder.is_left for holder in holders):
+                return
+            for holder in holders:
+                log.warning(
+                    "ending pid %d (%s): it holds the mount of a daemon that was killed", holder.pid, holder.title
+                )
+                end((holder.pid, holder.start))
 
     def _know_mounts(self, rows: int, table: MountTable | None = None) -> None:
         former = self._former

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nydusd.errors import MountError
 from nydusd.frontends.fuse import protocol as p
 from nydusd.frontends.fuse import session as module
+from nydusd.frontends.fuse.holders import holders_of
 from nydusd.frontends.fuse.session import Session, clear_stale_mount, init_reply, resolve_mountpoint
 from tests.support.discipline import detach_mount, mounts_under
 
@@ -192,6 +193,31 @@ def test_a_mount_whose_session_is_still_held_is_left_alone(mountpoint: Path) -> 
     finally:
         session.unmount()
         session.close()
+
+
+HOLD = """
+from nydusd.proctitle import set_title
+set_title("fork server")
+print("ready", flush=True)
+input()
+"""
+
+
+def test_who_holds_the_session_of_a_dead_daemon_is_told_and_how_to_end_it(mountpoint: Path) -> None:
+    session = Session.mount(str(mountpoint))
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[session.fd]
+    )
+    with other:
+        assert other.stdout is not None and other.stdout.readline() == b"ready\n"
+        session.close()
+        (holder,) = holders_of(session.device)
+        assert (holder.pid, holder.title, holder.is_left) == (other.pid, "nydusd: fork server", True)
+        with pytest.raises(MountError, match=rf"pid {other.pid} \(nydusd: fork server\).*`kill -9 {other.pid}`"):
+            clear_stale_mount(str(mountpoint), patience=0.3)
+        other.kill()
+    assert holders_of(session.device) == []
+    assert clear_stale_mount(str(mountpoint))
 
 
 def test_a_mount_that_answers_is_left_alone(mountpoint: Path) -> None:

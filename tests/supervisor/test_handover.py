@@ -156,6 +156,20 @@ def made_by_another_build(state: Json) -> None:
         row["commit"] = "older"
 
 
+def unreadable(state: Json) -> None:
+    """Of a release that we cannot read, and from before its second fork server was noted."""
+    state.update(version=1000, readable_by=999)
+    second = [row["pid"] for row in state["holders"] if row["role"] == "keeper"][1]
+    state["holders"] = [row for row in state["holders"] if row["pid"] != second]
+    state["processes"] = [row for row in state["processes"] if row[0] != second]
+
+
+def of_another_form(state: Json) -> None:
+    """The same; and it does not say either by what the processes are known that hold the mount."""
+    unreadable(state)
+    state.update(lanes="elsewhere", holders=[])
+
+
 def edit_state(daemon: Daemon, change: Callable[[Json], object]) -> None:
     """Change the state that a killed daemon has left, as another release would have written it."""
     from nydusd.supervisor.checked import read_checked, write_checked
@@ -203,3 +217,17 @@ class TestVersions:
             daemon.start()
             assert not any(map(is_running, frontends))
             assert wrong(daemon) == []
+
+    def test_whom_one_that_we_cannot_read_started_in_its_last_moment_holds_no_mount_on(
+        self, tmp_path: Path, expect_log: ExpectLog
+    ) -> None:
+        expect_log("holds the mount of a daemon that was killed")
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, cache=tmp_path / "cache") as daemon:
+            for change in (unreadable, of_another_form):
+                wait_until(lambda: state_file(daemon).read_text().count('"keeper"') == 2, "two fork servers", 60)
+                keepers = daemon.pids("fork server")
+                crash(daemon)
+                edit_state(daemon, change)
+                daemon.start()
+                assert not any(map(is_running, keepers))
+                assert read_direct(daemon.mountpoint / ONE_CHUNK) == TRUTH[ONE_CHUNK.encode()]

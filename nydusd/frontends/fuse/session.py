@@ -207,6 +207,12 @@ def resolve_mountpoint(path: str) -> str:
     raise MountError(f"{path}: too many symbolic links")
 
 
+def mounted_device(mountpoint: str) -> str | None:
+    """`major:minor` of the FUSE file system that is mounted here, None if there is none."""
+    top = _top_mount(resolve_mountpoint(mountpoint))
+    return top.device if top is not None and top.fs_type == "fuse" else None
+
+
 def is_held(mountpoint: str, device: str, *, patience: float = 0.5) -> bool:
     """Whether the FUSE file system with this device is mounted here, nobody serves it, and somebody holds its session."""
     top = _top_mount(resolve_mountpoint(mountpoint))
@@ -229,9 +235,11 @@ def clear_stale_mount(mountpoint: str, *, patience: float = 2.0) -> bool:
                 f"{mountpoint}: a FUSE file system ({top.source}) is mounted here already: unmount it first"
             )
         if state is None:
+            from .holders import holders_of, told
+
             raise MountError(
                 f"{mountpoint}: the FUSE file system ({top.source}) mounted here does not answer, but its session is still"
-                " held open: take it over, or unmount it with umount -l"
+                f" held open: take it over, or unmount it with umount -l. It is held by {told(holders_of(top.device))}"
             )
         if state not in (errno.ENOTCONN, errno.ECONNABORTED):
             raise MountError(f"{mountpoint}: the FUSE file system mounted here: {os.strerror(state)}")
