@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.supervisor.lives import crash
 from tests.support.daemon import wait_for_role
 from tests.support.discipline import descendants, wait_until
 from tests.support.fault_table import CREDENTIALS, METADATA, rows_of
@@ -88,6 +89,28 @@ def test_new_credentials_are_given_by_the_api(tree: Tree, hub: Hub, expect_log: 
         assert all(row.get("connections", {}).get(hub.server.host, 0) <= 1 for row in answer["processes"])
         assert renewed not in mounted.log() and "another-password" not in mounted.log()
         assert hub.server.count("/token") < 20
+
+
+def test_image_whose_credentials_become_those_of_the_command_line_is_read_on(
+    tree: Tree, hub: Hub, tmp_path: Path
+) -> None:
+    """One blob is open under both when the supervisor is killed; the front ends know it by two names."""
+    newer = "dXNlcjphbm90aGVyLXBhc3N3b3Jk"  # user:another-password
+    hub.users = {AUTH, newer}
+    with Mounted(tree, {"host": hub.server.host}, args=("--virtual-mountpoint", "/one")) as mounted:
+        daemon = mounted.daemon
+        file = daemon.folder / "config.json"
+        config = json.loads(file.read_text())
+        config["backend"]["registry"]["auth"] = newer
+        text = json.dumps(config | {"id": "/two"})
+        assert daemon.mount("/two", tree.bootstrap, tmp_path, config=text) == (204, "")
+        for start in (0, 2):
+            for place, name in zip(("one", "two"), NAMES[start:], strict=False):
+                assert (daemon.mountpoint / place / name).read_bytes() == tree.contents[name]
+            if not start:
+                crash(daemon)
+                file.write_text(json.dumps(config))
+                daemon.start()
 
 
 def test_metadata_that_could_not_be_had_is_asked_for_again(

@@ -10,8 +10,9 @@ import pytest
 
 from nydusd.formats.model import ChunkFlag
 from nydusd.ipc.messages import UNREADABLE
+from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.blob_cache import BlobCache
-from nydusd.storage.cache.manager import CacheConfig
+from nydusd.storage.cache.manager import CacheConfig, Former
 from nydusd.storage.cache.requests import Job, Priority
 from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Segment
 from nydusd.supervisor.evictions import Evictions
@@ -54,6 +55,29 @@ def test_same_image_is_one_cache_and_another_one_is_not(world: World) -> None:
     info = replace(blob_info(), blob_id="plain")
     assert world.factory.new_blob_cache(config, info, "image of /boot", "/boot", "", False) is world.plain
     world.plain.users -= 1
+
+
+def test_caches_of_two_credentials_that_have_become_the_same_keep_their_names() -> None:
+    """Front ends that have outlived a supervisor ask by these; a third image has shared one of them all along."""
+    info = blob_info()
+    older, newer = (CacheConfig("s3", {"access_key": key}, "/cache", False) for key in ("older", "newer"))
+
+    def known(factory: BlobFactory, config: CacheConfig, former: Former | None = None) -> BlobCache:
+        return factory.new_blob_cache(config, info, "image", "/boot", "", False, former)
+
+    before = BlobFactory("of-two", "/nonexistent")
+    names = [Former(cache.handle, cache.spec.segment) for cache in (known(before, older), known(before, newer))]
+    assert names[0].handle != names[1].handle and names[0].segment != names[1].segment
+    after = BlobFactory("of-two", "/nonexistent")
+    after.begin(1 << 32)
+    caches = [known(after, newer, former) for former in names]
+    assert [Former(cache.handle, cache.spec.segment) for cache in caches] == names
+    assert [after.get(former.handle) for former in names] == caches
+    assert [known(after, newer, names[1]), known(after, older, names[0])] == caches[::-1]
+    assert known(after, newer) in caches
+    for cache in caches:
+        cache.users = 0
+    assert after.gc() == caches and not list(after.blobs())
 
 
 def test_chunk_that_another_image_has_is_not_fetched(pair: tuple[World, BlobCache, BlobCache]) -> None:

@@ -42,8 +42,8 @@ class BlobFactory:
             manager = _kind(config)(config, self._instance, self._run_dir, lambda: next(self._handles))
             self._managers[key] = manager
         # What a former daemon opened under this configuration may be an image's whose credentials are others now.
-        names = (manager.segment_of(info, image), None if former is None else former.segment)
-        known = next((cache for cache in self._by_handle.values() if cache.spec.segment in names), None)
+        segment = manager.segment_of(info, image) if former is None else former.segment
+        known = next((cache for cache in self._by_handle.values() if cache.spec.segment == segment), None)
         if known is not None:
             known.users += 1
             return known

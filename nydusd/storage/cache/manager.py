@@ -79,9 +79,16 @@ class BlobCacheMgr(ABC):
     def get_blob_cache(
         self, info: BlobInfo, image: str, bootstrap: str, path_id: str, extracted: bool, former: Former | None = None
     ) -> BlobCache:
-        """The cache of a blob of the image with this identity; made when first asked for. Each call is one more user."""
+        """The cache of a blob of the image with this identity; made when first asked for. Each call is one more user.
+
+        With `former` it is the one of these names. There may be another one of the same image here, whose credentials were
+        others when it was named: front ends call each as they were told.
+        """
         key = self._key(info, image)
         cache = self.blobs.get(key)
+        if cache is not None and former is not None and cache.handle != former.handle:
+            key = key[0], f"{key[1]}\0{former.segment}"
+            cache = self.blobs.get(key)
         if cache is None:
             handle, segment = former if former is not None else (self._next_handle(), self.segment_of(info, image))
             cache = BlobCache(
