@@ -99,7 +99,7 @@ class ErofsOnBlobfs(BlobfsDaemon):
 
     def stop(self) -> None:
         """Unmount EROFS before what it reads from."""
-        if self._mounted and self._unmount:
+        if self._mounted and self.ending.unmounts:
             try:
                 unmount_erofs(self.options.serves)
             except NydusError as e:

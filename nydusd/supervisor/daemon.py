@@ -1,7 +1,7 @@
 """The supervisor: starts and restarts all other processes, routes misses, and stops cleanly. It holds no data.
 
-What all daemons have: how they begin, the loop, how they stop. What they serve, and how that is taken over, is in a module each
-(`fuse.py`, `erofs.py`, …); what answers requests in `engine.py`.
+What all daemons have: how they begin, and the loop. What they serve, and how that is taken over, is in a module each
+(`fuse.py`, `erofs.py`, …); what answers requests in `engine.py`; how they end in `ending.py`.
 
 One thread, one poll over its two ROUTER sockets, a pidfd a child, and the pipe into which signal handlers write. Nothing in
 the loop waits for a disk or a network: whatever may, is a job for a worker.
@@ -19,7 +19,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import zmq
@@ -27,12 +26,13 @@ import zmq
 from nydusd import points, priority
 from nydusd.cli.options import FuseOptions
 from nydusd.errors import MountError
-from nydusd.frontends.fuse.session import Session, clear_stale_mount
+from nydusd.frontends.fuse.session import clear_stale_mount
 from nydusd.ipc.messages import Json, SlotRef
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.supervisor import control_ops
 from nydusd.supervisor.children import Child
+from nydusd.supervisor.ending import Ending
 from nydusd.supervisor.engine import Engine
 from nydusd.supervisor.family import Family
 from nydusd.supervisor.fd_store import FdStore
@@ -119,8 +119,9 @@ class Supervisor:
         self._calm_at = math.inf
         """When a takeover goes back to the usual priority."""
         self._wake = -1
-        self.stopping = False
-        self._unmount = True
+        self.ending = Ending(
+            *(options.serves, self._runtime, self._family, self.factory, self.handover, self._notifier, self._sources)
+        )
 
     @property
     def engine(self) -> Engine:
@@ -345,7 +346,7 @@ class Supervisor:
             if source in self._sources:  # who was called before may have let go of it
                 self._sources[source]()
         if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
-            self._told_to_stop()
+            self.ending.by_signal(can_leave=self._can_leave())
         self._reap()
         now = time.monotonic()
         self._family.tend(events, now)
@@ -367,7 +368,7 @@ class Supervisor:
                 continue
             if self._is_over(child, status):
                 log.info("%s was unmounted from outside", self.options.serves)
-                self.ask_to_stop()
+                self.ending.ask()
             else:
                 self._family.judge(child, status)
 
@@ -377,80 +378,25 @@ class Supervisor:
 
     # --- stop -------------------------------------------------------------------------------------------------
 
-    def _told_to_stop(self) -> None:
-        """What systemd starts again takes over, perhaps as newer code; nobody who reads notices. So it is asked first."""
-        answer = self._notifier.ask_for_restart() if self._can_leave() else None
-        if answer is None:
-            self.ask_to_stop()
-        elif answer not in self._sources:
-            self._poller.register(answer, zmq.POLLIN)
-            self._sources[answer] = self._systemd_has_said
-
-    def _systemd_has_said(self) -> None:
-        answer = self._notifier.ask_for_restart()
-        assert answer is not None
-        self._poller.unregister(answer)
-        del self._sources[answer]
-        self.handover.leaving = self._notifier.restarts()
-        self.ask_to_stop(unmount=not self.handover.leaving)
-
     def _can_leave(self) -> bool:
         """Whether there is a mount that goes on without us."""
         return False
 
-    def ask_to_exit(self) -> None:
-        """As the API has it: end without unmounting; if a successor waits for that, leave everything to it."""
-        self.handover.leaving = self._runtime.has_successor()
-        points.reach("handover: told to exit")
-        self.ask_to_stop(unmount=False)
-
-    def ask_to_stop(self, unmount: bool = True) -> None:
-        """End the loop after this turn."""
-        self.stopping = True
-        self._unmount = self._unmount and unmount
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to end."""
+        return self.ending.asked
 
     def fail(self) -> None:
         """It ends by an error: a mount that was served, or taken over, is left as a SIGKILL would leave it."""
         if (self._family.inherited or self.state != "INIT") and self._can_leave():
-            log.error("%s stays mounted, for the next daemon here to take it over", self.options.serves)
-            self.handover.leaving = True
-            self.ask_to_stop(unmount=False)
-
-    def _leaves_all(self) -> bool:
-        """Whether a stop leaves everything as it is to the next one."""
-        return self.handover.waiting or self.handover.leaving
+            self.ending.by_error()
 
     def stop(self) -> None:
-        """Unmount, store what is ready, end all children, leave nothing behind."""
-        self.stopping = True
+        """Unmount, store what is ready, end all children, leave nothing behind; or leave all that to the next one."""
         self.state = "STOPPED"
-        if self._leaves_all():
-            self._let_go()
-            return
-        self._notifier.send("STOPPING=1")
-        engine, session, spared = self._engine, self._family.session, self._spared()
-        if engine is not None:
-            engine.staff.close()
-        with ExitStack() as steps:  # backwards, and each one whatever becomes of those before it
-            steps.callback(self._runtime.remove, spared)
-            steps.callback(self._family.close)
-            steps.callback(self.factory.close, spared)
-            if self.handover.sockets is not None:
-                steps.callback(self.handover.sockets.close)
-            if engine is not None:
-                steps.callback(engine.close)
-            if session is not None:
-                steps.callback(session.close)
-            steps.callback(self._workers_have_ended)
-            steps.callback(self._family.end)
-            if engine is not None:
-                steps.callback(engine.store_all, self._turn)
-            if session is not None and self._unmount:
-                steps.callback(self._try_unmount, session)
-            if self._listener is not None:
-                steps.callback(self._listener.remove)
-            if self._metrics is not None:
-                steps.callback(self._metrics.close)
+        workers_have_ended, spared = self._workers_have_ended, self._spared
+        self.ending.end(self._engine, self._listener, self._metrics, self._turn, workers_have_ended, spared)
 
     def _spared(self) -> set[str]:
         """Shared memory that a stop leaves, since somebody reads by it who outlives us."""
@@ -458,25 +404,3 @@ class Supervisor:
 
     def _workers_have_ended(self) -> None:
         """In a stop: what they may have borrowed of us can be closed, and nobody can have come after us yet."""
-
-    def _let_go(self) -> None:
-        """Leave everything to the next one. Front ends serve what is cached until then."""
-        self._family.leave(keep_fork_server=self.handover.leaving)
-        self._workers_have_ended()
-        points.reach("handover: others ended")
-        if self._listener is not None:
-            self._listener.remove()
-        if self.handover.sockets is not None:
-            self.handover.sockets.close()
-        if self.handover.waiting:
-            self._runtime.leave_line()
-        points.reach("handover: before the lock is free")
-        self._runtime.let_go()
-
-    @staticmethod
-    def _try_unmount(session: Session) -> None:
-        points.reach("stop: before the unmount")
-        try:
-            session.unmount()
-        except MountError as e:
-            log.error("%s", e)

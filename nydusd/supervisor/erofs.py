@@ -323,7 +323,7 @@ class ErofsDaemon(Supervisor):
         """Somebody else has unmounted an image."""
         assert isinstance(self.options, FuseOptions)
         if self.options.bootstrap is not None and list(self.images) == [self.options.virtual_mountpoint]:
-            self.ask_to_stop()
+            self.ending.ask()
             return
         with suppress(NydusError):  # something is mounted in it, of which is not known yet that it is gone, too
             self.mounts.umount(place)
@@ -338,11 +338,11 @@ class ErofsDaemon(Supervisor):
 
     def stop(self) -> None:
         """Unmount before anything is closed; what somebody uses still, or all in a restart, is left to front end and guard."""
-        self.stopping = True
+        self.ending.ask()
         kernel = self._kernel
         gone = not self.handover.leaving
         if kernel is not None:
-            gone = gone and self._unmount and kernel.hide_all()
+            gone = gone and self.ending.unmounts and kernel.hide_all()
             if not gone:
                 if not self.handover.leaving:
                     log.warning("%s is used still; front end and guard stay until it is not", self.options.serves)

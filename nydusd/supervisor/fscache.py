@@ -101,7 +101,7 @@ class FscacheDaemon(Singleton):
                 self.handover.wait_for_predecessor(self)
             self._begin(rows=1)
         except EndedError:
-            self.stopping = True
+            self.ending.ask()
             return
         self._table.bound, self._table.dropped, self._table.sharing = self._add, self._drop, self._sharing
         self._table.repeated, self._table.cull = self._repeated, self._cull
@@ -404,7 +404,7 @@ class FscacheDaemon(Singleton):
     def stop(self) -> None:
         """Images that are mounted are left to the guard, for the next daemon."""
         mounted = any(bound.is_mounted for bound in self._bound.values())
-        used = self._device is not None and (self._kept or mounted or self._leaves_all())
+        used = self._device is not None and (self._kept or mounted or self.ending.leaves_all)
         if used:
             log.warning(
                 "the guard keeps the cache for the next daemon%s", "; images are mounted still" if mounted else ""

@@ -67,7 +67,7 @@ class FuseDaemon(Supervisor):
                 self.handover.wait_for_predecessor(self)
             self._begin(count)
         except EndedError:
-            self.stopping = True
+            self.ending.ask()
             return
         first = first_request(options, self.config)
         image = None

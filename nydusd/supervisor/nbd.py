@@ -235,7 +235,7 @@ class NbdDaemon(Supervisor):
     def stop(self) -> None:
         """Stop listening, end everything, disconnect everybody; or leave all that to the next one."""
         clients, export = self._clients, self._export
-        if self._leaves_all():
+        if self.ending.leaves_all:
             self.children[:] = [child for child in self.children if child is not self._server]
             super().stop()
             return

@@ -127,7 +127,7 @@ def _set_log_level(daemon: Supervisor, request: Json) -> None:
 
 
 def _exit(daemon: Supervisor, _request: Json) -> None:
-    daemon.ask_to_exit()
+    daemon.ending.by_api()
 
 
 def _upgrade(daemon: Supervisor, _request: Json, reply: Callable[[Json], object]) -> None:

@@ -76,7 +76,7 @@ class TarfsDaemon(Supervisor):
 
     def stop(self) -> None:
         """Unmount, but not in a restart; lazily if somebody uses it, which needs none of us."""
-        if self._mounted and self._unmount:
+        if self._mounted and self.ending.unmounts:
             try:
                 unmount_erofs(self.options.serves)
                 self._left.unlink(missing_ok=True)
