@@ -258,7 +258,7 @@ class ErofsDaemon(Supervisor):
         fds = self._kernel.fds
         if child.role == "guard":
             return list(fds), self._guard_spec(self._front_spec(fds, self.pid, crashed=False))
-        board = {"inflight": self.mounts.board_name}
+        board = {"inflight": self.mounts.memory.board_name}
         return list(fds), self._front_spec(fds, self.pid, crashed=child.crashed) | board
 
     def _front_spec(self, fds: Fds, supervisor: int, *, crashed: bool) -> Json:

@@ -298,7 +298,7 @@ class Family:
             "failover_policy": self._options.failover_policy,
             "device": self.session.device,
             "mounts": self.mounts.table.spec(),
-            "inflight": self.mounts.board_name,
+            "inflight": self.mounts.memory.board_name,
         }
         # And those of some siblings: a successor of ours has them from any front end that lives, whoever died with us.
         held = [lanes[(index + i) % len(lanes)] for i in range(min(_HOLDERS, len(lanes)))]

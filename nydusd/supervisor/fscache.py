@@ -348,7 +348,7 @@ class FscacheDaemon(Singleton):
             self._find,
             self._prune,
             self.config.nydusd.read_deadline,
-            open_row(self.mounts.board_name, 0),
+            open_row(self.mounts.memory.board_name, 0),
         )
 
     def _take_messages(self) -> None:

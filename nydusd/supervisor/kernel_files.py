@@ -255,7 +255,7 @@ class KernelFiles:
             self._closing.remove(closed)
             os.close(closed.fd)
             if cache is not None:
-                self._mounts.let_go(cache)
+                self._mounts.unused.let_go(cache)
 
     def _try_opened(self) -> None:
         """Ask for what readers wait for whose blobs are open now; have the others opened."""

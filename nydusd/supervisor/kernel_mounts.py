@@ -276,7 +276,7 @@ class KernelMounts:
         self.table.note(replace(mounted, files=files_of(coming.image, mounted.index, cuts, former=mounted.files)))
         former, shown.image, shown.caches = shown.caches, coming.image, self._hold(coming.image)
         for cache in former:
-            self._mounts.let_go(cache)
+            self._mounts.unused.let_go(cache)
         self._end(coming, None)
 
     def _end(self, coming: _Coming, error: NydusError | None) -> None:
@@ -347,7 +347,7 @@ class KernelMounts:
         self._forget(self.table.mounted(shown.index))
         self._unpin(shown.caches)
         for cache in shown.caches:
-            self._mounts.let_go(cache)
+            self._mounts.unused.let_go(cache)
 
     def _forget(self, mounted: Mounted) -> None:
         """It is not there. What says which chunks there are goes with it where only the table knows of that."""

@@ -132,7 +132,7 @@ def _is_complete(cache: BlobCache) -> bool:
 
 
 def _inflight(daemon: Supervisor, _request: Json) -> object:
-    return waiting(daemon.mounts.board) or None
+    return waiting(daemon.mounts.memory.board) or None
 
 
 OPS: dict[str, Callable[[Supervisor, Json], object]] = {

@@ -9,27 +9,21 @@ After SIGKILL in the middle of a mount there is either no image, or a whole one:
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import mmap
 import os
 from collections.abc import Callable, Collection, Sequence
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nydusd import points
 from nydusd.errors import CacheError, NydusError, ScarceError
-from nydusd.ipc.inflight import make_board
 from nydusd.ipc.messages import Json
-from nydusd.ipc.mount_counters import make_counters
-from nydusd.ipc.shared_block import map_block
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.api.image import ImageFacts, inspect
-from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.segment import remove
+from nydusd.supervisor.image_memory import ImageMemory
 from nydusd.supervisor.images import Image, metadata_folders
 from nydusd.supervisor.mount_records import Recorded, record_of
 from nydusd.supervisor.mount_request import Done, Request, WorkFailedError
@@ -38,6 +32,7 @@ from nydusd.supervisor.planner import plan_prefetch
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
 from nydusd.supervisor.strays import remove_strays
+from nydusd.supervisor.unused import Unused
 
 if TYPE_CHECKING:
     from nydusd.supervisor.kernel_mounts import KernelMounts
@@ -66,10 +61,8 @@ class Mounts:
         self.table = table or MountTable(folder / "mounts", f"{prefix}mounts")
         self.rows = rows
         """Front ends: each has a row in the shared memory in which they count."""
-        self.board_name = f"{prefix}inflight"
-        self.board = self._board(anew=table is None)
+        self.memory = ImageMemory(folder, prefix, rows, first, anew=table is None)
         self._prefix = prefix
-        self._serial = count(first)
         self.images: dict[str, Image] = {}
         self.coming: dict[str, Recorded] = {}
         """What a supervisor that was killed had mounted, and is not among the images yet (`restore.py`)."""
@@ -80,14 +73,8 @@ class Mounts:
         self.kernel: KernelMounts | None = None
         """Who shows the images, if no front end of ours does: an image is mounted when the kernel has it."""
         self._under_way: set[str] = set()
-        self._leaving: list[BlobCache] = []
-
-    def _board(self, *, anew: bool) -> mmap.mmap:
-        """Where front ends show reads that wait: what is there, if that can be had."""
-        if not anew:
-            with contextlib.suppress(CacheError):
-                return map_block(self.board_name)
-        return make_board(self.board_name, self.rows)
+        self.unused = Unused(factory, prefetch)
+        """Blobs that no image uses any more."""
 
     def start(self, fetch: WorkerPool, router: Router) -> None:
         """Give what is needed once the daemon has workers."""
@@ -235,7 +222,7 @@ class Mounts:
         self.table.check_free(request.names)
         image = Image(request.place, request.source, request.config, facts, self._factory)
         try:
-            self._make_counters(image)
+            self.memory.give(image)
             points.reach("mounts: counters made")
             image.index = self.table.add(request.names, image.spec(), record_of(image, request))
         except NydusError:
@@ -249,7 +236,7 @@ class Mounts:
     def bind(self, image: Image) -> None:
         """Know an image that the kernel mounts by itself. Raises NydusError, and then it is not known."""
         try:
-            self._make_counters(image)
+            self.memory.give(image)
         except NydusError:
             self._release(image)
             raise
@@ -267,11 +254,6 @@ class Mounts:
             if name not in known:
                 remove(name)
 
-    def let_go(self, cache: BlobCache) -> None:
-        """Somebody beside the images uses a blob no more."""
-        cache.users -= 1
-        self._leave(cache)
-
     # --- remount ----------------------------------------------------------------------------------------------
 
     def remount(self, request: Request, done: Done) -> None:
@@ -285,8 +267,7 @@ class Mounts:
             if facts.identity != old.metadata.identity:
                 self.table.check_unused(request.names)
             new = Image(request.place, request.source, request.config, facts, self._factory)
-            new.counters, new.block, new.files = old.counters, old.block, old.files
-            new.trace = self._trace()
+            self.memory.pass_on(old, new)
 
             def shown(error: NydusError | None) -> None:
                 self._under_way.discard(request.place)
@@ -372,48 +353,11 @@ class Mounts:
             raise PlaceError("object or filesystem doesn't exist")
         return self.images[place]
 
-    def _make_counters(self, image: Image) -> None:
-        serial = next(self._serial)
-        name = f"{self._prefix}count.{serial}"
-        image.block = make_counters(name, self.rows)
-        image.counters, image.files = name, f"{self._prefix}files.{serial}"
-        image.trace = self._trace()
-
-    def _trace(self) -> str:
-        """A place for an image's trace of first reads, of its own: the next image there begins anew."""
-        return str(self._folder / f"trace.{next(self._serial)}")
-
     def _release(self, image: Image) -> None:
         image.release()
-        if image.trace is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(image.trace)
-        if image.counters is not None:
-            remove(image.counters)
-            image.block = None
-        if image.files is not None:
-            for row in range(self.rows):
-                remove(f"{image.files}.{row}")
+        self.memory.take(image)
         for cache in image.caches:
-            self._leave(cache)
-
-    def _leave(self, cache: BlobCache) -> None:
-        if cache.users <= 0 and cache not in self._leaving:
-            self._prefetch.cancel(cache)
-            self._leaving.append(cache)
-
-    def collect(self) -> None:
-        """Drop the blobs that are used no more and have nothing under way; called in each turn of the loop."""
-        if not self._leaving:
-            return
-        self._leaving = [cache for cache in self._leaving if cache.users <= 0]
-        idle = [cache for cache in self._leaving if self._router.may_close(cache)]
-        if idle:
-            self._leaving = [cache for cache in self._leaving if cache not in idle]
-            points.reach("mounts: before blobs are dropped")
-            for cache in self._factory.gc(idle):
-                self._router.closed(cache)
-            points.reach("mounts: blobs dropped")
+            self.unused.look_at(cache)
 
     # --- jobs -------------------------------------------------------------------------------------------------
 

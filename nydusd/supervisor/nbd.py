@@ -211,7 +211,7 @@ class NbdDaemon(Supervisor):
             "front": self._runtime.front,
             "read_deadline": self.config.nydusd.read_deadline,
             "image": self._image.spec(),
-            "inflight": self.mounts.board_name,
+            "inflight": self.mounts.memory.board_name,
         }
 
     def _started(self, child: Child) -> None:

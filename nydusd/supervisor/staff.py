@@ -81,7 +81,7 @@ class Staff:
         self._refuse_while_upgrading()
         mounts = self.family.mounts
         assert mounts is not None
-        trial = Trial(self._send, self.pools, self._factory, self._runtime, mounts.let_go)
+        trial = Trial(self._send, self.pools, self._factory, self._runtime, mounts.unused.let_go)
         self._upgrade = Upgrade(self, trial, answer)
 
     def _refuse_while_upgrading(self) -> None:

@@ -157,7 +157,7 @@ def _prometheus(daemon: Supervisor, request: Json) -> Json:
         "images": images,
         "blobs": list(blobs.values()),
         "load": _load(daemon, request),
-        "waits": [max(0.0, time.time() - row["timestamp_secs"]) for row in waiting(daemon.mounts.board)],
+        "waits": [max(0.0, time.time() - row["timestamp_secs"]) for row in waiting(daemon.mounts.memory.board)],
         "folders": daemon.engine.quota.facts(),
         **_workers(daemon, request),
     }

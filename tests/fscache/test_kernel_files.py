@@ -63,7 +63,7 @@ class World:
             want=lambda cache, first, count: self.prefetched.append((first, count)), cancel=lambda cache: None
         )
         pool = SimpleNamespace(submit=self.jobs.append, has=lambda cache: self.busy)
-        mounts = SimpleNamespace(let_go=self.let_go.append)
+        mounts = SimpleNamespace(unused=SimpleNamespace(let_go=self.let_go.append))
         make = cast(Callable[..., KernelFiles], KernelFiles)
         self._row = InflightRow(board, 0)
         self.files = make(router, mounts, prefetch, pool, pool, self._find, self._closed, 30.0, self._row)

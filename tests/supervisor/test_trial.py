@@ -40,7 +40,7 @@ class Trying:
             {"fetch": world.fetch, "decompress": world.decompress},
             world.factory,
             cast("Runtime", SimpleNamespace(folder=str(folder), prefix=prefix, term=0)),
-            self.mounts.let_go,
+            self.mounts.unused.let_go,
         )
         self._steps = self.trial.run([Child(role, 0, "workers") for role in ("fetch", "decompress")])
         self.go_on()
@@ -71,12 +71,12 @@ class Trying:
 
     def unmount(self) -> None:
         """The image of the blob that comes first is unmounted, and the loop turns."""
-        self.mounts.let_go(self._world.plain)
-        self.mounts.collect()
+        self.mounts.unused.let_go(self._world.plain)
+        self.mounts.unused.collect(self._world.router)
 
     def is_open(self) -> bool:
         """Whether that blob is open after a turn of the loop."""
-        self.mounts.collect()
+        self.mounts.unused.collect(self._world.router)
         return self._world.factory.get(self._world.plain.handle) is not None
 
     def close(self) -> None:
@@ -106,7 +106,7 @@ def begun(world: World, folder: Path) -> Iterator[Trying]:
     finally:
         made.close()
         made.mounts.close()
-        made.mounts.board.close()
+        made.mounts.memory.board.close()
 
 
 @pytest.fixture
