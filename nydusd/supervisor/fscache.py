@@ -28,26 +28,24 @@ from nydusd.frontends.fscache.left import Files, Held, Taken
 from nydusd.ipc.inflight import open_row
 from nydusd.ipc.messages import Json, SlotRef
 from nydusd.storage.api.image import ImageFacts, inspect
-from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.blobs import BlobError, check_folder
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.fscache_images import (
     Bound,
+    BoundImages,
     Told,
     domain_of,
     images_in,
-    is_prefetched,
     noted,
     place_of,
     read_noted,
     tables_of,
-    use_tables,
 )
 from nydusd.supervisor.handover import EndedError
 from nydusd.supervisor.images import Image
-from nydusd.supervisor.kernel_files import KERNEL, KernelFiles, Wanted
+from nydusd.supervisor.kernel_files import KERNEL, KernelFiles
 from nydusd.supervisor.runtime import end
 from nydusd.supervisor.singleton import Singleton
 
@@ -79,8 +77,7 @@ class FscacheDaemon(Singleton):
         self._stored = f"nydusd-fscache-{self._runtime.instance}-"
         """What the name of the device in systemd's store begins with."""
         self._device: CacheDevice | None = None
-        self._bound: dict[str, Bound] = {}
-        """By place."""
+        self._bound = BoundImages()
         self._recalled: set[str] = set()
         """Texts of images that a predecessor was told of, which may be told once more."""
         self._kernel: KernelFiles | None = None
@@ -103,7 +100,7 @@ class FscacheDaemon(Singleton):
         except EndedError:
             self.ending.ask()
             return
-        self._table.bound, self._table.dropped, self._table.sharing = self._add, self._drop, self._sharing
+        self._table.bound, self._table.dropped, self._table.sharing = self._add, self._drop, self._bound.sharing
         self._table.repeated, self._table.cull = self._repeated, self._cull
         found = self._take_left()
         if found is not None:
@@ -228,15 +225,6 @@ class FscacheDaemon(Singleton):
         self._recalled.discard(entry.text)
         return known
 
-    def _sharing(self, entry: BlobEntry, facts: ImageFacts) -> list[tuple[str, ImageFacts]]:
-        """The images, by place, of an entry's domain that have a blob in common with it."""
-        blobs = {blob.blob_id for blob in facts.blobs}
-        return [
-            (place, bound.facts)
-            for place, bound in self._bound.items()
-            if bound.domain == domain_of(entry) and not blobs.isdisjoint(blob.blob_id for blob in bound.facts.blobs)
-        ]
-
     def _add(self, entry: BlobEntry, facts: ImageFacts, adds: Collection[str] = ()) -> None:
         """An image is bound."""
         place = place_of(entry)
@@ -252,7 +240,7 @@ class FscacheDaemon(Singleton):
         self.mounts.bind(image)
         self._bound[place] = Bound(entry, facts, image, adds=set(adds))
         for cache in image.caches:
-            self._tell_tables(cache, anew=present is not None)
+            self._bound.tell_tables(cache, anew=present is not None)
             if cache.spec.info.blob_id in adds and self._kernel is not None:
                 self._kernel.renew(cache)
         self._note()
@@ -270,18 +258,8 @@ class FscacheDaemon(Singleton):
         gone = self._bound.pop(place)
         self.mounts.unbind(place)
         for cache in gone.image.caches:
-            self._tell_tables(cache, anew=True)
+            self._bound.tell_tables(cache, anew=True)
         self._note()
-
-    def _tell_tables(self, cache: BlobCache, *, anew: bool = False) -> None:
-        """Have a blob's chunks looked up in the images that are bound; `anew` if one is not any more whose table was used."""
-        blob_id = cache.spec.info.blob_id
-        users = [bound for bound in self._bound.values() if cache in bound.image.caches]
-        if anew:
-            for bound in users:
-                bound.adds.add(blob_id)
-        if users:
-            use_tables(cache, users)
 
     def _cull(self, name: str, done: Callable[[NydusError | None], None]) -> None:
         """Have the kernel remove what it keeps under a name."""
@@ -309,13 +287,8 @@ class FscacheDaemon(Singleton):
         """
         if not self._guard.pid or self._device is None:
             return
-        sizes = {}
-        for bound in self._bound.values():
-            sizes[f"{bound.domain}/{bound.entry.id}"] = bound.facts.size
-            for blob in bound.facts.blobs:
-                sizes.setdefault(f"{bound.domain}/{blob.blob_id}", blob.uncompressed_size)
         names = [bound.name for bound in self._bound.values()]
-        held = Held((self._guard.pid, start_time(self._guard.pid)), self._device.fd, sizes, names)
+        held = Held((self._guard.pid, start_time(self._guard.pid)), self._device.fd, self._bound.sizes(), names)
         try:
             self._files.write(held, [noted(bound) for bound in self._bound.values()])
         except CacheError as e:
@@ -345,7 +318,7 @@ class FscacheDaemon(Singleton):
             self.prefetch,
             self.engine.fetch,
             self.engine.decompress,
-            self._find,
+            self._bound.find,
             self._prune,
             self.config.nydusd.read_deadline,
             open_row(self.mounts.memory.board_name, 0),
@@ -355,21 +328,6 @@ class FscacheDaemon(Singleton):
         assert self._device is not None
         assert self._kernel is not None
         self._kernel.take_messages(self._device)
-
-    def _find(self, domain: str, key: str) -> Wanted | None:
-        """What the kernel means by a name."""
-        for bound in self._bound.values():
-            if bound.domain != domain:
-                continue
-            if bound.entry.id == key:
-                return Wanted(bound.facts.size, None, bound.facts.bootstrap)
-            for cache in bound.image.caches:
-                if cache.spec.info.blob_id == key:
-                    return Wanted(cache.spec.info.uncompressed_size, cache, "", self._prefetches(cache))
-        return None
-
-    def _prefetches(self, cache: BlobCache) -> bool:
-        return any(cache in bound.image.caches and is_prefetched(bound.entry) for bound in self._bound.values())
 
     def _prune(self) -> None:
         """Forget images that were dropped and are not mounted any more."""

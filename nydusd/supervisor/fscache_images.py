@@ -1,4 +1,5 @@
-"""The images of `nydusd singleton --fscache`: what is known of each, and by whose chunk tables a blob of a domain is served.
+"""The images of `nydusd singleton --fscache`: what is known of each, by which of them the kernel means which file, and by whose
+chunk tables a blob of a domain is served.
 
 Part of the supervisor. What holds after SIGKILL: what `noted` says of each, in the file that `frontends/fscache/left.py` keeps
 or with whoever keeps the session, by which a successor knows them again (`read_noted`).
@@ -21,6 +22,7 @@ from nydusd.storage.api.domain import Tables
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.supervisor.images import Image
+from nydusd.supervisor.kernel_files import Wanted
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,53 @@ class Bound:
     def name(self) -> str:
         """What the kernel calls it under /sys/fs/erofs."""
         return self.entry.id if self.domain == self.entry.id else f"{self.domain},{self.entry.id}"
+
+
+class BoundImages(dict[str, Bound]):
+    """All that are bound, by place, and what the kernel and the API ask about them together."""
+
+    def find(self, domain: str, key: str) -> Wanted | None:
+        """What the kernel means by a name."""
+        for bound in self.values():
+            if bound.domain != domain:
+                continue
+            if bound.entry.id == key:
+                return Wanted(bound.facts.size, None, bound.facts.bootstrap)
+            for cache in bound.image.caches:
+                if cache.spec.info.blob_id == key:
+                    return Wanted(cache.spec.info.uncompressed_size, cache, "", self._prefetches(cache))
+        return None
+
+    def _prefetches(self, cache: BlobCache) -> bool:
+        return any(cache in bound.image.caches and _is_prefetched(bound.entry) for bound in self.values())
+
+    def sizes(self) -> dict[str, int]:
+        """How long each file is that the kernel may ask for, by domain and name."""
+        sizes = {}
+        for bound in self.values():
+            sizes[f"{bound.domain}/{bound.entry.id}"] = bound.facts.size
+            for blob in bound.facts.blobs:
+                sizes.setdefault(f"{bound.domain}/{blob.blob_id}", blob.uncompressed_size)
+        return sizes
+
+    def sharing(self, entry: BlobEntry, facts: ImageFacts) -> list[tuple[str, ImageFacts]]:
+        """The images, by place, of an entry's domain that have a blob in common with it."""
+        blobs = {blob.blob_id for blob in facts.blobs}
+        return [
+            (place, bound.facts)
+            for place, bound in self.items()
+            if bound.domain == domain_of(entry) and not blobs.isdisjoint(blob.blob_id for blob in bound.facts.blobs)
+        ]
+
+    def tell_tables(self, cache: BlobCache, *, anew: bool = False) -> None:
+        """Have a blob's chunks looked up in these; `anew` if one is not among them any more whose table was used."""
+        blob_id = cache.spec.info.blob_id
+        users = [bound for bound in self.values() if cache in bound.image.caches]
+        if anew:
+            for bound in users:
+                bound.adds.add(blob_id)
+        if users:
+            _use_tables(cache, users)
 
 
 class Told(NamedTuple):
@@ -126,14 +175,14 @@ def place_of(entry: BlobEntry) -> str:
     return f"/{entry.id}" if domain == entry.id else f"/{domain}/{entry.id}"
 
 
-def is_prefetched(entry: BlobEntry) -> bool:
+def _is_prefetched(entry: BlobEntry) -> bool:
     settings = entry.config.rafs.prefetch if entry.config.rafs is not None else None
     return bool(
         (settings is not None and settings.enable) or (entry.config.cache and entry.config.cache.prefetch.enable)
     )
 
 
-def use_tables(cache: BlobCache, users: Sequence[Bound]) -> None:
+def _use_tables(cache: BlobCache, users: Sequence[Bound]) -> None:
     """Have a blob's chunks looked up in these images: in the first, and in those that list chunks which others do not."""
     blob_id = cache.spec.info.blob_id
     first, *others = [(b.facts, b.facts.blobs[b.image.caches.index(cache)], blob_id in b.adds) for b in users]

@@ -224,7 +224,7 @@ class World:
         daemon._kernel = cast(Any, kernel)
         daemon._engine = cast(Any, SimpleNamespace(fetch=SimpleNamespace(submit=self.jobs.append)))
         table = daemon._table
-        table.bound, table.dropped, table.sharing = daemon._add, daemon._drop, daemon._sharing
+        table.bound, table.dropped, table.sharing = daemon._add, daemon._drop, daemon._bound.sharing
 
     def ask(self, name: str, path: Path, domain: str = "d") -> list[Json]:
         """Have an image bound, as the API does; gives where the answer will be."""
