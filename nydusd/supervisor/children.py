@@ -186,3 +186,18 @@ def reap_strays(children: Sequence[Child], others: Sequence[int]) -> None:
             if found.si_pid in ours:
                 return  # its turn comes first
             os.waitpid(found.si_pid, os.WNOHANG)
+
+
+def renew_front_end(children: Sequence[Child], fork_server: ForkServer) -> None:
+    """Of those that were taken over and are of another build, have one succeeded by one of ours, which goes on where it is.
+
+    One at a time, and none while another is missing.
+    """
+    front_ends = [child for child in children if child.role == "fuse"]
+    if any(child.process is None for child in front_ends) or not fork_server.ready:
+        return
+    for child in front_ends:
+        if child.adopted is not None and child.commit != fork_server.commit:
+            log.info("%s (pid %d) is of build %s; starting another", child.name, child.pid, child.commit)
+            child.send(signal.SIGTERM)
+            return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,8 @@ from nydusd.ipc.silent import SilentHolder
 from nydusd.storage.backend import MODULES
 from nydusd.storage.cache.spec import LOCAL
 from nydusd.storage.state.lock import start_time
-from nydusd.supervisor.children import Child, Turns, end_all, reap_strays
+from nydusd.supervisor.children import Child, Turns, end_all, reap_strays, renew_front_end
+from nydusd.supervisor.frontend_spec import frontend_spec
 from nydusd.supervisor.seats import Seats, seats_of
 from nydusd.supervisor.watch import Watch
 
@@ -46,8 +46,6 @@ _OUTLIVING = ("fuse", "erofs", "guard")
 """Roles of children that the next supervisor may find, and must know by their names."""
 _HOLDING = ("erofs", "guard")
 """Roles of those that are not in the record as processes: a successor takes over what they hold before it ends them."""
-_HOLDERS = 8
-"""Front ends that hold the fds of a lane."""
 _END_PATIENCE = 2.0
 """Seconds that children may take to end; there is nothing that they could lose."""
 
@@ -285,24 +283,12 @@ class Family:
         assert self.session is not None
         assert self.mounts is not None
         assert isinstance(self._options, FuseOptions)
-        lanes = self.session.lanes
-        lane = lanes[index]
-        spec: Json = {
-            "session_fd": lane.fd,
-            "journal_fd": lane.journal,
-            "init_flags": self.session.negotiated.flags,
-            "interrupt_in": lane.interrupt_in,
-            "interrupt_out": [other.interrupt_out for i, other in enumerate(lanes) if i != index],
+        fds, spec = frontend_spec(self.session, self.mounts, index)
+        return fds, spec | {
             "front": self._runtime.front,
             "read_deadline": self._config.nydusd.read_deadline,
             "failover_policy": self._options.failover_policy,
-            "device": self.session.device,
-            "mounts": self.mounts.table.spec(),
-            "inflight": self.mounts.memory.board_name,
         }
-        # And those of some siblings: a successor of ours has them from any front end that lives, whoever died with us.
-        held = [lanes[(index + i) % len(lanes)] for i in range(min(_HOLDERS, len(lanes)))]
-        return list(dict.fromkeys([fd for each in held for fd in each] + spec["interrupt_out"])), spec
 
     def watch(self, fd: int) -> None:
         """Have the supervisor's loop wake when there is something to read."""
@@ -355,8 +341,8 @@ class Family:
         """When it is time: end workers that hang, let go of strays."""
         if now >= self._watch.next_look():
             self.fork_server.follow_stderr()
-            self._end_hung(pools, now)
-            self._renew_front_end()
+            self._watch.end_hung(self.children, pools, now)
+            renew_front_end(self.children, self.fork_server)
             reap_strays(self.children, [*self.fork_server.pids, *self.others()])
 
     def tend(self, ready: Container[Any], now: float) -> None:
@@ -380,32 +366,6 @@ class Family:
         for fd in fds - self._fork_fds:
             self._poller.register(fd, zmq.POLLIN)
         self._fork_fds = fds
-
-    def _renew_front_end(self) -> None:
-        """Of those that were taken over and are of another build, have one succeeded by one of ours, which goes on where it is.
-
-        One at a time, and none while another is missing.
-        """
-        front_ends = [child for child in self.children if child.role == "fuse"]
-        if any(child.process is None for child in front_ends) or not self.fork_server.ready:
-            return
-        for child in front_ends:
-            if child.adopted is not None and child.commit != self.fork_server.commit:
-                log.info("%s (pid %d) is of build %s; starting another", child.name, child.pid, child.commit)
-                child.send(signal.SIGTERM)
-                return
-
-    def _end_hung(self, pools: dict[str, WorkerPool], now: float) -> None:
-        """Kill workers that do nothing on their job, or never get ready; the job goes to another when they are reaped."""
-        workers = {child.pid: child for child in self.children if child.role in pools and child.pid}
-        jobs = {pid: pools[child.role].job_of(child.identity) for pid, child in workers.items()}
-        busy = {pid: job for pid, job in jobs.items() if job is not None}
-        computing = {pid for pid in busy if pools[workers[pid].role].may_compute(workers[pid].identity)}
-        for pid in self._watch.hung(busy, now, computing):
-            child, patience = workers[pid], self._config.nydusd.worker_patience
-            log.warning("%s (pid %d) has shown no sign of life for %g s; killing it", child.name, pid, patience)
-            child.hung = True
-            child.send(signal.SIGKILL)
 
     def due(self) -> float:
         """When there is something to do next (`time.monotonic()`)."""

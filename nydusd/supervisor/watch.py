@@ -1,4 +1,4 @@
-"""Watch: which workers do nothing on their job any more: stopped, deadlocked, spinning, or stuck in the kernel.
+"""Watch: ends workers that do nothing on their job any more: stopped, deadlocked, spinning, or stuck in the kernel.
 
 Runs in the supervisor. A worker's heartbeat is what the kernel counts anyway: how often it went to sleep of its own accord.
 All work does, at least at each timeout of a backend; what is stopped, spins, or waits for ever does not. So a worker
@@ -9,8 +9,16 @@ all chunks of a blob or all files of an image: for those, being on a processor, 
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from typing import NamedTuple
+import logging
+import signal
+from collections.abc import Container, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from nydusd.supervisor.children import Child
+    from nydusd.supervisor.pool import WorkerPool
+
+log = logging.getLogger(__name__)
 
 _LOOKS = 4
 """Looks in the time after which a worker is given up."""
@@ -36,8 +44,20 @@ class Watch:
         self._looked = 0.0
 
     def next_look(self) -> float:
-        """When `hung` is to be called next (`time.monotonic()`)."""
+        """When to look for hung workers next (`time.monotonic()`)."""
         return self._looked + self._interval
+
+    def end_hung(self, children: Sequence[Child], pools: Mapping[str, WorkerPool], now: float) -> None:
+        """Kill workers that do nothing on their job, or never get ready; the job goes to another when they are reaped."""
+        workers = {child.pid: child for child in children if child.role in pools and child.pid}
+        jobs = {pid: pools[child.role].job_of(child.identity) for pid, child in workers.items()}
+        busy = {pid: job for pid, job in jobs.items() if job is not None}
+        computing = {pid for pid in busy if pools[workers[pid].role].may_compute(workers[pid].identity)}
+        for pid in self.hung(busy, now, computing):
+            child = workers[pid]
+            log.warning("%s (pid %d) has shown no sign of life for %g s; killing it", child.name, pid, self._patience)
+            child.hung = True
+            child.send(signal.SIGKILL)
 
     def hung(self, busy: Mapping[int, int], now: float, computing: Container[int] = ()) -> list[int]:
         """The pids of hung workers. `busy`: by the pid of each worker that has one, the number of its job; 0: its start.
