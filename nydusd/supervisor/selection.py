@@ -90,12 +90,7 @@ def choose(
         "fanotify": lambda: no_erofs or (None if left else _why_no_fanotify(str(work_dir))),
         "blobfs": lambda: no_erofs,
     }
-    if asked == "auto":
-        return _best(reasons)
-    if (reason := reasons[asked]()) is not None:
-        instead = "another, or `auto`" if asked == "tarfs" else "`nydusd fuse`"
-        raise UnsupportedError(f"--driver {asked}: {reason}; use {instead}")
-    return asked, _ASKED
+    return _taken(asked, reasons, "another, or `auto`" if asked == "tarfs" else "`nydusd fuse`")
 
 
 def choose_without_image(asked: str, *, left: bool = False) -> tuple[str, str]:
@@ -107,10 +102,14 @@ def choose_without_image(asked: str, *, left: bool = False) -> tuple[str, str]:
         "fanotify": lambda: _why_no_erofs_here() or (None if left else _why_no_group()),
         "blobfs": lambda: _ONE_IMAGE,
     }
+    return _taken(asked, reasons, "`nydusd fuse`" if asked == "fanotify" else "fanotify, or `nydusd fuse`")
+
+
+def _taken(asked: str, reasons: Reasons, instead: str) -> tuple[str, str]:
+    """The best way, or the one that was asked for; where that is not there UnsupportedError says what to use `instead`."""
     if asked == "auto":
         return _best(reasons)
     if (reason := reasons[asked]()) is not None:
-        instead = "`nydusd fuse`" if asked == "fanotify" else "fanotify, or `nydusd fuse`"
         raise UnsupportedError(f"--driver {asked}: {reason}; use {instead}")
     return asked, _ASKED
 

@@ -26,6 +26,7 @@ from nydusd.storage.cache.requests import Job
 from nydusd.supervisor import blobs
 from nydusd.supervisor.fscache import FscacheDaemon
 from tests.image.build import image
+from tests.support.blob_entry import blob_entry
 from tests.support.fork_server import fork_server
 from workers.blobs import OpenBlobs
 from workers.inspect import compare_tables, inspect_image
@@ -228,15 +229,7 @@ class World:
 
     def ask(self, name: str, path: Path, domain: str = "d") -> list[Json]:
         """Have an image bound, as the API does; gives where the answer will be."""
-        config = {
-            "id": name,
-            "backend_type": "localfs",
-            "backend_config": {"dir": str(self.folder / "blobs")},
-            "cache_type": "fscache",
-            "cache_config": {"work_dir": str(self.folder)},
-            "metadata_path": str(path),
-        }
-        entry = {"type": "bootstrap", "id": name, "domain_id": domain, "config": config}
+        entry = blob_entry(name, path, self.folder / "blobs", self.folder, domain, "fscache")
         answers: list[Json] = []
         blobs.LATER["bind_blob"](self.daemon, {"entry": entry}, answers.append)
         return answers

@@ -33,14 +33,8 @@ class Another(Daemon):
 
     def recorded(self) -> list[int]:
         """The pids of its processes, its supervisor first."""
-        for state in Path(self._environment["NYDUSD_RUNTIME_DIR"]).glob("*/state.json"):
-            try:
-                record = read_checked(state)
-            except CacheError:
-                continue
-            if record["mountpoint"] == str(self.mountpoint):
-                return [pid for pid, _ in record["processes"]]
-        return []
+        runtime = Path(self._environment["NYDUSD_RUNTIME_DIR"])
+        return next(([pid for pid, _ in noted] for noted in noted_processes(runtime, self.place)), [])
 
     def family(self) -> list[int]:
         return self.recorded()
@@ -57,6 +51,17 @@ class Another(Daemon):
         """The exit status of what was started, once it has ended."""
         assert self._process is not None
         return self._process.wait(60)
+
+
+def noted_processes(runtime: Path, place: str) -> Iterator[list[tuple[int, int]]]:
+    """Of each daemon that has a record as that of this place: its processes and when they began, the supervisor first."""
+    for state in runtime.glob("*/state.json"):
+        try:
+            record = read_checked(state)
+        except CacheError:
+            continue
+        if record["mountpoint"] == place and record.get("processes"):
+            yield [(pid, start) for pid, start in record["processes"]]
 
 
 def nurseries() -> list[int]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.support import oracle
+from tests.support.blob_entry import blob_entry
 from tests.support.daemon import Daemon
 
 
@@ -29,16 +30,4 @@ class Singleton(Daemon):
 
 
 def entry(name: str, image: oracle.Image, cache: Path, domain: str = "d") -> dict[str, object]:
-    return {
-        "type": "bootstrap",
-        "id": name,
-        "domain_id": domain,
-        "config": {
-            "id": name,
-            "backend_type": "localfs",
-            "backend_config": {"dir": str(image.blobs)},
-            "cache_type": "filecache",
-            "cache_config": {"work_dir": str(cache)},
-            "metadata_path": str(image.bootstrap),
-        },
-    }
+    return blob_entry(name, image.bootstrap, image.blobs, cache, domain)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 from nydusd.storage.state.lock import start_time
 from tests.support.daemon import Daemon
 from tests.support.discipline import descendants, is_running, wait_until
-from tests.support.nursery import nurseries, seats_kept
+from tests.support.nursery import noted_processes, nurseries, seats_kept
 
 
 class CopiedDaemon(Daemon):
@@ -24,13 +23,10 @@ class CopiedDaemon(Daemon):
     def supervisors(self) -> list[int]:
         """Those that run, or ran last, of this mount: one, but in an upgrade or for a moment after a kill."""
         found = []
-        for state in Path(self._environment["NYDUSD_RUNTIME_DIR"]).glob("*/state.json"):
-            record = json.loads(state.read_bytes())
-            if record["mountpoint"] == self.place and record.get("processes"):
-                pid, start = record["processes"][0]
-                with contextlib.suppress(OSError):
-                    if start_time(pid) == start:
-                        found.append(pid)
+        for (pid, start), *_ in noted_processes(Path(self._environment["NYDUSD_RUNTIME_DIR"]), self.place):
+            with contextlib.suppress(OSError):
+                if start_time(pid) == start:
+                    found.append(pid)
         return found
 
     def family(self) -> list[int]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.support import manifest
+from tests.support.blob_entry import blob_entry
 from tests.support.oracle import Image
 
 WORK = Path("/tmp/fscache-checks")
@@ -158,15 +159,7 @@ def processes() -> Iterator[tuple[int, str]]:
 
 
 def entry(name: str, what: Image, domain: str = DOMAIN) -> bytes:
-    config = {
-        "id": name,
-        "backend_type": "localfs",
-        "backend_config": {"dir": str(what.blobs)},
-        "cache_type": "fscache",
-        "cache_config": {"work_dir": str(WORK)},
-        "metadata_path": str(what.bootstrap),
-    }
-    return json.dumps({"type": "bootstrap", "id": name, "domain_id": domain, "config": config}).encode()
+    return json.dumps(blob_entry(name, what.bootstrap, what.blobs, WORK, domain, "fscache")).encode()
 
 
 def bind(name: str, what: Image, domain: str = DOMAIN) -> None:
