@@ -1,8 +1,7 @@
 """What the API offers: a table from path and method to an operation of the supervisor, and the shape of answers.
 
 Pure; used by the API process. Clients written for the reference daemon look into the text of errors, so that keeps the
-shape of its nested names: `Outer(Inner("text"))`. A path that clients may ask for but that this version does not serve
-has a row without an operation and answers 501.
+shape of its nested names: `Outer(Inner("text"))`.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class Answer(NamedTuple):
 
 
 class Route(NamedTuple):
-    """One method of one path. `op` None: known, not supported yet."""
+    """One method of one path."""
 
-    op: str | None
+    op: str
     outer: str
     fixed: Mapping[str, object] = _EMPTY
     """What the operation is told beside the query and the body."""
@@ -186,16 +185,16 @@ def _pattern(tables: Json) -> object:
     return file_counters.pattern(names) if tables["pattern"] else []
 
 
-def _later(outer: str) -> Route:
-    return Route(None, outer)
+_IMAGE_PATIENCE: Final = 60.0
+"""Seconds until what is done to an image counts as not answered: a worker reads its metadata, or the kernel mounts it."""
+UPGRADE_PATIENCE: Final = 120.0
+"""Seconds until an upgrade of the workers counts as not answered."""
 
 
 def _mounting(op: str) -> Route:
-    return Route(op, "Mount", needs=("mountpoint",), body=_mount_command, status=204, patience=60.0)
+    return Route(op, "Mount", needs=("mountpoint",), body=_mount_command, status=204, patience=_IMAGE_PATIENCE)
 
 
-UPGRADE_PATIENCE: Final = 120.0
-"""Seconds until an upgrade of the workers counts as not answered."""
 _BLOB = ("domain_id", "blob_id")
 _SET_LOG_LEVEL = Route("set_log_level", "Configure", body=_log_level, status=204)
 
@@ -230,7 +229,7 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
     "/api/v1/mount": {
         "POST": _mounting("mount"),
         "PUT": _mounting("remount"),
-        "DELETE": Route("umount", "Mount", needs=("mountpoint",), status=204, patience=60.0),
+        "DELETE": Route("umount", "Mount", needs=("mountpoint",), status=204, patience=_IMAGE_PATIENCE),
     },
     "/api/v1/metrics": {"GET": Route("metrics", "GlobalMetrics", takes=("id",))},
     "/api/v1/metrics/backend": {"GET": Route("metrics_backend", "BackendMetrics", takes=("id",))},
@@ -244,7 +243,7 @@ ROUTES: Final[dict[str, dict[str, Route]]] = {
     },
     "/api/v2/blobs": {
         "GET": Route("list_blobs", "GetBlobObjects", takes=_BLOB, any_of=("domain_id",)),
-        "PUT": Route("bind_blob", "CreateBlobObject", body=_blob_entry, status=204, patience=60.0),
+        "PUT": Route("bind_blob", "CreateBlobObject", body=_blob_entry, status=204, patience=_IMAGE_PATIENCE),
         "DELETE": Route("delete_blob", "DeleteBlobObject", takes=_BLOB, any_of=_BLOB, status=204),
     },
     **{path: {"GET": _PROMETHEUS} for path in METRICS_PATHS},
@@ -286,8 +285,6 @@ def resolve(method: str, target: str, body: bytes, paths: Collection[str] = ()) 
     route = methods.get(method)
     if route is None:
         raise Refused(400, "BadRequest")
-    if route.op is None:
-        raise Refused(501, f"{route.outer}(DaemonAbnormal(Unsupported))")
     if (route.body is None) == bool(body):
         raise Refused(400, "BadRequest")
     message: Json = {"op": route.op, **route.fixed}
