@@ -1,12 +1,9 @@
-"""The stored chunk map: its bytes, what of it is believed after each disaster, and that a kill at any step tells no lie."""
+"""The stored chunk map: its bytes, and what of it is believed after each disaster."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,66 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nydusd.errors import CacheError
-from nydusd.storage.state import map_file
-from nydusd.storage.state.map_file import UnsyncedError, checkpoint, drop_holes, forget_deleted, load, record_path
+from nydusd.storage.state.map_file import checkpoint, drop_holes, forget_deleted, load
 from nydusd.storage.state.segment import EMPTY, READY, VERIFY, Identity
-from tests.support.segments import in_child, join
-
-COUNT = 373
-SIZE = 4096 + 47
-CHUNK = 4096
-
-
-class Cache:
-    """A data file of `count` whole chunks of 4 KiB, and its map."""
-
-    def __init__(self, folder: Path, count: int = COUNT) -> None:
-        self.count = count
-        self.data = folder / "b.blob.data"
-        self.path = folder / "b.blob.data.chunk_map"
-        self.record = record_path(self.path)
-        with open(self.data, "wb") as file:
-            file.truncate(CHUNK * count)
-
-    def identity(self) -> Identity:
-        fd = os.open(self.data, os.O_RDONLY)
-        try:
-            return Identity.of(fd, CHUNK * self.count, b"L" * 32)
-        finally:
-            os.close(fd)
-
-    def checkpoint(self, ready: list[int]) -> None:
-        fd = os.open(self.data, os.O_RDWR)
-        try:
-            checkpoint(self.path, fd, ready, self.count, self.identity())
-        finally:
-            os.close(fd)
-
-    def load(self) -> bytearray:
-        return load(self.path, self.count, self.identity())
-
-    def believed(self) -> list[int]:
-        return [i for i, state in enumerate(self.load()) if state == READY]
-
-    def doubted(self) -> list[int]:
-        return [i for i, state in enumerate(self.load()) if state == VERIFY]
-
-    def foreign(self, chunks: list[int], marker: int = 0) -> None:
-        """A map as the reference leaves it."""
-        bits = bytearray((self.count + 7) // 8)
-        for chunk in chunks:
-            bits[chunk // 8] |= 0x80 >> chunk % 8
-        header = struct.pack("<IIII", 0x424D4150, 1, 0x434D4150, marker)
-        self.path.write_bytes(header.ljust(4096, b"\0") + bits)
-
-    def bits(self) -> bytes:
-        return self.path.read_bytes()[4096:]
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path)
-
+from tests.state.stored_map import CHUNK, COUNT, SIZE, Cache
 
 # --- the format -----------------------------------------------------------------------------------------------
 
@@ -341,184 +281,6 @@ def test_holes_against_a_model(
             assert (state[i] == READY) == (set(range(at // CHUNK, (at + length - 1) // CHUNK + 1)) <= written)
     finally:
         os.close(fd)
-
-
-# --- writing --------------------------------------------------------------------------------------------------
-
-
-def test_data_that_does_not_reach_its_disk_is_not_claimed(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.checkpoint([1])
-    before = cache.path.read_bytes(), cache.record.read_bytes()
-
-    def fails(_fd: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fdatasync", fails)
-    with pytest.raises(UnsyncedError) as caught:
-        cache.checkpoint([1, 2])
-    assert caught.value.cause_errno == errno.EIO
-    assert (cache.path.read_bytes(), cache.record.read_bytes()) == before
-
-
-def test_full_disk_leaves_no_half_made_map(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int, _offset: int, size: int) -> None:
-        os.ftruncate(fd, size // 2)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CacheError, match="No space left"):
-        cache.checkpoint([1])
-    assert not cache.path.exists()
-    assert not cache.record.exists()
-
-
-def test_lock_that_is_never_given_back_is_an_error(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(map_file, "_LOCK_PATIENCE", 0.05)
-    cache.foreign([1])
-    other = os.open(cache.path, os.O_RDWR)
-    fcntl.fcntl(other, 37, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    with pytest.raises(CacheError, match="checkpoint"):
-        cache.checkpoint([2])
-    assert cache.doubted() == [1]
-    os.close(other)
-    cache.checkpoint([2])
-    assert cache.believed() == [2]
-
-
-def test_checkpoints_of_several_processes_take_turns(cache: Cache) -> None:
-    def write(first: int) -> None:
-        for n in range(1, 21):
-            cache.checkpoint(list(range(first, first + n)))
-
-    children = [in_child(lambda first=first: write(first)) for first in (0, 50, 100)]  # type: ignore[misc]
-    assert [join(pid) for pid in children] == [0] * 3
-    states = cache.load()
-    wanted = {i for first in (0, 50, 100) for i in range(first, first + 20)}
-    assert {i for i, state in enumerate(states) if state} == wanted
-    assert set(cache.believed()) in [set(range(first, first + 20)) for first in (0, 50, 100)], "the record of the last"
-
-
-_CALLS = ("open", "pread", "pwrite", "posix_fallocate", "fdatasync", "replace", "close")
-
-
-def _trace(cache: Cache, ready: list[int], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a checkpoint does, in order: names of calls, with the file they are about."""
-    seen = []
-    for call in ("pwrite", "fdatasync", "replace"):
-
-        def recorded(target: object, *rest: object, call: str = call, real: Callable[..., object]) -> object:
-            name = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
-            where = rest[1] if call == "pwrite" else ""
-            seen.append(f"{call} {name.removeprefix(str(cache.data))}{f' {where}' if where != '' else ''}")
-            return real(target, *rest)
-
-        real = getattr(os, call)
-        monkeypatch.setattr(os, call, lambda *a, _r=real, _f=recorded: _f(*a, real=_r))
-    cache.checkpoint(ready)
-    monkeypatch.undo()
-    return seen
-
-
-def test_order_is_data_then_bits_then_map_then_record(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _trace(cache, [1], monkeypatch) == [
-        "fdatasync ",
-        "pwrite .chunk_map 0",
-        "pwrite .chunk_map 4096",
-        "fdatasync .chunk_map",
-        "fdatasync .chunk_map.nydusd.tmp",
-        "replace .chunk_map.nydusd.tmp",
-    ]
-    assert _trace(cache, list(range(COUNT)), monkeypatch) == [
-        "fdatasync ",
-        "pwrite .chunk_map 4096",
-        "fdatasync .chunk_map",
-        "pwrite .chunk_map 0",
-        "fdatasync .chunk_map",
-        "fdatasync .chunk_map.nydusd.tmp",
-        "replace .chunk_map.nydusd.tmp",
-    ]
-
-
-def _killed_at(cache: Cache, ready: list[int], step: int, torn: bool) -> bool:
-    """Checkpoint in a child that dies at its `step`-th system call, half done if `torn`. False if it has fewer."""
-
-    def work() -> None:
-        left = [step]
-        for call in _CALLS:
-
-            def counted(*args: object, call: str = call, real: Callable[..., object]) -> object:
-                left[0] -= 1
-                if not left[0]:
-                    if torn and call == "pwrite":
-                        fd, data, at = args
-                        assert isinstance(data, memoryview)
-                        real(fd, data[: len(data) // 2], at)
-                    os._exit(9)
-                return real(*args)
-
-            real = getattr(os, call)
-            setattr(os, call, lambda *a, _r=real, _f=counted, **k: _f(*a, real=lambda *b: _r(*b, **k)))
-        cache.checkpoint(ready)
-
-    status = join(in_child(work))
-    assert status in (0, 9)
-    return status == 9
-
-
-def _nothing(_cache: Cache) -> None:
-    pass
-
-
-def _older(cache: Cache) -> None:
-    cache.checkpoint([1, 2, 200])
-
-
-def _foreign(cache: Cache) -> None:
-    cache.foreign([2, 77])
-
-
-def _garbage(cache: Cache) -> None:
-    cache.path.write_bytes(b"\xff" * SIZE)
-
-
-def _zeros(cache: Cache) -> None:
-    cache.path.write_bytes(bytes(SIZE))
-
-
-@pytest.mark.parametrize("torn", [False, True])
-@pytest.mark.parametrize("before", [_nothing, _older, _foreign, _garbage, _zeros])
-def test_checkpoint_killed_at_any_step_claims_only_what_is_true(
-    tmp_path: Path, before: Callable[[Cache], None], torn: bool
-) -> None:
-    truth = {1, 2, 3, 100, 200, 372}
-    step = 0
-    killed = True
-    while killed:
-        step += 1
-        folder = tmp_path / str(step)
-        folder.mkdir()
-        cache = Cache(folder)
-        before(cache)
-        killed = _killed_at(cache, sorted(truth), step, torn)
-        claimed = cache.bits() if cache.path.exists() else b""
-        foreign = {77} if before is _foreign else set()
-        if before is not _garbage or claimed[:1] != b"\xff":  # not replaced yet: the reference refuses it, so do we
-            set_bits = {i for i in range(8 * len(claimed)) if claimed[i // 8] & 0x80 >> i % 8}
-            assert set_bits <= truth | foreign
-        assert set(cache.believed()) <= truth
-        assert set(cache.doubted()) <= truth | foreign
-        if before is _older:
-            assert {1, 2, 200} <= set(cache.believed()), "what was stored before is not lost"
-        cache.checkpoint(sorted(truth))
-        assert set(cache.believed()) == truth
-        # The record's temporary file of a killed checkpoint is used again by the next.
-        assert {p.name.removeprefix("b.blob.data") for p in folder.iterdir()} <= {
-            "",
-            ".chunk_map",
-            ".chunk_map.nydusd",
-            ".chunk_map.bad",
-        }
-    assert step > 8, "there are more steps than that: nothing was tested"
 
 
 def test_record_is_one_line_of_json_and_the_bits(cache: Cache) -> None:
