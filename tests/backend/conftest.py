@@ -1,4 +1,4 @@
-"""Servers that several tests of backends share: starting them takes longer than using them."""
+"""Servers that several tests of backends share: S3 because starting it takes longer than using it, and one for faults."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nydusd.storage.backend.registry.backend import RegistryBackend
+from tests.support.backends import registry_backend
+from tests.support.faulty_server import Faulty, faulty
 from tests.support.s3_server import S3Server, s3_server
 
 
@@ -18,3 +21,15 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with s3_server(folder) as server:
         gc.collect()  # botocore's client is a cycle that holds its connection
         yield server
+
+
+@pytest.fixture
+def server() -> Iterator[Faulty]:
+    with faulty() as server:
+        yield server
+
+
+@pytest.fixture
+def backend(server: Faulty) -> Iterator[RegistryBackend]:
+    with registry_backend(server.host) as backend:
+        yield backend
