@@ -1,0 +1,50 @@
+"""A child of a fork server that tells what it was given; and a fork server with its copy."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from nydusd.forkserver.client import ForkServer
+from nydusd.forkserver.process import Process
+from nydusd.ipc.spec import write_spec
+from tests.support.discipline import wait_until
+
+CHILD = """
+import json, os, signal, sys
+from nydusd.ipc.spec import read_spec
+spec = read_spec(sys.argv[1:])
+fds = {}
+for name in os.listdir("/proc/self/fd"):
+    if os.path.lexists(f"/proc/self/fd/{name}"):
+        fds[name] = os.readlink(f"/proc/self/fd/{name}")
+told = {"argv": sys.argv, "fds": fds, "environment": dict(os.environ), "loaded": "extra" in sys.modules}
+os.write(spec["out"], json.dumps(told).encode())
+os.close(spec["out"])
+if spec.get("wait"):
+    signal.pause()
+sys.exit(spec.get("status", 0))
+"""
+"""What is run by the module `child`, which a fixture writes."""
+
+
+def spawn(server: ForkServer, load: tuple[str, ...] = (), **spec: object) -> tuple[Process, dict[str, object]]:
+    """A child, and what it told."""
+    reader, writer = os.pipe()
+    with open(reader, "rb") as f:
+        spec_fd = write_spec({"out": writer, **spec})
+        try:
+            process = server.spawn("child", [spec_fd, writer], load)
+        finally:
+            os.close(spec_fd)
+            os.close(writer)
+        return process, json.loads(f.read())
+
+
+def wait_for_copy(server: ForkServer) -> list[int]:
+    def is_there() -> bool:
+        server.tend()
+        return len(server.pids) == 2
+
+    wait_until(is_there, "a fork server and its copy", 60)
+    return server.pids
