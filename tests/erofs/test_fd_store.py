@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.erofs.test_kills import NAMES, Held, own
-from tests.supervisor.test_adoption import Stored
+from tests.supervisor.stored import Stored
 from tests.support import manifest
 from tests.support.daemon import Daemon
 from tests.support.discipline import cmdline, descendants, is_running, wait_until

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.supervisor.stored import Stored
 from tests.supervisor.systemd import Systemd
 from tests.supervisor.world import World
 from tests.support.keeper import Keeper
@@ -36,3 +37,10 @@ def systemd(tmp_path: Path) -> Iterator[Systemd]:
     stand_in = Systemd(tmp_path)
     yield stand_in
     stand_in.socket.close()
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Iterator[Stored]:
+    made = Stored(tmp_path)
+    yield made
+    made.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.support import oracle
 from tests.support.daemon import Daemon, image_config
-from tests.support.discipline import discipline, wait_until
+from tests.support.discipline import discipline, is_running, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = oracle.image("v6-zstd-blake3")
@@ -142,6 +142,13 @@ def crash(daemon: Daemon) -> list[int]:
     for pid in others:
         wait_until(lambda pid=pid: _reaped(pid), f"the end of {pid}, whose supervisor is gone")  # type: ignore[misc]
     return frontends
+
+
+def start_again(daemon: Daemon, frontends: list[int]) -> None:
+    """The same command once more: it takes over these front ends."""
+    daemon.start()
+    assert all(map(is_running, frontends))
+    assert set(frontends) <= set(daemon.pids("fuse"))
 
 
 def _reaped(pid: int) -> bool:

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from tests.supervisor.lives import (
     not_started,
     read_direct,
     run_to_end,
+    start_again,
     state_file,
     with_cache,
     wrong,
@@ -94,71 +94,6 @@ def test_a_start_that_is_killed_before_it_has_noted_a_mount_is_no_obstacle_to_th
         start_and_die(daemon, step)
         daemon.start()
         assert wrong(daemon) == []
-
-
-def start_again(daemon: Daemon, frontends: list[int]) -> None:
-    """The same command once more: it takes over these front ends."""
-    daemon.start()
-    assert all(map(is_running, frontends))
-    assert set(frontends) <= set(daemon.pids("fuse"))
-
-
-GIVING = """
-import fcntl, os, sys
-from nydusd.storage.state.lock import start_time
-from nydusd.supervisor.orphans import Orphan
-giver = Orphan(os.getppid(), start_time(os.getppid()))
-names, numbers = sys.argv[1], sys.argv[2].split(",")
-fds = [fcntl.fcntl(giver.get_fd(int(number)), fcntl.F_DUPFD_CLOEXEC, 100) for number in numbers]
-for number, fd in enumerate(fds):
-    os.dup2(fd, 3 + number)
-os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": names}
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-"""Starts a daemon with fds as systemd gives them: those of the process that starts this."""
-
-
-class Stored:
-    """The receiving end of systemd's fd store: fds by name, in no order."""
-
-    def __init__(self, folder: Path) -> None:
-        self.fds: dict[str, list[int]] = {}
-        self.environment = {"NOTIFY_SOCKET": str(folder / "notify")}
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.environment["NOTIFY_SOCKET"])
-        self._socket.settimeout(30)
-
-    def until_ready(self) -> None:
-        text = ""
-        while "READY=1" not in text:
-            data, fds, _, _ = socket.recv_fds(self._socket, 4096, 4)
-            text = data.decode()
-            message = dict(line.split("=", 1) for line in text.split("\n"))
-            if "FDSTORE" in message and message["FDNAME"] not in self.fds:
-                self.fds[message["FDNAME"]], fds = fds[::-1], []
-            if "FDSTOREREMOVE" in message:
-                fds = self.fds.pop(message["FDNAME"])
-            for fd in fds:
-                os.close(fd)
-
-    def giving(self, command: list[str]) -> list[str]:
-        """A command that gives these fds to another."""
-        names = ":".join(name for name, fds in self.fds.items() for _ in fds)
-        numbers = ",".join(str(fd) for fds in self.fds.values() for fd in fds)
-        return [sys.executable, "-c", GIVING, names, numbers, *command]
-
-    def close(self) -> None:
-        self._socket.close()
-        for fds in self.fds.values():
-            for fd in fds:
-                os.close(fd)
-
-
-@pytest.fixture
-def stored(tmp_path: Path) -> Iterator[Stored]:
-    made = Stored(tmp_path)
-    yield made
-    made.close()
 
 
 def fork_servers(daemon: Daemon) -> list[int]:
@@ -414,123 +349,6 @@ class TestSuccessor:
         path.write_bytes(content)
         daemon.start()
         assert wrong(daemon) == []
-
-
-class TestGuardian:
-    def test_starts_a_killed_supervisor_again_as_it_was_started(self, tmp_path: Path) -> None:
-        config = config_for(IMAGE, tmp_path / "cache", amplify_io=0, nydusd={"guardian": 0.2})
-        with Daemon(
-            IMAGE.bootstrap, IMAGE.blobs, cache=tmp_path / "cache", config=config, environment={"GIVEN": "to it"}
-        ) as daemon:
-            for path in (ONE_CHUNK, "sizes/300K-text"):
-                frontends, killed = daemon.pids("fuse"), supervisor_of(daemon)
-                os.kill(killed, signal.SIGKILL)
-                assert read_direct(daemon.mountpoint / path) == TRUTH[path.encode()]
-                wait_until(lambda killed=killed: supervisor_of(daemon) != killed, "the next supervisor")  # type: ignore[misc]
-                assert daemon.pids("fuse") == frontends
-                assert b"GIVEN=to it" in Path(f"/proc/{supervisor_of(daemon)}/environ").read_bytes().split(b"\0")
-            os.kill(supervisor_of(daemon), signal.SIGTERM)
-            wait_until(lambda: mounts_under(daemon.folder) == set(), "the end of the mount")
-            daemon.forget()
-
-
-def supervisor_of(daemon: Daemon) -> int:
-    return int(json.loads(state_file(daemon).read_bytes())["processes"][0][0])
-
-
-class TestFailover:
-    """The protocol by which nydus-snapshotter keeps a session and has a crashed daemon succeeded."""
-
-    def test_session_is_sent_and_after_a_crash_taken_over_as_told(self, tmp_path: Path) -> None:
-        config = config_for(IMAGE, tmp_path / "cache", amplify_io=0)
-        path = str(tmp_path / "keeper")
-        with (
-            Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=("--supervisor", path, "--id", "x")) as daemon,
-            socket.socket(socket.AF_UNIX) as keeper,
-        ):
-            assert daemon.request("PUT", "/api/v1/daemon/fuse/sendfd")[0] == 500  # nobody listens
-            keeper.bind(path)
-            keeper.listen()
-            state, fds = self.exchange(daemon, keeper, "PUT", "fuse/sendfd", b"", [])
-            assert state
-            assert [os.readlink(f"/proc/self/fd/{fd}") for fd in fds] == ["/dev/fuse"]
-            crash(daemon)
-            with open(daemon.log, "ab") as log:
-                daemon._process = subprocess.Popen(daemon.command, stdin=subprocess.DEVNULL, stderr=log, cwd=ROOT)
-            wait_until(lambda: state_of(daemon) == "INIT", "the next daemon")
-            assert read_direct(daemon.mountpoint / ONE_CHUNK) == TRUTH[ONE_CHUNK.encode()]
-            assert daemon.request("PUT", "/api/v1/daemon/start")[0] == 400
-            self.exchange(daemon, keeper, "PUT", "fuse/takeover", state, fds)
-            assert state_of(daemon) == "READY"
-            assert daemon.request("PUT", "/api/v1/daemon/start")[0] == 204
-            assert state_of(daemon) == "RUNNING"
-            assert wrong(daemon) == []
-            for fd in fds:
-                os.close(fd)
-
-    @staticmethod
-    def exchange(
-        daemon: Daemon, keeper: socket.socket, method: str, path: str, state: bytes, fds: list[int]
-    ) -> tuple[bytes, list[int]]:
-        """What the daemon sends while it is asked, or, given a state, what it is sent."""
-        answers: list[int] = []
-        asking = threading.Thread(target=lambda: answers.append(daemon.request(method, f"/api/v1/daemon/{path}")[0]))
-        asking.start()
-        wire, _ = keeper.accept()
-        with wire:
-            if state:
-                socket.send_fds(wire, [state], fds)
-            else:
-                state, fds, _, _ = socket.recv_fds(wire, 4096, 4)
-                assert wire.recv(1) == b""
-        asking.join()
-        assert answers == [204]
-        return state, fds
-
-
-def state_of(daemon: Daemon) -> str | None:
-    try:
-        answer = daemon.get("/api/v1/daemon", seconds=2.0)
-    except OSError:
-        return None
-    assert isinstance(answer, dict)
-    return str(answer["state"])
-
-
-class TestFdStore:
-    def test_that_has_the_fds_lets_every_process_be_killed_at_no_read(self, stored: Stored, tmp_path: Path) -> None:
-        cache = tmp_path / "cache"
-        config = config_for(IMAGE, cache, amplify_io=0)
-        with Daemon(IMAGE.bootstrap, IMAGE.blobs, cache=cache, config=config, environment=stored.environment) as daemon:
-            command = daemon.command
-            for path in (ONE_CHUNK, "sizes/300K-text"):
-                stored.until_ready()
-                assert [len(fds) for fds in stored.fds.values()] == [4, 4]
-                wait_for_role(daemon, "decompress", 2)
-                for pid in daemon.pids("decompress"):
-                    os.kill(pid, signal.SIGSTOP)
-                with blocked_reader(daemon.mountpoint / path) as reader:
-                    others = [pid for pid in daemon.family() if is_running(pid)]
-                    daemon.kill_supervisor()
-                    for pid in others:
-                        with suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
-                    daemon.command = stored.giving(command)
-                    daemon.start()
-                    assert reader.wait(10) == 0
-            assert wrong(daemon) == []
-
-    def test_is_rid_of_what_is_over(self, stored: Stored) -> None:
-        with Daemon(IMAGE.bootstrap, IMAGE.blobs, environment=stored.environment) as daemon:
-            stored.until_ready()
-            before = set(stored.fds)
-            daemon.stop()
-            daemon.command = stored.giving(daemon.command)
-            daemon.start()
-            stored.until_ready()
-            assert len(stored.fds) == 2
-            assert len(before & set(stored.fds)) in (0, 2)  # the next mount may have the number of the last
-            assert wrong(daemon) == []
 
 
 class TestSharedDaemon:
