@@ -31,6 +31,7 @@ from nydusd.supervisor.kin import Kin
 from nydusd.supervisor.launch import Launch
 from nydusd.supervisor.openings import Openings
 from nydusd.supervisor.outages import Outages
+from nydusd.supervisor.outcomes import AGAIN, outcomes
 from nydusd.supervisor.pool import ATTEMPTS, WorkerPool
 from nydusd.supervisor.room import Room
 from nydusd.supervisor.slots import SlotTable
@@ -40,8 +41,6 @@ log = logging.getLogger(__name__)
 
 _ROUNDS = 20
 """How often a request may start over before it fails: a cache folder that is replaced all the time ends here."""
-_AGAIN = -1
-"""Instead of an errno: the job ended, the chunk is neither there nor broken."""
 
 Reply = Callable[[bytes, int, int, SlotRef | None], None]
 
@@ -342,9 +341,10 @@ class Router:
     def _settle(self, job: Job, cache: BlobCache, answer: Answer) -> None:
         """Tell all who waited for a job's chunks how it ended."""
         failed = {chunk: code for chunk, code, _why in answer.get("failed", [])}
+        poison = answer.get("type") == "WorkerDied"
         if "error" in answer:
             parts = cache.meta.split(job.chunks, 0)
-            if answer.get("type") == "WorkerDied" and len(parts) > 1 and job.slot is None and not cache.remote:
+            if poison and len(parts) > 1 and job.slot is None and not cache.remote:
                 for part in parts:  # one of them kills workers: find out which
                     self._launch.fill(cache, part, job.priority, ATTEMPTS - 1)
                 return
@@ -357,23 +357,9 @@ class Router:
                 failed = {chunk: answer["errno"] for chunk in job.chunks if not cache.chunk_map.is_ready(chunk)}
         elif job.slot is None and "why_unstored" in answer:
             note_room(cache, answer["why_unstored"])
-        ended: dict[Request, int] = {}
-        for chunk in job.chunks:
-            code = failed.get(chunk, 0)
-            if code:
-                cache.failed(chunk, code, poison=answer.get("type") == "WorkerDied")
-            elif cache.chunk_map.is_ready(chunk) or self._slots.has(cache.handle, chunk):
-                cache.succeeded(chunk)
-            else:
-                code = _AGAIN
-            for request in cache.waiters.pop(chunk, ()):
-                request.left.discard(chunk)
-                if code > 0 or (code and request not in ended):
-                    ended[request] = code
-                elif not request.left:
-                    ended.setdefault(request, 0)
+        ended = outcomes(job, cache, failed, self._slots.has, poison=poison)
         for request, code in ended.items():
-            if code == _AGAIN:
+            if code == AGAIN:
                 self._again(request)
             else:
                 self._finish(request, code)
