@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from nydusd import logs
+from nydusd.cli.exit_status import exit_status
 from nydusd.cli.image.verb import Verb
-from nydusd.errors import NydusError
 from nydusd.version import version_text
 
 VERBS = (
@@ -34,20 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. The exit status: 0, 1 for an error, 2 for wrong arguments (and layers that do not fit together)."""
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser(argv[0] if argv else "").parse_args(argv)
-    try:
+
+    def work() -> None:
         logs.setup(args.log_level, args.log_file, "image")
         args.run(args)
         sys.stdout.flush()
-    except NydusError as error:
-        print(f"Error: {' '.join(logs.clean(str(error)).split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has left; Python's own flush at exit must not complain about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+
+    return exit_status(work, lambda text: " ".join(logs.clean(text).split()))
 
 
 def build_parser(first: str = "") -> argparse.ArgumentParser:

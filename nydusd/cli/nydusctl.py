@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -23,7 +22,7 @@ from nydusd.cli.ctl import (
 )
 from nydusd.cli.ctl.connection import Api
 from nydusd.cli.ctl.text import printable
-from nydusd.errors import NydusError
+from nydusd.cli.exit_status import exit_status
 
 _MODULES = (
     *(info, set_log_level, metrics_backend, metrics_cache, metrics_fsstats, mount, umount),
@@ -36,19 +35,12 @@ GROUPS = {"set": "change a setting of the daemon", "metrics": "what the daemon c
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. The exit status: 0, 1 for an error, 2 for wrong arguments."""
     args = parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         for text in args.run(Api(args.sock), args):
             print(text, flush=True)
-    except NydusError as error:
-        print(f"Error: {printable(str(error))}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has left; Python's own flush at exit must not complain about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+
+    return exit_status(work, printable)
 
 
 def parser() -> argparse.ArgumentParser:

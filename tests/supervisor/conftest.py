@@ -9,20 +9,15 @@ import pytest
 
 from tests.supervisor.stored import Stored
 from tests.supervisor.systemd import Systemd
-from tests.supervisor.world import World
+from tests.supervisor.world import World, opened
 from tests.support.keeper import Keeper
 
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A world with all blobs open and no worker, consistent at the end."""
-    made = World(monkeypatch)
-    try:
-        made.open_all()
+    with opened(monkeypatch) as made:
         yield made
-        made.check()
-    finally:
-        made.close()
 
 
 @pytest.fixture

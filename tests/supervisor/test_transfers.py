@@ -10,20 +10,15 @@ import pytest
 from nydusd.ipc.messages import AHEAD, LOST, Json
 from nydusd.storage.cache.requests import Priority
 from nydusd.supervisor import transfers
-from tests.supervisor.world import CHUNKS, World
+from tests.supervisor.world import CHUNKS, World, opened
 
 A, B = b"fuse-0-1", b"fuse-1-1"
 
 
 def make(patch: pytest.MonkeyPatch, amplify: int) -> Iterator[World]:
-    made = World(patch, amplify)
-    patch.setattr(transfers, "MIN_REQUEST", 16 << 10)
-    try:
-        made.open_all()
+    with opened(patch, amplify) as made:
+        patch.setattr(transfers, "MIN_REQUEST", 16 << 10)
         yield made
-        made.check()
-    finally:
-        made.close()
 
 
 @pytest.fixture

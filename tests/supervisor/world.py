@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 
@@ -461,3 +462,15 @@ class World:
 def _to_come(transfer: transfers._Transfer) -> list[Job]:
     """The jobs of a transfer that wait for the one that is with a worker."""
     return [job for job in (transfer.again, *(transfer.parts or ())) if job is not None]
+
+
+@contextmanager
+def opened(patch: pytest.MonkeyPatch, amplify: int = 40_000) -> Iterator[World]:
+    """A world with all blobs open and no worker, consistent at the end."""
+    made = World(patch, amplify)
+    try:
+        made.open_all()
+        yield made
+        made.check()
+    finally:
+        made.close()

@@ -1,0 +1,25 @@
+"""The exit status of a command that does one thing and ends; what it prints for an error, and when nobody reads its output."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from nydusd.errors import NydusError
+
+
+def exit_status(work: Callable[[], object], shown: Callable[[str], str]) -> int:
+    """Do the work: 0, or what its error says; that is printed as `shown` makes it."""
+    try:
+        work()
+    except NydusError as error:
+        print(f"Error: {shown(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left; Python's own flush at exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
