@@ -5,7 +5,8 @@ measured; $NYDUSD_BENCH_ROOM names a folder of a disk instead, which is cold at 
 and one file more, which nobody reads: so a blob can be all cached where it is read, and still be incomplete. One run,
 contenders in turn, $NYDUSD_BENCH_ROUNDS (2) rounds, medians and ratios. $NYDUSD_REF names the reference. Random reads are
 4 KiB, over files of more than 64 KiB, each past the reader's page cache; by a reader of ours, for an EROFS over files opens
-none with O_DIRECT (EINVAL, with or without us), and fio, which picks among several files at random, then tries for ever.
+none with O_DIRECT (EINVAL, with or without us), and fio, which picks among several files at random, then tries for ever. Those that are called kept go by way of the page
+cache, which is empty at first: what was read before comes from there, as with most programs.
 """
 
 from __future__ import annotations
@@ -23,14 +24,21 @@ from pathlib import Path
 
 from bench.erofs import erofs_mount
 from bench.image import Built, build, configuration
-from bench.run import FOLDER, Figures, drop_caches, median, prepare, read_all, warm
+from bench.run import FOLDER, Figures, drop_caches, median, prepare, random_reads, read_all, regular_files, warm
 
 ROUNDS = int(os.environ.get("NYDUSD_BENCH_ROUNDS", "2"))
 UNREAD = "zz-unread"
 UNREAD_SIZE = 64 << 20
 ROOM = 4 << 30
 PLACE = os.environ.get("NYDUSD_BENCH_ROOM", "")
-HIGHER_IS_BETTER = ("cold MB/s", "warm MB/s", "random 1 job, 1/s", "random 4 jobs, 1/s")
+HIGHER_IS_BETTER = (
+    "cold MB/s",
+    "warm MB/s",
+    "random 1 job, 1/s",
+    "random 4 jobs, 1/s",
+    "kept 1 job, 1/s",
+    "kept 4 jobs, 1/s",
+)
 
 
 def main() -> int:
@@ -137,7 +145,7 @@ def daemon(image: Built, room: Path, command: list[str], *, complete: bool, keep
                     if process.poll() is not None:
                         raise RuntimeError(f"{command[0]} ended with status {process.returncode}")
                     time.sleep(0.05)
-            figures |= warm(mountpoint, (UNREAD,))
+            figures |= warm(mountpoint, (UNREAD,)) | kept(mountpoint)
         finally:
             process.terminate()
             process.wait()
@@ -152,7 +160,17 @@ def alone(image: Built, room: Path, plain: Path) -> Figures:
     mountpoint = room / "alone"
     mountpoint.mkdir(exist_ok=True)
     with erofs_mount(image.bootstrap, [plain], mountpoint):
-        return warm(mountpoint, (UNREAD,))
+        return warm(mountpoint, (UNREAD,)) | kept(mountpoint)
+
+
+def kept(mountpoint: Path) -> Figures:
+    """Random reads by way of the page cache, as most programs read; it is empty at first."""
+    files = [path for path in regular_files(mountpoint, (UNREAD,)) if os.path.getsize(path) > 65536]
+    figures = {}
+    for jobs in (1, 4):
+        drop_caches()
+        figures[f"kept {jobs} job{'s' * (jobs > 1)}, 1/s"] = random_reads(files, jobs, kept=True)
+    return figures
 
 
 def table(results: dict[str, Figures]) -> str:

@@ -144,10 +144,10 @@ def warm(mountpoint: Path, skip: Sequence[str] = ()) -> Figures:
     return figures
 
 
-def random_reads(files: list[bytes], jobs: int) -> float:
-    """Reads a second of so many processes of ours."""
+def random_reads(files: list[bytes], jobs: int, *, kept: bool = False) -> float:
+    """Reads a second of so many processes of ours. `kept`: by way of the page cache, in which nothing is at first."""
     queue: SimpleQueue[int] = SimpleQueue()
-    readers = [Process(target=random_reader, args=(files[:800], seed, queue)) for seed in range(jobs)]
+    readers = [Process(target=random_reader, args=(files[:800], seed, queue, kept)) for seed in range(jobs)]
     for reader in readers:
         reader.start()
     count = sum(queue.get() for _ in readers)
@@ -179,11 +179,13 @@ def read_all(root: Path, skip: Sequence[str] = ()) -> float:
     return size / (time.perf_counter() - begin) / 1e6
 
 
-def random_reader(files: list[bytes], seed: int, queue: SimpleQueue[int]) -> None:
+def random_reader(files: list[bytes], seed: int, queue: SimpleQueue[int], kept: bool) -> None:
     """Read 4 KiB at random places, which are chosen before, for SECONDS; reports how many."""
     choose = random.Random(seed)
     page = [mmap.mmap(-1, 4096)]
     try:
+        if kept:
+            raise OSError  # as below, but nothing is dropped
         opened = [(os.open(path, os.O_RDONLY | os.O_DIRECT), os.path.getsize(path) // 4096) for path in files]
         direct = True
     except OSError:  # EROFS over a file on tmpfs: what the page cache keeps is dropped before each read instead
@@ -197,7 +199,7 @@ def random_reader(files: list[bytes], seed: int, queue: SimpleQueue[int]) -> Non
     while time.perf_counter() < end:
         start = count % PLACES
         for fd, offset in places[start : start + 50]:
-            if not direct:
+            if not direct and not kept:
                 os.posix_fadvise(fd, offset, 4096, os.POSIX_FADV_DONTNEED)
             os.preadv(fd, page, offset)
         count += 50
