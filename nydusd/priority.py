@@ -52,6 +52,16 @@ def hasten(pid: int) -> None:
     _set(pid, _HURRIED)
 
 
+def usual() -> int:
+    """The nice value that we have when there is no hurry."""
+    return _usual[0] if _usual else os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def release(pid: int) -> None:
+    """At the usual priority from now on: a process of one thread that we have started and do not look after any more."""
+    _set(pid, usual())
+
+
 def settle(pid: int) -> None:
     """At our own priority from now on: a process of one thread, perhaps made in a hurry."""
     _set(pid, os.getpriority(os.PRIO_PROCESS, 0))

@@ -335,7 +335,7 @@ class ForkServer:
                 with open("/proc/self/environ" if self._given < 0 else f"/proc/self/fd/{self._given}", "rb") as given:
                     environ.write(given.read())
                 command = [sys.executable, "-P", "-m", "nydusd", *sys.argv[1:]]
-                told = {"guard": {"delay": self._delay, "command": command}}
+                told = {"guard": {"delay": self._delay, "command": command, "nice": priority.usual()}}
                 self._unguarded = not self._servers[0].tell(told, [environ.fileno()])
                 if self._unguarded:
                     self._next_copy = time.monotonic() + _INTERVAL

@@ -6,6 +6,7 @@ there, and ends this process when it has. Two that are started at once are no ha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -17,7 +18,14 @@ _MOST = 60.0
 
 
 def guard(session: int, task: dict[str, Any]) -> None:
-    """Try until we are ended, or until the mount is over. `task`: delay, command, and the fd of its environment."""
+    """Try until we are ended, or until the mount is over.
+
+    `task`: delay, command, the fd of its environment, and its nice value (a supervisor of an earlier release does not say):
+    ours may be that of a hurry, of a takeover that was killed or of our own start.
+    """
+    if "nice" in task:
+        with contextlib.suppress(OSError):  # no right to it
+            os.setpriority(os.PRIO_PROCESS, 0, task["nice"])
     poll = select.poll()
     poll.register(session, 0)
     delay = float(task["delay"])

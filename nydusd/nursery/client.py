@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from nydusd import priority
 from nydusd.errors import CacheError
 from nydusd.forkserver.environment import environment
 from nydusd.nursery import place
@@ -69,6 +70,7 @@ def start_if_useful(*, for_one: bool = False) -> None:
                 file_actions=stdio,
                 setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM],
             )
+            priority.release(pid)
         finally:
             os.close(lock)
     except OSError as e:

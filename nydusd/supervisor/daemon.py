@@ -357,9 +357,14 @@ class Supervisor:
         self._notifier.alive(now)
         self._status.tick(now)
         if now >= self._calm_at:
-            self._calm_at = math.inf
-            priority.calm([*self.fork_server.pids, *(child.pid for child in self.children if child.pid)])
+            self._calm()
         engine.tick(now, self.stopping)
+
+    def _calm(self) -> None:
+        """End of the hurry of a takeover, for all that was started in it."""
+        self._calm_at = math.inf
+        children = (child.pid for child in self.children if child.pid)
+        priority.calm([*self.fork_server.pids, *children, *self._family.others()])
 
     def _reap(self) -> None:
         """Look after children that have ended: their work goes to others, their place is filled again."""
@@ -394,6 +399,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Unmount, store what is ready, end all children, leave nothing behind; or leave all that to the next one."""
+        self._calm()
         self.state = "STOPPED"
         workers_have_ended, spared = self._workers_have_ended, self._spared
         self.ending.end(self._engine, self._listener, self._metrics, self._turn, workers_have_ended, spared)

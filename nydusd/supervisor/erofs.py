@@ -12,6 +12,7 @@ A stop unmounts first; if somebody uses a file system still, front end and guard
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from contextlib import suppress
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nydusd import points
+from nydusd import points, priority
 from nydusd.cli.options import FuseOptions
 from nydusd.errors import MountError, NydusError
 from nydusd.frontends.erofs import left, table
@@ -52,6 +53,8 @@ _OWN = ("erofs", "guard")
 """Roles of those that outlive the supervisor."""
 _PAUSE = 0.5
 """Seconds between tries to start a guard that is waited for."""
+_GUARD_PATIENCE = 10.0
+"""Seconds after which it is done without, if the front end lives."""
 
 
 class ErofsDaemon(Supervisor):
@@ -232,6 +235,7 @@ class ErofsDaemon(Supervisor):
         guard.start(self.fork_server, spec | {"log": self._family.log_spec()}, list(fds))
         if guard.process is None:
             raise MountError(f"{guard.name} cannot be started")
+        priority.release(guard.process.pid)
         guard.process.close()
 
     def _know_mounts(self, rows: int, table: MountTable | None = None) -> None:
@@ -280,8 +284,10 @@ class ErofsDaemon(Supervisor):
     def _have_guard(self) -> None:
         """See to it that a guard of ours is there, whatever its back-off: what else holds the group is about to end.
 
-        It is waited for as long as there is no room for one: without it readers would read holes.
+        It is waited for as long as there is no room for one: without it readers would read holes. Not for long if our front
+        end is there, which holds the same.
         """
+        until = math.inf if self._front_end.process is None else time.monotonic() + _GUARD_PATIENCE
         self._reap()
         if self._guard not in self.children:  # a start that has failed
             self._family.prepare(self._guard)
@@ -292,6 +298,9 @@ class ErofsDaemon(Supervisor):
                 self._family.launch(self._guard)
             except NydusError as e:
                 log.error("%s; trying again: without it readers would read holes", e)
+                if time.monotonic() >= until:
+                    break
+                self._notifier.alive(time.monotonic())
                 time.sleep(_PAUSE)
         self.fork_server.waits = waits
 
@@ -339,6 +348,7 @@ class ErofsDaemon(Supervisor):
     def stop(self) -> None:
         """Unmount before anything is closed; what somebody uses still, or all in a restart, is left to front end and guard."""
         self.ending.ask()
+        self._calm()  # front end and guard may be none of our children any more in a moment
         kernel = self._kernel
         gone = not self.handover.leaving
         if kernel is not None:

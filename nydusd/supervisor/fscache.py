@@ -286,6 +286,7 @@ class FscacheDaemon(Singleton):
         Not before our guard is there: until then the record names the former one, which ends when it is named no more.
         """
         if not self._guard.pid or self._device is None:
+            self._note_at = math.inf  # it is done when the guard is there
             return
         names = [bound.name for bound in self._bound.values()]
         held = Held((self._guard.pid, start_time(self._guard.pid)), self._device.fd, self._bound.sizes(), names)

@@ -58,19 +58,20 @@ class Openings:
             return
         name = cache.spec.info.blob_id
         error, retry_after = answer.get("error"), answer.get("retry_after")
-        if answer.get("type") == ScarceError.__name__:
-            retry_after = 0.0
+        cache.scarce = answer.get("type") == ScarceError.__name__
         if error is None:
             try:
                 cache.opened()
                 self._outages.over(cache)
+                self._outages.supplied(cache)
                 note_room(cache, answer.get("uncached", ""))
                 log.info("blob %s: %d of %d chunks are in the cache", name, answer["ready"], answer["count"])
             except (NydusError, OSError) as e:
                 error = str(e)
-                if isinstance(e, ScarceError):
-                    retry_after = 0.0
+                cache.scarce = isinstance(e, ScarceError)
         if error is not None:
+            if cache.scarce:
+                retry_after = 0.0
             cache.open_failed(error, retry_after)
             level = logging.WARNING if cache.unreachable else logging.ERROR
             log.log(level, "blob %s cannot be opened: %s", name, error)
@@ -85,5 +86,5 @@ class Openings:
         """The blob could not be opened. If its backend was not there, the reader waits until that is tried again."""
         cache = request.cache
         wait = max(cache.retry_at - time.monotonic(), 0.0)
-        if not (cache.unreachable and self._outages.put_off(request, wait, str(cache.reason))):
+        if not (cache.unreachable and self._outages.put_off(request, wait, str(cache.reason), lacks=cache.scarce)):
             self._finish(request, errno.EIO)

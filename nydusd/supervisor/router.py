@@ -27,7 +27,7 @@ from nydusd.storage.cache.requests import Answer, Job, Priority, Request
 from nydusd.storage.cache.spec import NO_COOKIE
 from nydusd.supervisor.checkpoints import Checkpoints
 from nydusd.supervisor.evictions import Evictions
-from nydusd.supervisor.kin import Kin
+from nydusd.supervisor.kin import FOLLOW, Kin
 from nydusd.supervisor.launch import Launch
 from nydusd.supervisor.openings import Openings
 from nydusd.supervisor.outages import Outages
@@ -324,7 +324,8 @@ class Router:
             elif "retry_after" in answer:
                 self._put_off(job, cache, answer)
             else:
-                self.outages.supplied(cache)
+                if job.kind != FOLLOW and "error" not in answer:  # else it says nothing of what is there
+                    self.outages.supplied(cache)
                 self._settle(job, cache, answer)
         self._retry_slots()
 

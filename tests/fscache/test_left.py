@@ -197,6 +197,9 @@ def test_a_guard_is_noted_when_it_can_be_told_when_it_was_started(
     daemon._note()
     assert taken(daemon) == (os.getppid(), [])
     assert daemon._note_at == math.inf
+    daemon._note_at, daemon._guard.process = 0.0, None
+    daemon._note()
+    assert daemon._note_at == math.inf, "without a guard there is nothing to note, nor to be done again and again"
     daemon.stop()
 
 

@@ -235,8 +235,10 @@ def test_blob_that_cannot_be_opened_for_want_of_file_descriptors_keeps_readers_w
     world.pump()
     world.done(b"fetch", {"error": "too many open files", "errno": errno.EIO, "type": "ScarceError"})
     assert codes(world) == []
+    assert (world.far.outage, world.far.lacks) == ("too many open files", True), "the backend has done nothing wrong"
     world.settle()
     assert codes(world) == [(1, 0)]
+    assert (world.far.outage, world.far.lacks) == ("", False)
 
 
 def test_outage_of_a_local_blob_is_over_when_it_was_read(world: World) -> None:

@@ -60,6 +60,29 @@ def test_a_hurry_is_of_what_was_started_before_too_and_ends_for_all_threads_that
             child.send_signal(signal.SIGKILL)
 
 
+def test_who_is_left_to_himself_in_a_hurry_does_not_keep_its_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(priority, "_takes_over", lambda _: True)
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    priority.hurry()
+    try:
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+            priority.settle(child.pid)
+            of_ours = os.getpriority(os.PRIO_PROCESS, child.pid)
+            priority.release(child.pid)
+            of_its_own = os.getpriority(os.PRIO_PROCESS, child.pid)
+    finally:
+        priority.calm([])
+    assert (of_ours, of_its_own) == (-20, usual)
+
+
+def test_a_guardian_starts_a_supervisor_at_the_priority_of_the_former_one() -> None:
+    code = (
+        "import os; from nydusd.forkserver.guardian import guard; end, other = os.pipe(); os.close(other)\n"
+        "guard(end, {'delay': 0, 'command': [], 'environment': -1, 'nice': 7}); print(os.getpriority(os.PRIO_PROCESS, 0))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code]) == b"7\n"
+
+
 def test_a_keeper_whose_state_trickles_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handover, "_PATIENCE", 0.2)
     ours, theirs = socket.socketpair()

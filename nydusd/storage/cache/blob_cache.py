@@ -58,6 +58,7 @@ class BlobCache:
         self.outage = ""  # why readers wait
         self.lacks = False  # not for the backend, but for file descriptors or memory here
         self.unreachable = False  # it failed because its backend could not be reached: readers wait
+        self.scarce = False  # or because there were no file descriptors or no memory here
         self.segment: Segment | None = None
         self.waiting: list[Request] = []
         self.jobs: dict[int, Job] = {}
