@@ -125,20 +125,43 @@ class Kernel:
         self.front = None
 
     def mount(
-        self, index: int, handle: int, *, lists: Iterable[int] = ALL, ready: Iterable[int] = (), birth: int | None = 1
+        self,
+        index: int,
+        handle: int,
+        *,
+        lists: Iterable[int] = ALL,
+        ready: Iterable[int] = (),
+        lacks: Iterable[int] = (),
+        birth: int | None = 1,
     ) -> Segment:
-        """A further one, by an image that lists these chunks, of which these are ready."""
+        """A further one, by an image that lists these chunks, of which these are ready; `lacks`: what it knows nothing of."""
         name = self._names[index] = self._stack.enter_context(segment_name())
         st = self._path.stat()
-        places = [Place(CHUNK * i, CHUNK, CHUNK, 0 if i in lists else UNLISTED) for i in ALL]
-        state = bytes(READY if i in ready else EMPTY for i in ALL)
-        segment = make_segment(
-            name, places, state=state, identity=Identity(st.st_dev, st.st_ino, CHUNK * COUNT, birth or 0)
-        )
-        self._stack.callback(segment.close)
+        segment = self.publish(index, lists=lists, ready=ready, lacks=lacks, birth=birth)
         file = File(index << 8, "blob", handle, name, str(self._path), st.st_dev, st.st_ino, (0,), birth)
         self._mounts[index] = Mounted(index, f"/{index}", f"/mnt/{index}", "id", (file,), (f"no-{index}",))
         self._write()
+        return segment
+
+    def publish(
+        self,
+        index: int,
+        *,
+        lists: Iterable[int] = ALL,
+        ready: Iterable[int] = (),
+        lacks: Iterable[int] = (),
+        birth: int | None = 1,
+    ) -> Segment:
+        """The segment of a mount, made anew."""
+        st = self._path.stat()
+        places = [
+            Place(CHUNK * i, 0) if i in lacks else Place(CHUNK * i, CHUNK, CHUNK, 0 if i in lists else UNLISTED)
+            for i in ALL
+        ]
+        state = bytes(READY if i in ready else EMPTY for i in ALL)
+        identity = Identity(st.st_dev, st.st_ino, CHUNK * COUNT, birth or 0)
+        segment = make_segment(self._names[index], places, state=state, identity=identity)
+        self._stack.callback(segment.close)
         return segment
 
     def says(self, index: int, *, verifies: bool = False, listed: bool = False) -> None:
@@ -336,6 +359,23 @@ def test_no_image_is_asked_for_chunks_that_it_does_not_list_and_another_does(ker
     assert blob.complete() and blob.whole(0, CHUNK * COUNT)
     first.state[2] = EMPTY
     assert not blob.complete() and not blob.whole(0, CHUNK * COUNT) and blob.whole(CHUNK * 3, CHUNK * COUNT)
+
+
+@pytest.mark.parametrize("chunk", [0, 2, 3])
+def test_nobody_reads_what_only_an_image_describes_of_which_nothing_is_known(kernel: Kernel, chunk: int) -> None:
+    """There is no segment of it now, as while a worker replaces it."""
+    others = [i for i in ALL if i != chunk]
+    kernel.mount(1, 7, lacks=[chunk], ready=others)
+    kernel.mount(2, 9, lacks=others)
+    remove(kernel._names[2])
+    blob = kernel.blob()
+    assert kernel.read(chunk) == [FAILS] and kernel.read(0, COUNT) == [FAILS]
+    assert not blob.whole(CHUNK * chunk, CHUNK * (chunk + 1)) and not blob.complete()
+    assert all(kernel.read(other) == [PASSES] for other in others)
+    assert all(blob.whole(CHUNK * other, CHUNK * (other + 1)) for other in others)
+    kernel.publish(2, lacks=others)
+    assert kernel.read(chunk) == [] and kernel.asked() == [ChunkRun(9, chunk, 1)]
+    assert kernel.answered(9, errno.EIO) == [FAILS]
 
 
 def test_a_range_is_whole_without_what_no_file_refers_to_if_that_is_known(kernel: Kernel) -> None:

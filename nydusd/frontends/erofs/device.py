@@ -68,6 +68,8 @@ class Blob:
         self._only: View | None = None
         """It is all that there is."""
         self._limit = 1 << 63
+        self._placed: list[Segment] = []
+        """By which it is known where chunks are."""
         self._stored: Ready | None = None
         self._suspect: tuple[Segment, int] | None = None
         self._place = -_STEADY - 1
@@ -116,6 +118,8 @@ class Blob:
         StaleCacheError when the file was cut off or the range cannot be had any more, OutsideError when the blob has none such.
         """
         self._look()
+        if len(self._open) < len(self._views):
+            self._survey()
         if held < self._size:
             raise StaleCacheError(f"blob {self.blob_id}: its cache file was cut off")
         end = offset + count
@@ -123,7 +127,7 @@ class Blob:
             raise OutsideError(
                 f"blob {self.blob_id}: a read of {count} bytes at {offset} is outside its {self._size} bytes"
             )
-        first, last = bisect_right(self._ends, offset), bisect_left(self._starts, end)
+        first, last = self._chunks(offset, end)
         counters = self._counters
         if self._are_there(first, last):
             counters[0] += 1
@@ -131,8 +135,6 @@ class Blob:
             return []
         counters[2] += 1
         counters[3] += count
-        if len(self._open) < len(self._views):
-            self._survey()
         return self._runs(first, last, refused)
 
     def ready(self, run: ChunkRun) -> bool:
@@ -179,7 +181,7 @@ class Blob:
         known = self._lacks.get(begin)
         if known is not None and not self._are_there(known, known + 1, referred=True):
             return False
-        first, last = bisect_right(self._ends, begin), bisect_left(self._starts, end)
+        first, last = self._chunks(begin, end)
         if self._are_there(first, last, referred=True):
             return True
         self._lacks[begin] = first + self._absent(first, last, referred=True).index(1)
@@ -215,7 +217,7 @@ class Blob:
         stored, segments = self._stored, self._segments()
         if stored is None or not stored.doubts.keys() <= set(segments):
             return False
-        first, last = bisect_right(self._ends, begin), bisect_left(self._starts, end)
+        first, last = self._chunks(begin, end)
         if stored.absent.find(1, first, last) >= 0 or not self._are_there(first, last, referred=True):
             return False
         if any(segment.lost[0] for segment in segments):
@@ -276,6 +278,20 @@ class Blob:
         self._open, self._only = [], None
 
     # --- all views together -----------------------------------------------------------------------------------
+
+    def _chunks(self, begin: int, end: int) -> tuple[int, int]:
+        """The chunks of a range: the first, and the one behind the last.
+
+        A chunk of no bytes may be one that only a view describes of which nothing is known: of the range then, if it may reach
+        into it.
+        """
+        first, last = bisect_right(self._ends, begin), bisect_left(self._starts, end)
+        if len(self._open) < len(self._views) and begin < (
+            self._starts[first] if first < len(self._starts) else self._size
+        ):
+            while first and self._starts[first - 1] == self._ends[first - 1]:
+                first -= 1
+        return first, last
 
     def _are_there(self, first: int, last: int, *, referred: bool = False) -> bool:
         """Whether all of these chunks are there; `last` is behind them. `referred`: all that a file refers to."""
@@ -382,7 +398,9 @@ class Blob:
         self._counters = found[0].counters
         self._size = segments[0].identity.size
         self._limit = -(-self._size // _PAGE) * _PAGE
-        self._starts, self._ends = _places(found)
+        if segments != self._placed:
+            self._starts, self._ends = _places(found)
+            self._placed = segments
 
     def _stale(self) -> StaleCacheError:
         return StaleCacheError(
