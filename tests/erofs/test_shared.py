@@ -19,7 +19,7 @@ import pytest
 
 from nydusd.errors import MountError
 from nydusd.formats.model import ChunkFlag
-from nydusd.frontends.erofs import session, table
+from nydusd.frontends.erofs import device, session, table
 from nydusd.frontends.erofs.device import Blob
 from nydusd.frontends.erofs.fanotify import Event
 from nydusd.frontends.erofs.journal import _ENTRY, UNKNOWN, Journal, create
@@ -27,7 +27,7 @@ from nydusd.frontends.erofs.known import Known
 from nydusd.frontends.erofs.loop import FrontEnd
 from nydusd.frontends.erofs.table import File, Mounted, Table
 from nydusd.ipc.client import Reply
-from nydusd.ipc.messages import SlotRef
+from nydusd.ipc.messages import LOST, SYNC, SlotRef
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state.segment import EMPTY, READY, Identity, Segment, remove
 from nydusd.supervisor.kernel_images import file_at
@@ -49,6 +49,8 @@ class Line:
         self._fd = fd
         self._answers: list[Reply] = []
         self.asked: dict[int, ChunkRun] = {}
+        self.flags: list[int] = []
+        """Of all requests that had some."""
         self._number = 0
 
     def fileno(self) -> int:
@@ -57,6 +59,7 @@ class Line:
     def request(self, run: ChunkRun, flags: int = 0, number: int | None = None) -> int:
         self._number += 1
         self.asked[self._number] = run
+        self.flags += [flags] if flags else []
         return self._number
 
     def answer(self, handle: int, code: int) -> None:
@@ -408,13 +411,45 @@ def test_who_wants_digests_checked_believes_only_others_who_do(kernel: Kernel) -
     assert kernel.answered(7) == [PASSES]
 
 
+# --- lost writes -----------------------------------------------------------------------------------------------
+
+
+def test_a_lost_write_is_not_forgotten_when_mounts_come_and_go(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment = kernel.mount(1, 7, ready=ALL)
+    assert kernel.read(0) == [PASSES]
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "has_lost_writes", lambda fd: True)
+        assert kernel.read(0) == [] and kernel.asked() == []
+    segment.syncing[0], segment.lost[0] = 1, 0  # as a worker does before it doubts
+    kernel.mount(2, 9, lists=[])
+    assert kernel.front is not None
+    kernel.front._known.look(kernel.line.request)
+    assert kernel.line.flags == [SYNC | LOST]
+    assert kernel.read(1) == []
+    segment.doubts[0] += 2
+    assert kernel.read(1) == [PASSES]
+
+
+def test_a_sync_counts_for_nothing_while_another_one_of_the_file_may_have_heard_of_a_loss(kernel: Kernel) -> None:
+    kernel.mount(1, 7, ready=ALL)
+    other = kernel.mount(2, 9)
+    blob = kernel.blob()
+    ready = blob.look()
+    other.syncing[0] = 1
+    blob.synced(ready)
+    assert not blob.is_stored()
+    other.syncing[0] = 0
+    blob.synced(ready)
+    assert blob.is_stored()
+
+
 # --- the file that is mounted ----------------------------------------------------------------------------------
 
 
 def test_a_cache_file_that_was_made_anew_before_the_mount_is_not_mounted(tmp_path: Path) -> None:
     path = tmp_path / "blob.data"
     path.write_bytes(b"x")
-    device, inode, birth = file_at(str(path))
-    for other in ((device, inode + 1, birth), (device, inode, birth + 1)):
+    number, inode, birth = file_at(str(path))
+    for other in ((number, inode + 1, birth), (number, inode, birth + 1)):
         with pytest.raises(MountError, match=r"blob\.data: it was deleted or replaced"):
             session.make(-1, "/nonexistent", [session.Range(str(path), other)], "test")

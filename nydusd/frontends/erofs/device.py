@@ -71,7 +71,8 @@ class Blob:
         self._placed: list[Segment] = []
         """By which it is known where chunks are."""
         self._stored: Ready | None = None
-        self._suspect: tuple[Segment, int] | None = None
+        self._suspect: dict[Segment, int] = {}
+        """Those by which some is said to be there that is lost, until they were doubted as often."""
         self._place = -_STEADY - 1
         self._looked = 0
         self.describe(files)
@@ -204,8 +205,11 @@ class Blob:
         return Ready(run, self._absent(0, len(self._ends), referred=True), doubts)
 
     def synced(self, ready: Ready) -> None:
-        """The file was synced after this look, and nothing of it was lost: this one, if it has not been replaced."""
-        if all(segment.is_current() for segment in ready.doubts):
+        """The file was synced after this look, and nothing of it was lost: this one, if it has not been replaced.
+
+        Nor if somebody else syncs it, or was killed at that: he may have been told of a loss, and nobody is told again.
+        """
+        if all(segment.is_current() for segment in ready.doubts) and not any(s.syncing[0] for s in self._segments()):
             self._stored = ready
 
     def is_stored(self, begin: int = 0, end: int = 1 << 63) -> bool:
@@ -239,13 +243,15 @@ class Blob:
             if fd < 0:
                 os.close(own)
         for segment in self._segments():
+            doubts = segment.doubts[0]  # before `lost`: who doubts takes that away first
             if segment.lost[0]:  # or a predecessor was told
-                self._suspect = segment, segment.doubts[0] + 2
+                self._suspect[segment] = doubts + 2
         if self.is_suspect():
             raise LostWritesError(f"blob {self.blob_id}: its disk did not take all that was written")
 
     def _segments(self) -> list[Segment]:
-        return [view.segment for view in self._open if view.segment is not None]
+        """Those that are mapped, also where it was not looked since the mounts have changed."""
+        return [view.segment for view in self._views if view.segment is not None]
 
     def _open_file(self) -> int:
         try:
@@ -260,12 +266,12 @@ class Blob:
 
     def is_suspect(self) -> bool:
         """Whether some of what is said to be there is lost, and it is not known yet what."""
-        if self._suspect is None:
-            return False
-        segment, doubts = self._suspect
-        if segment not in self._segments() or segment.doubts[0] >= doubts:
-            self._suspect = None
-        return self._suspect is not None
+        if self._suspect:
+            suspect, self._suspect = self._suspect, {}
+            for segment in self._segments():
+                if segment.doubts[0] < suspect.get(segment, 0):
+                    self._suspect[segment] = suspect[segment]
+        return bool(self._suspect)
 
     def count_error(self) -> None:
         """A read failed."""
