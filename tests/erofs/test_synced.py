@@ -97,6 +97,8 @@ def test_what_was_asked_of_a_file_that_was_replaced_says_nothing_of_it(tmp_path:
         image.checkpoint()
         syncs.answered(1, 0)
         assert not blob.is_stored()
+        syncs.ask(blob, asked.send)
+        assert len(asked.requests) == 1, "nor would the next one, a moment later"
         blob.close()
 
 

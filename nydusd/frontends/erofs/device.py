@@ -204,13 +204,16 @@ class Blob:
         run = ChunkRun(view.handle, max(view.states.tobytes().find(READY), 0), 1)
         return Ready(run, self._absent(0, len(self._ends), referred=True), doubts)
 
-    def synced(self, ready: Ready) -> None:
-        """The file was synced after this look, and nothing of it was lost: this one, if it has not been replaced.
+    def synced(self, ready: Ready) -> bool:
+        """The file was synced after this look, and nothing of it was lost. Whether that says something of this file.
 
-        Nor if somebody else syncs it, or was killed at that: he may have been told of a loss, and nobody is told again.
+        Not if it was replaced; nor if somebody else syncs it, or was killed at that: he may have been told of a loss, and
+        nobody is told again.
         """
-        if all(segment.is_current() for segment in ready.doubts) and not any(s.syncing[0] for s in self._segments()):
-            self._stored = ready
+        if any(segment.syncing[0] for segment in self._segments()) or not all(s.is_current() for s in ready.doubts):
+            return False
+        self._stored = ready
+        return True
 
     def is_stored(self, begin: int = 0, end: int = 1 << 63) -> bool:
         """Whether all of an interval is there, was so before the file was synced, and nothing was doubted since."""

@@ -21,7 +21,8 @@ from nydusd.storage.api.io import ChunkRun
 from .device import Blob, Ready
 
 _AGAIN = 10.0
-"""Seconds after which it is asked again, if there was no answer (the supervisor was replaced) or the sync failed."""
+"""Seconds after which it is asked again, if there was no answer (the supervisor was replaced) or the sync failed, or said
+nothing of this file."""
 
 Send = Callable[[ChunkRun, int], int]
 """Asks the supervisor for a run of chunks, with these flags; gives the number of the request."""
@@ -51,8 +52,7 @@ class Syncs:
         if blob is None:
             return
         _, ready = self._asked.pop(blob)
-        if not code:
-            blob.synced(ready)
+        if not code and blob.synced(ready):
             del self._next[blob]
 
     def forget(self, blob: Blob) -> None:
