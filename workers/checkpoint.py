@@ -80,9 +80,11 @@ def _doubt(segment: Segment) -> None:
 
     That goes for all who use the file. Raises CacheError when not all of them can be told now: `syncing` is set still.
     """
+    segment.syncing[0] = 1  # killed here, the next one does all of it
     _doubt_in(segment)
     for other in segments_of(segment.identity.dev, segment.identity.ino):
         if other.identity.file == segment.identity.file:
+            other.lost[0] = 0  # before: what is lost from here on is doubted again
             _doubt_in(other)
     segment.syncing[0] = 0
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from nydusd.errors import MountError
+from nydusd.errors import LostWritesError, MountError
 from nydusd.formats.model import ChunkFlag
 from nydusd.frontends.erofs import device, session, table
 from nydusd.frontends.erofs.device import Blob
@@ -25,6 +25,7 @@ from nydusd.frontends.erofs.fanotify import Event
 from nydusd.frontends.erofs.journal import _ENTRY, UNKNOWN, Journal, create
 from nydusd.frontends.erofs.known import Known
 from nydusd.frontends.erofs.loop import FrontEnd
+from nydusd.frontends.erofs.synced import Syncs
 from nydusd.frontends.erofs.table import File, Mounted, Table
 from nydusd.ipc.client import Reply
 from nydusd.ipc.messages import LOST, SYNC, SlotRef
@@ -440,6 +441,42 @@ def test_a_sync_counts_for_nothing_while_another_one_of_the_file_may_have_heard_
     assert not blob.is_stored()
     other.syncing[0] = 0
     blob.synced(ready)
+    assert blob.is_stored()
+
+
+def test_a_file_is_synced_by_another_image_where_one_is_refused(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest was unmounted while files were open, and the supervisor is another one by now."""
+    one = kernel.mount(1, 7, ready=ALL)
+    two = kernel.mount(2, 9, ready=ALL)
+    blob, syncs = kernel.blob(), Syncs()
+
+    def ask() -> list[ChunkRun]:
+        syncs.ask(blob, kernel.line.request)
+        return kernel.asked()
+
+    assert ask() == [ChunkRun(9, 0, 1)]
+    syncs.answered(1, errno.EIO)
+    assert ask() == [ChunkRun(9, 0, 1), ChunkRun(7, 0, 1)]
+    syncs.answered(2, errno.EIO)
+    assert len(ask()) == 2, "there is no other"
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "has_lost_writes", lambda fd: True)
+        with pytest.raises(LostWritesError):
+            blob.check()
+    assert one.lost[0] == two.lost[0] == 1
+    assert ask()[-1] == ChunkRun(9, 0, 1), "all of them are asked again"
+    syncs.answered(3, errno.EIO)
+    assert ask()[-1] == ChunkRun(7, 0, 1)
+    for segment in (one, two):
+        segment.lost[0] = 0
+        segment.doubts[0] += 2
+    blob.check()
+    syncs.answered(4, 0)
+    assert not blob.is_stored()
+    assert ask()[-1] == ChunkRun(7, 0, 1) and kernel.line.flags[-1] == SYNC, "the other was refused"
+    syncs.answered(5, 0)
     assert blob.is_stored()
 
 

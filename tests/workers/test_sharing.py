@@ -277,6 +277,18 @@ def test_sync_that_nobody_heard_the_end_of_makes_all_doubtful(made: Jobs, monkey
         assert set(made.states()) == {VERIFY} and other.state[5] == VERIFY
 
 
+def test_loss_that_a_front_end_heard_of_is_doubted_once_for_all(made: Jobs) -> None:
+    """It has told all of them, for it does not know by which the file is synced."""
+    with twin(made) as other, made.segment() as segment:
+        other.state[5] = READY
+        segment.lost[0] = other.lost[0] = 1
+        made.checkpoint()
+        assert set(segment.state) == {VERIFY} and other.state[5] == VERIFY
+        assert segment.lost[0] == other.lost[0] == 0
+        other.state[5] = READY
+        assert made.checkpoint()["others"] == {other.name: (other.inode, 1)}
+
+
 def test_checkpoint_tells_of_what_others_have_in_the_file(made: Jobs) -> None:
     made.checkpoint()
     with twin(made) as other:

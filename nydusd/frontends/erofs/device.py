@@ -80,8 +80,7 @@ class Blob:
     def is_still(self, files: Sequence[File]) -> bool:
         """Whether mounts that have these are of this very file, for all that is known: its number may be another's now."""
         births = {file.birth for file in files} | {self._birth}
-        handles = {view.handle for view in self._views}
-        return len(births - {None}) <= 1 and any(file.handle in handles for file in files)
+        return len(births - {None}) <= 1 and any(file.handle in self.handles for file in files)
 
     def describe(self, files: Sequence[File]) -> None:
         """It is this of each mount that has it, the latest last."""
@@ -196,11 +195,20 @@ class Blob:
             return False
         return self._are_there(0, len(self._ends), referred=True)
 
-    def look(self) -> Ready:
-        """What is there now. Raises CacheError."""
+    @property
+    def handles(self) -> set[int]:
+        """How the supervisor calls it, or has."""
+        return {view.handle for view in self._views}
+
+    def look(self, refused: Collection[int] = ()) -> Ready:
+        """What is there now. `refused`: handles that it is synced by only if there is no other. Raises CacheError.
+
+        It is synced by one that doubts first, if there is such a one: that is done for all of them.
+        """
         self._look()
         doubts = {segment: segment.doubts[0] for segment in self._segments()}
-        view = next((view for view in self._open if view.segment is not None and view.segment.lost[0]), self._open[0])
+        views = [view for view in self._open if view.handle not in refused] or self._open
+        view = next((view for view in views if view.doubts), views[0])
         run = ChunkRun(view.handle, max(view.states.tobytes().find(READY), 0), 1)
         return Ready(run, self._absent(0, len(self._ends), referred=True), doubts)
 
@@ -241,7 +249,8 @@ class Blob:
         own = fd if fd >= 0 else self._open_file()
         try:
             if has_lost_writes(own):
-                self._segments()[0].lost[0] = 1
+                for segment in self._segments():  # by whichever it is synced
+                    segment.lost[0] = 1
         finally:
             if fd < 0:
                 os.close(own)

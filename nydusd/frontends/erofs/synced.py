@@ -34,6 +34,8 @@ class Syncs:
     def __init__(self) -> None:
         self._asked: dict[Blob, tuple[int, Ready]] = {}
         self._next: dict[Blob, float] = {}
+        self._refused: dict[Blob, set[int]] = {}
+        """Handles by which it could not be synced: the supervisor does not know them, or knows of no cache file."""
 
     def ask(self, blob: Blob, send: Send) -> None:
         """Have a blob synced, unless that was asked for a moment ago; in any case if some of it is lost."""
@@ -42,7 +44,7 @@ class Syncs:
             return
         self._next[blob] = now + _AGAIN
         with contextlib.suppress(CacheError):
-            ready = blob.look()
+            ready = blob.look(self._refused.get(blob, ()))
             # Of a chunk that is there: a supervisor of another release fetches what it is asked for.
             self._asked[blob] = send(ready.run, flags), ready
 
@@ -52,9 +54,17 @@ class Syncs:
         if blob is None:
             return
         _, ready = self._asked.pop(blob)
-        if not code and blob.synced(ready):
-            del self._next[blob]
+        if code:
+            refused = self._refused.setdefault(blob, set())
+            refused.add(ready.run.blob)
+            if blob.handles <= refused:
+                del self._refused[blob]
+            else:
+                self._next.pop(blob, None)
+        elif blob.synced(ready):
+            self._next.pop(blob, None)
 
     def forget(self, blob: Blob) -> None:
         self._asked.pop(blob, None)
         self._next.pop(blob, None)
+        self._refused.pop(blob, None)

@@ -65,6 +65,11 @@ class View:
         self.listed = bytes(listed)
         return True
 
+    @property
+    def doubts(self) -> bool:
+        """Whether who has the file synced by it doubts first what is ready."""
+        return self.segment is not None and bool(self.segment.lost[0] or self.segment.syncing[0])
+
     def close(self) -> None:
         if self.segment is not None:
             self.counters.release()
