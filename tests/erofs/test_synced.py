@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.errors import CacheError, LostWritesError
-from nydusd.frontends.erofs import device
+from nydusd.frontends.erofs import device, synced
 from nydusd.frontends.erofs.device import Blob
 from nydusd.frontends.erofs.synced import Syncs
 from nydusd.frontends.erofs.table import File
@@ -99,6 +99,34 @@ def test_what_was_asked_of_a_file_that_was_replaced_says_nothing_of_it(tmp_path:
         assert not blob.is_stored()
         syncs.ask(blob, asked.send)
         assert len(asked.requests) == 1, "nor would the next one, a moment later"
+        blob.close()
+
+
+def test_an_answer_counts_however_late_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk may take longer than it takes us to ask again."""
+    monkeypatch.setattr(synced, "_AGAIN", 0.0)
+    with jobs("v6-lz4-sha256", tmp_path) as image:
+        count = image.prepare()["count"]
+        blob, syncs, asked = blob_of(image), Syncs(), Asked()
+        image.fill(range(count // 2))
+        with image.segment() as segment:
+            middle = segment.record(count // 2 - 1).uoff
+        syncs.ask(blob, asked.send)
+        syncs.ask(blob, asked.send)
+        image.fill_all()
+        syncs.ask(blob, asked.send)
+        image.checkpoint()
+        syncs.answered(2, 0)
+        assert blob.is_stored(0, middle) and not blob.is_stored()
+        syncs.answered(3, 0)
+        assert blob.is_stored()
+        syncs.answered(1, 0)
+        assert blob.is_stored(), "what is known by now says more than an answer to an earlier request"
+        for _ in range(20):
+            syncs.ask(blob, asked.send)
+        assert len(syncs._asked) == 8, "nobody answers"
+        syncs.forget(blob)
+        assert not syncs._asked
         blob.close()
 
 

@@ -28,11 +28,16 @@ Send = Callable[[ChunkRun, int], int]
 """Asks the supervisor for a run of chunks, with these flags; gives the number of the request."""
 
 
+_KEPT = 8
+"""Requests of a blob of which the answer counts, however late it comes."""
+
+
 class Syncs:
-    """One request a blob at a time."""
+    """One request a blob at a time, unless it is not answered in time."""
 
     def __init__(self) -> None:
-        self._asked: dict[Blob, tuple[int, Ready]] = {}
+        self._asked: dict[int, tuple[Blob, Ready]] = {}
+        """By number of the request, in the order in which they were sent."""
         self._next: dict[Blob, float] = {}
         self._refused: dict[Blob, set[int]] = {}
         """Handles by which it could not be synced: the supervisor does not know them, or knows of no cache file."""
@@ -46,14 +51,17 @@ class Syncs:
         with contextlib.suppress(CacheError):
             ready = blob.look(self._refused.get(blob, ()))
             # Of a chunk that is there: a supervisor of another release fetches what it is asked for.
-            self._asked[blob] = send(ready.run, flags), ready
+            self._asked[send(ready.run, flags)] = blob, ready
+            self._drop(self._of(blob)[:-_KEPT])
 
     def answered(self, request: int, code: int) -> None:
         """The answer to a request, if it was one of these."""
-        blob = next((blob for blob, (number, _) in self._asked.items() if number == request), None)
-        if blob is None:
+        if request not in self._asked:
             return
-        _, ready = self._asked.pop(blob)
+        blob, ready = self._asked[request]
+        before = self._of(blob)
+        before = before[: before.index(request)]
+        del self._asked[request]
         if code:
             refused = self._refused.setdefault(blob, set())
             refused.add(ready.run.blob)
@@ -62,9 +70,17 @@ class Syncs:
             else:
                 self._next.pop(blob, None)
         elif blob.synced(ready):
+            self._drop(before)
             self._next.pop(blob, None)
 
     def forget(self, blob: Blob) -> None:
-        self._asked.pop(blob, None)
+        self._drop(self._of(blob))
         self._next.pop(blob, None)
         self._refused.pop(blob, None)
+
+    def _of(self, blob: Blob) -> list[int]:
+        return [number for number, (asked, _) in self._asked.items() if asked is blob]
+
+    def _drop(self, numbers: list[int]) -> None:
+        for number in numbers:
+            del self._asked[number]
