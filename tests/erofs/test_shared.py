@@ -19,7 +19,7 @@ import pytest
 
 from nydusd.errors import LostWritesError, MountError
 from nydusd.formats.model import ChunkFlag
-from nydusd.frontends.erofs import device, session, table
+from nydusd.frontends.erofs import device, fanotify, loop, session, table
 from nydusd.frontends.erofs.device import Blob
 from nydusd.frontends.erofs.fanotify import Event
 from nydusd.frontends.erofs.journal import _ENTRY, UNKNOWN, Journal, create
@@ -193,11 +193,15 @@ class Kernel:
     def read(self, first: int, count: int = 1) -> list[int]:
         """Somebody reads these chunks: the answers at once."""
         front = self.front or self.begin()
+        front._take(self.event(front, first, count))
+        return self.answers()
+
+    def event(self, front: FrontEnd, first: int, count: int = 1) -> int:
+        """Have the front end's buffer hold an event of somebody who reads these chunks; gives its bytes."""
         event = os.open(self._path, os.O_RDONLY)
         packet = EVENT.pack(EVENT.size, 3, 0, 24, 0, event, 0, 6, 0, 24, 0, CHUNK * first, CHUNK * count)
         front._journal.buffer[: len(packet)] = packet
-        front._take(len(packet))
-        return self.answers()
+        return len(packet)
 
     def asked(self) -> list[ChunkRun]:
         return list(self.line.asked.values())
@@ -478,6 +482,31 @@ def test_a_file_is_synced_by_another_image_where_one_is_refused(
     assert ask()[-1] == ChunkRun(7, 0, 1) and kernel.line.flags[-1] == SYNC, "the other was refused"
     syncs.answered(5, 0)
     assert blob.is_stored()
+
+
+# --- marks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_mark_goes_though_the_next_event_is_always_there(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is cached, as after a start over a warm cache: nobody ever waits, and there is never a moment without an event."""
+    kernel.mount(1, 7, ready=ALL)
+    front = kernel.begin()
+    unmarked: list[int] = []
+    events = 0
+
+    def read(_buffer: object) -> int:
+        nonlocal events
+        events += 1
+        assert kernel.answers() == ([PASSES] if events > 1 else [])
+        kernel.line.answer(7, 0)
+        front._over = bool(unmarked) or events == 100
+        return kernel.event(front, 0)
+
+    monkeypatch.setattr(loop, "_LOOK", 0.0)
+    monkeypatch.setattr(fanotify, "unwatch", lambda _group, fd: unmarked.append(fd))
+    monkeypatch.setattr(front, "_read", read)
+    front.run()
+    assert unmarked and events < 10
 
 
 # --- the file that is mounted ----------------------------------------------------------------------------------

@@ -124,7 +124,13 @@ class FrontEnd:
         tries = 0
         poll = select.poll()
         while not self._over:
-            if not self._waiting and tries < _SPIN:
+            spins = not self._waiting and tries < _SPIN
+            # However many events there are: only `_service` has marks removed, without which they never become fewer.
+            if not spins or time.monotonic() >= self._next_look:
+                timeout = self._service()
+                if self._over:
+                    return
+            if spins:
                 if length := self._read(buffer):
                     self._take(length)
                     tries = 0
@@ -132,9 +138,6 @@ class FrontEnd:
                     tries += 1
                     os.sched_yield()
                 continue
-            timeout = self._service()
-            if self._over:
-                return
             poll.register(self._group, 0 if self._journal.full else select.POLLIN)
             if self._client is not None:
                 poll.register(self._client.fileno(), select.POLLIN)
