@@ -34,7 +34,7 @@ def _handlers(role: str) -> dict[str, Handler]:
         from workers.inspect import compare_tables, find_folder, inspect_image
         from workers.prepare import prepare
         from workers.resolve import resolve
-        from workers.split import split_image
+        from workers.split import list_image, split_image
 
         return {
             "fetch": fetch,
@@ -49,6 +49,7 @@ def _handlers(role: str) -> dict[str, Handler]:
             "copy_bootstrap": copy_bootstrap,
             "cull": cull,
             "split_image": split_image,
+            "list_image": list_image,
         }
     from workers.fill import fill
 

@@ -1,7 +1,8 @@
-"""The job `split_image`: the copy of a v6 image's metadata that the kernel mounts, see `formats/write/rafs_v6_split.py`.
+"""The job `split_image`: the copy of a v6 image's metadata that the kernel mounts, see `formats/write/rafs_v6_split.py`. And
+`list_image`, for those of which there is no copy: which blobs have no chunk that the image's chunk table lacks.
 
-Runs in a fetch worker: it parses what others wrote, and takes ten microseconds a file. It writes into a file without a name
-that the supervisor has open: after SIGKILL in the middle nothing stays.
+Both run in a fetch worker: they parse what others wrote, and take ten microseconds a file. The copy goes into a file without
+a name that the supervisor has open: after SIGKILL in the middle nothing stays.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 from nydusd.errors import CacheError
 from nydusd.formats import open_bootstrap
 from nydusd.formats.rafs_v6 import RafsV6
-from nydusd.formats.write.rafs_v6_split import split_devices
+from nydusd.formats.write.rafs_v6_split import are_listed, split_devices
 from nydusd.ipc.borrow import borrow
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.image import ImageFacts
@@ -42,3 +43,12 @@ def split_image(_blobs: OpenBlobs, job: Json) -> Json:
     except OSError as e:
         raise CacheError(f"a copy of {facts.bootstrap} for the kernel: {e.strerror}", e.errno) from e
     return {"cuts": found.cuts, "listed": found.listed}
+
+
+def list_image(_blobs: OpenBlobs, job: Json) -> Json:
+    """Job: image (plain data). Answer: `listed`, of each blob."""
+    facts = ImageFacts.from_json(job["image"])
+    view = map_bootstrap(facts.bootstrap)
+    image = open_bootstrap(view, facts.bootstrap, facts.path_id, extracted=facts.extracted)
+    listed = are_listed(view, image, facts.bootstrap) if isinstance(image, RafsV6) else [False] * len(image.blobs)
+    return {"listed": listed}

@@ -26,6 +26,7 @@ from nydusd.frontends.erofs.table import Mounted
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.supervisor.kernel_images import check, files_of, is_fillable, is_of, ranges_of
+from nydusd.supervisor.kernel_listed import Listing
 from nydusd.supervisor.kernel_places import is_inside, open_folder, path_of
 from nydusd.supervisor.kernel_table import KernelTable
 
@@ -100,6 +101,7 @@ class KernelMounts:
         self._submitted = False
         """Whether there is a job since that goes out with the next turn of the loop."""
         self.table = KernelTable(fds.table)
+        self._listing = Listing(fetch, self.table)
 
     # --- show -------------------------------------------------------------------------------------------------
 
@@ -257,6 +259,8 @@ class KernelMounts:
             os.close(place)
         known.set_read_ahead(incomplete=True)
         self._shown.append(_Shown(index, image, self._hold(image)))
+        if not listed:
+            self._listing.ask(index, image)
         if former >= 0:
             self._hide_index(former, seen=beneath)
 
@@ -386,6 +390,7 @@ class KernelMounts:
             for cache in image.caches:
                 cache.pinned = True
             self._shown.append(_Shown(mounted.index, image, self._hold(image)))
+            self._listing.ask(mounted.index, image)
             log.warning("%s: the mount of a daemon that was killed is taken over", mounted.mountpoint)
         self.table.remove_folders()
         return lacking

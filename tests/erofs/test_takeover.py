@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from tests.erofs.test_kills import NAMES, Held, own
 from tests.erofs.test_mounts import OTHER, SMALL, Many
 from tests.killing.plan import Plan
 from tests.supervisor.lives import state_file
-from tests.support.daemon import image_config
+from tests.support.daemon import image_config, wait_for_role
 from tests.support.discipline import is_running, wait_until
 from tests.support.faulty_server import Reply, Request
 from tests.support.mounted import CHUNK, REPO, Hub, Tree
@@ -313,3 +314,33 @@ def test_a_mount_that_fails_and_cannot_be_taken_out_of_the_table_ends_nothing(
     assert (many.at("/a") / NAMES[0]).read_bytes() == tree.contents[NAMES[0]]
     assert many.umount("/a") == (204, "")
     assert many.mounted() == []
+
+
+def test_what_a_chunk_table_has_is_known_of_images_that_are_not_split_and_of_what_an_older_release_has_mounted(
+    many: Many,
+) -> None:
+    """Else a blob with chunks that no file refers to never becomes complete: nobody asks for those."""
+
+    def files() -> list[table.File]:
+        return [file for mounted in table.read(memory).mounts for file in mounted.files]
+
+    def is_known() -> bool:
+        return bool(files()) and all(file.listed for file in files())
+
+    assert many.put("/a", OTHER) == (204, "")
+    wait_for_role(many, "guard", 1)
+    folder = Path(f"/proc/{many.pids('guard')[0]}/fd")
+    (entry,) = (entry for entry in folder.iterdir() if os.readlink(entry).startswith("/memfd:nydusd-mounts"))
+    with open(entry, "r+b", buffering=0) as file:
+        memory = file.fileno()
+        wait_until(is_known, "the chunk table to be looked at", 60)
+        assert [file.cuts for file in files()] == [(0,)], "it is not split"
+        many.kill_supervisor()
+        mounts = table.read(memory)
+        unknown = tuple(
+            replace(each, files=tuple(replace(f, listed=False) for f in each.files)) for each in mounts.mounts
+        )
+        table.write(memory, replace(mounts, mounts=unknown))
+        many.start()
+        wait_until(is_known, "the next supervisor to have it looked at", 60)
+    assert differences(OTHER, many.at("/a")) == []

@@ -15,7 +15,7 @@ from nydusd.formats.chunk_info import CHUNK_INFO_SIZE
 from nydusd.formats.rafs_v6 import RafsV6
 from nydusd.formats.rafs_v6_super import read_super
 from nydusd.formats.walk import walk
-from nydusd.formats.write.rafs_v6_split import split_devices
+from nydusd.formats.write.rafs_v6_split import are_listed, split_devices
 from tests.support.oracle import Image, images
 
 PLAIN = [image for image in images() if "v6" in image.name and image.bootstrap.parent != image.blobs]
@@ -37,6 +37,7 @@ def chunks(image: RafsV6, size: int, at: int, metadata: bytes) -> list[tuple[int
 def test_each_chunk_keeps_its_address_and_is_within_the_range_of_its_device(what: Image) -> None:
     view, image = opened(what.bootstrap)
     found = split_devices(view, image, "bootstrap", 1 << 16, 300)
+    assert are_listed(view, image, "bootstrap") == [True] * len(image.blobs), "also where it is not split"
     if "tarfs" in what.name:
         assert found is None
         return
@@ -79,8 +80,10 @@ def test_a_blob_is_told_of_which_the_chunk_table_lacks_what_a_file_refers_to() -
     raw = bytearray(original)
     raw[at : at + CHUNK_INFO_SIZE] = raw[at + CHUNK_INFO_SIZE : at + 2 * CHUNK_INFO_SIZE]
     view = memoryview(bytes(raw))
-    found = split_devices(view, RafsV6(view, "bootstrap"), "bootstrap", 1 << 16, 300)
+    image = RafsV6(view, "bootstrap")
+    found = split_devices(view, image, "bootstrap", 1 << 16, 300)
     assert found is not None and not all(found.listed)
+    assert are_listed(view, image, "bootstrap") == found.listed
 
 
 def test_few_devices_are_made_where_few_are_allowed_and_none_of_what_is_small() -> None:

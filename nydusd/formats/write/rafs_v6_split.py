@@ -56,18 +56,7 @@ def split_devices(buf: memoryview, image: RafsV6, where: str, least: int, most: 
         most = min(most, _room(top))
     if most < 2 * len(sizes):
         return None
-    arrays = []
-    ends: list[dict[int, int]] = [{} for _ in sizes]
-    for ino in walk(image, image.root_ino, 2 * top.inodes + 2, where):
-        size = image.inode(ino).size
-        if not size:
-            continue
-        arrays.append((image.places(ino), addresses := image.chunk_addresses(ino)))
-        left = size
-        for blob, _, start in addresses:
-            end = start + -(-min(top.chunk_size, left) // top.block) * top.block
-            left -= top.chunk_size
-            ends[blob][start] = max(end, ends[blob].get(start, 0))
+    arrays, ends = _references(image, top, where)
     least = max(least, -(-sum(sizes) // (most - len(sizes))))
     cuts = [_cut(of_blob, least) for of_blob in ends]
     copy = bytearray(buf)
@@ -83,6 +72,37 @@ def split_devices(buf: memoryview, image: RafsV6, where: str, least: int, most: 
             device = bases[blob] + bisect_right(cuts[blob], start) - 1
             _CHUNK.pack_into(copy, at, 0, device, start // top.block)
     return Split(_with_table(copy, cuts, count - 1, where), cuts, _are_listed(image, ends, top.block))
+
+
+def are_listed(buf: memoryview, image: RafsV6, where: str) -> list[bool]:
+    """The same as `Split.listed`, of any image, for about ten microseconds a file. Raises FormatError.
+
+    The chunks of a tar are a grid of ours: they are all of it.
+    """
+    top = read_super(buf, where)
+    if top.tarfs:
+        return [True] * len(image.blobs)
+    _, ends = _references(image, top, where)
+    return _are_listed(image, ends, top.block)
+
+
+def _references(
+    image: RafsV6, top: V6Super, where: str
+) -> tuple[list[tuple[tuple[int, int], list[tuple[int, int, int]]]], list[dict[int, int]]]:
+    """Of each file, where its chunks are told of, and their addresses; of each blob, from where to where chunks are read."""
+    arrays = []
+    ends: list[dict[int, int]] = [{} for _ in image.blobs]
+    for ino in walk(image, image.root_ino, 2 * top.inodes + 2, where):
+        size = image.inode(ino).size
+        if not size:
+            continue
+        arrays.append((image.places(ino), addresses := image.chunk_addresses(ino)))
+        left = size
+        for blob, _, start in addresses:
+            end = start + -(-min(top.chunk_size, left) // top.block) * top.block
+            left -= top.chunk_size
+            ends[blob][start] = max(end, ends[blob].get(start, 0))
+    return arrays, ends
 
 
 def _room(top: V6Super) -> int:
