@@ -19,11 +19,13 @@ from nydusd.storage.state import map_file
 from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY, Segment
 from nydusd.storage.state.sharing import ready_in, segments_of
 from workers.blobs import OpenBlobs
+from workers.failure import failure
 
 
 def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
     """Store what is ready now. Answer: how many chunks that is; and by name the `others` of which all that is ready is stored
-    with it: their inodes, and how many chunks that is.
+    with it: their inodes, and how many chunks that is. Of a failure: `synced`, if the data is on its disk all the same, and
+    only the map could not be stored.
     """
     blob = blobs.get(job)
     fd = blob.data_fd()
@@ -36,7 +38,11 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
     states = bytes(segment.state)
     ready, others = _claimed(segment, states)
 
+    on_disk = False
+
     def synced() -> None:
+        nonlocal on_disk
+        on_disk = True
         segment.syncing[0] = 0
 
     segment.syncing[0] = 1
@@ -47,6 +53,10 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
         with contextlib.suppress(CacheError):  # `syncing` stays set, for the next one
             _doubt(segment)
         raise
+    except CacheError as e:
+        if not on_disk:
+            raise
+        return failure(e) | {"synced": True}
     answer: Json = {"stored": states.count(READY)}
     return answer | {"others": others} if others else answer
 

@@ -65,8 +65,9 @@ class Checkpoints:
         cache = job.cache
         assert cache is not None
         cache.checkpointing = False
+        on_disk = ("stored" in answer or answer.get("synced", False)) and not job.cancelled
         for tell in told:
-            tell(0 if "stored" in answer and not job.cancelled else errno.EIO)
+            tell(0 if on_disk else errno.EIO)
         if job.cancelled:
             return
         if "stored" in answer:

@@ -15,6 +15,7 @@ from nydusd.frontends.erofs.synced import Syncs
 from nydusd.frontends.erofs.table import File
 from nydusd.ipc.messages import LOST, SYNC
 from nydusd.storage.api.io import ChunkRun
+from nydusd.storage.state import map_file
 from nydusd.storage.state.segment import READY, VERIFY
 from tests.workers.harness import Jobs, jobs
 
@@ -153,3 +154,22 @@ def test_a_reader_waits_from_a_lost_write_on_until_what_is_ready_was_doubted(
         syncs.answered(2, 0)
         assert not blob.is_stored()
         blob.close()
+
+
+def test_data_is_on_its_disk_though_the_map_cannot_be_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else may have the map locked, or there is no room for it."""
+    with jobs("v6-lz4-sha256", tmp_path) as image:
+        image.prepare()
+        image.fill_all()
+
+        def fails(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(map_file, "_open_locked", fails)
+            answer = image.checkpoint()
+        assert answer["synced"] and "stored" not in answer
+        assert answer["type"] == "CacheError" and "No space left" in answer["error"]
+        with image.segment() as segment:
+            assert not segment.syncing[0]
+        assert set(image.states()) == {READY}

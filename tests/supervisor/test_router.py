@@ -509,6 +509,17 @@ class TestCheckpoint:
         world.ask(A, 4, world.dummy, 0, 1, SYNC)
         assert codes(world)[3:] == [(4, errno.EIO)], "it has no file"
 
+    def test_tells_who_waits_for_the_disk_that_it_has_the_data_though_the_map_has_no_room(self, world: World) -> None:
+        world.ask(A, 1, world.plain, 0, 1)
+        world.settle()
+        world.ask(A, 2, world.plain, 0, 1, SYNC)
+        world.router.checkpoint()
+        world.pump()
+        (identity,) = world.sent
+        world.done(identity, {"error": "full", "errno": errno.ENOSPC, "type": "CacheError", "synced": True})
+        assert codes(world) == [(1, 0), (2, 0)]
+        assert world.router.checkpoint() == 0, "the map is stored when there is more to store"
+
     def test_that_finds_the_file_deleted_makes_no_new_one_and_a_reader_does(self, world: World) -> None:
         world.ask(A, 1, world.plain, 0, 1)
         world.settle()

@@ -534,8 +534,8 @@ def test_full_disk_puts_metadata_into_the_run_time_folder(folder: Path) -> None:
         with slot_of(1 << 20) as (_, slot):
             done = image.fill([0, 1, 2], slot=slot)
         assert [chunk for chunk, _, _ in done["placed"]] == [0, 1, 2], "read with the dictionaries of the other folder"
-        with pytest.raises(CacheError, match="No space left"):
-            image.checkpoint()
+        answer = image.checkpoint()
+        assert "No space left" in answer["error"] and answer["synced"]
         assert not image.spec.map_path.exists()
         image.close()
 
