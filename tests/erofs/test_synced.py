@@ -16,8 +16,9 @@ from nydusd.frontends.erofs.table import File
 from nydusd.ipc.messages import LOST, SYNC
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state import map_file
-from nydusd.storage.state.segment import READY, VERIFY
+from nydusd.storage.state.segment import READY, VERIFY, Segment
 from tests.workers.harness import Jobs, jobs
+from workers import checkpoint
 
 
 class Asked:
@@ -173,3 +174,33 @@ def test_data_is_on_its_disk_though_the_map_cannot_be_stored(tmp_path: Path, mon
         with image.segment() as segment:
             assert not segment.syncing[0]
         assert set(image.states()) == {READY}
+
+
+def test_nothing_is_on_the_disk_at_any_time_between_a_loss_and_the_doubt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker has taken the note of the loss away, and doubts nothing yet; or it was killed there."""
+    with jobs("v6-lz4-sha256", tmp_path) as image:
+        image.prepare()
+        blob, syncs, asked = blob_of(image), Syncs(), Asked()
+        image.fill_all()
+        syncs.ask(blob, asked.send)
+        image.checkpoint()
+        syncs.answered(1, 0)
+        assert blob.is_stored()
+        with image.segment() as segment:
+            segment.lost[0] = 1
+        assert not blob.is_stored()
+        between = []
+
+        def doubts(segment: Segment) -> None:
+            assert not segment.lost[0]
+            between.append(blob.is_stored())
+            doubt(segment)
+            between.append(blob.is_stored())
+
+        doubt = checkpoint._doubt
+        monkeypatch.setattr(checkpoint, "_doubt", doubts)
+        image.checkpoint()
+        assert between == [False, False] and not blob.is_stored()
+        blob.close()

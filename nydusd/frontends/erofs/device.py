@@ -235,7 +235,8 @@ class Blob:
         first, last = self._chunks(begin, end)
         if stored.absent.find(1, first, last) >= 0 or not self._are_there(first, last, referred=True):
             return False
-        if any(segment.lost[0] for segment in segments):
+        # In this order: before a worker takes `lost` away it sets `syncing`, and that stays until it has doubted what is there.
+        if any(segment.lost[0] for segment in segments) or any(segment.syncing[0] for segment in segments):
             return False
         return all(segment.doubts[0] == doubts for segment, doubts in stored.doubts.items())  # last of all
 
