@@ -34,6 +34,7 @@ from . import fanotify
 from .device import Blob, OutsideError
 from .journal import Journal
 from .known import Known
+from .waiting import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -45,38 +46,6 @@ _LOOK = 0.5
 """Seconds between looks whether blobs are complete, while some are not."""
 _REST = 2.0
 """Seconds between looks whether anybody uses the file system still."""
-
-
-class _Waiting:
-    """A reader that waits: its event's number, what it still needs, until when, and where that is shown (`slot`)."""
-
-    __slots__ = (
-        "blobs",
-        "count",
-        "deadline",
-        "number",
-        "offset",
-        "pending",
-        "place",
-        "refused",
-        "rounds",
-        "runs",
-        "slot",
-    )
-
-    def __init__(self, number: int, place: int, offset: int, count: int, blobs: list[Blob], deadline: float) -> None:
-        self.number = number
-        self.place = place
-        self.offset = offset
-        self.count = count
-        self.blobs = blobs
-        self.deadline = deadline
-        self.rounds = 1
-        self.slot = -1
-        self.refused: set[int] = set()
-        """Handles by which what it needs could not be had."""
-        self.pending: dict[int, tuple[ChunkRun, int]] = {}
-        self.runs: list[tuple[Blob, ChunkRun]] = []
 
 
 class FrontEnd:
@@ -110,8 +79,8 @@ class FrontEnd:
         self._patience = patience
         self._alone = alone
         self._board = board
-        self._waiting: dict[int, _Waiting] = {}
-        self._owners: dict[int, _Waiting] = {}
+        self._waiting: dict[int, Waiting] = {}
+        self._owners: dict[int, Waiting] = {}
         self._complaints = Complaints("erofs")
         self._known = make_known(lambda text: self._complaints.log("%s", text))
         self._next_ask = self._next_look = self._next_rest = 0.0
@@ -181,7 +150,7 @@ class FrontEnd:
                 continue
             except ScarceError as e:
                 place = self._journal.keep(event, key)
-                waiting = _Waiting(event.fd, place, event.offset, event.length, [blob], self._deadline())
+                waiting = Waiting(event.fd, place, event.offset, event.length, [blob], self._deadline())
                 self._put_off(waiting, e)
                 continue
             except NydusError as e:
@@ -195,7 +164,7 @@ class FrontEnd:
                 points.reach("fanotify: event looked at")
                 place = self._journal.keep(event, key)
                 points.reach("fanotify: event kept")
-                waiting = _Waiting(event.fd, place, event.offset, event.length, [blob], self._deadline())
+                waiting = Waiting(event.fd, place, event.offset, event.length, [blob], self._deadline())
                 self._wait(waiting, [(blob, run) for run in runs])
                 points.reach("fanotify: event asked for")
             hint = blob.hint(event.offset)
@@ -211,13 +180,13 @@ class FrontEnd:
             points.reach("fanotify: successor takes up an event")
             # Who has come by a mount that is gone may have come by another as well that has the same file.
             blobs = [self._known.keys[key]] if key in self._known.keys else everything
-            waiting = _Waiting(event.fd, place, event.offset, event.length, blobs, self._deadline())
+            waiting = Waiting(event.fd, place, event.offset, event.length, blobs, self._deadline())
             if hopeless or not event.length or not blobs:
                 self._end(waiting, errno.EIO, "front ends die of this event: its reader is refused")
                 continue
             self._look_at(waiting)
 
-    def _look_at(self, waiting: _Waiting) -> None:
+    def _look_at(self, waiting: Waiting) -> None:
         """Answer a reader for whom nothing was asked, or have fetched what it needs."""
         try:
             runs = self._needs(waiting)
@@ -231,7 +200,7 @@ class FrontEnd:
             else:
                 self._end(waiting, 0)
 
-    def _needs(self, waiting: _Waiting) -> list[tuple[Blob, ChunkRun]]:
+    def _needs(self, waiting: Waiting) -> list[tuple[Blob, ChunkRun]]:
         """What must be fetched for a reader. Where it is not known of which blob, the range of each that has it."""
         waiting.blobs = [self._known.current(blob) for blob in waiting.blobs]
         needed = []
@@ -251,7 +220,7 @@ class FrontEnd:
             self._check_disk(waiting)
         return needed
 
-    def _check_disk(self, waiting: _Waiting) -> None:
+    def _check_disk(self, waiting: Waiting) -> None:
         """Raises as `Blob.check` does."""
         for blob in waiting.blobs:
             blob.check(-1 if waiting.number in self._inherited else waiting.number)
@@ -267,7 +236,7 @@ class FrontEnd:
     def _deadline(self) -> float:
         return time.monotonic() + (0.0 if self._alone else self._patience)
 
-    def _wait(self, waiting: _Waiting, runs: list[tuple[Blob, ChunkRun]], flags: int = 0) -> None:
+    def _wait(self, waiting: Waiting, runs: list[tuple[Blob, ChunkRun]], flags: int = 0) -> None:
         """Have a reader wait until these are fetched."""
         self._keep(waiting, runs)
         if self._alone:
@@ -282,12 +251,12 @@ class FrontEnd:
             waiting.pending[number] = (run, flags)
             self._owners[number] = waiting
 
-    def _put_off(self, waiting: _Waiting, error: ScarceError) -> None:
+    def _put_off(self, waiting: Waiting, error: ScarceError) -> None:
         """Have a reader wait until it is looked at again."""
         self._complaints.log("%s: who needs it waits", error)
         self._keep(waiting, [])
 
-    def _keep(self, waiting: _Waiting, runs: list[tuple[Blob, ChunkRun]]) -> None:
+    def _keep(self, waiting: Waiting, runs: list[tuple[Blob, ChunkRun]]) -> None:
         if not self._waiting:
             self._next_ask = time.monotonic() + ASK_AGAIN
         self._waiting[waiting.number] = waiting
@@ -341,7 +310,7 @@ class FrontEnd:
         elif not waiting.pending:
             self._check(waiting)
 
-    def _ask_others(self, waiting: _Waiting, handle: int, code: int) -> None:
+    def _ask_others(self, waiting: Waiting, handle: int, code: int) -> None:
         """Chunks cannot be had by this handle: its image is gone, or its backend fails. Ask by those of other images."""
         self._known.refresh()
         waiting.refused.add(handle)
@@ -363,14 +332,14 @@ class FrontEnd:
         else:
             self._end(waiting, 0)
 
-    def _cancel(self, waiting: _Waiting) -> None:
+    def _cancel(self, waiting: Waiting) -> None:
         """Want nothing any more of what was asked for a reader."""
         for number in waiting.pending:
             self._owners.pop(number, None)
             self._line().cancel(number)
         waiting.pending.clear()
 
-    def _check(self, waiting: _Waiting) -> None:
+    def _check(self, waiting: Waiting) -> None:
         """All that was asked for has come, it is said."""
         if any(self._known.current(blob) is not blob for blob in waiting.blobs):
             self._look_at(waiting)
@@ -390,7 +359,7 @@ class FrontEnd:
         except NydusError as e:
             self._end(waiting, self._code(e), str(e))
 
-    def _end(self, waiting: _Waiting, code: int, why: str = "") -> None:
+    def _end(self, waiting: Waiting, code: int, why: str = "") -> None:
         """Answer a reader that waited."""
         if code:
             self._refuse(waiting.number, code, why, waiting.blobs)
