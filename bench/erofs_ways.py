@@ -5,8 +5,8 @@ measured; $NYDUSD_BENCH_ROOM names a folder of a disk instead, which is cold at 
 and one file more, which nobody reads: so a blob can be all cached where it is read, and still be incomplete. One run,
 contenders in turn, $NYDUSD_BENCH_ROUNDS (2) rounds, medians and ratios. $NYDUSD_REF names the reference. Random reads are
 4 KiB, over files of more than 64 KiB, each past the reader's page cache; by a reader of ours, for an EROFS over files opens
-none with O_DIRECT (EINVAL, with or without us), and fio, which picks among several files at random, then tries for ever. Those that are called kept go by way of the page
-cache, which is empty at first: what was read before comes from there, as with most programs.
+none with O_DIRECT (EINVAL, with or without us), and fio, which picks among several files at random, then tries for ever.
+Those that are called kept go by way of the page cache, which is empty at first: what was read before comes from there.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import pytest
 
 from nydusd.errors import LostWritesError, MountError
 from nydusd.formats.model import ChunkFlag
-from nydusd.frontends.erofs import device, fanotify, loop, session, table
+from nydusd.frontends.erofs import device, session, table
 from nydusd.frontends.erofs.device import Blob
 from nydusd.frontends.erofs.fanotify import Event
 from nydusd.frontends.erofs.journal import _ENTRY, UNKNOWN, Journal, create
@@ -322,6 +322,31 @@ def test_an_older_release_goes_on_with_the_table_and_drops_what_it_does_not_know
     assert KernelTable(kernel.memory).next_index() == 6
 
 
+# --- marks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_mark_goes_though_the_next_event_is_always_there(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is cached, as after a start over a warm cache: nobody ever waits, and there is never a moment without an event."""
+    kernel.mount(1, 7, ready=ALL)
+    front = kernel.begin()
+    unmarked: list[int] = []
+    events = 0
+
+    def read(_buffer: object) -> int:
+        nonlocal events
+        events += 1
+        assert kernel.answers() == ([PASSES] if events > 1 else [])
+        kernel.line.answer(7, 0)
+        front._over = bool(unmarked) or events == 100
+        return kernel.event(front, 0)
+
+    monkeypatch.setattr("nydusd.frontends.erofs.loop._LOOK", 0.0)
+    monkeypatch.setattr("nydusd.frontends.erofs.fanotify.unwatch", lambda _group, fd: unmarked.append(fd))
+    monkeypatch.setattr(front, "_read", read)
+    front.run()
+    assert unmarked and events < 10
+
+
 # --- one file of several images --------------------------------------------------------------------------------
 
 
@@ -441,11 +466,10 @@ def test_a_sync_counts_for_nothing_while_another_one_of_the_file_may_have_heard_
     blob = kernel.blob()
     ready = blob.look()
     other.syncing[0] = 1
-    blob.synced(ready)
-    assert not blob.is_stored()
+    assert not blob.synced(ready)
     other.syncing[0] = 0
-    blob.synced(ready)
-    assert blob.is_stored()
+    assert not blob.is_stored()
+    assert blob.synced(ready) and blob.is_stored()
 
 
 def test_a_file_is_synced_by_another_image_where_one_is_refused(
@@ -482,31 +506,6 @@ def test_a_file_is_synced_by_another_image_where_one_is_refused(
     assert ask()[-1] == ChunkRun(7, 0, 1) and kernel.line.flags[-1] == SYNC, "the other was refused"
     syncs.answered(5, 0)
     assert blob.is_stored()
-
-
-# --- marks -----------------------------------------------------------------------------------------------------
-
-
-def test_a_mark_goes_though_the_next_event_is_always_there(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All is cached, as after a start over a warm cache: nobody ever waits, and there is never a moment without an event."""
-    kernel.mount(1, 7, ready=ALL)
-    front = kernel.begin()
-    unmarked: list[int] = []
-    events = 0
-
-    def read(_buffer: object) -> int:
-        nonlocal events
-        events += 1
-        assert kernel.answers() == ([PASSES] if events > 1 else [])
-        kernel.line.answer(7, 0)
-        front._over = bool(unmarked) or events == 100
-        return kernel.event(front, 0)
-
-    monkeypatch.setattr(loop, "_LOOK", 0.0)
-    monkeypatch.setattr(fanotify, "unwatch", lambda _group, fd: unmarked.append(fd))
-    monkeypatch.setattr(front, "_read", read)
-    front.run()
-    assert unmarked and events < 10
 
 
 # --- the file that is mounted ----------------------------------------------------------------------------------
