@@ -107,8 +107,7 @@ class Blob:
             st = os.stat(self._path)
         except OSError as e:
             raise StaleCacheError(f"blob {self.blob_id}: {self._path}: {e.strerror}", e.errno) from e
-        if (st.st_dev, st.st_ino) != self.file:
-            raise StaleCacheError(f"blob {self.blob_id}: its cache file was replaced; mount the image again")
+        self._check_inode(st)
         return st.st_size
 
     def missing(self, offset: int, count: int, held: int, refused: Collection[int] = ()) -> list[ChunkRun]:
@@ -271,11 +270,16 @@ class Blob:
             fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
             raise cache_error(f"blob {self.blob_id}: {self._path}", e) from e
-        st = os.fstat(fd)
-        if (st.st_dev, st.st_ino) != self.file:
+        try:
+            self._check_inode(os.fstat(fd))
+        except StaleCacheError:
             os.close(fd)
-            raise StaleCacheError(f"blob {self.blob_id}: its cache file was replaced; mount the image again")
+            raise
         return fd
+
+    def _check_inode(self, st: os.stat_result) -> None:
+        if (st.st_dev, st.st_ino) != self.file:
+            raise StaleCacheError(f"blob {self.blob_id}: its cache file was replaced; mount the image again")
 
     def is_suspect(self) -> bool:
         """Whether some of what is said to be there is lost, and it is not known yet what."""

@@ -27,7 +27,6 @@ nothing of this file."""
 Send = Callable[[ChunkRun, int], int]
 """Asks the supervisor for a run of chunks, with these flags; gives the number of the request."""
 
-
 _KEPT = 8
 """Requests of a blob of which the answer counts, however late it comes."""
 

@@ -45,7 +45,7 @@ class Guard:
         """Answer what the kernel says for so long."""
         until = time.monotonic() + seconds
         poll = select.poll()
-        poll.register(self._device.fd, select.POLLIN)  # it has ended, or there is no room to be told so at once
+        poll.register(self._device.fd, select.POLLIN)
         while (left := until - time.monotonic()) > 0:
             if any(ready & select.POLLIN for _, ready in poll.poll(left * 1000)):
                 while raw := self._device.read():
