@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,22 @@ class Held:
         backend: dict[str, object] = {"host": hub.server.host, "timeout": 60}
         self.mounted = Mounted(tree, backend, verb="erofs", tuning=tuning)
         self.daemon = self.mounted.daemon
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """The block has the daemon stop while two files are open: of the cached one all is read then, of the other no hole."""
+        cached = os.open(self.daemon.mountpoint / NAMES[0], os.O_RDONLY)
+        absent = os.open(self.daemon.mountpoint / NAMES[1], os.O_RDONLY)
+        assert os.pread(cached, CHUNK, 0) == self.tree.contents[NAMES[0]]
+        os.posix_fadvise(cached, 0, 0, os.POSIX_FADV_DONTNEED)
+        yield
+        self.daemon.wait_for_end()
+        with pytest.raises(OSError) as failure:
+            os.pread(absent, CHUNK, 0)
+        assert failure.value.errno == errno.EIO
+        assert os.pread(cached, CHUNK, 0) == self.tree.contents[NAMES[0]], "what is cached"
+        os.close(absent)
+        os.close(cached)
 
     def one(self, role: str) -> int:
         """The process of a role, once it is there."""
@@ -128,18 +145,8 @@ def test_a_stop_with_open_files_leaves_no_hole_to_read(tree: Tree, hub: Hub, exp
     expect_log("a read failed: .*(the daemon was stopped|nobody has fetched it in time)")
     held = Held(tree, hub)
     with held.mounted:
-        cached = os.open(held.daemon.mountpoint / NAMES[0], os.O_RDONLY)
-        absent = os.open(held.daemon.mountpoint / NAMES[1], os.O_RDONLY)
-        assert os.pread(cached, CHUNK, 0) == tree.contents[NAMES[0]]
-        os.posix_fadvise(cached, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.kill(held.daemon.pid, signal.SIGTERM)
-        held.daemon.wait_for_end()
-        with pytest.raises(OSError) as failure:
-            os.pread(absent, CHUNK, 0)
-        assert failure.value.errno == errno.EIO
-        assert os.pread(cached, CHUNK, 0) == tree.contents[NAMES[0]]
-        os.close(absent)
-        os.close(cached)
+        with held.stopping():
+            os.kill(held.daemon.pid, signal.SIGTERM)
         wait_until(lambda: not own("erofs") and not own("guard"), "the end of those that stayed")
 
 
@@ -150,24 +157,14 @@ def test_a_stop_while_front_end_and_guard_are_dead_leaves_no_hole_to_read(
     expect_log("a read failed: .*(the daemon was stopped|nobody has fetched it in time)")
     held = Held(tree, hub)
     with held.mounted:
-        cached = os.open(held.daemon.mountpoint / NAMES[0], os.O_RDONLY)
-        absent = os.open(held.daemon.mountpoint / NAMES[1], os.O_RDONLY)
-        assert os.pread(cached, CHUNK, 0) == tree.contents[NAMES[0]]
-        os.posix_fadvise(cached, 0, 0, os.POSIX_FADV_DONTNEED)
-        victims = [held.one("erofs"), held.one("guard")]
-        os.kill(held.daemon.pid, signal.SIGSTOP)  # so that it learns of all at once
-        for pid in victims:
-            os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(is_running, victims)), "their end", 60)
-        for number in (signal.SIGTERM, signal.SIGCONT):
-            os.kill(held.daemon.pid, number)
-        held.daemon.wait_for_end()
-        with pytest.raises(OSError) as failure:
-            os.pread(absent, CHUNK, 0)
-        assert failure.value.errno == errno.EIO
-        assert os.pread(cached, CHUNK, 0) == tree.contents[NAMES[0]], "what is cached, by who has never served before"
-        os.close(absent)
-        os.close(cached)
+        with held.stopping():  # after which who has never served before does
+            victims = [held.one("erofs"), held.one("guard")]
+            os.kill(held.daemon.pid, signal.SIGSTOP)  # so that it learns of all at once
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: not any(map(is_running, victims)), "their end", 60)
+            for number in (signal.SIGTERM, signal.SIGCONT):
+                os.kill(held.daemon.pid, number)
         wait_until(lambda: not own("erofs") and not own("guard"), "the end of those that stayed", 60)
 
 

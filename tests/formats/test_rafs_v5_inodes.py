@@ -9,7 +9,7 @@ import pytest
 
 from nydusd.errors import FormatError
 from nydusd.formats.walk import MAX_DEPTH, walk
-from tests.support.patched import PatchedV5
+from tests.support.patched import PatchedV5, all_calls
 
 # --- hostile: refused when the inode is looked at ------------------------------------------------------------------
 
@@ -43,16 +43,7 @@ def test_bad_inode_is_refused_by_whatever_looks_at_it(
     v5.put(v5.record_at(path) + at, form, value)
     image = v5.open()
     ino = v5.ino(path)
-    calls: list[Callable[[], object]] = [
-        lambda: image.inode(ino),
-        lambda: image.readlink(ino),
-        lambda: image.xattrs(ino),
-        lambda: image.extents(ino, 0, 4096),
-        lambda: image.lookup(ino, b"x"),
-        lambda: image.readdir(ino, 0),
-        lambda: image.parent(ino),
-    ]
-    for call in calls:
+    for call in all_calls(image, ino):
         with pytest.raises(FormatError) as caught:
             call()
         assert caught.value.field == field

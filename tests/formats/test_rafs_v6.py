@@ -10,7 +10,7 @@ import pytest
 from nydusd.errors import FormatError
 from nydusd.formats import BootstrapKind, detect, open_bootstrap
 from nydusd.formats.blob_id import blob_id_from_path
-from tests.support.patched import PatchedV6
+from tests.support.patched import PatchedV6, all_calls
 from tests.support.tree import SMALL
 
 SUPER, EXT, SLOT, BLOB = 1024, 1152, 1408, 4096
@@ -284,16 +284,7 @@ def test_bad_inode_is_refused_by_whatever_looks_at_it(
     v6.put(v6.inode_at(path) + at, form, value)
     image = v6.open()
     ino = v6.ino(path)
-    calls: list[Callable[[], object]] = [
-        lambda: image.inode(ino),
-        lambda: image.readlink(ino),
-        lambda: image.xattrs(ino),
-        lambda: image.extents(ino, 0, 4096),
-        lambda: image.lookup(ino, b"x"),
-        lambda: image.readdir(ino, 0),
-        lambda: image.parent(ino),
-    ]
-    for call in calls:
+    for call in all_calls(image, ino):
         with pytest.raises(FormatError) as caught:
             call()
         assert caught.value.field == field

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.supervisor.pool import WorkerPool
 from tests.supervisor.world import World
@@ -52,6 +53,22 @@ def pass_time(world: World) -> float:
     return wait
 
 
+def try_until_time_is_over(world: World, cache: BlobCache, hurt: Callable[[World], None]) -> None:
+    """A reader asks, and `hurt` is done to each job for it: it is tried again and again, and he gets an error at the end."""
+    begin = world.clock.now
+    world.ask(A, 1, cache, 4, 1)
+    tries = 0
+    while not codes(world):
+        assert world.clock.now - begin < DEADLINE
+        hurt(world)
+        tries += 1
+        if not codes(world):
+            pass_time(world)
+    assert codes(world) == [(1, errno.EIO)]
+    assert world.clock.now - begin > DEADLINE - 2.0
+    assert 10 < tries < 30
+
+
 def test_reader_is_put_off_again_and_again_holds_nothing_meanwhile_and_gets_the_data(world: World) -> None:
     world.ask(A, 1, world.far, 4, 1)
     for _ in range(5):
@@ -66,18 +83,7 @@ def test_reader_is_put_off_again_and_again_holds_nothing_meanwhile_and_gets_the_
 def test_reader_gets_an_error_when_his_time_is_over_and_not_before(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    begin = world.clock.now
-    world.ask(A, 1, world.far, 4, 1)
-    tries = 0
-    while not codes(world):
-        assert world.clock.now - begin < DEADLINE
-        fail(world)
-        tries += 1
-        if not codes(world):
-            pass_time(world)
-    assert codes(world) == [(1, errno.EIO)]
-    assert world.clock.now - begin > DEADLINE - 2.0
-    assert 10 < tries < 30
+    try_until_time_is_over(world, world.far, fail)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert len(warned) == len(errors) == 1
@@ -179,18 +185,7 @@ def test_reader_waits_while_a_worker_lacks_file_descriptors_and_that_is_said_onc
 
 
 def test_reader_for_whom_file_descriptors_are_lacking_for_too_long_gets_an_error(world: World) -> None:
-    begin = world.clock.now
-    world.ask(A, 1, world.plain, 4, 1)
-    tries = 0
-    while not codes(world):
-        assert world.clock.now - begin < DEADLINE
-        lack(world)
-        tries += 1
-        if not codes(world):
-            pass_time(world)
-    assert codes(world) == [(1, errno.EIO)]
-    assert world.clock.now - begin > DEADLINE - 2.0
-    assert 10 < tries < 30
+    try_until_time_is_over(world, world.plain, lack)
 
 
 def test_worker_that_lacks_something_is_asked_after_the_others(world: World) -> None:

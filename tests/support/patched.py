@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from struct import calcsize, pack, unpack_from
 
@@ -17,6 +18,19 @@ WHERE = "image.boot"
 def original(image: str) -> tuple[bytes, str | None, bool]:
     """What `bootstrap_bytes` gives for an image of the small set."""
     return bootstrap_bytes(SMALL / "images" / image)
+
+
+def all_calls(image: Bootstrap, ino: int) -> list[Callable[[], object]]:
+    """Each call by which an inode is looked at."""
+    return [
+        lambda: image.inode(ino),
+        lambda: image.readlink(ino),
+        lambda: image.xattrs(ino),
+        lambda: image.extents(ino, 0, 4096),
+        lambda: image.lookup(ino, b"x"),
+        lambda: image.readdir(ino, 0),
+        lambda: image.parent(ino),
+    ]
 
 
 def resolve(bootstrap: Bootstrap, path: bytes) -> int:
