@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -18,6 +19,9 @@ from nydusd.supervisor.uncached import note_room
 
 log = logging.getLogger(__name__)
 
+_REST = 0.1
+"""Seconds at least between two syncs that do not wait for a round."""
+
 
 class Checkpoints:
     """`reopen(cache, why)` is called when a cache file turns out to be another one."""
@@ -26,6 +30,11 @@ class Checkpoints:
         self._factory = factory
         self._fetch = fetch
         self._reopen = reopen
+        self._early: dict[BlobCache, None] = {}
+        """Blobs of which somebody waits for a sync, in the order in which they asked."""
+        self._begun: tuple[BlobCache, float] | None = None
+        """The one of them that is synced now, and since when."""
+        self._rest_until = 0.0
 
     def start(self) -> int:
         """Have the maps of all blobs stored that have gained chunks; gives how many jobs that matter for it are not done."""
@@ -51,8 +60,8 @@ class Checkpoints:
     def sync(self, cache: BlobCache, told: Callable[[int], None], *, at_once: bool) -> None:
         """Call `told` with 0 once all that is ready now is on its disk, with an errno if that is not known; or never.
 
-        Unless it must be `at_once`, what is new waits for the next round of checkpoints: a disk is not to be synced for each
-        range that becomes complete.
+        Unless it must be `at_once`, what is new waits for its turn (`tick`): a disk is not to be synced for each range that
+        becomes complete.
         """
         if cache.state != "ready" or cache.spec.data_path is None:
             told(errno.EIO)
@@ -60,11 +69,36 @@ class Checkpoints:
         cache.syncs.append(told)
         if at_once or cache.stored in (-1, cache.chunk_map.ready_count()):
             self.store(cache)
+        else:
+            self._early[cache] = None
+
+    def tick(self, now: float) -> None:
+        """Begin with what somebody waits for: one blob at a time, and with as long a rest after it as it took.
+
+        So whatever is read, disks have half of the time for others, and one worker at most has nothing else to do.
+        """
+        if self._begun is not None or now < self._rest_until:
+            return
+        for cache in list(self._early):
+            if cache.checkpointing and cache.syncs:
+                continue
+            del self._early[cache]
+            if cache.syncs and self.store(cache):
+                self._begun = cache, now
+                return
+
+    def wait(self, now: float) -> float | None:
+        """Seconds until `tick` has something to do, None if that is not known."""
+        return max(0.0, self._rest_until - now) if self._early and self._begun is None else None
 
     def _done(self, told: Iterable[Callable[[int], None]], job: Job, answer: Answer) -> None:
         cache = job.cache
         assert cache is not None
         cache.checkpointing = False
+        if self._begun is not None and self._begun[0] is cache:
+            now = time.monotonic()
+            self._rest_until = now + max(now - self._begun[1], _REST)
+            self._begun = None
         on_disk = ("stored" in answer or answer.get("synced", False)) and not job.cancelled
         for tell in told:
             tell(0 if on_disk else errno.EIO)

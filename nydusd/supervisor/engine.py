@@ -122,8 +122,9 @@ class Engine:
 
     def due(self, now: float) -> list[float]:
         """When the loop must turn, whatever happens (`time.monotonic()`)."""
-        waits = self._prefetch.wait(now), self.quota.wait(now), self.router.outages.wait(now), self.staff.wait(now)
-        until = [now + max(wait, _SHORTEST) for wait in waits if wait is not None]
+        router = self.router
+        waits = self._prefetch, self.quota, router.outages, router.checkpoints, self.staff
+        until = [now + max(wait, _SHORTEST) for part in waits if (wait := part.wait(now)) is not None]
         return [self._next_checkpoint, *self.rest.due(), *until]
 
     def arena_bytes(self) -> int:

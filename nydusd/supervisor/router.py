@@ -76,7 +76,7 @@ class Router:
             *(fetch, decompress, slots, stage, prefetch, self._filled, self._count, amplify, deadline, self._kin)
         )
         self._room = Room(slots, self._launch.cut, self._launch.start_in)
-        self._checkpoints = Checkpoints(factory, fetch, self._reopen)
+        self.checkpoints = Checkpoints(factory, fetch, self._reopen)
         self.evictions = Evictions(fetch, self._all_again, self._reopen)
         self.outages = Outages(deadline)
         self._openings = Openings(fetch, self.outages, self._serve, self._finish)
@@ -102,7 +102,7 @@ class Router:
             self._reply(client, number, errno.EIO, None)
             return
         if flags & SYNC:
-            self._checkpoints.sync(
+            self.checkpoints.sync(
                 cache, lambda code: self._reply(client, number, code, None), at_once=bool(flags & LOST)
             )
             return
@@ -136,7 +136,7 @@ class Router:
 
     def checkpoint(self) -> int:
         """Have maps stored that have gained chunks; gives how many jobs that matter for it are not done."""
-        return self._checkpoints.start()
+        return self.checkpoints.start()
 
     def prefetch(self) -> None:
         """Submit jobs for a worker that has nothing else to do, if there is anything to fetch before it is asked for."""
@@ -147,6 +147,7 @@ class Router:
     def tick(self) -> None:
         """Serve requests again that were put off until now, and those for which others' jobs have ended."""
         self._kin.settle()
+        self.checkpoints.tick(time.monotonic())
         for request in self.outages.due():
             self._serve_if_alive(request)
 
@@ -237,7 +238,7 @@ class Router:
             return False
         if any(request.cache is cache for request in self._requests.values()):
             return False
-        return not self._checkpoints.store(cache)
+        return not self.checkpoints.store(cache)
 
     def closed(self, cache: BlobCache) -> None:
         """A blob that nobody uses was closed: no worker keeps it open for nothing."""

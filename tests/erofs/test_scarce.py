@@ -75,7 +75,8 @@ class OneBlob(Known):
 
     def look(self, send: object) -> None: ...
 
-    def answered(self, request: int, code: int) -> None: ...
+    def answered(self, request: int, code: int) -> bool:
+        return False
 
 
 class Line:

@@ -340,7 +340,8 @@ def test_a_mark_goes_though_the_next_event_is_always_there(kernel: Kernel, monke
         front._over = bool(unmarked) or events == 100
         return kernel.event(front, 0)
 
-    monkeypatch.setattr("nydusd.frontends.erofs.loop._LOOK", 0.0)
+    for name in ("_LOOK", "_LOOK_SOON", "_LOOK_SHARE"):
+        monkeypatch.setattr(f"nydusd.frontends.erofs.loop.{name}", 0)
     monkeypatch.setattr("nydusd.frontends.erofs.fanotify.unwatch", lambda _group, fd: unmarked.append(fd))
     monkeypatch.setattr(front, "_read", read)
     front.run()

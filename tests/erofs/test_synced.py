@@ -157,6 +157,26 @@ def test_a_reader_waits_from_a_lost_write_on_until_what_is_ready_was_doubted(
         blob.close()
 
 
+def test_a_sync_is_asked_for_again_soon_after_another_one_of_the_file_was_in_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synced, "_SOON", 0.0)
+    with jobs("v6-lz4-sha256", tmp_path) as image:
+        image.prepare()
+        blob, syncs, asked = blob_of(image), Syncs(), Asked()
+        image.fill_all()
+        syncs.ask(blob, asked.send)
+        image.checkpoint()
+        with image.segment() as segment:
+            segment.syncing[0] = 1
+            assert not syncs.answered(1, 0)
+            syncs.ask(blob, asked.send)
+            assert len(asked.requests) == 2 and not blob.is_stored()
+            segment.syncing[0] = 0
+        assert syncs.answered(2, 0) and blob.is_stored()
+        blob.close()
+
+
 def test_data_is_on_its_disk_though_the_map_cannot_be_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else may have the map locked, or there is no room for it."""
     with jobs("v6-lz4-sha256", tmp_path) as image:

@@ -10,7 +10,7 @@ from nydusd.formats.model import ChunkFlag
 from nydusd.ipc.messages import LOST, SYNC
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Priority
-from nydusd.storage.state.segment import PENDING, RECORD
+from nydusd.storage.state.segment import PENDING, READY, RECORD
 from tests.supervisor.world import CHUNKS, World
 
 A, B = b"fuse-0-1", b"fuse-1-1"
@@ -508,6 +508,34 @@ class TestCheckpoint:
         assert codes(world)[2:] == [(3, 0)], "at once, for there is nothing new to be stored"
         world.ask(A, 4, world.dummy, 0, 1, SYNC)
         assert codes(world)[3:] == [(4, errno.EIO)], "it has no file"
+
+    def test_is_made_early_for_who_waits_for_the_disk_one_blob_at_a_time(self, world: World) -> None:
+        world.worker("fetch", b"f")
+        for blob in (world.plain, world.far):
+            blob.chunk_map.states()[0] = READY
+        world.ask(A, 1, world.plain, 0, 1, SYNC)
+        world.ask(A, 2, world.far, 0, 1, SYNC)
+        world.ask(B, 3, world.plain, 0, 1, SYNC)
+        world.worker("fetch", b"g")
+        world.router.tick()
+        world.router.tick()
+        world.pump()
+        (first,) = world.sent
+        world.clock.now += 2.0
+        world.finish(first)
+        assert codes(world) == [(1, 0), (3, 0)], "of one blob, and by one sync"
+        assert world.router.checkpoints.wait(world.clock.now) == 2.0, "as long as it took"
+        world.clock.now += 1.9
+        world.router.tick()
+        world.pump()
+        assert not world.sent
+        world.clock.now += 0.2
+        world.router.tick()
+        world.pump()
+        (second,) = world.sent
+        world.finish(second)
+        assert codes(world)[2:] == [(2, 0)]
+        assert world.router.checkpoints.wait(world.clock.now) is None
 
     def test_tells_who_waits_for_the_disk_that_it_has_the_data_though_the_map_has_no_room(self, world: World) -> None:
         world.ask(A, 1, world.plain, 0, 1)

@@ -24,7 +24,7 @@ from nydusd.storage.cache.manager import CacheConfig, Former
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Job, Priority, Request
 from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Identity, Segment, names, remove
-from nydusd.supervisor import launch, openings, outages, transfers, uncached
+from nydusd.supervisor import checkpoints, launch, openings, outages, transfers, uncached
 from nydusd.supervisor import router as router_module
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
@@ -56,6 +56,7 @@ class World:
     def __init__(self, patch: pytest.MonkeyPatch, amplify: int = 40_000, bandwidth: int = 0) -> None:
         self.clock = Clock()
         patch.setattr(blob_cache, "time", self.clock)
+        patch.setattr(checkpoints, "time", self.clock)
         patch.setattr(router_module, "time", self.clock)
         patch.setattr(launch, "time", self.clock)
         patch.setattr(openings, "time", self.clock)

@@ -214,13 +214,16 @@ class Blob:
     def synced(self, ready: Ready) -> bool:
         """The file was synced after this look, and nothing of it was lost. Whether that says something of this file.
 
-        Not if it was replaced; nor if somebody else syncs it, or was killed at that: he may have been told of a loss, and
-        nobody is told again.
+        Not if it was replaced, or `is_being_synced`.
         """
-        if any(segment.syncing[0] for segment in self._segments()) or not all(s.is_current() for s in ready.doubts):
+        if self.is_being_synced() or not all(segment.is_current() for segment in ready.doubts):
             return False
         self._stored = ready
         return True
+
+    def is_being_synced(self) -> bool:
+        """Whether somebody syncs it, or was killed at that: he may have been told of a loss, and nobody is told again."""
+        return any(segment.syncing[0] for segment in self._segments())
 
     def is_stored(self, begin: int = 0, end: int = 1 << 63) -> bool:
         """Whether all of an interval is there, was so before the file was synced, and nothing was doubted since."""
@@ -235,7 +238,7 @@ class Blob:
         if stored.absent.find(1, first, last) >= 0 or not self._are_there(first, last, referred=True):
             return False
         # In this order: before a worker takes `lost` away it sets `syncing`, and that stays until it has doubted what is there.
-        if any(segment.lost[0] for segment in segments) or any(segment.syncing[0] for segment in segments):
+        if any(segment.lost[0] for segment in segments) or self.is_being_synced():
             return False
         return all(segment.doubts[0] == doubts for segment, doubts in stored.doubts.items())  # last of all
 

@@ -44,6 +44,8 @@ _ROUNDS = 4
 """How often chunks may be reported as fetched and not be there: the blob may be opened anew meanwhile."""
 _LOOK = 0.5
 """Seconds between looks whether blobs are complete, while some are not."""
+_LOOK_SOON, _LOOK_SHARE = 0.05, 10
+"""The same after what may have made one complete, at least; and how many times as long as the last look took."""
 _REST = 2.0
 """Seconds between looks whether anybody uses the file system still."""
 
@@ -83,7 +85,7 @@ class FrontEnd:
         self._owners: dict[int, Waiting] = {}
         self._complaints = Complaints("erofs")
         self._known = make_known(lambda text: self._complaints.log("%s", text))
-        self._next_ask = self._next_look = self._next_rest = 0.0
+        self._next_ask = self._next_look = self._look_soon = self._next_rest = 0.0
         self._over = False
 
     def run(self) -> None:
@@ -285,8 +287,10 @@ class FrontEnd:
                 for number, (run, flags) in waiting.pending.items():
                     self._line().request(run, flags, number)
         if now >= self._next_look:
-            self._next_look = now + _LOOK
             self._known.look(None if self._alone else lambda run, flags: self._line().request(run, flags))
+            took = time.monotonic() - now
+            self._look_soon = now + max(_LOOK_SOON, took * _LOOK_SHARE)
+            self._next_look = max(now + _LOOK, self._look_soon)
         if now >= self._next_rest:
             self._next_rest = now + _REST
             self._look_around()
@@ -300,7 +304,8 @@ class FrontEnd:
     def _reply(self, request: int, code: int, in_memory: bool) -> None:
         waiting = self._owners.pop(request, None)
         if waiting is None:
-            self._known.answered(request, code)
+            if self._known.answered(request, code):
+                self._next_look = min(self._next_look, self._look_soon)
             return
         run, _ = waiting.pending.pop(request)
         if code == errno.ENOSPC or (in_memory and not code):
@@ -369,6 +374,7 @@ class FrontEnd:
                 with contextlib.suppress(CacheError):
                     self._known.passes(waiting.blobs[0], waiting.offset, waiting.number)
             self._answer(waiting.number, 0)
+            self._next_look = min(self._next_look, self._look_soon)
         points.reach("fanotify: answered")
         self._waiting.pop(waiting.number, None)
         self._cancel(waiting)

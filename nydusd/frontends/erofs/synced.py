@@ -24,6 +24,9 @@ _AGAIN = 10.0
 """Seconds after which it is asked again, if there was no answer (the supervisor was replaced) or the sync failed, or said
 nothing of this file."""
 
+_SOON = 0.5
+"""The same if somebody else syncs it meanwhile, or was killed at that."""
+
 Send = Callable[[ChunkRun, int], int]
 """Asks the supervisor for a run of chunks, with these flags; gives the number of the request."""
 
@@ -53,10 +56,10 @@ class Syncs:
             self._asked[send(ready.run, flags)] = blob, ready
             self._drop(self._of(blob)[:-_KEPT])
 
-    def answered(self, request: int, code: int) -> None:
-        """The answer to a request, if it was one of these."""
+    def answered(self, request: int, code: int) -> bool:
+        """The answer to a request, if it was one of these; whether it has said what is on the disk."""
         if request not in self._asked:
-            return
+            return False
         blob, ready = self._asked[request]
         before = self._of(blob)
         before = before[: before.index(request)]
@@ -68,9 +71,15 @@ class Syncs:
                 del self._refused[blob]
             else:
                 self._next.pop(blob, None)
-        elif blob.synced(ready):
-            self._drop(before)
-            self._next.pop(blob, None)
+            return False
+        if blob.is_being_synced():
+            self._next[blob] = time.monotonic() + _SOON
+            return False
+        if not blob.synced(ready):
+            return False
+        self._drop(before)
+        self._next.pop(blob, None)
+        return True
 
     def forget(self, blob: Blob) -> None:
         self._drop(self._of(blob))
