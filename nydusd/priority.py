@@ -71,14 +71,22 @@ def calm(pids: Iterable[int]) -> None:
     """We serve: back to the usual priority, and so these processes, with all their threads."""
     if not _usual:
         return
-    usual = _usual.pop()
+    _set_all(pids, _usual.pop())
+
+
+def leave(pids: Iterable[int]) -> None:
+    """Somebody waits for our end, and for that of these processes: at the highest priority, with all their threads."""
+    _set_all(pids, _HURRIED)
+
+
+def _set_all(pids: Iterable[int], nice: int) -> None:
     for pid in ("self", *pids):
         try:
             threads = os.listdir(f"/proc/{pid}/task")
         except OSError:  # it has ended
             continue
         for thread in threads:
-            _set(int(thread), usual)
+            _set(int(thread), nice)
 
 
 def _set(thread: int, nice: int) -> None:

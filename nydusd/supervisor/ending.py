@@ -56,6 +56,7 @@ class Ending:
         """Whether the loop ends after its turn."""
         self.unmounts = True
         """Whether what is served is unmounted then."""
+        self._failed = False
 
     @property
     def leaves_all(self) -> bool:
@@ -98,7 +99,7 @@ class Ending:
     def by_error(self) -> None:
         """A mount that was served, or taken over, is left as a SIGKILL would leave it."""
         log.error("%s stays mounted, for the next daemon here to take it over", self._serves)
-        self._handover.leaving = True
+        self._handover.leaving = self._failed = True
         self.ask(unmount=False)
 
     # --- what is done then ------------------------------------------------------------------------------------
@@ -118,6 +119,8 @@ class Ending:
         """
         self.asked = True
         if self.leaves_all:
+            if engine is not None and not self._failed:
+                engine.come_to_rest(turn)
             self._let_go(listener, workers_have_ended)
             return
         self._notifier.send("STOPPING=1")

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 _SHORTEST = 0.05
 """Seconds that the loop waits at least for what is due by a clock of its own: it is not turned for each of them."""
-_STOP_PATIENCE, _LAST_TURN = 10.0, 0.05
-"""Seconds that a stop waits for the last checkpoint, and of one turn of the loop meanwhile."""
+_STOP_PATIENCE, _REST_PATIENCE, _LAST_TURN = 10.0, 5.0, 0.05
+"""Seconds that a stop waits for the last checkpoint, a hand-over for those under way, and of one turn of the loop meanwhile."""
 
 
 class Engine:
@@ -147,6 +147,17 @@ class Engine:
                 self._family.launch(fetchers[0])
             turn(_LAST_TURN)
         points.reach("stop: maps stored")
+
+    def come_to_rest(self, turn: Callable[[float], None]) -> None:
+        """Before all is left to the next one: until nobody syncs a file, or takes something out of it. Reads are served on.
+
+        Who is ended in that stays until the disk has answered, and the next one must wait for him; and what somebody was to
+        sync is doubted then.
+        """
+        deadline = time.monotonic() + _REST_PATIENCE
+        while (self.fetch.refuse("checkpoint") or self.fetch.doing("evict")) and time.monotonic() < deadline:
+            turn(_LAST_TURN)
+        points.reach("handover: nobody syncs")
 
     def close(self) -> None:
         """Remove the shared memory."""

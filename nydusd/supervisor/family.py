@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from nydusd import logs, points
+from nydusd import logs, points, priority
 from nydusd.cli.options import FuseOptions
 from nydusd.config.model import REMOTE_FETCH_WORKERS
 from nydusd.errors import NydusError
@@ -383,6 +383,8 @@ class Family:
     def leave(self, *, keep_fork_server: bool = False) -> None:
         """End all but the front ends, which hold what a successor needs, and perhaps the fork server, which does, too."""
         self._silent.close()
+        gone = [child for child in self.children if child.role != "fuse"]
+        priority.leave(child.pid for child in gone if child.pid)
         if keep_fork_server:
             self.fork_server.let_go()
             # The API process has an answer to give still: it ends by itself when this pipe is closed.
@@ -392,7 +394,7 @@ class Family:
                     child.process.wait(_END_PATIENCE)
         else:
             self.fork_server.close()
-        end_all([child for child in self.children if child.role != "fuse"], _END_PATIENCE)
+        end_all(gone, _END_PATIENCE)
 
     def close(self) -> None:
         for fd in (self._shared, self._lifeline, self._lifeline_end):

@@ -121,6 +121,10 @@ class WorkerPool:
         self._refused.add(kind)
         for priority, queue in self._queues.items():
             self._queues[priority] = deque(job for job in queue if job.kind != kind)
+        return self.doing(kind)
+
+    def doing(self, kind: str) -> list[bytes]:
+        """The workers that have a job of this kind."""
         return [identity for identity, job in self._busy.items() if job.kind == kind]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import cast
 
 import pytest
 
@@ -11,6 +12,7 @@ from nydusd.ipc.messages import LOST, SYNC
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Priority
 from nydusd.storage.state.segment import PENDING, READY, RECORD
+from nydusd.supervisor.engine import Engine
 from tests.supervisor.world import CHUNKS, World
 
 A, B = b"fuse-0-1", b"fuse-1-1"
@@ -536,6 +538,30 @@ class TestCheckpoint:
         world.finish(second)
         assert codes(world)[2:] == [(2, 0)]
         assert world.router.checkpoints.wait(world.clock.now) is None
+
+    def test_that_is_under_way_is_waited_for_before_all_is_left_to_a_successor_and_none_begins(
+        self, world: World
+    ) -> None:
+        world.worker("fetch", b"f")
+        world.plain.chunk_map.states()[0] = READY
+        world.router.checkpoint()
+        world.pump()
+        (identity,) = world.sent
+        world.far.chunk_map.states()[0] = READY
+        world.router.checkpoint()
+        turns = 0
+
+        def turn(_seconds: float) -> None:
+            nonlocal turns
+            turns += 1
+            if turns == 3:
+                world.finish(identity)
+            world.pump()
+
+        Engine.come_to_rest(cast("Engine", world), turn)
+        assert turns == 3
+        assert world.plain.stored == 1 and world.far.stored == 0
+        assert not world.sent, "that of the other blob is the successor's"
 
     def test_tells_who_waits_for_the_disk_that_it_has_the_data_though_the_map_has_no_room(self, world: World) -> None:
         world.ask(A, 1, world.plain, 0, 1)
