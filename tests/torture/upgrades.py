@@ -1,7 +1,7 @@
 """What an operator does to the workers of a daemon under torture: upgrades, which others may disturb, and other numbers.
 
-An upgrade runs beside what else happens. It may fail when something was killed meanwhile, and then says why; one that was
-left in peace must go well.
+An upgrade runs beside what else happens. It may fail when something was killed meanwhile, and then says why, and is asked for
+again, as an operator would; one that was left in peace must go well.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import Counter
 from tests.support.daemon import Daemon
 
 _PATIENCE = 150.0
+_TRIES = 3
 _LOST = 0
 """No answer: whoever was asked was killed."""
 
@@ -51,6 +52,12 @@ class Upgrades:
             self.wait()
 
     def _upgrade(self, daemon: Daemon) -> None:
+        for _ in range(_TRIES):
+            if not self._try(daemon):
+                return
+
+    def _try(self, daemon: Daemon) -> bool:
+        """Whether it was interrupted."""
         status, told = _ask(daemon, "/api/v1/nydusd/workers/upgrade", None)
         disturbed = self._disturbed or (self._lost and status == 409)
         self._lost = status == _LOST or (self._lost and status == 409)
@@ -58,8 +65,10 @@ class Upgrades:
             self.ended["went well"] += 1
         elif status in (503, _LOST) or disturbed:
             self.ended["interrupted"] += 1
+            return True
         else:
             self.problems.append(f"an upgrade that nobody disturbed: {status} {told}")
+        return False
 
     def scale(self, daemon: Daemon, choose: random.Random) -> None:
         """Other numbers of workers, 0 for those that are configured."""
