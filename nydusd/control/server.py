@@ -35,7 +35,9 @@ SUPERVISOR_PATIENCE: Final = 5.0
 REQUEST_PATIENCE: Final = 30.0
 """Seconds from the first byte of a request to its last."""
 _LAST_WORDS: Final = 1.0
-"""Seconds to bring answers on the wire when the supervisor ends, above all the one to `exit`."""
+"""Seconds in which the answer to `exit` must have come when the supervisor ends."""
+_LAST_OTHERS: Final = 0.1
+"""The same for all else, and for clients to take what they are told: readers may wait for who comes next."""
 METRICS_PATIENCE: Final = 120.0
 """Seconds that who comes for metrics may do nothing, between two requests as well: scrapers ask more often."""
 _MAX_CLIENTS: Final = 4096
@@ -145,7 +147,7 @@ class ApiServer:
             if not door.is_open and self._end is None:
                 times.append(door.open_again)
         if self._end is not None:
-            times.append(self._end)
+            times.append(self._end + (_LAST_WORDS if time.monotonic() >= self._end + _LAST_OTHERS else _LAST_OTHERS))
         if self._unread:
             times.append(time.monotonic() + _SILENT_PAUSE)
         return max(0.0, min(times) - time.monotonic()) if times else None
@@ -240,6 +242,9 @@ class ApiServer:
 
     def _ask(self, client: Client, call: Call, message: bytes, until: float) -> None:
         """`until`: the supervisor does not begin it later, when the client has been told that it is not done."""
+        if self._end is not None:
+            client.answer(_not_ready(call))
+            return
         self._number += 1
         frames = [CONTROL, NUMBER.pack(self._number), message]
         try:
@@ -304,13 +309,19 @@ class ApiServer:
         self._selector.unregister(self._lifeline_fd)
         for door in self._doors:
             self._listen(door, False)
-        self._end = time.monotonic() + _LAST_WORDS
+        self._end = time.monotonic()
 
     def _finished(self) -> bool:
         if self._end is None:
             return False
-        busy = bool(self._questions) or any(client.has_output for client in self._clients())
-        return not busy or time.monotonic() >= self._end
+        since = time.monotonic() - self._end
+        if since < _LAST_OTHERS:
+            return not self._questions and not any(client.has_output for client in self._clients())
+        for number, question in list(self._questions.items()):
+            if question.call.route.op != "exit":
+                del self._questions[number]
+                question.client.answer(_not_ready(question.call))
+        return not self._questions or since >= _LAST_WORDS
 
 
 def _not_ready(call: Call) -> Answer:

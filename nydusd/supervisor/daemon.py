@@ -280,6 +280,10 @@ class Supervisor:
 
     # --- what is asked of a daemon ----------------------------------------------------------------------------
 
+    def exit(self) -> None:
+        """End without unmounting."""
+        self.ending.by_api(can_leave=self._can_leave())
+
     def take_sent(self, sent: Sent) -> None:
         """What whoever keeps our session has sent."""
         self.handover.take(sent)

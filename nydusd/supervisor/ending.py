@@ -90,9 +90,14 @@ class Ending:
         self._handover.leaving = self._notifier.restarts()
         self.ask(unmount=not self._handover.leaving)
 
-    def by_api(self) -> None:
-        """End without unmounting; if a successor waits for that, leave everything to it."""
-        self._handover.leaving = self._runtime.has_successor()
+    def by_api(self, *, can_leave: bool) -> None:
+        """End without unmounting; if a successor waits for that, leave everything to it.
+
+        If one was killed while it waited, whoever tells us to end may not know that yet: then to the next one, if there is
+        a mount that goes on without us.
+        """
+        found = self._runtime.has_successor()
+        self._handover.leaving = can_leave if found is None else found
         points.reach("handover: told to exit")
         self.ask(unmount=False)
 

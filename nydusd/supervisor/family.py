@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any
@@ -385,6 +386,9 @@ class Family:
         self._silent.close()
         gone = [child for child in self.children if child.role != "fuse"]
         priority.leave(child.pid for child in gone if child.pid)
+        for child in gone:
+            if child.role != "api":
+                child.send(signal.SIGTERM)
         if keep_fork_server:
             self.fork_server.let_go()
             # The API process has an answer to give still: it ends by itself when this pipe is closed.

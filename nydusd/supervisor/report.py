@@ -127,7 +127,7 @@ def _set_log_level(daemon: Supervisor, request: Json) -> None:
 
 
 def _exit(daemon: Supervisor, _request: Json) -> None:
-    daemon.ending.by_api()
+    daemon.exit()
 
 
 def _upgrade(daemon: Supervisor, _request: Json, reply: Callable[[Json], object]) -> None:

@@ -170,19 +170,21 @@ class Runtime:
             raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
         return True
 
-    def has_successor(self) -> bool:
-        """Whether a daemon waits for our end."""
+    def has_successor(self) -> bool | None:
+        """Whether a daemon waits for our end; None if one was killed while it waited, or that cannot be told."""
         try:
             fd = os.open(self._line_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:
+            return None
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         finally:
             os.close(fd)
-        return False
+        return None
 
     def leave_line(self) -> None:
         """Remove what was made for waiting, by us or by one that was killed; not while another waits.

@@ -17,7 +17,7 @@ from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, crash, device_o
 from tests.support import oracle
 from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import discipline, is_running, wait_until
-from tests.support.keeper import Keeper, begin, put, state_of, upgrade
+from tests.support.keeper import Keeper, begin, put, state_of, succeed, upgrade
 from tests.support.trees import random_tree
 from tests.support.verifying import Verifying
 
@@ -137,6 +137,30 @@ class TestUpgrade:
                 daemon._process, daemon.apisock = old, sock
                 assert state_of(daemon) == "RUNNING"
             upgrade(daemon, keeper)
+            assert wrong(daemon) == []
+
+    def test_one_that_is_told_to_exit_for_one_that_was_killed_just_then_leaves_all_to_the_next(
+        self, keeper: Keeper, tmp_path: Path
+    ) -> None:
+        """Whoever tells it does not know yet that nobody waits any more."""
+        config = config_for(IMAGE, tmp_path / "cache")
+        with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=keeper.args) as daemon:
+            old, before = daemon._process, device_of(daemon)
+            assert old is not None
+            keeper.save(daemon)
+            read_direct(daemon.mountpoint / ONE_CHUNK)
+            sock, daemon.apisock = daemon.apisock, daemon.folder / "api1.sock"
+            begin(daemon, "--upgrade", "--apisock", str(daemon.apisock))
+            assert daemon._process is not None
+            daemon._process.kill()
+            daemon._process.wait()
+            daemon.apisock.unlink()
+            daemon.apisock = sock
+            assert put(daemon, "exit") == 204
+            assert old.wait(60) == 0
+            assert len(read_direct(daemon.mountpoint / ONE_CHUNK)) == len(TRUTH[ONE_CHUNK.encode()])
+            succeed(daemon, keeper)
+            assert device_of(daemon) == before
             assert wrong(daemon) == []
 
     def test_front_ends_of_another_build_are_succeeded_by_new_ones(self, keeper: Keeper, tmp_path: Path) -> None:
