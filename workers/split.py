@@ -38,6 +38,7 @@ def split_image(_blobs: OpenBlobs, job: Json) -> Json:
             os.ftruncate(fd, 0)
             with open(fd, "wb", closefd=False) as out:
                 out.write(found.metadata)
+            os.fdatasync(fd)  # nobody would hear that its disk has not taken it, and the kernel would read zeros
         finally:
             os.close(fd)
     except OSError as e:

@@ -54,7 +54,10 @@ class OneChunk(Blob):
     def hint(self, offset: int) -> ChunkRun | None:
         return RUN
 
-    def check(self, fd: int = -1) -> None: ...
+    def has(self, offset: int, count: int) -> bool:
+        return bool(self.asked)
+
+    def check(self) -> None: ...
 
 
 class OneBlob(Known):

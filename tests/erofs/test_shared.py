@@ -19,7 +19,7 @@ import pytest
 
 from nydusd.errors import LostWritesError, MountError
 from nydusd.formats.model import ChunkFlag
-from nydusd.frontends.erofs import device, session, table
+from nydusd.frontends.erofs import losses, session, table
 from nydusd.frontends.erofs.device import Blob
 from nydusd.frontends.erofs.fanotify import Event
 from nydusd.frontends.erofs.journal import _ENTRY, UNKNOWN, Journal, create
@@ -30,7 +30,7 @@ from nydusd.frontends.erofs.table import File, Mounted, Table
 from nydusd.ipc.client import Reply
 from nydusd.ipc.messages import LOST, SYNC, SlotRef
 from nydusd.storage.api.io import ChunkRun
-from nydusd.storage.state.segment import EMPTY, READY, Identity, Segment, remove
+from nydusd.storage.state.segment import EMPTY, READY, VERIFY, Identity, Segment, remove
 from nydusd.supervisor.kernel_images import file_at
 from nydusd.supervisor.kernel_table import KernelTable
 from tests.support.segments import Place, make_segment, segment_name
@@ -449,7 +449,7 @@ def test_a_lost_write_is_not_forgotten_when_mounts_come_and_go(kernel: Kernel, m
     segment = kernel.mount(1, 7, ready=ALL)
     assert kernel.read(0) == [PASSES]
     with monkeypatch.context() as patch:
-        patch.setattr(device, "has_lost_writes", lambda fd: True)
+        patch.setattr(losses, "has_lost_writes", lambda fd: True)
         assert kernel.read(0) == [] and kernel.asked() == []
     segment.syncing[0], segment.lost[0] = 1, 0  # as a worker does before it doubts
     kernel.mount(2, 9, lists=[])
@@ -459,6 +459,39 @@ def test_a_lost_write_is_not_forgotten_when_mounts_come_and_go(kernel: Kernel, m
     assert kernel.read(1) == []
     segment.doubts[0] += 2
     assert kernel.read(1) == [PASSES]
+
+
+def test_a_loss_is_heard_of_by_the_file_that_was_open_before_though_a_worker_was_told_already(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's sync has failed, and nothing is doubted yet; files that are opened from now on are not told."""
+    segment = kernel.mount(1, 7, ready=ALL)
+    assert kernel.read(0) == [PASSES]
+    before = {int(number) for number in os.listdir("/proc/self/fd")}
+    segment.syncing[0] = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "has_lost_writes", lambda fd: fd in before)
+        assert kernel.read(1) == []
+    segment.doubts[0] += 2
+    segment.syncing[0] = segment.lost[0] = 0
+    assert kernel.read(1) == [PASSES]
+
+
+def test_a_successor_relies_on_nothing_until_who_syncs_the_file_is_done(kernel: Kernel) -> None:
+    segment = kernel.mount(1, 7, ready=ALL)
+    segment.syncing[0] = 1
+    assert kernel.read(0) == []
+    segment.syncing[0] = 0
+    assert kernel.read(1) == [PASSES]
+
+
+def test_what_was_there_of_a_range_and_is_doubted_while_the_rest_is_fetched_is_asked_for(kernel: Kernel) -> None:
+    segment = kernel.mount(1, 7, ready=[0])
+    assert kernel.read(0, 2) == [] and kernel.asked() == [ChunkRun(7, 1, 1)]
+    segment.state[0], segment.state[1] = VERIFY, READY
+    assert kernel.answered(7) == [] and kernel.asked() == [ChunkRun(7, 0, 1)]
+    segment.state[0] = READY
+    assert kernel.answered(7) == [PASSES]
 
 
 def test_a_sync_counts_for_nothing_while_another_one_of_the_file_may_have_heard_of_a_loss(kernel: Kernel) -> None:
@@ -491,7 +524,7 @@ def test_a_file_is_synced_by_another_image_where_one_is_refused(
     syncs.answered(2, errno.EIO)
     assert len(ask()) == 2, "there is no other"
     with monkeypatch.context() as patch:
-        patch.setattr(device, "has_lost_writes", lambda fd: True)
+        patch.setattr(losses, "has_lost_writes", lambda fd: True)
         with pytest.raises(LostWritesError):
             blob.check()
     assert one.lost[0] == two.lost[0] == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.errors import CacheError, LostWritesError
-from nydusd.frontends.erofs import device, synced
+from nydusd.frontends.erofs import losses, synced
 from nydusd.frontends.erofs.device import Blob
 from nydusd.frontends.erofs.synced import Syncs
 from nydusd.frontends.erofs.table import File
@@ -142,7 +142,7 @@ def test_a_reader_waits_from_a_lost_write_on_until_what_is_ready_was_doubted(
         blob.check()
         syncs.ask(blob, asked.send)
         with monkeypatch.context() as patch:
-            patch.setattr(device, "has_lost_writes", lambda fd: True)
+            patch.setattr(losses, "has_lost_writes", lambda fd: True)
             with pytest.raises(LostWritesError, match="did not take"):
                 blob.check()
         with pytest.raises(LostWritesError):

@@ -13,6 +13,7 @@ has can be read on, and the rest cannot be had any more: the segment of the othe
 
 from __future__ import annotations
 
+import contextlib
 import os
 from array import array
 from bisect import bisect_left, bisect_right
@@ -23,7 +24,7 @@ from nydusd.errors import CacheError, FormatError, LostWritesError, ScarceError,
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state.segment import EMPTY, READY, RETIRED, Segment
 
-from .lost import has_lost_writes
+from .losses import Losses
 from .table import File
 from .view import View
 
@@ -71,8 +72,7 @@ class Blob:
         self._placed: list[Segment] = []
         """By which it is known where chunks are."""
         self._stored: Ready | None = None
-        self._suspect: dict[Segment, int] = {}
-        """Those by which some is said to be there that is lost, until they were doubted as often."""
+        self._losses = Losses()
         self._place = -_STEADY - 1
         self._looked = 0
         self.describe(files)
@@ -117,6 +117,9 @@ class Blob:
         StaleCacheError when the file was cut off or the range cannot be had any more, OutsideError when the blob has none such.
         """
         self._look()
+        if not self._losses.listen_already:
+            with contextlib.suppress(StaleCacheError):  # what there is of it can be read on
+                self._losses.listen(self._open_file, self._segments())
         if len(self._open) < len(self._views):
             self._survey()
         if held < self._size:
@@ -135,6 +138,11 @@ class Blob:
         counters[2] += 1
         counters[3] += count
         return self._runs(first, last, refused)
+
+    def has(self, offset: int, count: int) -> bool:
+        """Whether all of a range is there that `missing` was asked about, without counting it."""
+        self._look()
+        return offset >= self._limit or self._are_there(*self._chunks(offset, offset + count))
 
     def ready(self, run: ChunkRun) -> bool:
         """Whether all chunks of a run are there. Raises StaleCacheError if not, and the blob has another file now."""
@@ -242,25 +250,16 @@ class Blob:
             return False
         return all(segment.doubts[0] == doubts for segment, doubts in stored.doubts.items())  # last of all
 
-    def check(self, fd: int = -1) -> None:
+    def check(self) -> None:
         """To be called before a reader passes to what may be in the page cache alone.
 
-        `fd` is the cache file, opened for this; -1: it is opened here. Raises LostWritesError when the disk did not take all
-        that was written to it, until workers have doubted what is there; CacheError when that cannot be found out.
+        Raises LostWritesError when the disk did not take all that was written to it, until workers have doubted what is
+        there; CacheError when that cannot be found out.
         """
         self._look()
-        own = fd if fd >= 0 else self._open_file()
-        try:
-            if has_lost_writes(own):
-                for segment in self._segments():  # by whichever it is synced
-                    segment.lost[0] = 1
-        finally:
-            if fd < 0:
-                os.close(own)
-        for segment in self._segments():
-            doubts = segment.doubts[0]  # before `lost`: who doubts takes that away first
-            if segment.lost[0]:  # or a predecessor was told
-                self._suspect[segment] = doubts + 2
+        segments = self._segments()
+        self._losses.listen(self._open_file, segments)
+        self._losses.ask(segments)
         if self.is_suspect():
             raise LostWritesError(f"blob {self.blob_id}: its disk did not take all that was written")
 
@@ -286,12 +285,7 @@ class Blob:
 
     def is_suspect(self) -> bool:
         """Whether some of what is said to be there is lost, and it is not known yet what."""
-        if self._suspect:
-            suspect, self._suspect = self._suspect, {}
-            for segment in self._segments():
-                if segment.doubts[0] < suspect.get(segment, 0):
-                    self._suspect[segment] = suspect[segment]
-        return bool(self._suspect)
+        return self._losses.matter(self._segments())
 
     def count_error(self) -> None:
         """A read failed."""
@@ -301,6 +295,7 @@ class Blob:
     def close(self) -> None:
         for view in self._views:
             view.close()
+        self._losses.close()
         self._open, self._only = [], None
 
     # --- all views together -----------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ class FrontEnd:
                 key, blob = known.files[st.st_dev, st.st_ino]
                 runs = blob.missing(event.offset, event.length, st.st_size)
                 if not runs and not known.passes(blob, event.offset, event.fd):
-                    known.current(blob).check(event.fd)
+                    known.current(blob).check()
             except (KeyError, OSError):
                 self._refuse(
                     event.fd, errno.EIO, "an event for a file that is no cache file of an image that is mounted"
@@ -225,7 +225,7 @@ class FrontEnd:
     def _check_disk(self, waiting: Waiting) -> None:
         """Raises as `Blob.check` does."""
         for blob in waiting.blobs:
-            blob.check(-1 if waiting.number in self._inherited else waiting.number)
+            blob.check()
 
     # --- waiting ----------------------------------------------------------------------------------------------
 
@@ -351,7 +351,9 @@ class FrontEnd:
             return
         try:
             lost = [(blob, run) for blob, run in waiting.runs if not blob.ready(run)]
-            if not lost:
+            if not lost and not all(blob.has(waiting.offset, waiting.count) for blob in waiting.blobs):
+                self._look_at(waiting)  # what was there before was doubted meanwhile
+            elif not lost:
                 self._check_disk(waiting)
                 self._end(waiting, 0)
             elif waiting.rounds == _ROUNDS:
