@@ -16,18 +16,19 @@ import pytest
 
 from tests.support.daemon import wait_for_role
 from tests.support.discipline import cmdline, descendants, is_running, wait_until
-from tests.support.faulty_server import Reply, Request
+from tests.support.faulty_server import Reply, Request, faulty
 from tests.support.mounted import CHUNK, Hub, Mounted, Tree
 
 Expect = Callable[..., None]
 ROLES = ("erofs", "guard", "fetch", "decompress")
 NAMES = [f"{number:02}" for number in range(8)]
+MIDDLE = 32 * CHUNK
 READ = """
 import os, sys
 fd = os.open(sys.argv[1], os.O_RDONLY)
 print("open", flush=True)
 try:
-    sys.stdout.write(os.pread(fd, 1 << 20, 0).hex())
+    sys.stdout.write(os.pread(fd, int(sys.argv[2]), int(sys.argv[3])).hex())
 except OSError as error:
     sys.exit(error.errno)
 """
@@ -36,7 +37,7 @@ except OSError as error:
 class Held:
     """A daemon whose registry answers nothing while `hold` is set."""
 
-    def __init__(self, tree: Tree, hub: Hub, **tuning: object) -> None:
+    def __init__(self, tree: Tree, hub: Hub, *args: str, **tuning: object) -> None:
         self.asked = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
@@ -50,7 +51,7 @@ class Held:
         hub.always = answer
         hub.open_to_all = True
         backend: dict[str, object] = {"host": hub.server.host, "timeout": 60}
-        self.mounted = Mounted(tree, backend, verb="erofs", tuning=tuning)
+        self.mounted = Mounted(tree, backend, verb="erofs", args=args, tuning=tuning)
         self.daemon = self.mounted.daemon
 
     @contextmanager
@@ -78,17 +79,17 @@ class Held:
         self.gate.clear()
         self.asked.clear()
 
-    def read(self, name: str) -> subprocess.Popen[bytes]:
+    def read(self, name: str, size: int = 1 << 20, offset: int = 0) -> subprocess.Popen[bytes]:
         """A reader in a process of its own, which has the file open."""
-        command = [sys.executable, "-c", READ, str(self.daemon.mountpoint / name)]
+        command = [sys.executable, "-c", READ, str(self.daemon.mountpoint / name), str(size), str(offset)]
         reader = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0)  # the line, and no byte more
         assert reader.stdout is not None and reader.stdout.readline() == b"open\n"
         return reader
 
-    def waiting_reader(self, name: str) -> subprocess.Popen[bytes]:
+    def waiting_reader(self, name: str, size: int = 1 << 20, offset: int = 0) -> subprocess.Popen[bytes]:
         """A reader that waits for bytes that the registry holds back."""
         self.hold()
-        reader = self.read(name)
+        reader = self.read(name, size, offset)
         assert self.asked.wait(30), "nobody asked the registry"
         return reader
 
@@ -120,6 +121,25 @@ def test_a_reader_waits_through_the_death_of_any_process(tree: Tree, hub: Hub) -
             assert reader.poll() is None
             held.gate.set()
             held.right(reader, name)
+
+
+@pytest.mark.parametrize("driver", ["fanotify", "blobfs"])
+def test_a_reader_that_is_killed_leaves_no_hole_to_others(driver: str, tmp_path: Path) -> None:
+    """Half of what it reads is there. Kernels before the fix of that have the page cache keep zeros for the rest."""
+    tree = Tree(["large"], tmp_path / "tree", 64)
+    with faulty() as server:
+        held = Held(tree, Hub(tree, server), "--driver", driver)
+        with held.mounted:
+            fd = os.open(held.daemon.mountpoint / "large", os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            assert os.pread(fd, CHUNK, MIDDLE) == tree.contents["large"][MIDDLE : MIDDLE + CHUNK]
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            reader = held.waiting_reader("large", CHUNK, MIDDLE + CHUNK // 2)
+            reader.kill()
+            held.gate.set()
+            reader.communicate()
+            assert os.pread(fd, 2 * CHUNK, MIDDLE) == tree.contents["large"][MIDDLE : MIDDLE + 2 * CHUNK]
+            os.close(fd)
 
 
 def test_a_reader_waits_for_the_next_daemon(tree: Tree, hub: Hub) -> None:

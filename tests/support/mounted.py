@@ -26,13 +26,13 @@ Step = Reply | Handler
 
 
 class Tree:
-    """An image of files that are one incompressible chunk each; `contents` by name."""
+    """An image of files that are one incompressible chunk each, or `chunks`; `contents` by name."""
 
-    def __init__(self, names: Sequence[str], folder: Path) -> None:
+    def __init__(self, names: Sequence[str], folder: Path, chunks: int = 1) -> None:
         source = random.Random(5)
         tree = folder / "tree"
         tree.mkdir(parents=True)
-        self.contents = {name: source.randbytes(CHUNK) for name in names}
+        self.contents = {name: source.randbytes(chunks * CHUNK) for name in names}
         for name, content in self.contents.items():
             (tree / name).parent.mkdir(exist_ok=True)
             (tree / name).write_bytes(content)
