@@ -317,11 +317,9 @@ class ApiServer:
         since = time.monotonic() - self._end
         if since < _LAST_OTHERS:
             return not self._questions and not any(client.has_output for client in self._clients())
-        for number, question in list(self._questions.items()):
-            if question.call.route.op != "exit":
-                del self._questions[number]
-                question.client.answer(_not_ready(question.call))
-        return not self._questions or since >= _LAST_WORDS
+        # What else was asked is done, or not: who asked it is disconnected, as by any end of a supervisor.
+        exits = any(question.call.route.op == "exit" for question in self._questions.values())
+        return not exits or since >= _LAST_WORDS
 
 
 def _not_ready(call: Call) -> Answer:

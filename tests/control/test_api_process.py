@@ -290,22 +290,6 @@ def test_answer_to_exit_is_on_the_wire_though_the_supervisor_is_gone(tmp_path: P
         assert api.process.wait(30) == 0
 
 
-def test_what_the_supervisor_has_not_answered_when_it_ends_is_not_waited_for(tmp_path: Path) -> None:
-    asked = threading.Event()
-
-    def silent(request: Json) -> Json | None:
-        asked.set()
-        return None
-
-    with ApiProcess(tmp_path, silent) as api, api.connect() as wire:
-        wire.send("PUT /api/v1/nydusd/workers/upgrade HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert asked.wait(60)
-        api.cut_lifeline()
-        assert wire.response().status == 503
-        assert wire.at_end()
-        assert api.process.wait(30) == 0
-
-
 def test_loss_of_the_supervisor_ends_the_process_and_every_connection(api: ApiProcess) -> None:
     with api.connect() as wire:
         assert wire.ask("GET", "/api/v1/daemon").status == 200

@@ -166,3 +166,17 @@ def test_pipelined_questions_that_are_not_answered(running: Running) -> None:
         wire.send("GET /api/v1/daemon HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
         assert [wire.response().status for _ in range(3)] == [503, 503, 503]
         assert wire.is_open()
+
+
+def test_what_is_not_answered_when_the_supervisor_ends_is_not_waited_for(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes next waits for our end."""
+    for patience in ("SUPERVISOR_PATIENCE", "_LAST_WORDS"):
+        monkeypatch.setattr(server_module, patience, 3600.0)
+    with Wire(running.path) as wire:
+        wire.send("PUT /api/v1/nydusd/workers/upgrade HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        wait_until(lambda: bool(running.server._questions), "a question to the supervisor", 60)
+        os.close(running._lifeline)
+        running._lifeline = os.open(os.devnull, os.O_RDONLY)
+        assert wire.at_end()
