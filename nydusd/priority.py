@@ -2,9 +2,9 @@
 
 Loading what a supervisor and a fork server need takes 0.3 s of a processor each; on a busy machine that would be seconds. So a
 start at which something is mounted already runs at the highest priority (nice -20: beside eight others that are busy it has
-nine tenths of a processor; with -10 it would have half of one), and so does what it starts, until that has had a moment to
-answer who waits: then the supervisor sets all of them to the usual one. Without the right to that (CAP_SYS_NICE) it takes as
-long as it takes.
+nine tenths of a processor; with -10 it would have half of one), and so do those whose end it waits for, and what it starts,
+until that has had a moment to answer who waits: then the supervisor sets all of them to the usual one. Without the right to
+that (CAP_SYS_NICE) it takes as long as it takes.
 
 What holds after SIGKILL in between: front ends may keep the higher priority until the next supervisor serves.
 Imports nothing that costs time: it comes first in the command.
@@ -71,16 +71,22 @@ def calm(pids: Iterable[int]) -> None:
     """We serve: back to the usual priority, and so these processes, with all their threads."""
     if not _usual:
         return
-    _set_all(pids, _usual.pop())
+    _set_all(("self", *pids), _usual.pop())
 
 
 def leave(pids: Iterable[int]) -> None:
     """Somebody waits for our end, and for that of these processes: at the highest priority, with all their threads."""
-    _set_all(pids, _HURRIED)
+    _set_all(("self", *pids), _HURRIED)
 
 
-def _set_all(pids: Iterable[int], nice: int) -> None:
-    for pid in ("self", *pids):
+def hasten_all(pids: Iterable[int]) -> None:
+    """We are in a hurry, if we are, and wait for the end of these processes, which were killed: with all their threads."""
+    if _usual:
+        _set_all(pids, _HURRIED)
+
+
+def _set_all(pids: Iterable[int | str], nice: int) -> None:
+    for pid in pids:
         try:
             threads = os.listdir(f"/proc/{pid}/task")
         except OSError:  # it has ended

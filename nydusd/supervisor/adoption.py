@@ -36,7 +36,7 @@ from nydusd.supervisor.handover import FUSE_DEVICE, READABLE_BY, VERSION, why_un
 from nydusd.supervisor.mount_records import Recorded, readable
 from nydusd.supervisor.mount_table import MountTable
 from nydusd.supervisor.orphans import Orphan
-from nydusd.supervisor.runtime import end
+from nydusd.supervisor.runtime import end_together
 
 if TYPE_CHECKING:
     from nydusd.cli.options import FuseOptions
@@ -119,8 +119,7 @@ class Former(NamedTuple):
 
     def end_keepers(self, ours: Sequence[int]) -> None:
         """What they hold is held by our processes, `ours`, too: end them, and what they made in their last moment."""
-        for keeper in self.keepers:
-            end(keeper)
+        end_together(self.keepers)
         _end_strangers(self.record, [*ours, *(frontend.process.pid for frontend in self.frontends)])
 
 
@@ -319,8 +318,8 @@ def _end_strangers(record: _Record, known: Sequence[int]) -> None:
     Again until there is none, for a fork server may just have made one.
     """
     while strangers := _strangers(record, known):
+        end_together((stranger.pid, start_time(stranger.pid)) for stranger in strangers)
         for stranger in strangers:
-            end((stranger.pid, start_time(stranger.pid)))
             stranger.close()
 
 

@@ -25,8 +25,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from nydusd import points
-from nydusd.errors import CacheError, MountError
+from nydusd import points, priority
+from nydusd.errors import CacheError, MountError, is_scarce
 from nydusd.ipc.messages import Json
 from nydusd.nursery import place
 from nydusd.storage.state.lock import start_time
@@ -307,10 +307,11 @@ def _processes(record: Json) -> list[tuple[int, int]]:
 
 
 def _end_all(processes: Iterable[tuple[int, int]]) -> None:
-    for process in processes:
-        if process[1] > 0 and start_time(process[0]) in (process[1], -1):
-            log.info("ending pid %d, left by a nydusd that was killed", process[0])
-            end(process)
+    """End those that are there still of what a daemon was that was killed."""
+    left = [process for process in processes if process[1] > 0 and start_time(process[0]) in (process[1], -1)]
+    for pid, _ in left:
+        log.info("ending pid %d, left by a nydusd that was killed", pid)
+    end_together(left)
 
 
 def alive(process: tuple[int, int]) -> bool:
@@ -320,33 +321,88 @@ def alive(process: tuple[int, int]) -> bool:
 
 
 def end(process: tuple[int, int]) -> None:
-    """SIGKILL this very process and wait until it is gone, with all its file descriptors: 5 s, for a fetch worker for ever.
+    """`end_together` for one process."""
+    end_together([process])
 
-    That may be about to punch a hole into a cache file on a disk that does not answer: the kernel does that when it can,
+
+def end_together(processes: Iterable[tuple[int, int]]) -> None:
+    """SIGKILL these very processes, and wait until they are gone, with all their fds: 5 s, for fetch workers for ever.
+
+    Such a one may be about to punch a hole into a cache file on a disk that does not answer: the kernel does that when it can,
     killed or not, and it must not be done to what was fetched since.
 
-    Raises OSError when there is no file descriptor to see with whether it is this one.
+    All are killed before one is waited for, and in a takeover come before whoever else is busy, for others wait: each needs a
+    turn on a processor to end. What holds after SIGKILL in between: the next supervisor ends those that are left.
+
+    Raises OSError when there is no file descriptor to see with whether one is this one; those before it have ended then.
     """
-    try:
-        fd = os.pidfd_open(process[0])
-    except ProcessLookupError:
-        return
-    try:
-        if start_time(process[0]) < 0:
-            raise OSError(errno.EMFILE, f"whether pid {process[0]} has ended cannot be told")
-        if alive(process):  # still the same: now the number cannot become another's
+    todo: Sequence[tuple[int, int]] = list(processes)
+    while todo:
+        with contextlib.ExitStack() as held:
+            todo = _kill(todo, held)
+
+
+def _kill(processes: Sequence[tuple[int, int]], held: contextlib.ExitStack) -> Sequence[tuple[int, int]]:
+    """Kill as many as there are fds for, and wait for their end; gives the others. Raises OSError when it is for none."""
+    fds: dict[int, int] = {}
+    rest: Sequence[tuple[int, int]] = ()
+    for number, process in enumerate(processes):
+        try:
+            fd = _hold(process)
+        except OSError:
+            if not fds:
+                raise
+            rest = processes[number:]
+            break
+        if fd >= 0:
+            held.callback(os.close, fd)
+            fds[fd] = process[0]
+    priority.hasten_all(fds.values())
+    for fd in fds:
+        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(fd, signal.SIGKILL)
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            while not poll.poll(_END_SECONDS * 1000) and _may_take(process[0]):
-                log.warning("waiting for the end of pid %d: it was killed in the middle of work on a cache", process[0])
+    _wait_for(fds)
+    return rest
+
+
+def _hold(process: tuple[int, int]) -> int:
+    """A pidfd of this very process, -1 if it has ended. Raises OSError when that cannot be told."""
+    pid, start = process
+    try:
+        fd = os.pidfd_open(pid)
     except ProcessLookupError:
-        pass
-    finally:
-        os.close(fd)
+        return -1
+    now = start_time(pid)  # if it is the same still, the number cannot become another's from now on
+    if start > 0 and now == start:
+        return fd
+    os.close(fd)
+    if now < 0:
+        raise OSError(errno.EMFILE, f"whether pid {pid} has ended cannot be told")
+    return -1
+
+
+def _wait_for(fds: dict[int, int]) -> None:
+    """Until these have ended, pids by pidfd, all of them killed."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    until = time.monotonic() + _END_SECONDS
+    while fds:
+        for fd, _ in poll.poll(max(0.0, until - time.monotonic()) * 1000):
+            poll.unregister(fd)
+            del fds[fd]
+        if fds and time.monotonic() >= until:
+            until = time.monotonic() + _END_SECONDS
+            for fd, pid in list(fds.items()):
+                if _may_take(pid):
+                    log.warning("waiting for the end of pid %d: it was killed in the middle of work on a cache", pid)
+                else:
+                    poll.unregister(fd)
+                    del fds[fd]
 
 
 def _may_take(pid: int) -> bool:
-    with contextlib.suppress(OSError):
+    try:
         return Path(f"/proc/{pid}/comm").read_bytes().startswith(_TAKER)
-    return False
+    except OSError as e:
+        return is_scarce(e)  # that it ended is seen with its pidfd

@@ -10,11 +10,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from subprocess import PIPE
 
+import msgspec
 import pytest
 
+from nydusd.storage.state.lock import start_time
+from nydusd.supervisor.adoption import Former, _Record
 from tests.supervisor.lives import (
     IMAGE,
     ONE_CHUNK,
@@ -55,6 +59,14 @@ from nydusd.cli.nydusd import main
 sys.exit(main(sys.argv[2:]))
 """
 """A `nydusd` that is killed right after the first call of a function of its own."""
+HOLDS = """
+import time
+from nydusd.proctitle import set_title
+set_title("fork server")
+print(flush=True)
+time.sleep(600)
+"""
+"""A process that is called like one of a daemon."""
 
 STEPS = (
     "nydusd.supervisor.runtime:Runtime._take_lock",
@@ -94,6 +106,45 @@ def test_a_start_that_is_killed_before_it_has_noted_a_mount_is_no_obstacle_to_th
         start_and_die(daemon, step)
         daemon.start()
         assert wrong(daemon) == []
+
+
+def test_those_who_hold_the_mount_beside_front_ends_are_all_killed_before_one_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fork servers that are known, and then those that are not: the second one of either is the first to end."""
+    kill, held_back = signal.pidfd_send_signal, []
+
+    def killed(pidfd: int, number: signal.Signals) -> None:
+        held_back.append(os.dup(pidfd))
+        if len(held_back) == 2:
+            while held_back:
+                kill(held_back[-1], number)
+                os.close(held_back.pop())
+
+    def too_late(_pid: int) -> bool:
+        pytest.fail("one was waited for, and another not killed yet")
+
+    monkeypatch.setattr("signal.pidfd_send_signal", killed)
+    monkeypatch.setattr("nydusd.supervisor.runtime._may_take", too_late)
+    monkeypatch.setattr("nydusd.supervisor.runtime._END_SECONDS", 60.0)
+    journal = os.memfd_create("nydusd-journal")
+    command = [sys.executable, "-c", HOLDS]
+    with ExitStack() as stack:
+        stack.callback(os.close, journal)
+        known, strangers = (
+            [stack.enter_context(subprocess.Popen(command, stdout=PIPE, pass_fds=fds)) for _ in range(2)]
+            for fds in ([], [journal])
+        )
+        for process in (*known, *strangers):
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+        lanes = [[journal, journal, journal, journal, os.fstat(journal).st_ino]]
+        record = {"version": 0, "term": 0, "parameters": "", "holders": [], "lanes": lanes}
+        record["session"] = {"device": "", "minor": 0, "flags": 0, "max_readahead": 0}
+        keepers = [(process.pid, start_time(process.pid)) for process in known]
+        Former(0, None, None, [], [], keepers, msgspec.convert(record, _Record)).end_keepers([])  # type: ignore[arg-type]
+        assert [process.wait() for process in (*known, *strangers)] == [-signal.SIGKILL] * 4
 
 
 def fork_servers(daemon: Daemon) -> list[int]:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from nydusd.supervisor.children import Child, end_all
 from nydusd.supervisor.family import Family
 from nydusd.supervisor.handover import Handover
 from nydusd.supervisor.listener import Listener
-from nydusd.supervisor.runtime import TRIAL, Runtime, end
+from nydusd.supervisor.runtime import TRIAL, Runtime, end, end_together
 from nydusd.supervisor.sockets import Sockets
 from tests.support.discipline import wait_until
 from tests.support.disk import make_ext4, mounted
@@ -45,6 +46,13 @@ sys.stdin.read()
 punch(fd, [(0, 4096)])
 """
 """A worker that makes room when it is told to."""
+SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
+THREAD = """
+import threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+print(flush=True)
+"""
+HAS_A_THREAD = [sys.executable, "-c", THREAD]
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +109,7 @@ class TestRuntime:
 
     def test_processes_of_a_killed_daemon_are_ended(self) -> None:
         runtime = Runtime("/mnt/image")
-        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as orphan:
+        with subprocess.Popen(SLEEPS) as orphan:
             runtime.folder.mkdir(parents=True)
             rows = [[1 << 22, 1], [orphan.pid, start_time(orphan.pid)]]
             (runtime.folder / "state.json").write_text(json.dumps({"processes": rows}))
@@ -115,7 +123,7 @@ class TestRuntime:
     def test_worker_that_a_disk_holds_in_the_middle_of_its_work_is_waited_for(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """It would punch its hole later, into what others have fetched meanwhile."""
+        """It would punch its hole later, into what others have fetched meanwhile. All others have ended by then."""
         monkeypatch.setattr("nydusd.supervisor.runtime._END_SECONDS", 0.05)
         image, disk, runtime = tmp_path / "image", tmp_path / "disk", Runtime("/mnt/image")
         make_ext4(image)
@@ -132,11 +140,14 @@ class TestRuntime:
             thaw.callback(subprocess.run, ["fsfreeze", "-u", str(disk)], check=True)
             worker.stdin.close()
             wait_until(lambda: ") D " in Path(f"/proc/{worker.pid}/stat").read_text(), "wait for the disk", 60)
+            other = stack.enter_context(subprocess.Popen(SLEEPS))
+            stack.callback(other.kill)
             runtime.folder.mkdir(parents=True)
-            rows = [[1 << 22, 1], [worker.pid, start_time(worker.pid)]]
+            rows = [[1 << 22, 1], *([process.pid, start_time(process.pid)] for process in (worker, other))]
             (runtime.folder / "state.json").write_text(json.dumps({"processes": rows}))
             claim = threading.Thread(target=runtime.claim)
             claim.start()
+            assert other.wait(60) == -9
             wait_until(lambda: caplog.text.count(f"waiting for the end of pid {worker.pid}") > 2, "several looks", 60)
             assert claim.is_alive()
             assert start_time(worker.pid)
@@ -145,8 +156,46 @@ class TestRuntime:
             assert worker.wait() == -9
         runtime.remove()
 
+    @pytest.mark.parametrize("hurried", [True, False])
+    def test_processes_of_a_killed_daemon_end_before_others_run_if_somebody_waits(
+        self, hurried: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With all their threads."""
+        monkeypatch.setattr("nydusd.priority._usual", [0] * hurried)
+        usual, kill = os.getpriority(os.PRIO_PROCESS, 0), signal.pidfd_send_signal
+        seen: list[int] = []
+        runtime = Runtime("/mnt/image")
+        with subprocess.Popen(HAS_A_THREAD, stdout=subprocess.PIPE) as orphan:
+            assert orphan.stdout is not None
+            orphan.stdout.readline()
+
+            def killed(pidfd: int, number: signal.Signals) -> None:
+                threads = os.listdir(f"/proc/{orphan.pid}/task")
+                seen.extend(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in threads)
+                kill(pidfd, number)
+
+            monkeypatch.setattr("signal.pidfd_send_signal", killed)
+            runtime.folder.mkdir(parents=True)
+            rows = [[1 << 22, 1], [orphan.pid, start_time(orphan.pid)]]
+            (runtime.folder / "state.json").write_text(json.dumps({"processes": rows}))
+            runtime.claim()
+            assert orphan.wait() == -9
+        assert seen == [-20 if hurried else usual] * 2
+        assert os.getpriority(os.PRIO_PROCESS, 0) == usual
+        runtime.remove()
+
+    def test_processes_are_ended_though_there_are_not_enough_file_descriptors_to_see_all_end_at_once(self) -> None:
+        with contextlib.ExitStack() as stack:
+            orphans = [stack.enter_context(subprocess.Popen(SLEEPS)) for _ in range(3)]
+            for orphan in orphans:
+                stack.callback(orphan.kill)
+            processes = [(orphan.pid, start_time(orphan.pid)) for orphan in orphans]
+            with no_fd_left(os.getpid(), spare=2):
+                end_together(processes)
+            assert [orphan.wait() for orphan in orphans] == [-9] * 3
+
     def test_process_is_not_taken_for_ended_where_that_cannot_be_told(self) -> None:
-        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as orphan:
+        with subprocess.Popen(SLEEPS) as orphan:
             process = orphan.pid, start_time(orphan.pid)
             for spare in range(2):  # none to hold it by, and none to look at it with
                 with no_fd_left(os.getpid(), spare), pytest.raises(OSError, match=r"open files|cannot be told"):
