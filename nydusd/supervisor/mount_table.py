@@ -151,14 +151,22 @@ class MountTable:
         return max(noted, self._shared[1]) + 1
 
     def begin_term(self, term: int) -> None:
-        """Publish a table that was taken over, and that another supervisor does so; remove files that it does not name."""
+        """Publish a table that was taken over, and that another supervisor does so; remove files that it does not name.
+
+        One that cannot be written, as the run-time folder is full, is published as it is there. Whoever was to be left out
+        of it (`forget`) stays in it, with nothing to read it from, until it can be written. The term is in shared memory alone.
+        """
         named = {"table"} | {f"{p.index}.{p.revision}" for p in self._root.below() if p.index is not None}
         for path in self._folder.iterdir():
             if path.stem not in named:
                 path.unlink(missing_ok=True)
         points.reach("mounts: unnamed files removed")
         self._shared[1] = term
-        self.publish()
+        try:
+            self._write()
+        except CacheError as e:
+            log.warning("%s; front ends go on with the table that is there", e)
+        self._announce()
 
     def spec(self) -> Json:
         """What a front end must know to read the table."""
@@ -298,6 +306,10 @@ class MountTable:
 
     def publish(self) -> None:
         """Make the table known to all front ends. Raises CacheError when it cannot be written: then nothing is changed."""
+        self._write()
+        self._announce()
+
+    def _write(self) -> None:
         rows = [
             [p.number, p.parent.number if p.parent else p.number, p.name.hex(), p.changed, p.index, p.revision]
             for p in self._root.below()
@@ -305,6 +317,9 @@ class MountTable:
         counts = [self._next, self._next_number, self._first]
         write_checked(self._folder / "table.json", {"places": rows, "next": counts})
         points.reach("mounts: table written")
+
+    def _announce(self) -> None:
+        """Front ends read the table that is written, and see whose it is."""
         self._shared[0] += 1
         points.reach("mounts: table published")
 

@@ -77,7 +77,7 @@ STEPS = (
     "nydusd.supervisor.family:Family.remember",
     "nydusd.supervisor.daemon:Supervisor._bind",
     "nydusd.supervisor.restore:Restore.begin",
-    "nydusd.supervisor.mount_table:MountTable.publish",
+    "nydusd.supervisor.mount_table:MountTable._write",
     "nydusd.supervisor.mount_table:MountTable.begin_term",
     "nydusd.supervisor.fuse:FuseDaemon._mounts_changed",
     "nydusd.supervisor.children:Child.start",
@@ -374,6 +374,27 @@ class TestSuccessor:
                 record.write_bytes(first)
                 start_again(daemon, frontends)
                 assert read_direct(daemon.mountpoint / path) == TRUTH[path.encode()]
+
+    def test_takes_over_in_a_run_time_folder_that_is_full(self, tmp_path: Path) -> None:
+        """Neither the table of mounts nor who it is can be written down. Who waits hears of it all the same."""
+        run, place = tmp_path / "r", {"NYDUSD_RUNTIME_DIR": str(tmp_path / "r")}
+        run.mkdir()
+        config = config_for(IMAGE, tmp_path / "cache", amplify_io=0, nydusd={"front_ends": 1})
+        with ExitStack() as stack:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(run)], check=True)
+            stack.callback(subprocess.run, ["umount", str(run)], check=True)
+            with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, environment=place) as daemon:
+                with open(run / "ballast", "wb", buffering=0) as file, suppress(OSError):
+                    while True:
+                        file.write(bytes(4096))
+                frontends = crash(daemon)
+                with blocked_reader(daemon.mountpoint / ONE_CHUNK) as reader:
+                    start_again(daemon, frontends)
+                    assert reader.wait(60) == 0
+                assert read_direct(daemon.mountpoint / ONE_CHUNK) == TRUTH[ONE_CHUNK.encode()]
+                assert "table.json: No space left on device" in daemon.log.read_text()
+            (run / "ballast").unlink()
+            assert not list(run.iterdir())
 
     def test_with_other_tuning_takes_over_and_with_another_image_mounts_that(
         self, daemon: Daemon, expect_log: ExpectLog

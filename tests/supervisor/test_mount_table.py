@@ -94,6 +94,34 @@ def test_no_two_who_have_published_it_have_the_same_number(table: MountTable, tm
         taken.close()
 
 
+def test_that_cannot_be_written_in_a_takeover_is_published_as_it_is_there(
+    table: MountTable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Front ends must hear of the new supervisor. What it could not leave out is left out by the next one that can write."""
+    for place in ("/a", "/b"):
+        table.add(names(place), {}, {})
+    number = map_number(NAME)
+    (tmp_path / "mounts" / "table.tmp").mkdir()
+    for expected in (1, 2):
+        before = number[0]
+        taken = MountTable.take_over(tmp_path / "mounts", NAME)
+        assert taken.next_term(0) == expected
+        taken.forget(names("/b"))
+        taken.begin_term(expected)
+        assert (number[0], number[1]) == (before + 1, expected)
+        assert seen(table, tmp_path) == {"/": None, "/a": 1, "/b": 2}
+        assert "table.json: Is a directory; front ends go on" in caplog.text
+        caplog.clear()
+        taken.close()
+    (tmp_path / "mounts" / "table.tmp").rmdir()
+    taken = MountTable.take_over(tmp_path / "mounts", NAME)
+    taken.forget(names("/b"))
+    taken.begin_term(3)
+    assert seen(table, tmp_path) == {"/": None, "/a": 1}
+    taken.close()
+    number.release()
+
+
 def test_indexes_are_never_given_twice(table: MountTable) -> None:
     given = []
     for _ in range(600):
