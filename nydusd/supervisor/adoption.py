@@ -32,11 +32,11 @@ from nydusd.frontends.fuse.session import Lane, Negotiated, Session, clone
 from nydusd.ipc.borrow import memories_of
 from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
+from nydusd.supervisor.ends import end_together
 from nydusd.supervisor.handover import FUSE_DEVICE, READABLE_BY, VERSION, why_unknown
 from nydusd.supervisor.mount_records import Recorded, readable
 from nydusd.supervisor.mount_table import MountTable
 from nydusd.supervisor.orphans import Orphan
-from nydusd.supervisor.runtime import end_together
 
 if TYPE_CHECKING:
     from nydusd.cli.options import FuseOptions

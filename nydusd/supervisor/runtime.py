@@ -16,22 +16,21 @@ import json
 import logging
 import os
 import re
-import select
 import shutil
-import signal
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from nydusd import points, priority
-from nydusd.errors import CacheError, MountError, is_scarce
+from nydusd import points
+from nydusd.errors import CacheError, MountError
 from nydusd.ipc.messages import Json
 from nydusd.nursery import place
 from nydusd.storage.state.lock import start_time
 from nydusd.storage.state.segment import names, remove
 from nydusd.supervisor.checked import read_checked, write_checked
+from nydusd.supervisor.ends import end_together
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +40,6 @@ TRIAL = "trial"
 """What folder and shared memory of a trial of new workers are called (`trial.py`)."""
 _LOOKS, _LOOK_SECONDS = 50, 0.01
 """How often a lock is tried that no living daemon seems to have, and the pause between."""
-_END_SECONDS = 5.0
-"""How long a killed process may take to vanish."""
-_TAKER = b"nydusd: fetch"
-"""What processes are called that may take something out of a cache."""
 
 
 class Runtime:
@@ -323,86 +318,3 @@ def alive(process: tuple[int, int]) -> bool:
 def end(process: tuple[int, int]) -> None:
     """`end_together` for one process."""
     end_together([process])
-
-
-def end_together(processes: Iterable[tuple[int, int]]) -> None:
-    """SIGKILL these very processes, and wait until they are gone, with all their fds: 5 s, for fetch workers for ever.
-
-    Such a one may be about to punch a hole into a cache file on a disk that does not answer: the kernel does that when it can,
-    killed or not, and it must not be done to what was fetched since.
-
-    All are killed before one is waited for, and in a takeover come before whoever else is busy, for others wait: each needs a
-    turn on a processor to end. What holds after SIGKILL in between: the next supervisor ends those that are left.
-
-    Raises OSError when there is no file descriptor to see with whether one is this one; those before it have ended then.
-    """
-    todo: Sequence[tuple[int, int]] = list(processes)
-    while todo:
-        with contextlib.ExitStack() as held:
-            todo = _kill(todo, held)
-
-
-def _kill(processes: Sequence[tuple[int, int]], held: contextlib.ExitStack) -> Sequence[tuple[int, int]]:
-    """Kill as many as there are fds for, and wait for their end; gives the others. Raises OSError when it is for none."""
-    fds: dict[int, int] = {}
-    rest: Sequence[tuple[int, int]] = ()
-    for number, process in enumerate(processes):
-        try:
-            fd = _hold(process)
-        except OSError:
-            if not fds:
-                raise
-            rest = processes[number:]
-            break
-        if fd >= 0:
-            held.callback(os.close, fd)
-            fds[fd] = process[0]
-    priority.hasten_all(fds.values())
-    for fd in fds:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-    _wait_for(fds)
-    return rest
-
-
-def _hold(process: tuple[int, int]) -> int:
-    """A pidfd of this very process, -1 if it has ended. Raises OSError when that cannot be told."""
-    pid, start = process
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return -1
-    now = start_time(pid)  # if it is the same still, the number cannot become another's from now on
-    if start > 0 and now == start:
-        return fd
-    os.close(fd)
-    if now < 0:
-        raise OSError(errno.EMFILE, f"whether pid {pid} has ended cannot be told")
-    return -1
-
-
-def _wait_for(fds: dict[int, int]) -> None:
-    """Until these have ended, pids by pidfd, all of them killed."""
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, select.POLLIN)
-    until = time.monotonic() + _END_SECONDS
-    while fds:
-        for fd, _ in poll.poll(max(0.0, until - time.monotonic()) * 1000):
-            poll.unregister(fd)
-            del fds[fd]
-        if fds and time.monotonic() >= until:
-            until = time.monotonic() + _END_SECONDS
-            for fd, pid in list(fds.items()):
-                if _may_take(pid):
-                    log.warning("waiting for the end of pid %d: it was killed in the middle of work on a cache", pid)
-                else:
-                    poll.unregister(fd)
-                    del fds[fd]
-
-
-def _may_take(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/comm").read_bytes().startswith(_TAKER)
-    except OSError as e:
-        return is_scarce(e)  # that it ended is seen with its pidfd

@@ -125,8 +125,8 @@ def test_those_who_hold_the_mount_beside_front_ends_are_all_killed_before_one_is
         pytest.fail("one was waited for, and another not killed yet")
 
     monkeypatch.setattr("signal.pidfd_send_signal", killed)
-    monkeypatch.setattr("nydusd.supervisor.runtime._may_take", too_late)
-    monkeypatch.setattr("nydusd.supervisor.runtime._END_SECONDS", 60.0)
+    monkeypatch.setattr("nydusd.supervisor.ends._may_take", too_late)
+    monkeypatch.setattr("nydusd.supervisor.ends._END_SECONDS", 60.0)
     journal = os.memfd_create("nydusd-journal")
     command = [sys.executable, "-c", HOLDS]
     with ExitStack() as stack:

@@ -25,10 +25,11 @@ from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
 from nydusd.storage.state.segment import names
 from nydusd.supervisor.children import Child, end_all
+from nydusd.supervisor.ends import end_together
 from nydusd.supervisor.family import Family
 from nydusd.supervisor.handover import Handover
 from nydusd.supervisor.listener import Listener
-from nydusd.supervisor.runtime import TRIAL, Runtime, end, end_together
+from nydusd.supervisor.runtime import TRIAL, Runtime, end
 from nydusd.supervisor.sockets import Sockets
 from tests.support.discipline import wait_until
 from tests.support.disk import make_ext4, mounted
@@ -124,7 +125,7 @@ class TestRuntime:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """It would punch its hole later, into what others have fetched meanwhile. All others have ended by then."""
-        monkeypatch.setattr("nydusd.supervisor.runtime._END_SECONDS", 0.05)
+        monkeypatch.setattr("nydusd.supervisor.ends._END_SECONDS", 0.05)
         image, disk, runtime = tmp_path / "image", tmp_path / "disk", Runtime("/mnt/image")
         make_ext4(image)
         with contextlib.ExitStack() as stack:
