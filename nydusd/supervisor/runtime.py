@@ -25,6 +25,7 @@ from pathlib import Path
 
 from nydusd import points
 from nydusd.errors import CacheError, MountError
+from nydusd.ipc.killed import is_killed
 from nydusd.ipc.messages import Json
 from nydusd.nursery import place
 from nydusd.storage.state.lock import start_time
@@ -82,7 +83,7 @@ class Runtime:
     def claim(
         self, take: Callable[[Json], Collection[int] | None] = lambda _record: None, ours: Sequence[int] = ()
     ) -> None:
-        """Make the folder ours. Raises MountError when a live daemon has it; ends what a dead one left running.
+        """Make the folder ours; end what a dead daemon, or one that was killed, left. Raises MountError when a live one has it.
 
         `take` is given the dead one's record, {} if there is none, and gives the pids of processes that are taken over, None if
         nothing is: they and what they need stay, and so does the record, until `record` replaces it. `ours`: pids of children
@@ -91,7 +92,7 @@ class Runtime:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             if self._lock < 0:
-                self._take_lock()
+                self._take_lock(patient=True)
                 points.reach("start: lock taken")
             _make_folder(self.folder)
             points.reach("start: folder made")
@@ -158,7 +159,7 @@ class Runtime:
         """Whether no daemon has this mount point; it is ours then. Raises MountError."""
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._take_lock(patient=False)
         except MountError:
             return False
         except OSError as e:
@@ -204,21 +205,30 @@ class Runtime:
             os.close(self._lock)
             self._lock = -1
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, *, patient: bool) -> None:
         """One daemon a mount point. The kernel ends the lock with its holder, whatever ends that; children don't get it.
 
         A worker of another daemon, which looks whether there is one here, holds it for a moment (`storage/state/gone.py`).
+        `patient`: wait for the end of a holder that was killed, however long that takes: it may get no turn on a processor, or
+        a disk may hold it. A nursery's daemon is killed when whoever started it may have seen its stub end already.
         """
         holder: tuple[int, int] | None = None
-        for _ in range(_LOOKS):
+        looks = 0
+        while looks < _LOOKS:
             try:
                 self._lock = _locked(self._lock_path)
                 return
             except BlockingIOError:
                 holder = holder or next(iter(_processes(self._read())), (0, 0))
-            if alive(holder):
+            if not alive(holder):
+                looks += 1
+                time.sleep(_LOOK_SECONDS)
+            elif patient and is_killed(holder[0]):
+                end(holder)
+                if alive(holder):
+                    log.warning("waiting for the end of pid %d: it was killed, and has this mount point", holder[0])
+            else:
                 break
-            time.sleep(_LOOK_SECONDS)
         who = f"nydusd with pid {holder[0]}" if holder and holder[0] else "another nydusd"
         raise MountError(f"{self._mountpoint}: {who} serves this mount point already")
 

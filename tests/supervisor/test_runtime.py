@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,16 +38,19 @@ from tests.support.fork_server import fork_server
 from tests.support.scarce import no_fd_left
 
 PUNCHES = """
-import os, sys
+import fcntl, os, sys
 from nydusd.proctitle import set_title
 from nydusd.storage.state.eviction import punch
-set_title("fetch 0")
-fd = os.open(sys.argv[1], os.O_RDWR)
+set_title(sys.argv[1])
+fd = os.open(sys.argv[2], os.O_RDWR)
+for path in sys.argv[3:]:
+    lock = open(path, "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
 print(flush=True)
 sys.stdin.read()
 punch(fd, [(0, 4096)])
 """
-"""A worker that makes room when it is told to."""
+"""A worker that makes room when it is told to, or another process that has locks."""
 SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
 THREAD = """
 import threading, time
@@ -54,6 +58,27 @@ threading.Thread(target=time.sleep, args=(600,)).start()
 print(flush=True)
 """
 HAS_A_THREAD = [sys.executable, "-c", THREAD]
+
+
+@contextlib.contextmanager
+def held_by_a_disk(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], None]]]:
+    """A process in the middle of a write, and what lets it end that. The first argument is its name, others are locks."""
+    image, disk = folder / "image", folder / "disk"
+    make_ext4(image)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mounted(image, disk, "rw"))
+        file = disk / "blob.data"
+        file.write_bytes(b"x" * 8192)
+        command = [sys.executable, "-c", PUNCHES, arguments[0], str(file), *arguments[1:]]
+        process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        subprocess.run(["fsfreeze", "-f", str(disk)], check=True)
+        thaw = stack.enter_context(contextlib.ExitStack())
+        thaw.callback(subprocess.run, ["fsfreeze", "-u", str(disk)], check=True)
+        process.stdin.close()
+        wait_until(lambda: ") D " in Path(f"/proc/{process.pid}/stat").read_text(), "wait for the disk", 60)
+        yield process, thaw.close
 
 
 @pytest.fixture(autouse=True)
@@ -126,21 +151,8 @@ class TestRuntime:
     ) -> None:
         """It would punch its hole later, into what others have fetched meanwhile. All others have ended by then."""
         monkeypatch.setattr("nydusd.supervisor.ends._END_SECONDS", 0.05)
-        image, disk, runtime = tmp_path / "image", tmp_path / "disk", Runtime("/mnt/image")
-        make_ext4(image)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(mounted(image, disk, "rw"))
-            file = disk / "blob.data"
-            file.write_bytes(b"x" * 8192)
-            command = [sys.executable, "-c", PUNCHES, str(file)]
-            worker = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-            assert worker.stdin is not None and worker.stdout is not None
-            worker.stdout.readline()
-            subprocess.run(["fsfreeze", "-f", str(disk)], check=True)
-            thaw = stack.enter_context(contextlib.ExitStack())
-            thaw.callback(subprocess.run, ["fsfreeze", "-u", str(disk)], check=True)
-            worker.stdin.close()
-            wait_until(lambda: ") D " in Path(f"/proc/{worker.pid}/stat").read_text(), "wait for the disk", 60)
+        runtime = Runtime("/mnt/image")
+        with held_by_a_disk(tmp_path, "fetch 0") as (worker, let_go), contextlib.ExitStack() as stack:
             other = stack.enter_context(subprocess.Popen(SLEEPS))
             stack.callback(other.kill)
             runtime.folder.mkdir(parents=True)
@@ -152,9 +164,36 @@ class TestRuntime:
             wait_until(lambda: caplog.text.count(f"waiting for the end of pid {worker.pid}") > 2, "several looks", 60)
             assert claim.is_alive()
             assert start_time(worker.pid)
-            thaw.close()
+            let_go()
             claim.join()
             assert worker.wait() == -9
+        runtime.remove()
+
+    def test_supervisor_that_was_killed_and_cannot_end_yet_is_waited_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Whoever started it may know its end by its stub, and starts the next one."""
+        monkeypatch.setattr("nydusd.supervisor.ends._END_SECONDS", 0.05)
+        runtime = Runtime("/mnt/image")
+        runtime.folder.mkdir(parents=True)
+        lock = str(runtime.folder.with_suffix(".lock"))
+        with held_by_a_disk(tmp_path, "supervisor", lock) as (supervisor, let_go):
+            rows = [[supervisor.pid, start_time(supervisor.pid)]]
+            (runtime.folder / "state.json").write_text(json.dumps({"processes": rows}))
+            with pytest.raises(MountError, match=f"nydusd with pid {supervisor.pid} serves"):
+                runtime.claim()  # it was not killed
+            supervisor.kill()
+            assert not runtime.is_free()
+            claim = threading.Thread(target=runtime.claim)
+            claim.start()
+            what = f"waiting for the end of pid {supervisor.pid}"
+            wait_until(lambda: caplog.text.count(what) > 2 or not claim.is_alive(), "several looks", 60)
+            assert claim.is_alive()
+            assert start_time(supervisor.pid)
+            let_go()
+            claim.join()
+            assert supervisor.wait() == -9
+        assert runtime._lock >= 0
         runtime.remove()
 
     @pytest.mark.parametrize("hurried", [True, False])

@@ -15,6 +15,7 @@ from nydusd import points
 from nydusd.errors import ScarceError
 from nydusd.formats.model import Extent
 from nydusd.frontends.attempt import LATER, Ask, Attempt
+from nydusd.ipc.killed import is_killed
 from nydusd.ipc.messages import AHEAD, SlotRef
 from nydusd.storage.api.io import ChunkRun
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 ASK_AGAIN = 1.0
 """Seconds after which an unanswered request is repeated: the supervisor may have been replaced, and repeating is harmless."""
-
-_SIGKILL_BIT = 1 << 8
 
 
 class Client(Protocol):
@@ -320,17 +319,3 @@ class Parking:
             if self._client is not None:
                 self._client.cancel(number)
         read.pending.clear()
-
-
-def is_killed(tid: int) -> bool:
-    """Whether a thread has a SIGKILL pending (any fatal signal becomes one), or is gone. False when it can't be told."""
-    try:
-        with open(f"/proc/{tid}/status", "rb") as status:
-            for line in status:
-                if line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line.split()[1], 16) & _SIGKILL_BIT:
-                    return True
-    except FileNotFoundError:
-        return tid > 0
-    except OSError:
-        return False
-    return False

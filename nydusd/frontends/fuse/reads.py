@@ -18,6 +18,7 @@ from nydusd import points
 from nydusd.errors import CacheError, EvictedError, NydusError, ScarceError, StaleCacheError, UnreadableError
 from nydusd.frontends.attempt import LATER, Ask
 from nydusd.ipc.inflight import InflightRow
+from nydusd.ipc.killed import is_killed
 
 from . import protocol as p
 from .answers import Answers
@@ -25,7 +26,7 @@ from .complaints import Complaints
 from .journal import Journal
 from .mount import INODE_BITS
 from .namespace import Namespace
-from .parking import Client, Parked, Parking, is_killed
+from .parking import Client, Parked, Parking
 from .stats import OPERATION, Tally
 
 _AGAIN = (EvictedError, ScarceError, StaleCacheError, UnreadableError)
