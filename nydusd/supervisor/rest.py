@@ -5,8 +5,8 @@ costs 5 MB, its start by the fork server some 10 ms. One that had no job for a w
 place stays, counts as a worker wherever work is divided, and is filled as soon as jobs wait and no worker is idle. While
 chunks are prefetched all of them work.
 
-Where there are other daemons, a worker needs a seat (`seats.py`): then workers begin at rest, rest sooner, and make room for
-those of a daemon that waits, also while there is something to do.
+Where there are other daemons, a worker needs a seat (`seats.py`): then workers begin at rest, but for the first of each role in
+a takeover, rest sooner, and make room for those of a daemon that waits, also while there is something to do.
 
 What holds after SIGKILL of the supervisor: its successor starts all workers, or as many as there are seats for.
 """
@@ -60,7 +60,18 @@ class Rest:
         """Roles of which one worker is to begin though nothing waits for it: who starts a daemon is about to read."""
         if seconds:
             seats.join()
-        family.begins_at_rest = lambda role: role in pools and seats.counts
+        family.begins_at_rest = self._begins_at_rest
+
+    def _begins_at_rest(self, role: str) -> bool:
+        """Whether a worker is started only when it has a seat.
+
+        In a takeover the first of a role is not: like one that was killed it has the seat of a dead one, whether the nursery
+        knows of that yet or not. It is counted as soon as anything is said.
+        """
+        if self._family.inherited and role in self._first:
+            self._first.discard(role)
+            return False
+        return role in self._pools and self.seats.counts
 
     def due(self) -> list[float]:
         """When to look next (`time.monotonic()`), if ever."""

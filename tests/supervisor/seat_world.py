@@ -55,6 +55,7 @@ class FakeFamily:
     def __init__(self) -> None:
         self.children: list[Place] = []
         self.begins_at_rest: Any = None
+        self.inherited = False
 
     def launch(self, child: Place) -> None:
         child.generation += 1
@@ -64,11 +65,12 @@ class FakeFamily:
 class OneDaemon:
     """A daemon as far as its workers go."""
 
-    def __init__(self, world: World, workers: Mapping[str, int]) -> None:
+    def __init__(self, world: World, workers: Mapping[str, int], takes_over: bool) -> None:
         self.world = world
         self.stopped = False
         self.sent: dict[bytes, Json] = {}
         self.family = FakeFamily()
+        self.family.inherited = takes_over
         self.undone = 0
         self.fds: set[int] = set()
         self.pools = {role: WorkerPool(role, self._send, lambda: None) for role in ROLES}
@@ -202,8 +204,8 @@ class World:
                     self.desk.hear(fd)
         self.desk.settle()
 
-    def add(self, **workers: int) -> OneDaemon:
-        daemon = OneDaemon(self, workers)
+    def add(self, *, takes_over: bool = False, **workers: int) -> OneDaemon:
+        daemon = OneDaemon(self, workers, takes_over)
         self.daemons.append(daemon)
         return daemon
 

@@ -155,6 +155,32 @@ def test_a_seat_is_free_when_a_daemon_dies(world: World) -> None:
     assert reader.undone == 0
 
 
+def test_in_a_takeover_the_first_of_each_role_waits_for_no_seat_and_is_counted(world: World) -> None:
+    """It is there before the nursery, which may have to be loaded or have no processor, has said a word."""
+    world.start_desk()
+    others = [busy(world.add(fetch=1, decompress=3)) for _ in range(3)]
+    world.run(0.1)
+    world.hung = True
+    successor = busy(world.add(takes_over=True, fetch=3, decompress=5), 1)
+    assert (successor.processes("fetch"), successor.processes("decompress")) == (1, 1)
+    for _ in range(3):
+        successor.turn()
+        for identity in list(successor.sent):
+            successor.finish(identity)
+    assert successor.undone == 0
+    world.hung = False
+    assert world.desk is not None
+    ledger = world.desk._ledgers["decompress"]
+    world.run(0.05)
+    assert ledger.taken == world.processes("decompress")
+    world.run(3.0)
+    assert ledger.taken == world.processes("decompress") == SEATS["decompress"]
+    assert (successor.processes("fetch"), successor.processes("decompress")) == (0, 0), (
+        "it has nothing to do, and rests"
+    )
+    assert all(other.undone < 1000 for other in others)
+
+
 def test_what_it_tells_the_operator_says_for_what_it_waits(world: World) -> None:
     world.start_desk()
     busy(world.add(fetch=1, decompress=3))
