@@ -4,7 +4,9 @@ A fresh interpreter that loads what a child needs takes 0.15 s of a processor an
 a few milliseconds, and shares the memory. This process does little else: one thread, no library's background threads, no
 secret in its memory or environment, nothing open but its socket and what it holds.
 
-When it has loaded what `argv` names it says {ready}. A request (`client.ForkServer`) is one packet: JSON, and fds.
+When it has loaded what `argv` names it says {ready}. If the supervisor is killed before, it loads no more, for a successor and
+its fork server wait for the processor, and holds what it was given. A request (`client.ForkServer`) is one packet: JSON, and
+fds.
 
 - {module, fds, load}: `module` is run as with `python -m`, with the spec fd, the first of the fds, on its command line; `fds`
   are the numbers under which the child finds them all; the modules `load` are imported here first, once, so that later
@@ -43,7 +45,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from nydusd import points
@@ -75,7 +77,7 @@ def main(argv: list[str]) -> int:
         os.closerange(first, end)
     server = _Server(line)
     try:
-        _load(argv[1:])
+        _load(argv[1:], server.has_supervisor)
     except Exception as e:
         traceback.print_exc()
         server.answer({"errno": 0, "error": f"{type(e).__name__}: {e}"})  # whoever asks first is told why
@@ -103,6 +105,12 @@ class _Server:
         self._held: list[int] = []
         self._guard: dict[str, Any] | None = None
         """What is to be done when the supervisor was killed, and the fd of the environment for it."""
+
+    def has_supervisor(self) -> bool:
+        """Whether there is anybody to make children for."""
+        poll = select.poll()
+        poll.register(self._line, 0)
+        return not poll.poll(0)
 
     def answer(self, answer: dict[str, Any]) -> None:
         """A line that is closed is noticed when the next request is waited for."""
@@ -142,6 +150,8 @@ class _Server:
     def _spawn(self, request: dict[str, Any], fds: list[int]) -> Task | None:
         try:
             points.reach("fork server: asked")
+            if not self.has_supervisor():
+                raise OSError(errno.EPIPE, "the supervisor is gone")
             _load(request["load"])
             pid = _fork()
         except OSError as e:
@@ -216,9 +226,12 @@ class _Server:
             poll.poll(_HOLD_SECONDS * 1000)
 
 
-def _load(modules: Sequence[str]) -> None:
+def _load(modules: Sequence[str], goes_on: Callable[[], bool] = lambda: True) -> None:
+    """`goes_on()`: asked before each module; what is left is not loaded when it says no."""
     new = [name for name in modules if name not in sys.modules]
     for name in new:
+        if not goes_on():
+            return
         importlib.import_module(name)
     if new:
         # What is loaded stays, so a child's search for garbage need not touch it, and its memory stays shared.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import resource
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -289,6 +292,45 @@ def test_what_it_was_given_last_is_held_though_the_giver_died_before_it_had_read
             assert process.wait(10) == 0
         finally:
             process.close()
+
+
+@pytest.mark.parametrize("holds", [False, True], ids=["holds nothing", "holds something"])
+def test_one_whose_supervisor_is_killed_while_it_loads_loads_no_more_and_holds_what_it_was_given(
+    tmp_path: Path, holds: bool
+) -> None:
+    """Its successor and the fork server of that wait for the processor."""
+    begun, goes_on, marker = tmp_path / "begun", tmp_path / "goes-on", tmp_path / "marker"
+    os.mkfifo(begun)
+    os.mkfifo(goes_on)
+    (tmp_path / "slow.py").write_text(f"open({str(begun)!r}, 'w').close(); open({str(goes_on)!r}).read()")
+    for name in ("next_one", "asked_for"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(marker)!r}, 'w').close()")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "nydusd.forkserver", str(theirs.fileno()), "slow", "next_one"]
+    with ours, open(reader, "rb") as held, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as server:
+        theirs.close()
+        begun.read_bytes()  # it is in the middle of the first
+        if holds:
+            socket.send_fds(ours, [json.dumps({"hold": [reader]}).encode()], [reader])
+        gate, key = os.pipe()
+        request = json.dumps({"module": "child", "fds": [reader], "load": ["asked_for"]}).encode()
+        socket.send_fds(ours, [request], [reader, gate])
+        for fd in (gate, key):
+            os.close(fd)
+        ours.close()
+        goes_on.write_bytes(b"")
+
+        def is_held() -> bool:
+            with contextlib.suppress(FileNotFoundError):
+                return os.path.samestat(os.stat(f"/proc/{server.pid}/fd/{reader}"), os.fstat(held.fileno()))
+            return False
+
+        wait_until(lambda: server.poll() is not None or (holds and is_held()), "it has done what is in its line", 60)
+        assert is_held() == holds
+        os.close(writer)  # what it holds is over, and so is it
+        assert server.wait(60) == 0
+    assert not marker.exists()
 
 
 @contextlib.contextmanager
