@@ -30,7 +30,7 @@ def hurry(*started: int) -> None:
     `started`: processes of one thread that there are already, which take it, too.
     """
     try:
-        if not _takes_over(sys.argv):
+        if not takes_over(sys.argv):
             return
         before = os.getpriority(os.PRIO_PROCESS, 0)
         if before > _HURRIED:
@@ -102,7 +102,8 @@ def _set(thread: int, nice: int) -> None:
         return
 
 
-def _takes_over(arguments: list[str]) -> bool:
+def takes_over(arguments: list[str]) -> bool:
+    """Whether one of these is a mount point of a kind that we serve. Raises OSError."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             before, _, after = line.partition(" - ")

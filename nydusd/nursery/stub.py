@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _PATIENCE = 2.0
 """Seconds that the nursery may take for each step. It takes some 20 ms."""
+_PATIENCE_IN_TAKEOVER = 0.3
+"""The same where readers wait for us: less than it takes to load all by ourselves. Nobody begins by an answer that is late."""
 _PLACES = ("PYTHONHOME", "PYTHONPLATLIBDIR")
 """Where an interpreter finds its own library, if the environment says so: it is not asked by `stand`."""
 
@@ -52,7 +54,7 @@ def _from_nursery() -> int | None:
     import _socket
 
     with _Closing(_socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)) as wire:
-        wire.settimeout(_PATIENCE)
+        wire.settimeout(_PATIENCE_IN_TAKEOVER if priority.takes_over(sys.argv) else _PATIENCE)
         wire.connect(path)
         credentials = wire.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
         if int.from_bytes(credentials[4:8], sys.byteorder) != os.geteuid():

@@ -36,7 +36,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path, content: dict[str, o
 def test_a_hurry_is_of_what_was_started_before_too_and_ends_for_all_threads_that_live(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(priority, "_takes_over", lambda _: True)
+    monkeypatch.setattr(priority, "takes_over", lambda _: True)
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     code = "import threading; e = threading.Event(); threading.Thread(target=e.wait).start(); e.wait()"
     with subprocess.Popen([sys.executable, "-c", code]) as child:
@@ -61,7 +61,7 @@ def test_a_hurry_is_of_what_was_started_before_too_and_ends_for_all_threads_that
 
 
 def test_who_is_left_to_himself_in_a_hurry_does_not_keep_its_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(priority, "_takes_over", lambda _: True)
+    monkeypatch.setattr(priority, "takes_over", lambda _: True)
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     priority.hurry()
     try:
