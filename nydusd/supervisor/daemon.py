@@ -91,6 +91,7 @@ class Supervisor:
         self.coming: Mapping[str, Recorded] = {}
         """Those that a killed supervisor had mounted, and that are not known again yet."""
         self._restoring = False
+        """Whether a takeover is under way: until all of those are known."""
         self._put_off: list[Callable[[list[bytes]], None]] = []
         """What the API has asked for and is answered when all are known."""
         self.errors = control_ops.ErrorRing()
@@ -238,7 +239,10 @@ class Supervisor:
         points.reach("start: before READY")
         self.state = self._first_state
         self.fork_server.waits = False  # from now on the loop waits for nobody
-        self._family.add_fetch_workers()
+        if self._restoring:
+            self.engine.staff.recount()  # one a turn: somebody may be waiting for an answer
+        else:
+            self._family.add_fetch_workers()
         self._store.keep(self._family.session)
         self._status.ready(what)
         if priority.is_hurried():
@@ -257,7 +261,6 @@ class Supervisor:
 
         Told to stop, all at once: what is ready of their blobs is to be stored.
         """
-        self._restoring = True
         while restore.step():
             if not self.stopping:
                 self._turn(_SCARCE_PAUSE if restore.is_scarce else 0)
@@ -269,7 +272,7 @@ class Supervisor:
         restore.end()
         points.reach("takeover: mounts known")
         restore.serve()
-        self._family.add_fetch_workers()
+        self.engine.staff.recount()
 
     def _answer_put_off(self) -> None:
         """What the API was asked for meanwhile, in its order."""
@@ -325,11 +328,12 @@ class Supervisor:
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Serve until told to stop."""
-        # Now, while what is on disk is what we run: it may be another version when an operator asks for the first time.
-        from nydusd.supervisor import report  # noqa: F401
-
+    def run(self, *later: Callable[[], object]) -> None:
+        """Serve until told to stop. What nobody waits for is done `later`: after a turn each."""
+        for do in later:
+            if not self.stopping:
+                self._turn(0)
+                do()
         while not self.stopping:
             self._turn(self._timeout())
 
@@ -357,12 +361,12 @@ class Supervisor:
         if not self.stopping:
             self._family.restart(now)
             engine.staff.step(now)
+        engine.tick(now, self.stopping)  # jobs go out: the rest can wait
         self._family.look_after(engine.pools, now)
         self._notifier.alive(now)
         self._status.tick(now)
         if now >= self._calm_at:
             self._calm()
-        engine.tick(now, self.stopping)
 
     def _calm(self) -> None:
         """End of the hurry of a takeover, for all that was started in it."""

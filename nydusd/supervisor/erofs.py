@@ -141,7 +141,7 @@ class ErofsDaemon(Supervisor):
                     log.error("%s: %s", place, e)
 
     def _start_processes(self, fds: Fds) -> None:
-        """All but the front end, which must not be there before the former one has ended."""
+        """Before the front end, which must not be there before the former one has ended, in a takeover what it needs."""
         self._store.hold(self._stored, fds._asdict())
         if self._found is not None:
             # Its ZeroMQ identity must be no former one's: what that asked for may be under way still.
@@ -149,6 +149,8 @@ class ErofsDaemon(Supervisor):
         self._family.add(self._guard)
         self.open_api()
         counts = {role: self._family.count(role) for role in ("fetch", "decompress")}
+        if self._restoring:  # then the front end, which somebody may be waiting for; the others come one a turn
+            counts = dict.fromkeys(counts, 1)
         for turn in range(max(counts.values())):
             for role, count in counts.items():
                 if turn < count:
@@ -248,6 +250,7 @@ class ErofsDaemon(Supervisor):
         # Also what says which chunks there are of what was unmounted and is used still: the front end looks there.
         kept = {file.segment for mounted in table.read(self._found.fds.table).mounts for file in mounted.files}
         restore = Restore(self.mounts, self.engine.router, records, control_ops.recall(self), kept)
+        self._restoring = True
         restore.begin()
         known.begin_term(self._runtime.term)
         self._former = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 
 _ROUNDS = 10
 """How often it is looked whether somebody holds a session on."""
+_FIRST_SECONDS = 0.1
+"""Seconds for which a takeover does nothing else at most, until its first workers are there."""
 
 
 class FuseDaemon(Supervisor):
@@ -91,15 +94,16 @@ class FuseDaemon(Supervisor):
             "decompress": [Child("decompress", i, "workers") for i in range(self._family.count("decompress"))],
         }
         restore = None if self._former is None else self._go_on(self._former, places)
+        if restore is not None:
+            self._answer_first(restore, places)
         # The API at once: clients wait for it. Then one of each: `ls` needs a front end, the first read a blob prepared.
         self.open_api()
-        for turn in range(max(map(len, places.values()))):
-            for children in places.values():
-                for child in children[turn : turn + 1]:
-                    self._family.add(child)
-        if restore is not None:
-            restore.serve()
-        elif first is not None and image is not None:
+        if restore is None:
+            for turn in range(max(map(len, places.values()))):
+                for children in places.values():
+                    for child in children[turn : turn + 1]:
+                        self._family.add(child)
+        if first is not None and image is not None:
             self.mounts.serve(image, first.files)
         self._ready(f"{self._shown()} mounted at {options.mountpoint}")
         if restore is not None:
@@ -192,6 +196,7 @@ class FuseDaemon(Supervisor):
         points.reach("takeover: bound")
         self._notifier.send(f"STATUS=taking over {len(former.records)} images of a supervisor that was killed")
         restore = Restore(self.mounts, self.engine.router, former.records, control_ops.recall(self))
+        self._restoring = True
         restore.begin()
         former.table.begin_term(former.term)
         points.reach("takeover: term begun")
@@ -201,6 +206,29 @@ class FuseDaemon(Supervisor):
             # We serve, but whoever started us after a crash waits for this, to tell us to take over and to start.
             self._first_state = "INIT"
         return restore
+
+    def _answer_first(self, restore: Restore, places: dict[str, list[Child]]) -> None:
+        """Before all else, which takes its time: missing front ends, a worker of each role, and what these have to do.
+
+        Somebody may have waited since the former supervisor was killed. The other workers come one a turn of the loop, which
+        does not turn yet where the API is there already: whoever asks that is to be told what we are.
+        """
+        (fetch, *_), (decompress, *_) = places["fetch"], places["decompress"]
+        for child in [*places["fuse"][:1], fetch, decompress, *places["fuse"][1:]]:
+            self._family.add(child)
+        restore.serve()
+        if self.handover.waited:
+            return
+        self.fork_server.waits = False
+        until = time.monotonic() + _FIRST_SECONDS
+        pools = self.engine.pools
+        self._turn(0)
+        while any(pools[child.role].job_of(child.identity) == 0 for child in (fetch, decompress)):
+            left = until - time.monotonic()
+            if left <= 0 or self.stopping:
+                break
+            self._turn(min(left, self._timeout()))
+        points.reach("takeover: first jobs given out")
 
     # --- while it serves --------------------------------------------------------------------------------------
 

@@ -53,8 +53,7 @@ def _run(supervisor: Supervisor) -> int:
     logging.getLogger().addHandler(supervisor.errors)
     try:
         supervisor.start()
-        nursery.start_if_useful(for_one=supervisor.is_looked_after)
-        supervisor.run()
+        supervisor.run(lambda: nursery.start_if_useful(for_one=supervisor.is_looked_after), _load_report)
     except CannotStartError:
         raise
     except BaseException:
@@ -68,3 +67,8 @@ def _run(supervisor: Supervisor) -> int:
         logging.getLogger().removeHandler(supervisor.errors)
     log.info("stopped")
     return 0
+
+
+def _load_report() -> None:
+    """While what is on disk is what we run: it may be another version when an operator asks for the first time."""
+    from nydusd.supervisor import report  # noqa: F401
