@@ -2,7 +2,8 @@
 
 The supervisor alone allocates (first fit, in pages) and keeps the leases; others get (offset, length) by message. A full
 arena is back-pressure: jobs wait until a slot is free. A piece is backed by memory before it is given out, so it can't SIGBUS
-later; what nobody uses any more is given back to the system by `trim`.
+later; what nobody uses any more is given back to the system by `trim`, and piece by piece where memory is short (/dev/shm may
+be smaller than the arena: 64 MB in a container).
 What holds after SIGKILL: a lease ends with the process that holds it, because only the supervisor's table counts.
 """
 
@@ -15,9 +16,11 @@ import os
 
 import posix_ipc
 
-from nydusd.errors import CacheError, cache_error
+from nydusd.errors import CacheError, ScarceError, cache_error
 
 PAGE = 4096
+
+_FULL = (errno.ENOSPC, errno.ENOMEM)
 
 
 class Arena:
@@ -26,7 +29,7 @@ class Arena:
     def __init__(self, name: str, mapping: mmap.mmap, fd: int = -1) -> None:
         self.name = name
         self._fd = fd
-        self._backed = False
+        self._backed = False  # whether there may be memory behind what is free
         self._map = mapping
         self._view = memoryview(mapping)
         self.size = len(mapping)
@@ -73,15 +76,14 @@ class Arena:
         return self._view[offset : offset + length]
 
     def allocate(self, length: int) -> int | None:
-        """Offset of a free piece of `length` bytes, None if there is none now. Raises CacheError when memory is full."""
+        """Offset of a free piece of `length` bytes, None if there is none now.
+
+        Raises ScarceError when there is no memory for it, though none is taken by what is free here; CacheError for all else.
+        """
         need = -(-max(length, 1) // PAGE) * PAGE
         for i, (offset, size) in enumerate(self._free):
             if size >= need:
-                try:
-                    os.posix_fallocate(self._fd, offset, need)
-                except OSError as e:
-                    raise CacheError(f"shared memory {self.name}: {need} bytes: {e.strerror}", e.errno) from e
-                self._backed = True
+                self._back(offset, need)
                 if size == need:
                     del self._free[i]
                 else:
@@ -89,8 +91,21 @@ class Arena:
                 return offset
         return None
 
+    def _back(self, offset: int, length: int) -> None:
+        """Have memory behind a piece that is free; what other free pieces have is given back for it, if need be."""
+        while True:
+            try:
+                os.posix_fallocate(self._fd, offset, length)
+                return
+            except OSError as e:
+                if e.errno in _FULL and self.give_back():
+                    continue
+                kind = ScarceError if e.errno in _FULL else CacheError
+                raise kind(f"shared memory {self.name}: {length} bytes: {e.strerror}", e.errno) from e
+
     def free(self, offset: int, length: int) -> None:
         """Give back what `allocate` gave, with the same length."""
+        self._backed = True
         size = -(-max(length, 1) // PAGE) * PAGE
         pieces = sorted([*self._free, (offset, size)])
         merged = pieces[:1]
@@ -104,9 +119,15 @@ class Arena:
 
     def trim(self) -> None:
         """Give all memory back to the system if no piece is given out."""
-        if self._backed and self.free_bytes() == self.size:
-            self._map.madvise(mmap.MADV_REMOVE)
-            self._backed = False
+        if self.free_bytes() == self.size:
+            self.give_back()
+
+    def give_back(self) -> bool:
+        """Give the memory behind what is free back to the system. False if there is none."""
+        backed, self._backed = self._backed, False
+        for offset, size in self._free if backed else ():
+            self._map.madvise(mmap.MADV_REMOVE, offset, size)
+        return backed
 
     def free_bytes(self) -> int:
         return sum(size for _, size in self._free)

@@ -68,6 +68,7 @@ class Router:
         self._fetch = fetch
         self._decompress = decompress
         self._slots = slots
+        slots.beside, stage.beside = stage, slots
         self._prefetch = prefetch
         self._reply = reply
         self._requests: dict[tuple[bytes, int], Request] = {}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from nydusd import points
+from nydusd.errors import ScarceError
 from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import SlotRef
 
@@ -39,6 +40,8 @@ class SlotTable:
         self._where: dict[tuple[int, int], _Region] = {}
         self._leases: dict[int, tuple[bytes, list[_Region]]] = {}
         self._numbers = count(first_lease)
+        self.beside: SlotTable | None = None
+        """Another one in the same /dev/shm, which gives what it only keeps when memory is short."""
 
     @property
     def arena(self) -> Arena:
@@ -55,13 +58,14 @@ class SlotTable:
     def reserve(self, lengths: Sequence[int]) -> list[int] | None:
         """Regions of these lengths, each held once; None while there is no room for all of them.
 
-        Nobody waits with a part of what he needs: so two cannot wait for each other. Raises CacheError.
+        Nobody waits with a part of what he needs: so two cannot wait for each other. Where memory is short, and not the arena,
+        he waits for those who have a region here. Raises ScarceError when there are none of these, CacheError for all else.
         """
         offsets: list[int] = []
         granted = False
         try:
             for length in lengths:
-                offset = self._make_room(length)
+                offset = self._make_room(length, len(offsets))
                 if offset is None:
                     return None
                 self._regions[offset] = _Region(offset, length, holders=1)
@@ -73,13 +77,40 @@ class SlotTable:
                 for taken in offsets:
                     self.drop(taken)
 
-    def _make_room(self, length: int) -> int | None:
-        while (offset := self.arena.allocate(length)) is None:
-            victim = next((r for r in self._regions.values() if not r.holders), None)
-            if victim is None:
+    def _make_room(self, length: int, own: int) -> int | None:
+        """Offset of a free piece; `own` regions are of him who needs it."""
+        arena = self.arena
+        while True:
+            lack = None
+            try:
+                offset = arena.allocate(length)
+                if offset is not None:
+                    return offset
+            except ScarceError as e:
+                lack = e
+            if self._give_up(length if lack is not None else 1):
+                continue
+            if lack is None or self.beside is None or not self.beside.spare(length):
+                if lack is not None and len(self._regions) == own:
+                    raise lack
                 return None
-            self._forget(victim)
-        return offset
+
+    def _give_up(self, wanted: int) -> bool:
+        """Give up regions with so many bytes, those that were unused for longest first. False if somebody holds each."""
+        unused = [region for region in self._regions.values() if not region.holders]
+        for region in unused:
+            if wanted <= 0:
+                break
+            wanted -= region.length
+            self._forget(region)
+        return bool(unused)
+
+    def spare(self, wanted: int) -> bool:
+        """Somebody is short of so many bytes of memory: give back what is only kept. False if there is nothing."""
+        if self._arena is None:
+            return False
+        self._give_up(wanted)
+        return self._arena.give_back()
 
     def place(self, offset: int, handle: int, placed: Sequence[Sequence[int]]) -> None:
         """The job that held this region is done; it holds these (chunk, offset, length)."""

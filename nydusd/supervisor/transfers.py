@@ -92,6 +92,7 @@ class Transfers:
         self._line: dict[Job, _Transfer] = {}
         self._fetching: set[Job] = set()
         self._open: set[_Transfer] = set()
+        self._giving = self._again = False
         self._rate = 0.0  # bytes per second that one request gets, of late
 
     def request_bytes(self, window: int = 0) -> int:
@@ -204,8 +205,18 @@ class Transfers:
 
     def retry(self) -> None:
         """Give those in line their regions, users' first, as long as there is room."""
-        if not self._line:
+        self._again = True
+        if self._giving:  # what has come of one of them: whoever gives goes on
             return
+        self._giving = True
+        try:
+            while self._again and self._line:
+                self._again = False
+                self._give_regions()
+        finally:
+            self._giving = False
+
+    def _give_regions(self) -> None:
         for priority in Priority:
             for job in [job for job in self._line if job.priority is priority]:
                 transfer = self._line.get(job)
@@ -218,14 +229,28 @@ class Transfers:
                 except CacheError as e:
                     del self._line[job]
                     self._fetching.discard(job)
-                    more = {"type": ScarceError.__name__, "retry_after": 0.0} if isinstance(e, ScarceError) else None
-                    self._refuse(job, str(e), more)
+                    if not isinstance(e, ScarceError):
+                        self._refuse(job, str(e))
+                    elif transfer.size <= MIN_REQUEST or not self._enter_parts(transfer.cache, job, job.attempts):
+                        self._refuse(job, str(e), {"type": ScarceError.__name__, "retry_after": 0.0})
                     continue
                 if offsets is None:
                     return
                 del self._line[job]
                 (transfer.offset,) = offsets
                 self._submit(transfer, job)
+
+    def _enter_parts(self, cache: BlobCache, job: Job, attempts: int) -> bool:
+        """Have parts of a request stand in line instead, what somebody waits for first. False if it cannot be parted."""
+        wanted = {chunk for chunk in job.chunks if chunk in cache.waiters}
+        parts = self._parted(cache, job.chunks, wanted)
+        if len(parts) < 2:
+            return False
+        for part in parts:
+            behind = job.priority is Priority.USER and wanted.isdisjoint(part)
+            self._enter(cache, part, Priority.AHEAD if behind else job.priority, attempts)
+        self.retry()
+        return True
 
     def _fetched(self, transfer: _Transfer, job: Job, answer: Answer) -> None:
         """A fetch job is done, or void, or has failed."""
@@ -253,20 +278,12 @@ class Transfers:
             self._next(transfer)
             return
         self._end(transfer)
-        wanted = {chunk for chunk in job.chunks if chunk in transfer.cache.waiters}
         died = answer.get("type") == "WorkerDied"
-        if died or answer.get("type") == "RangeNotSatisfiableError":
-            # The stored blob is too short: what is asked for may be in front of its end, if its neighbours are not.
-            # Or one of them kills workers: find out which.
-            parts = self._parted(transfer.cache, job.chunks, wanted)
-            if len(parts) > 1:
-                for part in parts:
-                    behind = job.priority is Priority.USER and wanted.isdisjoint(part)
-                    attempts = ATTEMPTS - 1 if died else 0
-                    self._enter(transfer.cache, part, Priority.AHEAD if behind else job.priority, attempts)
-                self.retry()
-                return
-        self._filled(job, answer)
+        # The stored blob is too short: what is asked for may be in front of its end, if its neighbours are not.
+        # Or one of them kills workers: find out which.
+        alone = died or answer.get("type") == "RangeNotSatisfiableError"
+        if not (alone and self._enter_parts(transfer.cache, job, ATTEMPTS - 1 if died else 0)):
+            self._filled(job, answer)
 
     def _take_apart(self, transfer: _Transfer, job: Job, answer: Answer) -> bool:
         """Workers have died on a job with a region of its own: have its halves fetched alone. False if it is not so."""

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, ScarceError
 from nydusd.ipc.arena import PAGE, Arena
 from tests.support.segments import segment_name
 
@@ -99,6 +99,34 @@ def test_what_is_given_out_is_backed_by_memory_which_is_given_back_when_all_is_f
     arena.close()
 
 
+def test_memory_behind_free_pieces_goes_to_who_needs_some_when_there_is_no_more(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena, real, limit = Arena.create(name, 10 * PAGE), os.posix_fallocate, 4 * PAGE
+
+    def backed() -> int:
+        return os.stat(f"/dev/shm{name}").st_blocks * 512
+
+    def bounded(fd: int, offset: int, size: int) -> None:
+        if backed() + size > limit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", bounded)
+    offsets = [arena.allocate(PAGE) for _ in range(4)]
+    assert offsets == [0, PAGE, 2 * PAGE, 3 * PAGE]
+    arena.view(PAGE, 4)[:] = b"kept"
+    arena.free(0, PAGE)
+    arena.free(2 * PAGE, PAGE)
+    assert arena.allocate(2 * PAGE) == 4 * PAGE, "two pieces have memory and are not in use"
+    assert backed() == limit
+    assert bytes(arena.view(PAGE, 4)) == b"kept"
+    with pytest.raises(ScarceError, match="No space left"):
+        arena.allocate(PAGE)
+    assert arena.free_bytes() == 6 * PAGE
+    arena.close()
+
+
 def test_arena_of_a_former_daemon_stays_whole_for_who_maps_it(name: str) -> None:
     old = Arena.create(name, 4 * PAGE)
     old.view(0, 3)[:] = b"old"
@@ -110,13 +138,15 @@ def test_arena_of_a_former_daemon_stays_whole_for_who_maps_it(name: str) -> None
     new.close()
 
 
-def test_full_shared_memory_is_an_error_and_takes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_shared_memory_is_a_want_that_may_end_and_takes_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_fd: int, _offset: int, _size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     arena = Arena.create(name, PAGE)
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CacheError, match="No space left"):
+    with pytest.raises(ScarceError, match="No space left"):
         arena.allocate(PAGE)
     assert arena.free_bytes() == PAGE
     arena.close()

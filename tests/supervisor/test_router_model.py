@@ -1,5 +1,5 @@
-"""Any interleaving of clients, workers, deaths, upgrades, successions of the supervisor, full disks and lost cache files: each
-request is answered exactly once."""
+"""Any interleaving of clients, workers, deaths, upgrades, successions of the supervisor, full disks, shared memory that is full
+and lost cache files: each request is answered exactly once."""
 
 from __future__ import annotations
 
@@ -209,6 +209,10 @@ class Machine(RuleBasedStateMachine):
         for identity in list(self.world.retired):
             if identity not in self.world.sent:
                 self.world.kill(identity)
+
+    @rule(pages=st.sampled_from([3, 8, 16, 1 << 18]))
+    def memory_becomes_short_or_is_there_again(self, pages: int) -> None:
+        self.world.memory = pages << 12
 
     @rule()
     def supervisor_is_killed_and_succeeded(self) -> None:

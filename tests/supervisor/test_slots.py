@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, ScarceError
 from nydusd.storage.state.segment import remove
 from nydusd.supervisor.slots import SlotTable
 
@@ -134,17 +134,66 @@ def test_shared_memory_that_is_full_is_an_error_and_can_be_tried_again(slots: Sl
     assert slots.reserve([PAGE]) == [0]
 
 
-def test_memory_that_ends_in_mid_reservation_takes_nothing(slots: SlotTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, left = os.posix_fallocate, [1]
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes can be backed in all still, in one item."""
+    real, left = os.posix_fallocate, [1 << 30]
 
-    def once(fd: int, offset: int, size: int) -> None:
-        if not left:
+    def bounded(fd: int, offset: int, size: int) -> None:
+        if size > left[0]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        left.pop()
+        left[0] -= size
         real(fd, offset, size)
 
-    monkeypatch.setattr(os, "posix_fallocate", once)
-    with pytest.raises(CacheError, match="No space left"):
-        slots.reserve([4096, 4096])
+    monkeypatch.setattr(os, "posix_fallocate", bounded)
+    return left
+
+
+def test_memory_that_ends_in_mid_reservation_takes_nothing(slots: SlotTable, memory: list[int]) -> None:
+    memory[0] = PAGE
+    with pytest.raises(ScarceError, match="No space left"):
+        slots.reserve([PAGE, PAGE])
     assert slots.in_use() == 0
     assert slots.held() == 0
+
+
+def test_who_finds_no_memory_waits_for_those_who_have_some(slots: SlotTable, memory: list[int]) -> None:
+    held = slots.reserve([PAGE])
+    assert held is not None
+    memory[0] = 0
+    assert slots.reserve([PAGE]) is None
+    slots.drop(held[0])
+    memory[0] = PAGE
+    assert slots.reserve([PAGE]) == [0]
+
+
+def test_what_is_only_kept_is_given_up_for_want_of_memory(slots: SlotTable, memory: list[int]) -> None:
+    fill(slots, 0)
+    fill(slots, 1)
+    slots.lease(b"c", 1, [1])
+    memory[0] = 0
+    assert slots.reserve([PAGE]) is None
+    assert [slots.has(1, 0), slots.has(1, 1)] == [False, True]
+
+
+def test_what_is_only_kept_beside_is_given_up_for_want_of_memory(slots: SlotTable, memory: list[int]) -> None:
+    other = SlotTable(f"{slots._name}-other", 4 * PAGE)
+    slots.beside, other.beside = other, slots
+    try:
+        assert other.reserve([PAGE]) == [0]
+        other.drop(0)
+        assert os.stat(f"/dev/shm{other._name}").st_blocks
+        memory[0] = 0
+        with pytest.raises(ScarceError):
+            slots.reserve([PAGE])
+        assert not os.stat(f"/dev/shm{other._name}").st_blocks, "nobody uses it"
+        memory[0] = 4 * PAGE
+        kept = [fill(slots, chunk) for chunk in range(4)]
+        memory[0] = 0
+        with pytest.raises(ScarceError):
+            other.reserve([PAGE])
+        assert not any(slots.has(1, chunk) for chunk in range(4)), kept
+        assert not os.stat(f"/dev/shm{slots._name}").st_blocks
+    finally:
+        other.close()
+        remove(other._name)

@@ -233,6 +233,47 @@ class TestRoom:
         assert "nydusd.arena_size" in caplog.text
         assert not world.far.jobs
 
+    def test_that_has_no_memory_is_waited_for_while_others_have_some(self, world: World) -> None:
+        workers(world, fetch=4)
+        world.memory = 16 << 10
+        for number in range(CHUNKS):
+            world.ask(A, number, world.far, number, 1)
+        assert 0 < len(fetching(world)) < 4 and world.transfers.waiting()
+        world.settle()
+        assert sorted(codes(world)) == [(number, 0) for number in range(CHUNKS)]
+
+    def test_that_has_memory_for_a_part_of_a_request_is_used_for_one_part_after_the_other(
+        self, greedy: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(transfers, "MIN_REQUEST", 4 << 10)
+        workers(greedy)
+        greedy.memory = 8 << 10
+        greedy.ask(A, 1, greedy.far, 4, 2)
+        assert fetching(greedy) == [[4]]
+        greedy.settle()
+        assert codes(greedy) == [(1, 0)]
+
+    def test_that_has_no_memory_is_asked_for_again_while_readers_have_time(self, world: World) -> None:
+        workers(world)
+        world.memory = 0
+        for number in range(CHUNKS):
+            world.ask(A, number, world.far, number, 1)
+        assert codes(world) == [] and not world.transfers.waiting()
+        world.memory = 1 << 20
+        world.settle()
+        assert sorted(codes(world)) == [(number, 0) for number in range(CHUNKS)]
+
+    def test_that_readers_keep_is_given_up_for_what_goes_to_a_cache_file(self, world: World) -> None:
+        workers(world)
+        world.ask(A, 1, world.far_dummy, 0, 3)
+        world.settle()
+        assert codes(world) == [(1, 0)] and world.slots.in_use() and not world.slots.held()
+        world.memory = 16 << 10
+        world.ask(A, 2, world.far, 0, 1)
+        assert fetching(world) == [[0]]
+        world.settle()
+        assert codes(world) == [(1, 0), (2, 0)]
+
     def test_stage_that_cannot_be_made_fails_the_read_and_leaves_nothing(
         self, world: World, caplog: pytest.LogCaptureFixture
     ) -> None:

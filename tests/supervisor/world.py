@@ -7,6 +7,7 @@ speaks of, or by placing chunks in the arena, as a real worker does.
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,6 +67,9 @@ class World:
         patch.setattr(launch, "_JOB_BYTES", 32 << 10)
         patch.setattr(transfers, "_FILL_BYTES", 32 << 10)
         patch.setattr(transfers, "MIN_REQUEST", 8 << 10)
+        self.memory = 1 << 30
+        """Bytes that both arenas can have, as if /dev/shm was no larger."""
+        patch.setattr(os, "posix_fallocate", self._back)
         self.instance = f"world-{time.monotonic_ns()}-{next(_worlds)}"
         self._amplify, self._bandwidth = amplify, bandwidth
         self.blobs: list[BlobCache] = []
@@ -109,6 +113,14 @@ class World:
         self.far_batch = self._blob(former, "far-batch", "/cache", "s3")
         self.far_dummy = self._blob(former, "far-dummy", None, "s3")
         self.blobs = [self.plain, self.batch, self.dummy, self.far, self.far_batch, self.far_dummy]
+
+    def _back(
+        self, fd: int, offset: int, size: int, real: Callable[[int, int, int], None] = os.posix_fallocate
+    ) -> None:
+        arenas = [table._arena._fd for table in (self.slots, self.stage) if table._arena is not None]
+        if fd in arenas and sum(os.fstat(arena).st_blocks * 512 for arena in arenas) + size > self.memory:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd, offset, size)
 
     def _blob(
         self,

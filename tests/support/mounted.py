@@ -92,7 +92,7 @@ class Hub:
 class Mounted:
     """A `Daemon` on a `Tree` with a registry backend. `backend` goes over the keys that it has by default.
 
-    `args` and `cache`: as of `Daemon`.
+    `args` and `cache`: as of `Daemon`; nothing is stored if it is not to be `cached`.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class Mounted:
         verb: str = "fuse",
         args: tuple[str, ...] = (),
         cache: Path | None = None,
+        cached: bool = True,
     ) -> None:
         self.tree = tree
         self._folder = Path(tempfile.mkdtemp(prefix="m", dir=discipline.folder))
@@ -116,7 +117,7 @@ class Mounted:
         config: dict[str, object] = {
             "version": 2,
             "backend": {"type": kind, kind: common | backend},
-            "cache": {"type": "blobcache", "filecache": {"work_dir": str(cache)}},
+            "cache": {"type": "blobcache", "filecache": {"work_dir": str(cache)}} if cached else {"type": "dummycache"},
             "rafs": {"mode": "direct", "batch_size": 0},
             # One of each: what one of them has learnt is known to all then, and faults come in the order of the reads.
             "nydusd": {"fetch_workers": 1, "decompress_workers": 1} | (tuning or {}),
