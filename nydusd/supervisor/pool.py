@@ -6,6 +6,9 @@ system that ends what eats its memory: that is believed after ten. Jobs of a hig
 order of arrival. But no server gets the last worker while another one's blobs are mounted too, and one whose last job failed
 for want of an answer gets one worker at a time: a server that accepts and says nothing must not hold all workers.
 
+Of a slow server there may be more readers than workers for minutes. Chunk maps are stored then as well, and room is made:
+one such job at a time goes before the readers' when it has waited for long enough.
+
 A worker that is to leave (an upgrade, a smaller pool) is retired: it does the job that it has and gets no other.
 """
 
@@ -35,6 +38,10 @@ _OVER_NETWORK = ("fetch", "prepare")
 """Kinds of jobs that wait for a server; the second only sometimes."""
 _PROMPT = ("fetch", "fill")
 """Kinds of jobs on a few chunks: they never compute for long. All others may go through all of a blob, or of an image."""
+_UPKEEP = ("checkpoint", "evict", "survey")
+"""Kinds of jobs that no reader waits for, and that must not be put off for ever."""
+_PATIENCE = 2.0
+"""Seconds that such a job waits for a time at which no reader needs its worker."""
 
 
 class WorkerPool:
@@ -65,6 +72,7 @@ class WorkerPool:
         self._connections: dict[bytes, Json] = {}
         self._refused: set[str] = set()
         self._numbers = count(1)
+        self._readers_turn = 0.0  # until then no job goes before those of readers
         self.resting = 0
         """Workers that have ended for want of jobs (`rest.py`); they are started again for the next ones."""
         self.jobs_done = 0
@@ -79,6 +87,7 @@ class WorkerPool:
         if job.kind in self._refused:
             return
         job.number = next(self._numbers)
+        job.queued = time.monotonic()
         self._queues[job.priority].append(job)
 
     def promote(self, job: Job) -> bool:
@@ -221,11 +230,25 @@ class WorkerPool:
     def _next(self) -> Job | None:
         if not self.queued():
             self._more()
+        if (overdue := self._overdue()) is not None:
+            return overdue
         for queue in self._queues.values():
             for place, job in enumerate(queue):
                 if self._may_begin(job):
                     del queue[place]
                     return job
+        return None
+
+    def _overdue(self) -> Job | None:
+        """A job that has waited for too long behind readers' jobs, unless another such is under way."""
+        now = time.monotonic()
+        if now < self._readers_turn or any(job.kind in _UPKEEP for job in self._busy.values()):
+            return None
+        queue = self._queues[Priority.AHEAD]
+        for place, job in enumerate(queue):
+            if job.kind in _UPKEEP and now - job.queued > _PATIENCE:
+                del queue[place]
+                return job
         return None
 
     def _may_begin(self, job: Job) -> bool:
@@ -270,6 +293,10 @@ class WorkerPool:
         if identity not in self._retired:
             # Who lacks something comes last: another may have it.
             (self._idle.appendleft if lacks else self._idle.append)(identity)
+        if job.kind in _UPKEEP and self.size <= 1:
+            # The only worker is the readers' for as long as it was not.
+            now = time.monotonic()
+            self._readers_turn = now + (now - job.started)
         self.jobs_done += 1
         self._done[identity] += 1
         self._connections[identity] = answer.pop("connections", {})

@@ -11,7 +11,9 @@ from nydusd.ipc.messages import Json
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.manager import CacheConfig
 from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.supervisor import pool as pool_module
 from nydusd.supervisor.pool import WorkerPool
+from tests.supervisor.world import Clock
 from tests.support.blobs import blob_info
 
 
@@ -220,6 +222,73 @@ def test_workers_are_told_to_forget_what_they_have_open_and_is_used_no_more() ->
             pool.forget(second)
     assert [message.get("forget") for message in sent] == [None, [first.handle], None, None]
     assert ["spec" in message for message in sent] == [True, True, False, False]
+
+
+class TestUpkeep:
+    """Chunk maps are stored and room is made however many readers wait."""
+
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> Clock:
+        clock = Clock()
+        monkeypatch.setattr(pool_module, "time", clock)
+        return clock
+
+    @staticmethod
+    def done(pool: Pool, identity: bytes) -> None:
+        pool.pool.worker_done(identity, {"id": pool.pool._busy[identity].number})
+        pool.pool.pump()
+
+    @pytest.mark.parametrize("kind", ["checkpoint", "evict", "survey"])
+    def test_waits_behind_readers_for_two_seconds_and_no_longer(self, pool: Pool, clock: Clock, kind: str) -> None:
+        pool.submit(kind, Priority.AHEAD)
+        for _ in range(3):
+            pool.submit("fetch")
+        pool.pool.worker_ready(b"w")
+        pool.pool.pump()
+        clock.now += 2.0
+        self.done(pool, b"w")
+        clock.now += 0.1
+        self.done(pool, b"w")
+        assert [name for _, name in pool.sent] == ["fetch", "fetch", kind]
+
+    def test_is_one_job_at_a_time_while_readers_wait(self, pool: Pool, clock: Clock) -> None:
+        for _ in range(3):
+            pool.submit("checkpoint", Priority.AHEAD)
+        for _ in range(6):
+            pool.submit("fetch")
+        clock.now += 60.0
+        for name in (b"one", b"two"):
+            pool.pool.worker_ready(name)
+        pool.pool.pump()
+        assert sorted(name for _, name in pool.sent) == ["checkpoint", "fetch"]
+        (reads,) = [identity for identity, job in pool.pool._busy.items() if job.kind == "fetch"]
+        for _ in range(4):
+            self.done(pool, reads)
+        assert [name for _, name in pool.sent].count("checkpoint") == 1
+        (stores,) = [identity for identity, job in pool.pool._busy.items() if job.kind == "checkpoint"]
+        self.done(pool, stores)
+        assert [name for _, name in pool.sent].count("checkpoint") == 2
+
+    def test_has_an_only_worker_half_of_the_time_at_most(self, pool: Pool, clock: Clock) -> None:
+        for _ in range(2):
+            pool.submit("checkpoint", Priority.AHEAD)
+        for _ in range(9):
+            pool.submit("fetch")
+        clock.now += 60.0
+        pool.pool.worker_ready(b"w")
+        pool.pool.pump()
+        clock.now += 5.0
+        for _ in range(7):
+            self.done(pool, b"w")
+            clock.now += 1.0
+        assert [name for _, name in pool.sent] == ["checkpoint", *["fetch"] * 5, "checkpoint", "fetch"]
+
+    def test_that_nobody_waits_behind_is_done_at_once(self, pool: Pool, clock: Clock) -> None:
+        for _ in range(2):
+            pool.submit("checkpoint", Priority.AHEAD)
+            pool.pool.worker_ready(f"w{_}".encode())
+        pool.pool.pump()
+        assert [name for _, name in pool.sent] == ["checkpoint", "checkpoint"]
 
 
 class TestRetiredWorker:

@@ -55,8 +55,8 @@ class Request:
 class Job:
     """Work for one worker. `done` gets the worker's answer, or an answer with `error` when too many workers died on it.
 
-    `attempts` are those that died of themselves or hung, `kills` those that were killed. `started` is when it went to a worker
-    (monotonic seconds).
+    `attempts` are those that died of themselves or hung, `kills` those that were killed. `queued` is when it was given to
+    the pool, `started` when it went to a worker (monotonic seconds).
     A job that is `cancelled` has lost its claims; `done` is still called, once, to take back what else it holds.
     """
 
@@ -70,5 +70,6 @@ class Job:
     number: int = 0
     attempts: int = 0
     kills: int = 0
+    queued: float = 0.0
     started: float = 0.0
     cancelled: bool = False
