@@ -17,7 +17,7 @@ from nydusd.storage.state import lock as lock_module
 from nydusd.storage.state.lock import BlobLock, is_there, start_time
 from nydusd.storage.state.segment import LOCK_OFFSET, Segment
 from tests.support.scarce import no_fd_left
-from tests.support.segments import in_child, join, make_segment, segment_name
+from tests.support.segments import die_at, in_child, join, make_segment, segment_name
 
 _RECORD = struct.Struct("<QQ")
 
@@ -160,6 +160,30 @@ def test_holder_killed_before_it_left_its_record_is_succeeded(
         assert semaphore.value == 0
     assert semaphore.value == 1
     semaphore.close()
+
+
+@pytest.mark.parametrize("point", ["lock: taken", "lock: held", "lock: record cleared", ""])
+def test_lock_that_nobody_else_has_is_free_at_once_wherever_its_holder_was_killed(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    def die_there() -> None:
+        die_at(point)
+        own = Segment.open(segment.name)
+        assert own is not None
+        with own.lock():
+            pass
+
+    def waited(*_: object) -> bool:
+        raise AssertionError("it is waited for somebody")
+
+    assert join(in_child(die_there)) == (-signal.SIGKILL if point else 0)
+    monkeypatch.setattr(BlobLock, "_is_dead", staticmethod(waited))
+    segment.lock().reset()
+    for _ in range(2):
+        with segment.lock():
+            assert _value(segment) == 0
+        assert _value(segment) == 1
+    assert _RECORD.unpack(_record(segment)) == (0, 0)
 
 
 def test_process_that_was_taken_for_dead_does_not_let_two_in_for_ever(

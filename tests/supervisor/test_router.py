@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from typing import cast
 
 import pytest
@@ -11,9 +12,11 @@ from nydusd.formats.model import ChunkFlag
 from nydusd.ipc.messages import LOST, SYNC
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Priority
+from nydusd.storage.state.lock import BlobLock
 from nydusd.storage.state.segment import PENDING, READY, RECORD
 from nydusd.supervisor.engine import Engine
 from tests.supervisor.world import CHUNKS, World
+from tests.support.segments import die_at, in_child, join
 
 A, B = b"fuse-0-1", b"fuse-1-1"
 
@@ -42,6 +45,25 @@ def test_many_readers_of_a_chunk_are_one_job(world: World) -> None:
         jobs.append(world.fill_next())
     assert sorted(codes(world)) == [(number, 0) for number in range(50)]
     assert [0 in job for job in jobs].count(True) == 1
+
+
+@pytest.mark.parametrize("point", ["lock: taken", "lock: record cleared"])
+def test_supervisor_that_succeeds_one_killed_over_a_claim_does_not_wait_for_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    def claim() -> None:
+        die_at(point)
+        world.ask(A, 1, world.plain, 0, 1)
+
+    def waited(*_: object) -> bool:
+        raise AssertionError("it is waited for a dead supervisor")
+
+    monkeypatch.setattr(BlobLock, "_is_dead", staticmethod(waited))
+    assert join(in_child(claim)) == -signal.SIGKILL
+    world.succeed()
+    world.ask(A, 1, world.plain, 0, 1)
+    world.settle()
+    assert codes(world) == [(1, 0)]
 
 
 def test_failure_is_told_to_all_who_wait_and_remembered_for_a_while(world: World) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from nydusd import points
 from nydusd.storage.state.segment import EMPTY, RECORD, Identity, Segment, names, remove
 
 
@@ -70,6 +72,16 @@ def in_child(work: Callable[[], None]) -> int:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def die_at(point: str) -> None:
+    """Have this process, a forked child, killed when it comes to a point."""
+
+    def reach(name: str) -> None:
+        if name == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    vars(points)["reach"] = reach
 
 
 def join(pid: int) -> int:

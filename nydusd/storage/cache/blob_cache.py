@@ -135,6 +135,7 @@ class BlobCache:
         except (NydusError, OSError):
             return
         assert self.segment is not None
+        self.segment.lock().reset()  # only supervisors take it, and the former one is dead
         if self.segment.retired:
             self.state = "new"  # a worker was about to replace it
         self.spec = replace(self.spec, generation=self.segment.generation)

@@ -8,7 +8,8 @@ Waiters that find the same dead owner settle who takes over by flock(2) on the s
 
 What holds after SIGKILL: between `acquire` and the record the record is empty, so waiters treat an empty record that
 does not change for `GRACE` as a dead owner's. The protected sections only flip state bytes, which can be repeated, so a
-process that was stopped (not killed) for so long in that one window does no harm when it goes on.
+process that was stopped (not killed) for so long in that one window does no harm when it goes on. A supervisor that takes a
+segment over knows that nobody has the lock, and waits for none of this (`reset`).
 """
 
 from __future__ import annotations
@@ -140,6 +141,15 @@ class BlobLock:
             # Not 0 only if we were taken for dead and our successor is done: a second release would let two in for ever.
             if not self._sem.value:
                 self._sem.release()
+
+    def reset(self) -> None:
+        """Nobody else has the lock, or wants it: whatever he has left who had it when he was killed, it is free.
+
+        Killed in the middle of it, the record is empty and the next one does it again.
+        """
+        _RECORD.pack_into(self._record, 0, 0, 0)
+        if not self._sem.value:
+            self._sem.release()
 
     def close(self) -> None:
         self._record.release()
