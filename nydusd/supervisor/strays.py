@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nydusd.storage.cache.manager import segments_in
-from nydusd.storage.state.segment import names, remove
+from nydusd.storage.state.segment import is_unfinished, names, remove, remove_unfinished
 
 if TYPE_CHECKING:
     from nydusd.supervisor.images import Image
 
 
 def remove_strays(prefix: str, folder: Path, images: Collection[Image], segments: Collection[str]) -> None:
-    """Remove what begins with `prefix`, belongs to none of the images and is none of the segments; and traces in `folder`."""
+    """Remove what begins with `prefix`, belongs to none of the images and is none of the segments; and traces in `folder`.
+
+    And what workers that were killed have left unfinished of those segments.
+    """
     counters = {image.counters for image in images} | {image.files for image in images}
     for name in names(prefix[1:]):
         kind, _, rest = name.removeprefix(prefix).partition(".")
@@ -28,6 +31,8 @@ def remove_strays(prefix: str, folder: Path, images: Collection[Image], segments
             stray = bool(segments_in([prefix + kind], prefix)) and prefix + kind not in segments
         if stray:
             remove(name)
+        elif is_unfinished(name):  # unless a worker of ours is at it
+            remove_unfinished(name)
     traces = {image.trace for image in images}
     for path in folder.glob("trace.*"):
         if str(path) not in traces:

@@ -17,14 +17,18 @@ import pytest
 
 from nydusd import priority
 from nydusd.storage.cache.manager import segments_in
+from nydusd.storage.state.segment import inode_of, names, remove
 from nydusd.supervisor import handover
 from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.engine import Engine
+from nydusd.supervisor.strays import remove_strays
 from tests.support.discipline import wait_until
+from tests.support.segments import die_at, in_child, join, make_segment
 
 if TYPE_CHECKING:
     from nydusd.forkserver.process import Process
+    from nydusd.supervisor.images import Image
 
 
 @pytest.mark.parametrize("content", [{}, {"a": [1]}])
@@ -110,6 +114,36 @@ def test_counters_of_a_second_supervisor_are_not_taken_for_the_segment_of_a_blob
     assert segments_in(
         [segment, f"{prefix}count.4294967297", f"{prefix}files.4294967297", f"{segment}.500"], prefix
     ) == [segment]
+
+
+def test_what_killed_workers_have_left_of_segments_in_use_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    prefix = f"/nydusd.{os.getpid():012x}."
+    segment, count, files = f"{prefix}a8fc3f9b7cab084d", f"{prefix}count.4294967297", f"{prefix}files.4294967297"
+    image = cast("Image", SimpleNamespace(counters=count, files=files, trace=str(tmp_path / "trace.1")))
+
+    def die_over(point: str) -> None:
+        die_at(point)
+        make_segment(segment, 4)
+
+    def here() -> list[str]:
+        return sorted(entry for entry in os.listdir("/dev/shm") if prefix[1:] in entry)
+
+    try:
+        made = make_segment(segment, 4)
+        with made.lock():
+            pass
+        made.close()
+        for name in (count, files, f"{segment}.{os.getppid()}"):  # of the last one the worker lives
+            Path(f"/dev/shm{name}").touch()
+        kept = here()
+        assert f"sem.{segment[1:]}.{inode_of(segment)}" in kept
+        assert join(in_child(lambda: die_over("segment: written"))) == -signal.SIGKILL
+        assert len(here()) == len(kept) + 1
+        remove_strays(prefix, tmp_path, [image], [segment])
+        assert here() == kept
+    finally:
+        for name in names(prefix[1:]):
+            remove(name)
 
 
 def test_a_stop_wakes_a_worker_to_store_what_is_cached_where_all_rest_but_one_that_leaves() -> None:

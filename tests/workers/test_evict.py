@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,8 @@ from nydusd.errors import ScarceError, StaleCacheError
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import gone, map_file
 from nydusd.storage.state.lock import start_time
-from nydusd.storage.state.segment import EMPTY, PENDING, READY, Identity, Segment, inode_of, remove
-from tests.support.segments import make_segment
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, Identity, Segment, inode_of, names, remove
+from tests.support.segments import die_at, in_child, join, make_segment
 from tests.workers.harness import Jobs, jobs
 from workers.evict import evict, survey
 
@@ -63,14 +64,19 @@ def stored(made: Jobs) -> set[int]:
     return {chunk for chunk, value in enumerate(state) if value == READY}
 
 
+def identity_of(path: Path) -> Identity:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return Identity.of(fd, path.stat().st_size)
+    finally:
+        os.close(fd)
+
+
 @contextlib.contextmanager
 def other_daemon(made: Jobs, *, mapped: bool = True) -> Iterator[str]:
     """A segment of another instance that speaks of the same data file; gives its name."""
-    fd = os.open(made.data, os.O_RDONLY)
-    identity = Identity.of(fd, made.data.stat().st_size)
-    os.close(fd)
     name = f"/nydusd.other{os.getpid()}.0123"
-    segment = make_segment(name, 3, identity=identity)
+    segment = make_segment(name, 3, identity=identity_of(made.data))
     if not mapped:
         segment.close()
     try:
@@ -79,6 +85,28 @@ def other_daemon(made: Jobs, *, mapped: bool = True) -> Iterator[str]:
         if mapped:
             segment.close()
         remove(name)
+
+
+def test_segment_that_a_killed_worker_has_not_published_is_nobodys(filled: Jobs) -> None:
+    """Whichever process has its pid now: who makes one has the lock of the data file."""
+    name, me = f"/nydusd.{os.getpid():012x}.{0:016x}", os.getpid()
+
+    def die_over_it() -> None:
+        die_at("segment: written")
+        make_segment(name, 3, identity=identity_of(filled.data))
+
+    assert join(in_child(die_over_it)) == -signal.SIGKILL
+    try:
+        (left,) = names(name[1:])
+        reused = Path(f"/dev/shm{name}.{me}")
+        Path(f"/dev/shm{left}").rename(reused)
+        assert take_out(filled, [0])["evicted"] == 1
+        assert names(name[1:]) == []
+    finally:
+        for left in names(name[1:]):
+            remove(left)
+    filled.fill_all()
+    assert filled.wrong_files() == []
 
 
 class TestDaemonThatIsGone:

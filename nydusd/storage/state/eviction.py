@@ -31,7 +31,7 @@ from pathlib import Path
 from nydusd import points
 from nydusd.errors import CacheError, cache_error, is_scarce
 from nydusd.storage.state.gone import remove_if_gone
-from nydusd.storage.state.segment import remove
+from nydusd.storage.state.segment import is_unfinished, remove, remove_unfinished
 from nydusd.storage.state.sharing import segments_of
 
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
@@ -52,8 +52,9 @@ def used_by_others(path: str, own: Collection[int], strays: Mapping[str, int], c
 
     Segments are told by name and inode: one that was opened anew meanwhile is another. `strays` were left by an earlier life of
     our own daemon, and no image of it uses them now: they end here, lest somebody believe them later. So do those of daemons
-    that are gone for good (`gone.py`). `own` are the pids of our own daemon; those that it has started since are told by
-    their parent, which is also this worker's. Raises CacheError, ScarceError when somebody may use it who cannot be seen now.
+    that are gone for good (`gone.py`), and what a worker has left that was killed before it could publish it. `own` are the
+    pids of our own daemon; those that it has started since are told by their parent, which is also this worker's. Raises
+    CacheError, ScarceError when somebody may use it who cannot be seen now.
 
     The caller holds the data file's lock: no daemon of this implementation begins to use the file meanwhile.
     """
@@ -64,6 +65,8 @@ def used_by_others(path: str, own: Collection[int], strays: Mapping[str, int], c
             continue
         if strays.get(name) == inode:
             remove(name)
+        elif is_unfinished(name):  # whoever is at one has the lock that our caller has
+            remove_unfinished(name, ended=True)
         elif not remove_if_gone(name, inode):
             return name
     for entry in os.listdir("/proc"):

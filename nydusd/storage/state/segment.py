@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ _HEAD = struct.Struct("<8sIIQQQQ")
 _CHECK = struct.Struct("<II")
 """1, and the checksum of the header in front of it; zeros in a segment of a release that had none."""
 _GETVERSION = 0x80087601  # FS_IOC_GETVERSION
+_UNFINISHED = re.compile(r"/nydusd\.[^.]+\.[0-9a-f]{16}\.[0-9]+")
 _SHM = Path("/dev/shm")  # where glibc keeps POSIX shared memory: the only way to rename an object
 
 
@@ -355,12 +357,22 @@ def file_of(path: Path) -> tuple[int, int] | None:
     return (dev, ino) if magic == MAGIC else None
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether this is what the segment of a blob is called until it is published. (A semaphore may be called so, too.)"""
+    return _UNFINISHED.fullmatch(name) is not None
+
+
+def remove_unfinished(name: str, *, ended: bool = False) -> None:
+    """Remove a segment that was not published if whoever made it has `ended`, by its pid if that is not known otherwise."""
+    pid = name.rpartition(".")[2]
+    if ended or (pid.isdecimal() and (int(pid) == os.getpid() or not start_time(int(pid)))):
+        (_SHM / name[1:]).unlink(missing_ok=True)
+
+
 def _remove_left(name: str) -> None:
     """Remove what was left of a segment of this name by workers that were killed over it; others may be at one just now."""
     for path in _SHM.glob(f"{name[1:]}.*"):
-        pid = path.suffix[1:]
-        if pid.isdecimal() and (int(pid) == os.getpid() or not start_time(int(pid))):
-            path.unlink(missing_ok=True)
+        remove_unfinished(f"/{path.name}")
 
 
 def _unlink(name: str) -> None:
