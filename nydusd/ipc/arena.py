@@ -21,6 +21,8 @@ from nydusd.errors import CacheError, ScarceError, cache_error
 PAGE = 4096
 
 _FULL = (errno.ENOSPC, errno.ENOMEM)
+_OTHERS = 8 << 20
+"""Bytes of /dev/shm (or an eighth of a small one) that are left to what else has to be there: the state of blobs to come."""
 
 
 class Arena:
@@ -75,15 +77,16 @@ class Arena:
     def view(self, offset: int, length: int) -> memoryview:
         return self._view[offset : offset + length]
 
-    def allocate(self, length: int) -> int | None:
+    def allocate(self, length: int, *, all_of_it: bool = True) -> int | None:
         """Offset of a free piece of `length` bytes, None if there is none now.
 
+        It takes the last of the memory only if it may take `all_of_it`: who can wait leaves some for others.
         Raises ScarceError when there is no memory for it, though none is taken by what is free here; CacheError for all else.
         """
         need = -(-max(length, 1) // PAGE) * PAGE
         for i, (offset, size) in enumerate(self._free):
             if size >= need:
-                self._back(offset, need)
+                self._back(offset, need, all_of_it)
                 if size == need:
                     del self._free[i]
                 else:
@@ -91,10 +94,18 @@ class Arena:
                 return offset
         return None
 
-    def _back(self, offset: int, length: int) -> None:
+    def _is_scant(self, length: int) -> bool:
+        """Whether so much more memory would take of what is left to others."""
+        system = os.fstatvfs(self._fd)
+        left = min(_OTHERS, system.f_blocks * system.f_frsize // 8)  # 0 where there is no bound
+        return left > 0 and system.f_bavail * system.f_frsize < length + left
+
+    def _back(self, offset: int, length: int, all_of_it: bool) -> None:
         """Have memory behind a piece that is free; what other free pieces have is given back for it, if need be."""
         while True:
             try:
+                if not all_of_it and self._is_scant(length):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.posix_fallocate(self._fd, offset, length)
                 return
             except OSError as e:

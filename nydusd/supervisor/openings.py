@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Openings:
-    """`serve(request)` is called for each that waited when its blob is open, `finish(request, errno)` when it cannot be."""
+    """`serve(request)` is called for each that waited when its blob is open, `finish(request, errno)` when it cannot be.
+
+    `spare()` is called when something is lacking for that: shared memory that is not in use is to be given back.
+    """
 
     def __init__(
         self,
@@ -29,11 +32,13 @@ class Openings:
         outages: Outages,
         serve: Callable[[Request], None],
         finish: Callable[[Request, int], None],
+        spare: Callable[[], None],
     ) -> None:
         self._fetch = fetch
         self._outages = outages
         self._serve = serve
         self._finish = finish
+        self._spare = spare
 
     def open(self, cache: BlobCache) -> None:
         """Have the blob prepared, unless that is done, under way, or failed too recently."""
@@ -72,6 +77,7 @@ class Openings:
         if error is not None:
             if cache.scarce:
                 retry_after = 0.0
+                self._spare()
             cache.open_failed(error, retry_after)
             level = logging.WARNING if cache.unreachable else logging.ERROR
             log.log(level, "blob %s cannot be opened: %s", name, error)

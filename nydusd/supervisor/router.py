@@ -69,6 +69,7 @@ class Router:
         self._decompress = decompress
         self._slots = slots
         slots.beside, stage.beside = stage, slots
+        self._stage = stage
         self._prefetch = prefetch
         self._reply = reply
         self._requests: dict[tuple[bytes, int], Request] = {}
@@ -80,7 +81,7 @@ class Router:
         self.checkpoints = Checkpoints(factory, fetch, self._reopen)
         self.evictions = Evictions(fetch, self._all_again, self._reopen)
         self.outages = Outages(deadline)
-        self._openings = Openings(fetch, self.outages, self._serve, self._finish)
+        self._openings = Openings(fetch, self.outages, self._serve, self._finish, self._spare)
         self.unknown: Callable[[int], None] = lambda handle: None
         """Told of a handle that is asked for and that no blob has: it may be one of a killed supervisor's (`restore.py`)."""
         self.backend = {"reads": 0, "read_errors": 0, "read_bytes": 0}
@@ -245,6 +246,11 @@ class Router:
         """A blob that nobody uses was closed: no worker keeps it open for nothing."""
         for pool in (self._fetch, self._decompress):
             pool.forget(cache)
+
+    def _spare(self) -> None:
+        """Something needs memory that arenas only keep."""
+        for table in (self._slots, self._stage):
+            table.spare(table.size)
 
     # --- misses -----------------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ class SlotTable:
         while True:
             lack = None
             try:
-                offset = arena.allocate(length)
+                offset = arena.allocate(length, all_of_it=len(self._regions) == own)
                 if offset is not None:
                     return offset
             except ScarceError as e:

@@ -1,4 +1,4 @@
-"""A /dev/shm that is smaller than the arenas may be, as in a container: readers wait for each other, and no read fails."""
+"""A /dev/shm that is smaller than arenas may be, as in a container: readers wait for each other, and nothing fails for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = [f"{number:02}" for number in range(64)]
 
 @pytest.mark.parametrize("cached", [True, False], ids=["file cache", "no cache"])
 def test_readers_of_more_than_shared_memory_holds_wait_for_each_other(tmp_path: Path, cached: bool) -> None:
-    tree = Tree([*NAMES, "first"], tmp_path)
+    tree = Tree([*NAMES, "first", "place/file"], tmp_path)
     found: dict[str, bytes | int] = {}
     with faulty() as server:
         hub, gate = Hub(tree, server), threading.Event()
@@ -49,4 +49,10 @@ def test_readers_of_more_than_shared_memory_holds_wait_for_each_other(tmp_path: 
                     gate.set()
                     for reader in readers:
                         reader.join()
+                (blobs := tmp_path / "blobs").mkdir()
+                (blobs / tree.blob_id).write_bytes(tree.data)
+                assert mounted.daemon.mount("/place", tree.bootstrap, blobs)[0] == 204, (
+                    "the state of a blob has no room"
+                )
+                assert mounted.is_right("place/first", "first")
     assert found == {name: tree.contents[name] for name in NAMES}

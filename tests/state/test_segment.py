@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nydusd import points
-from nydusd.errors import CacheError, FormatError, InternalError
+from nydusd.errors import FormatError, InternalError, ScarceError
 from nydusd.storage.state.segment import (
     COUNTER_ROWS,
     EMPTY,
@@ -123,14 +123,16 @@ def test_header_with_areas_outside_is_refused(name: str) -> None:
         _opened(name).close()
 
 
-def test_full_shared_memory_is_an_error_and_leaves_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_shared_memory_is_a_want_that_may_end_and_leaves_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_fd: int, _offset: int, _size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CacheError, match="No space left") as caught:
+    with pytest.raises(ScarceError, match="No space left") as caught:
         make_segment(name, 10)
-    assert caught.value.cause_errno == errno.ENOSPC
+    assert caught.value.cause_errno == errno.ENOMEM, "no disk is full"
     assert names(name[1:]) == []
 
 

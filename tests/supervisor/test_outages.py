@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -347,3 +348,24 @@ class TestWorkers:
         )
         pool.submit("silent", 1)
         assert pool.busy() == ["silent"]
+
+
+def test_blob_that_cannot_be_opened_for_want_of_memory_gets_what_arenas_only_keep(world: World) -> None:
+    world.ask(A, 1, world.dummy, 4, 1)
+    world.settle()
+    world.ask(A, 2, world.far_batch, 4, 1)
+    world.settle()
+
+    def backed() -> int:
+        arenas = [table._arena for table in (world.slots, world.stage)]
+        return sum(os.fstat(arena._fd).st_blocks for arena in arenas if arena is not None)
+
+    assert backed()
+    world.far.state = "new"
+    world.ask(A, 3, world.far, 4, 1)
+    world.pump()
+    (identity,) = world.sent
+    world.done(identity, {"error": "No space left on device", "errno": errno.EIO, "type": "ScarceError"})
+    assert not backed()
+    world.settle()
+    assert codes(world) == [(1, 0), (2, 0), (3, 0)]

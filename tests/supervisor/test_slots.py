@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -165,6 +166,25 @@ def test_who_finds_no_memory_waits_for_those_who_have_some(slots: SlotTable, mem
     slots.drop(held[0])
     memory[0] = PAGE
     assert slots.reserve([PAGE]) == [0]
+
+
+def test_the_last_of_the_memory_is_for_others_unless_nothing_else_is_here(
+    slots: SlotTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def system(_fd: int) -> SimpleNamespace:
+        taken = os.fstat(slots.arena._fd).st_blocks * 512 // PAGE
+        return SimpleNamespace(f_blocks=16, f_bavail=5 - taken, f_frsize=PAGE)
+
+    monkeypatch.setattr(os, "fstatvfs", system)
+    first = slots.reserve([3 * PAGE])
+    assert first is not None
+    assert slots.reserve([PAGE]) is None, "two of 16 pages are left, an eighth"
+    slots.drop(first[0])
+    fill(slots, 0, 2 * PAGE)
+    assert slots.reserve([2 * PAGE]) is not None
+    assert not slots.has(1, 0), "what is only kept is given up before"
+    slots.drop(0)
+    assert slots.reserve([4 * PAGE]) == [0], "there is nobody whom it could wait for"
 
 
 def test_what_is_only_kept_is_given_up_for_want_of_memory(slots: SlotTable, memory: list[int]) -> None:

@@ -153,12 +153,12 @@ class Mounted:
             assert error.errno is not None
             return error.errno
 
-    def is_right(self, name: str) -> bool:
-        """Whether a file can be read; AssertionError if that gives anything but what is in it."""
+    def is_right(self, name: str, content: str = "") -> bool:
+        """Whether a file can be read; AssertionError if that gives anything but what is in it (or in the file `content`)."""
         found = self.read(name)
         if isinstance(found, int):
             return False
-        assert found == self.tree.contents[name], f"{name}: wrong bytes"
+        assert found == self.tree.contents[content or name], f"{name}: wrong bytes"
         return True
 
     def log(self) -> str:

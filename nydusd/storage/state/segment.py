@@ -15,6 +15,7 @@ segment from this one (`inherit`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -27,7 +28,7 @@ from pathlib import Path
 import posix_ipc
 
 from nydusd import points
-from nydusd.errors import CacheError, FormatError, InternalError, cache_error
+from nydusd.errors import CacheError, FormatError, InternalError, ScarceError, cache_error
 from nydusd.formats.blob_meta import CONTEXT_SIZE
 from nydusd.formats.model import ChunkRecord
 from nydusd.storage.state.lock import BlobLock, start_time
@@ -181,7 +182,7 @@ class Segment:
         state: bytes,
         old_view: Segment | None = None,
     ) -> Segment:
-        """Build a segment and give it its name. Raises CacheError when shared memory is full.
+        """Build a segment and give it its name. Raises ScarceError when shared memory is full, CacheError for all else.
 
         `old_view`, which has the name now and speaks of the same file, is retired before: killed between the two, there is none
         to be used, and the next worker makes another.
@@ -208,7 +209,10 @@ class Segment:
             inode = os.fstat(shm.fd).st_ino
         except OSError as e:
             _unlink(temporary)
-            raise CacheError(f"shared memory {name}: {total} bytes: {e.strerror}", e.errno) from e
+            what = f"shared memory {name}: {total} bytes: {e.strerror}"
+            if e.errno == errno.ENOSPC:  # it is no disk that has no room
+                raise ScarceError(what, errno.ENOMEM) from e
+            raise CacheError(what, e.errno) from e
         finally:
             shm.close_fd()
         _HEADER.pack_into(
