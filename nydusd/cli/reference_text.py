@@ -36,8 +36,9 @@ SECTIONS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
         (
             "SIGNALS",
             """
-`SIGTERM` and `SIGINT`: unmount, store the chunk maps, end all processes, leave nothing behind. `SIGUSR1`, to any process of the
-daemon: write the stacks of that process to the log. Nursery and seats, which serve all daemons of a node, write theirs to
+`SIGTERM` and `SIGINT`: unmount, store the chunk maps, end all processes, leave nothing behind. While it waits to take over
+what another daemon has mounted: end, and leave that mounted for the next one. `SIGUSR1`, to any process of the daemon: write
+the stacks of that process to the log. Nursery and seats, which serve all daemons of a node, write theirs to
 `/run/nydusd/nursery-*.log`.
 """,
         ),

@@ -24,6 +24,7 @@ from nydusd.forkserver.environment import environment
 from nydusd.forkserver.line import PACKET_MAX, Server
 from nydusd.forkserver.process import Process, let_begin, take_in_orphans
 from nydusd.version import GIT_COMMIT, commit_on_disk
+from nydusd.waits import DEAF
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class ForkServer:
         """When the next one may be started, a copy asked for, or one told what is late, at the soonest."""
         self.waits = True
         """Whether a child may wait for a fork server that is loading: else `spawn` raises LoadingError."""
+        self.told = DEAF
+        """Whether we are told to end while a child waits for one: EndedError is raised then, and there is no child."""
         self.started: Callable[[], None] = lambda: None
         """Called when there is another one, before it holds anything: so that a successor ends it. And when it holds."""
         self._given = -1 if made is None else made[2]
@@ -359,11 +362,13 @@ class ForkServer:
             return None
         first = self._servers[0]
         patience = _PATIENCE if len(self._servers) == 1 else _PATIENCE_WITH_COPY
+        since, told = time.monotonic(), self.told if self.waits else DEAF
         try:
             first.line.settimeout(patience if first.ready else _FIRST_PATIENCE)
             socket.send_fds(first.line, [request], list(fds))
             while True:
-                first.line.settimeout(patience if first.ready else _FIRST_PATIENCE)
+                if not told.wait(since, patience if first.ready else _FIRST_PATIENCE, first.line.fileno()):
+                    return None
                 packet = first.line.recv(PACKET_MAX)
                 if not packet:
                     return None

@@ -37,6 +37,7 @@ from nydusd.supervisor.handover import FUSE_DEVICE, READABLE_BY, VERSION, why_un
 from nydusd.supervisor.mount_records import Recorded, readable
 from nydusd.supervisor.mount_table import MountTable
 from nydusd.supervisor.orphans import Orphan
+from nydusd.waits import DEAF, EndedError, Told
 
 if TYPE_CHECKING:
     from nydusd.cli.options import FuseOptions
@@ -117,10 +118,13 @@ class Former(NamedTuple):
     keepers: list[tuple[int, int]]
     record: _Record
 
-    def end_keepers(self, ours: Sequence[int]) -> None:
-        """What they hold is held by our processes, `ours`, too: end them, and what they made in their last moment."""
-        end_together(self.keepers)
-        _end_strangers(self.record, [*ours, *(frontend.process.pid for frontend in self.frontends)])
+    def end_keepers(self, ours: Sequence[int], told: Told) -> None:
+        """What they hold is held by our processes, `ours`, too: end them, and what they made in their last moment.
+
+        Raises EndedError when `told` to end while it waits: what was noted before names all who may have it, ours too.
+        """
+        end_together(self.keepers, told)
+        _end_strangers(self.record, [*ours, *(frontend.process.pid for frontend in self.frontends)], told)
 
 
 class NotThereError(NydusError):
@@ -179,16 +183,18 @@ def take_over(
     prefix: str,
     store: FdStore,
     sent: Sent | None = None,
+    told: Told = DEAF,
 ) -> Former | None:
     """What the supervisor that wrote this record has left, None if that cannot be taken over; the log says why.
 
-    `sent`: the session of a daemon of which no process may be left.
+    `sent`: the session of a daemon of which no process may be left. Raises EndedError when `told` to end while it waits for
+    whoever has it, or for the end of who must not have it: whoever else holds the session goes on to do so.
     """
     if "session" not in raw:
         return None
     with contextlib.ExitStack() as on_failure:
         try:
-            former = _take_over(raw, options, config, folder, prefix, store, sent, on_failure)
+            former = _take_over(raw, options, config, folder, prefix, store, sent, told, on_failure)
         except NotThereError as e:
             log.info("%s: %s", options.mountpoint, e)
             return None
@@ -207,6 +213,7 @@ def _take_over(
     prefix: str,
     store: FdStore,
     sent: Sent | None,
+    told: Told,
     on_failure: contextlib.ExitStack,
 ) -> Former:
     why = why_unknown(raw)
@@ -214,7 +221,7 @@ def _take_over(
         # Those that it names are ended for it, but not whom its supervisor started in its last moment.
         with contextlib.suppress(msgspec.ValidationError):  # it may be of another form, too
             unread = msgspec.convert(raw, _Record)
-            _end_strangers(unread, [row.pid for row in unread.holders])
+            _end_strangers(unread, [row.pid for row in unread.holders], told)
         raise MountError(why)
     record = msgspec.convert(raw, _Record)
     holders: list[tuple[Orphan | FdStore, list[_Lane]]] = []
@@ -230,7 +237,12 @@ def _take_over(
             else:
                 keepers.append(process)
     known = [frontend.process.pid for frontend in frontends]
-    on_failure.callback(_end_strangers, record, known)
+
+    def end_strangers(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not EndedError:  # then they may be the last who hold the session
+            _end_strangers(record, known, told)
+
+    on_failure.push(end_strangers)
     holders += [(process, record.lanes) for process in _strangers(record, [process.pid for process, _ in holders])]
     stored = store.numbers(record.session.device, len(record.lanes))
     alone = not holders and all(-1 in fds for fds in stored)
@@ -245,7 +257,7 @@ def _take_over(
     lanes = []
     until = time.monotonic() + _KEEPER_SECONDS
     for number in range(0 if alone else len(record.lanes)):
-        lanes.append(_lane(holders, number, keepers, until))
+        lanes.append(_lane(holders, number, keepers, until, told))
         points.reach("takeover: one lane copied")
         for fd in lanes[-1]:
             on_failure.callback(os.close, fd)
@@ -271,7 +283,7 @@ def _take_over(
             points.reach("takeover: one lane made")
     points.reach("takeover: all is ours")
     # But not what would be the last to hold all this if we were killed before it is noted whom we have started.
-    _end_strangers(record, [*known, *(keeper.pid for keeper in keepers)])
+    _end_strangers(record, [*known, *(keeper.pid for keeper in keepers)], told)
     points.reach("takeover: strangers ended")
     for holder, _ in holders:
         if isinstance(holder, Orphan) and holder.pid not in known:
@@ -312,21 +324,26 @@ def _holds(pid: int, inodes: Collection[int]) -> bool:
     return any(memory.st_ino in inodes for memory in memories_of(pid, journal.NAME))
 
 
-def _end_strangers(record: _Record, known: Sequence[int]) -> None:
+def _end_strangers(record: _Record, known: Sequence[int], told: Told) -> None:
     """End processes of which nobody knows how far they got: the journals of front ends are whole, others begin there.
 
     Again until there is none, for a fork server may just have made one.
     """
     while strangers := _strangers(record, known):
-        end_together((stranger.pid, start_time(stranger.pid)) for stranger in strangers)
+        end_together([(stranger.pid, start_time(stranger.pid)) for stranger in strangers], told)
         for stranger in strangers:
             stranger.close()
 
 
 def _lane(
-    holders: Sequence[tuple[Orphan | FdStore, list[_Lane]]], number: int, keepers: Sequence[Orphan], until: float
+    holders: Sequence[tuple[Orphan | FdStore, list[_Lane]]],
+    number: int,
+    keepers: Sequence[Orphan],
+    until: float,
+    told: Told,
 ) -> Lane:
     """Copies of the fds of a lane, from the first who has them; a keeper may get them until then. Raises OSError."""
+    since = time.monotonic()
     while True:
         why = OSError(errno.ESRCH, f"nobody has the file descriptors of lane {number}")
         for process, lanes in holders:
@@ -342,7 +359,7 @@ def _lane(
                     return lane
         if time.monotonic() >= until or all(keeper.poll() is not None for keeper in keepers):
             raise why
-        time.sleep(_LOOK_SECONDS)
+        told.wait(since, _LOOK_SECONDS)
 
 
 def _copy(process: Orphan | FdStore, lane: _Lane, taken: contextlib.ExitStack) -> Lane:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -46,6 +45,7 @@ from nydusd.supervisor.runtime import Runtime
 from nydusd.supervisor.sockets import guarded
 from nydusd.supervisor.staff import wanted_of
 from nydusd.supervisor.status import Status
+from nydusd.waits import Told
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
@@ -119,7 +119,8 @@ class Supervisor:
         self.handover = Handover(options.serves, self._runtime, self._family, self._poller, self._notifier)
         self._calm_at = math.inf
         """When a takeover goes back to the usual priority."""
-        self._wake = -1
+        self.told = fork_server.told = Told(options.serves)
+        """Whether a signal has told us to end, for all that a start may have to wait for."""
         self.ending = Ending(
             *(options.serves, self._runtime, self._family, self.factory, self.handover, self._notifier, self._sources)
         )
@@ -143,8 +144,8 @@ class Supervisor:
 
     def _begin(self, rows: int) -> None:
         """What comes first in any daemon; `rows` is the number of front ends."""
-        self.catch_signals()
-        self._runtime.claim(self._take_all, self.fork_server.pids)
+        self.told.catch()  # first of all: a signal ends the daemon after its start, or in a wait of that
+        self._runtime.claim(self._take_all, self.fork_server.pids, self.told)
         self.factory.begin(self._runtime.first)
         self._know_mounts(rows)
         if self.handover.waited:
@@ -160,15 +161,6 @@ class Supervisor:
         first = first_request(options, self.config)
         assert first is not None
         return self.mounts.mount_first(first), first
-
-    def catch_signals(self) -> int:
-        """First of all: a signal during the start ends the daemon after it, and nothing is left behind. Gives their pipe."""
-        if self._wake < 0:
-            self._wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: None)
-        return self._wake
 
     def _take_all(self, record: Json) -> list[int] | None:
         """What `_take` gives; and what an operator has told the killed supervisor about its workers."""
@@ -203,7 +195,7 @@ class Supervisor:
     def _bind(self) -> None:
         """Be found by front ends and workers, and serve what they ask for."""
         sockets = self.handover.bind()
-        for source in (sockets.front, sockets.work, self._wake):
+        for source in (sockets.front, sockets.work, self.told.fd):
             self._poller.register(source, zmq.POLLIN)
         self._engine = Engine(
             self.config,
@@ -330,6 +322,7 @@ class Supervisor:
 
     def run(self, *later: Callable[[], object]) -> None:
         """Serve until told to stop. What nobody waits for is done `later`: after a turn each."""
+        self.told.end()
         for do in later:
             if not self.stopping:
                 self._turn(0)
@@ -353,7 +346,7 @@ class Supervisor:
         for source in [source for source in self._sources if source in events]:
             if source in self._sources:  # who was called before may have let go of it
                 self._sources[source]()
-        if self._wake in events and os.read(self._wake, 64).strip(bytes([signal.SIGCHLD])):
+        if self.told.fd in events and self.told.take():
             self.ending.by_signal(can_leave=self._can_leave())
         self._reap()
         now = time.monotonic()
@@ -405,8 +398,19 @@ class Supervisor:
         if (self._family.inherited or self.state != "INIT") and self._can_leave():
             self.ending.by_error()
 
+    def leave(self) -> None:
+        """Told to end in a wait of the start. What was to be taken over, or is by now, is left as a SIGKILL would leave it.
+
+        A start in which nothing was taken over ends as any daemon, from the moment at which it could be found by others.
+        """
+        if not self.handover.waiting and (self._engine is None or self._family.inherited):
+            log.info("what is served at %s is left to the next daemon here", self.options.serves)
+            self.handover.leaving = True
+        self.ending.ask(unmount=not self.ending.leaves_all)
+
     def stop(self) -> None:
         """Unmount, store what is ready, end all children, leave nothing behind; or leave all that to the next one."""
+        self.told.end()
         self._calm()
         self.state = "STOPPED"
         workers_have_ended, spared = self._workers_have_ended, self._spared

@@ -19,6 +19,7 @@ from pathlib import Path
 from nydusd import priority
 from nydusd.errors import is_scarce
 from nydusd.storage.state.lock import start_time
+from nydusd.waits import DEAF, Told
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _TAKER = b"nydusd: fetch"
 """What processes are called that may take something out of a cache."""
 
 
-def end_together(processes: Iterable[tuple[int, int]]) -> None:
+def end_together(processes: Iterable[tuple[int, int]], told: Told = DEAF) -> None:
     """SIGKILL these very processes, and wait until they are gone, with all their fds: 5 s, for fetch workers for ever.
 
     Such a one may be about to punch a hole into a cache file on a disk that does not answer: the kernel does that when it can,
@@ -37,16 +38,18 @@ def end_together(processes: Iterable[tuple[int, int]]) -> None:
     All are killed before one is waited for, and in a takeover come before whoever else is busy, for others wait: each needs a
     turn on a processor to end.
 
-    Raises OSError when there is no file descriptor to see with whether one is this one; those before it have ended then.
+    Raises OSError when there is no file descriptor to see with whether one is this one; those before it have ended then. Raises
+    EndedError when `told` to end meanwhile: they are killed then, and may be there still.
     """
     todo: Sequence[tuple[int, int]] = list(processes)
     while todo:
         with contextlib.ExitStack() as held:
-            todo = _kill(todo, held)
+            todo = _kill(todo, held, told)
 
 
-def _kill(processes: Sequence[tuple[int, int]], held: contextlib.ExitStack) -> Sequence[tuple[int, int]]:
+def _kill(processes: Sequence[tuple[int, int]], held: contextlib.ExitStack, told: Told) -> Sequence[tuple[int, int]]:
     """Kill as many as there are fds for, and wait for their end; gives the others. Raises OSError when it is for none."""
+    ended = held.enter_context(select.epoll())
     fds: dict[int, int] = {}
     rest: Sequence[tuple[int, int]] = ()
     for number, process in enumerate(processes):
@@ -64,7 +67,7 @@ def _kill(processes: Sequence[tuple[int, int]], held: contextlib.ExitStack) -> S
     for fd in fds:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(fd, signal.SIGKILL)
-    _wait_for(fds)
+    _wait_for(fds, ended, told)
     return rest
 
 
@@ -84,23 +87,24 @@ def _hold(process: tuple[int, int]) -> int:
     return -1
 
 
-def _wait_for(fds: dict[int, int]) -> None:
+def _wait_for(fds: dict[int, int], ended: select.epoll, told: Told) -> None:
     """Until these have ended, pids by pidfd, all of them killed."""
-    poll = select.poll()
     for fd in fds:
-        poll.register(fd, select.POLLIN)
-    until = time.monotonic() + _END_SECONDS
+        ended.register(fd, select.EPOLLIN)
+    since = time.monotonic()
+    until = since + _END_SECONDS
     while fds:
-        for fd, _ in poll.poll(max(0.0, until - time.monotonic()) * 1000):
-            poll.unregister(fd)
-            del fds[fd]
+        if told.wait(since, until - time.monotonic(), ended.fileno()):
+            for fd, _ in ended.poll(0):
+                ended.unregister(fd)
+                del fds[fd]
         if fds and time.monotonic() >= until:
             until = time.monotonic() + _END_SECONDS
             for fd, pid in list(fds.items()):
                 if _may_take(pid):
                     log.warning("waiting for the end of pid %d: it was killed in the middle of work on a cache", pid)
                 else:
-                    poll.unregister(fd)
+                    ended.unregister(fd)
                     del fds[fd]
 
 

@@ -106,9 +106,10 @@ class ErofsDaemon(Supervisor):
         if self._found is not None:
             points.reach("takeover: before the holders of the former end")
             self._have_guard()
-            left.end(self._found.holders)
+            holders, self._found = self._found.holders, self._found._replace(holders=[])
+            left.end(holders, self.told)
             points.reach("takeover: holders of the former ended")
-            self._found = self._found._replace(holders=[], noted=[])
+            self._found = self._found._replace(noted=[])
         self._family.add(self._front_end)
         if restore is not None:
             self._all_known(restore)
@@ -288,24 +289,27 @@ class ErofsDaemon(Supervisor):
         """See to it that a guard of ours is there, whatever its back-off: what else holds the group is about to end.
 
         It is waited for as long as there is no room for one: without it readers would read holes. Not for long if our front
-        end is there, which holds the same.
+        end is there, which holds the same. Raises EndedError when a start is told to end meanwhile.
         """
-        until = math.inf if self._front_end.process is None else time.monotonic() + _GUARD_PATIENCE
+        since = time.monotonic()
+        until = math.inf if self._front_end.process is None else since + _GUARD_PATIENCE
         self._reap()
         if self._guard not in self.children:  # a start that has failed
             self._family.prepare(self._guard)
             self.children.append(self._guard)
         waits, self.fork_server.waits = self.fork_server.waits, True
-        while self._guard.process is None:
-            try:
-                self._family.launch(self._guard)
-            except NydusError as e:
-                log.error("%s; trying again: without it readers would read holes", e)
-                if time.monotonic() >= until:
-                    break
-                self._notifier.alive(time.monotonic())
-                time.sleep(_PAUSE)
-        self.fork_server.waits = waits
+        try:
+            while self._guard.process is None:
+                try:
+                    self._family.launch(self._guard)
+                except NydusError as e:
+                    log.error("%s; trying again: without it readers would read holes", e)
+                    if time.monotonic() >= until:
+                        break
+                    self._notifier.alive(time.monotonic())
+                    self.told.wait(since, _PAUSE)
+        finally:
+            self.fork_server.waits = waits
 
     def _started(self, child: Child) -> None:
         """A guard or a front end is there: note it for a successor."""
@@ -350,6 +354,7 @@ class ErofsDaemon(Supervisor):
 
     def stop(self) -> None:
         """Unmount before anything is closed; what somebody uses still, or all in a restart, is left to front end and guard."""
+        self.told.end()
         self.ending.ask()
         self._calm()  # front end and guard may be none of our children any more in a moment
         kernel = self._kernel
@@ -360,7 +365,8 @@ class ErofsDaemon(Supervisor):
                 if not self.handover.leaving:
                     log.warning("%s is used still; front end and guard stay until it is not", self.options.serves)
                     kernel.table.spare()
-                self._have_guard()
+                if self._found is None or not self._found.holders:  # else those of the former hold it on
+                    self._have_guard()
                 self.children[:] = [child for child in self.children if child.role not in _OWN]
         super().stop()
         if kernel is not None:

@@ -390,7 +390,10 @@ class Family:
             if child.role != "api":
                 child.send(signal.SIGTERM)
         if keep_fork_server:
-            self.fork_server.let_go()
+            if self.fork_server.held:
+                self.fork_server.let_go()
+            else:  # it has nothing that anybody could need, and may hang
+                self.fork_server.close()
             # The API process has an answer to give still: it ends by itself when this pipe is closed.
             os.close(self._lifeline_end)
             for child in self.children:

@@ -43,7 +43,6 @@ from nydusd.supervisor.fscache_images import (
     read_noted,
     tables_of,
 )
-from nydusd.supervisor.handover import EndedError
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.kernel_files import KERNEL, KernelFiles
 from nydusd.supervisor.runtime import end
@@ -93,13 +92,9 @@ class FscacheDaemon(Singleton):
 
     def start(self) -> None:
         """Everything up to RUNNING. Raises NydusError."""
-        try:
-            if self.options.upgrade and not self._runtime.is_free():
-                self.handover.wait_for_predecessor(self)
-            self._begin(rows=1)
-        except EndedError:
-            self.ending.ask()
-            return
+        if self.options.upgrade and not self._runtime.is_free():
+            self.handover.wait_for_predecessor(self)
+        self._begin(rows=1)
         self._table.bound, self._table.dropped, self._table.sharing = self._add, self._drop, self._bound.sharing
         self._table.repeated, self._table.cull = self._repeated, self._cull
         found = self._take_left()
@@ -158,7 +153,7 @@ class FscacheDaemon(Singleton):
                 raise
             log.error("%s; trying again", e)
         if former is not None:
-            end(former)
+            end(former, self.told)
             self._note()  # as its last act it may have removed what was noted, where nothing was mounted any more
         self._store.hold(self._stored, {"device": device.fd})
         self._poller.register(device.fd, zmq.POLLIN)

@@ -24,7 +24,6 @@ from nydusd.ipc.messages import Json
 from nydusd.supervisor import control_ops, left_by_erofs
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
-from nydusd.supervisor.handover import EndedError
 from nydusd.supervisor.mount_request import first_request
 from nydusd.supervisor.restore import Restore
 from nydusd.supervisor.runtime import end
@@ -65,13 +64,9 @@ class FuseDaemon(Supervisor):
         assert isinstance(options, FuseOptions)
         count = self.config.front_end_count(options.fuse_threads)
         left_by_erofs.refuse(self.run_dir, options.serves, self.own_note)
-        try:
-            if options.upgrade and not self._runtime.is_free():
-                self.handover.wait_for_predecessor(self)
-            self._begin(count)
-        except EndedError:
-            self.ending.ask()
-            return
+        if options.upgrade and not self._runtime.is_free():
+            self.handover.wait_for_predecessor(self)
+        self._begin(count)
         first = first_request(options, self.config)
         image = None
         if self._former is None:
@@ -131,7 +126,7 @@ class FuseDaemon(Supervisor):
 
         def look() -> Former | None:
             where = runtime.folder, runtime.prefix
-            return take_over(record, options, self.config, *where, self._store, self.handover.sent)
+            return take_over(record, options, self.config, *where, self._store, self.handover.sent, self.told)
 
         former = look()
         if former is None and not self.handover.waited and self.options.supervisor is not None and "session" in record:
@@ -170,7 +165,7 @@ class FuseDaemon(Supervisor):
                 log.warning(
                     "ending pid %d (%s): it holds the mount of a daemon that was killed", holder.pid, holder.title
                 )
-                end((holder.pid, holder.start))
+                end((holder.pid, holder.start), self.told)
 
     def _know_mounts(self, rows: int, table: MountTable | None = None) -> None:
         former = self._former
@@ -190,7 +185,7 @@ class FuseDaemon(Supervisor):
         places["fuse"] = [child for child in places["fuse"] if child.process is None]
         self._family.remember()
         points.reach("takeover: noted")
-        former.end_keepers(self.fork_server.pids)
+        former.end_keepers(self.fork_server.pids, self.told)
         points.reach("takeover: keepers ended")
         self._bind()
         points.reach("takeover: bound")

@@ -13,7 +13,6 @@ import errno
 import json
 import logging
 import os
-import signal
 import socket
 import stat
 import time
@@ -28,6 +27,7 @@ from nydusd.errors import NydusError
 from nydusd.ipc import messages
 from nydusd.ipc.messages import Json, decode, encode
 from nydusd.supervisor.sockets import Sockets, drain, guarded
+from nydusd.waits import EndedError
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor
@@ -47,10 +47,6 @@ _PATIENCE = 5.0
 FUSE_DEVICE = os.makedev(10, 229)
 ANY_TIME = ("daemon", "takeover", "start", "exit", "sendfd", "events", "set_log_level")
 """What is answered by a daemon that serves nothing, or does not know all its images yet."""
-
-
-class EndedError(NydusError):
-    """Told to end before there was anything to serve."""
 
 
 class Sent(NamedTuple):
@@ -144,7 +140,7 @@ class Handover:
         """Answer the API in INIT, by sockets in `folder`, until it is `done`. Raises EndedError when told to end before."""
         self.waiting, self._place = True, folder
         self._family.noted = False
-        wake = daemon.catch_signals()
+        wake = daemon.told.catch()
         self.sockets = Sockets(f"ipc://{folder}/front", f"ipc://{folder}/work")
         for source in (self.sockets.front, wake):
             self._poller.register(source, zmq.POLLIN)
@@ -175,7 +171,7 @@ class Handover:
         self._family.tend(events, now)
         self._family.restart(now)
         self._notifier.alive(now)
-        return daemon.stopping or bool(wake in events and os.read(wake, 64).strip(bytes([signal.SIGCHLD])))
+        return daemon.stopping or (wake in events and daemon.told.take())
 
     @staticmethod
     def _answer(daemon: Supervisor, sockets: Sockets, frames: list[bytes]) -> None:

@@ -9,6 +9,7 @@ from nydusd.cli.options import BlobfsOptions, ErofsOptions, FuseOptions, NbdOpti
 from nydusd.nursery import client as nursery
 from nydusd.supervisor.family import CannotStartError
 from nydusd.supervisor.fuse import FuseDaemon
+from nydusd.waits import EndedError
 
 if TYPE_CHECKING:
     from nydusd.config import Config
@@ -48,12 +49,16 @@ def run(options: Options, config: Config, entries: list[BlobEntry], fork_server:
 def _run(supervisor: Supervisor) -> int:
     """Run a daemon until it is told to stop. Raises NydusError when it cannot start; nothing of it is left behind then.
 
-    One that has served, or has taken over, ends by an error as by a SIGKILL: its mount is the next one's.
+    One that has served, or has taken over, ends by an error as by a SIGKILL: its mount is the next one's. So does one that is
+    told to end while it waits to take over.
     """
     logging.getLogger().addHandler(supervisor.errors)
     try:
         supervisor.start()
         supervisor.run(lambda: nursery.start_if_useful(for_one=supervisor.is_looked_after), _load_report)
+    except EndedError as e:
+        log.info("%s", e)
+        supervisor.leave()
     except CannotStartError:
         raise
     except BaseException:

@@ -102,7 +102,7 @@ class NbdDaemon(Supervisor):
         self._family.remember()
         points.reach("clients: noted")
         if found is not None:
-            found.end_holders(self.fork_server.pids)
+            found.end_holders(self.fork_server.pids, self.told)
             self._found = None
         points.reach("clients: before a front end")
         self._family.add(self._server)
@@ -119,7 +119,7 @@ class NbdDaemon(Supervisor):
         """The pids of those who hold the clients of a killed supervisor, if all can be gone on with."""
         assert isinstance(self.options, NbdOptions)
         note = nbd_left.noted(record)
-        found = None if note is None else nbd_left.take(note, record)
+        found = None if note is None else nbd_left.take(note, record, self.told)
         if note is None or found is None:
             return None
         try:
@@ -154,9 +154,11 @@ class NbdDaemon(Supervisor):
     def _wait_until_held(self, found: nbd_left.Left) -> None:
         """Until a fork server of ours has taken the clients. Raises MountError if none does: they are the next one's then.
 
-        It costs nobody anything: the former front end serves on, and without a fork server that is ready there is no other.
+        So they are when we are told to end meanwhile (EndedError). It costs nobody anything: the former front end serves on,
+        and without a fork server that is ready there is no other.
         """
-        until = time.monotonic() + _HELD_SECONDS
+        since = time.monotonic()
+        until = since + _HELD_SECONDS
         said = False
         while not any(map(found.is_held_by, self.fork_server.pids)):
             now = time.monotonic()
@@ -165,7 +167,7 @@ class NbdDaemon(Supervisor):
             if not said:
                 said = True
                 log.info("waiting for a fork server to hold the clients, %g s at most", _HELD_SECONDS)
-            time.sleep(_LOOK_SECONDS)
+            self.told.wait(since, _LOOK_SECONDS)
             self._family.tend(dict(self._poller.poll(0)), now)
             self._notifier.alive(now)
 

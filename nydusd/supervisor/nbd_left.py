@@ -32,6 +32,7 @@ from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.nbd_clients import MEMORY
 from nydusd.supervisor.orphans import Orphan
 from nydusd.supervisor.runtime import alive, end
+from nydusd.waits import Told
 
 log = logging.getLogger(__name__)
 
@@ -70,18 +71,19 @@ class Left(NamedTuple):
             return wanted <= Counter(what for what, _ in _open_in(pid))
         return False
 
-    def end_holders(self, ours: Sequence[int]) -> None:
+    def end_holders(self, ours: Sequence[int], told: Told) -> None:
         """End them, and those that they have made since; not our own processes, which hold all this by now.
 
-        Waits until they are gone, however long that takes: before that, nobody else may serve these clients.
+        Waits until they are gone, however long that takes: before that, nobody else may serve these clients. Raises
+        EndedError when `told` to end meanwhile: our fork server holds them for the next one, which ends who is there still.
         """
         for holder in self.holders:
             log.info("ending pid %d, which has the clients' sockets open", holder[0])
-            end(holder)
+            end(holder, told)
         while strangers := [pid for pid in _processes() if pid not in ours and self.note.memory in _memories(pid)]:
             log.warning("waiting for the end of %s: clients' sockets are still open there", _named(strangers))
             for pid in strangers:
-                end((pid, start_time(pid)))
+                end((pid, start_time(pid)), told)
 
     def close(self) -> None:
         """It cannot be gone on with."""
@@ -112,9 +114,13 @@ def who(pids: Sequence[int]) -> list[Json]:
     return [{"pid": pid, "start": start_time(pid)} for pid in pids]
 
 
-def take(note: Note, record: Json) -> Left | None:
-    """What is left of an export; None, and a line in the log, if that is too little."""
-    until = time.monotonic() + _KEEPER_SECONDS
+def take(note: Note, record: Json, told: Told) -> Left | None:
+    """What is left of an export; None, and a line in the log, if that is too little.
+
+    Raises EndedError when `told` to end while it waits for a fork server that is to have it: nothing is changed then.
+    """
+    since = time.monotonic()
+    until = since + _KEEPER_SECONDS
     said = False
     # What a fork server was given lies in its line until it has loaded, and is then held by nobody whom we could ask.
     while not (holders := list(_holders(note.memory))) and time.monotonic() < until and (there := _living(record)):
@@ -123,7 +129,7 @@ def take(note: Note, record: Json) -> Left | None:
             log.info(
                 "waiting for %s to take the clients that it was given, %g s at most", _named(there), _KEEPER_SECONDS
             )
-        time.sleep(_LOOK_SECONDS)
+        told.wait(since, _LOOK_SECONDS)
     try:
         memory = _copy(holders, f"{MEMORY}:{note.memory}")
         listener = _copy(holders, f"socket:[{note.listener}]")

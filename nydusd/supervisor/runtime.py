@@ -32,6 +32,7 @@ from nydusd.storage.state.lock import start_time
 from nydusd.storage.state.segment import names, remove
 from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.supervisor.ends import end_together
+from nydusd.waits import DEAF, Told
 
 log = logging.getLogger(__name__)
 
@@ -81,18 +82,24 @@ class Runtime:
         return (self.term << 32) + 1
 
     def claim(
-        self, take: Callable[[Json], Collection[int] | None] = lambda _record: None, ours: Sequence[int] = ()
+        self,
+        take: Callable[[Json], Collection[int] | None] = lambda _record: None,
+        ours: Sequence[int] = (),
+        told: Told = DEAF,
     ) -> None:
         """Make the folder ours; end what a dead daemon, or one that was killed, left. Raises MountError when a live one has it.
 
         `take` is given the dead one's record, {} if there is none, and gives the pids of processes that are taken over, None if
         nothing is: they and what they need stay, and so does the record, until `record` replaces it. `ours`: pids of children
         that we have: from now on the record names them, so that they are ended before they hold anything if we are killed.
+
+        Raises EndedError when `told` to end while it waits for the end of a process: the record is the dead one's still, and
+        what is to be taken is as it was, so the next one does, and waits for, the same.
         """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             if self._lock < 0:
-                self._take_lock(patient=True)
+                self._take_lock(told)
                 points.reach("start: lock taken")
             _make_folder(self.folder)
             points.reach("start: folder made")
@@ -100,11 +107,11 @@ class Runtime:
             processes = _processes(record)[1:]
             # Those that hold what is to be taken come last: nobody may do a job while we look what there is.
             spared = {row["pid"] for row in record.get("holders", ())}
-            _end_all(process for process in processes if process[0] not in spared)
+            _end_all((process for process in processes if process[0] not in spared), told)
             points.reach("start: workers of the former ended")
             kept = take(record)
             points.reach("start: taken what is left")
-            _end_all(process for process in processes if process[0] not in (kept or ()))
+            _end_all((process for process in processes if process[0] not in (kept or ())), told)
             points.reach("start: processes of the former ended")
             self._clear(keep=kept is not None)
             self.leave_line()
@@ -159,7 +166,7 @@ class Runtime:
         """Whether no daemon has this mount point; it is ours then. Raises MountError."""
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self._take_lock(patient=False)
+            self._take_lock()
         except MountError:
             return False
         except OSError as e:
@@ -205,12 +212,12 @@ class Runtime:
             os.close(self._lock)
             self._lock = -1
 
-    def _take_lock(self, *, patient: bool) -> None:
+    def _take_lock(self, told: Told | None = None) -> None:
         """One daemon a mount point. The kernel ends the lock with its holder, whatever ends that; children don't get it.
 
         A worker of another daemon, which looks whether there is one here, holds it for a moment (`storage/state/gone.py`).
-        `patient`: wait for the end of a holder that was killed, however long that takes: it may get no turn on a processor, or
-        a disk may hold it. A nursery's daemon is killed when whoever started it may have seen its stub end already.
+        `told`: if there is one, wait for the end of a holder that was killed, however long that takes: it may get no turn on a
+        processor, or a disk may hold it. A nursery's daemon is killed when who started it may have seen its stub end already.
         """
         holder: tuple[int, int] | None = None
         looks = 0
@@ -223,8 +230,8 @@ class Runtime:
             if not alive(holder):
                 looks += 1
                 time.sleep(_LOOK_SECONDS)
-            elif patient and is_killed(holder[0]):
-                end(holder)
+            elif told is not None and is_killed(holder[0]):
+                end(holder, told)
                 if alive(holder):
                     log.warning("waiting for the end of pid %d: it was killed, and has this mount point", holder[0])
             else:
@@ -311,12 +318,12 @@ def _processes(record: Json) -> list[tuple[int, int]]:
         return []
 
 
-def _end_all(processes: Iterable[tuple[int, int]]) -> None:
+def _end_all(processes: Iterable[tuple[int, int]], told: Told) -> None:
     """End those that are there still of what a daemon was that was killed."""
     left = [process for process in processes if process[1] > 0 and start_time(process[0]) in (process[1], -1)]
     for pid, _ in left:
         log.info("ending pid %d, left by a nydusd that was killed", pid)
-    end_together(left)
+    end_together(left, told)
 
 
 def alive(process: tuple[int, int]) -> bool:
@@ -325,6 +332,6 @@ def alive(process: tuple[int, int]) -> bool:
     return start > 0 and start_time(pid) == start
 
 
-def end(process: tuple[int, int]) -> None:
+def end(process: tuple[int, int], told: Told = DEAF) -> None:
     """`end_together` for one process."""
-    end_together([process])
+    end_together([process], told)

@@ -21,7 +21,7 @@ from nydusd.ipc.spec import write_spec
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.fscache import FscacheDaemon
 from nydusd.supervisor.handover import Sent
-from tests.support.discipline import wait_until
+from tests.support.discipline import is_running, wait_until
 from tests.support.fork_server import fork_server
 from tests.support.scarce import no_fd_left
 
@@ -79,8 +79,7 @@ def test_a_daemon_that_leaves_to_its_successor_leaves_what_is_noted_though_nothi
     pids = daemon.fork_server.pids
     daemon.stop()
     assert taken(daemon) == (os.getpid(), IMAGES)
-    for pid in pids:
-        os.waitpid(pid, 0)  # it is left to the successor, and ends as it holds nothing
+    assert not any(map(is_running, pids)), "a fork server that holds nothing is left to nobody"
     for fd in (daemon._family.lifeline, daemon._family._shared):
         os.close(fd)
 
@@ -209,7 +208,7 @@ def test_the_former_guard_has_ended_before_the_kernel_says_anything_once_more(
     """It may answer by now, and would take a part of it with it."""
     said: list[object] = []
     monkeypatch.setattr(daemon._family, "add", lambda child: said.append(child.role))
-    monkeypatch.setattr("nydusd.supervisor.fscache.end", said.append)
+    monkeypatch.setattr("nydusd.supervisor.fscache.end", lambda former, _told: said.append(former))
     monkeypatch.setattr(CacheDevice, "restore", lambda _device: said.append("restore"))
     monkeypatch.setattr(daemon._poller, "register", lambda *_: None)
     daemon._bound["/a"] = cast(Any, None)

@@ -23,6 +23,7 @@ from tests.support.daemon import image_config, wait_for_role
 from tests.support.discipline import cmdline, descendants, is_running, wait_until
 from tests.support.oracle import Image
 
+WAITS = "waiting for a fork server to hold the clients"
 POINTS = ("clients: memory copied", "clients: noted", "clients: before a front end")
 
 
@@ -171,24 +172,26 @@ def test_the_next_supervisor_may_be_killed_at_any_step(export: Export, disk: byt
 def test_the_former_holders_go_on_until_a_fork_server_of_the_next_one_has_the_clients(
     export: Export, disk: bytes
 ) -> None:
-    """It may be killed, too, before it has taken them from its line."""
+    """The next one may be killed, or told to end, before that has taken them from its line, and it, too."""
     with serving(export) as wire:
         former = [front_end(export), *export.pids("fork server")]
         export.kill_supervisor()
-        export.launch()
 
         def loading() -> list[int]:
             return [pid for pid in descendants(export.pid) if re.search("nydusd.forkserver|fork server", cmdline(pid))]
 
-        wait_until(lambda: bool(loading()), "its fork server", 60)
-        (server,) = loading()
-        os.kill(server, signal.SIGSTOP)
-        waits = "waiting for a fork server to hold the clients"
-        wait_until(lambda: waits in export.log.read_text(), "the supervisor to wait", 60)
-        assert [pid for pid in former if is_running(pid)] == former
-        reads_anywhere(wire, disk, 13)
-        export.kill_supervisor()
-        end(server)
+        for times, (number, status) in enumerate(((signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)), 1):
+            export.launch()
+            wait_until(lambda: bool(loading()), "its fork server", 60)
+            (server,) = loading()
+            os.kill(server, signal.SIGSTOP)
+            wait_until(lambda times=times: export.log.read_text().count(WAITS) == times, "the supervisor to wait", 60)  # type: ignore[misc]
+            assert [pid for pid in former if is_running(pid)] == former
+            reads_anywhere(wire, disk, 13)
+            assert export._process is not None
+            export._process.send_signal(number)
+            assert export._process.wait(60) == status
+            end(server)
         export.start()
         reads_anywhere(wire, disk, 14)
     assert not any(is_running(pid) for pid in former)

@@ -11,8 +11,8 @@ import contextlib
 import json
 import logging
 import os
-import select
 import signal
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ from nydusd.errors import CacheError, MountError, cache_error, is_scarce
 from nydusd.frontends.fuse.session import resolve_mountpoint
 from nydusd.ipc.borrow import copy_of, memories_of
 from nydusd.storage.state.lock import is_there, start_time
+from nydusd.waits import Told
 
 from .session import Fds, top_mount
 
@@ -176,16 +177,16 @@ def let_be(holders: Sequence[int]) -> None:
         os.close(holder)
 
 
-def end(holders: Sequence[int]) -> None:
-    """SIGKILL those whose fds were taken over, and wait until they are gone."""
+def end(holders: Sequence[int], told: Told) -> None:
+    """SIGKILL those whose fds were taken over, and wait until they are gone. Raises EndedError when `told` to end meanwhile."""
     for holder in holders:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(holder, signal.SIGKILL)
-    for holder in holders:
-        poll = select.poll()
-        poll.register(holder, select.POLLIN)
-        poll.poll(_END_SECONDS * 1000)
-    let_be(holders)
+    try:
+        for holder in holders:
+            told.wait(time.monotonic(), _END_SECONDS, holder)
+    finally:
+        let_be(holders)
 
 
 def _unnoted(journal: int, known: Sequence[int]) -> Iterator[int]:
