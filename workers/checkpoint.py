@@ -34,6 +34,8 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
         segment.syncing[0], segment.lost[0] = 1, 0  # in this order: killed here, the next one doubts
     if segment.syncing[0]:
         _doubt(segment)
+    # In this order: what is written from here on says so again, and until it is known of the rest, `syncing` says so.
+    segment.syncing[0], segment.dirty[0] = 1, 0
     # The copy is taken before the fdatasync: only what was written by then may be claimed.
     states = bytes(segment.state)
     ready, others = _claimed(segment, states)
@@ -45,7 +47,6 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
         on_disk = True
         segment.syncing[0] = 0
 
-    segment.syncing[0] = 1
     points.reach("checkpoint: syncing")
     try:
         map_file.checkpoint(blob.spec.map_path, fd, ready, segment.count, segment.identity, synced)
@@ -106,4 +107,5 @@ def _doubt_in(segment: Segment) -> None:
         if state == READY:
             checkable = segment.record(chunk).flags & (ChunkFlag.DIGEST | ChunkFlag.CRC)
             segment.state[chunk] = VERIFY if checkable else EMPTY
+    segment.dirty[0] = 1  # who writes just now may have said so before it was taken back, and not marked the chunk yet
     segment.doubts[0] += 1

@@ -84,7 +84,7 @@ class _CacheFile:
     def __init__(self, blob: OpenBlob, result: _Result) -> None:
         self._fd = blob.data_fd()
         self._size = blob.segment.identity.size
-        self._state = blob.segment.state
+        self._state, self._dirty = blob.segment.state, blob.segment.dirty
         self._result = result
 
     def wants(self, chunk: int) -> bool:
@@ -104,6 +104,8 @@ class _CacheFile:
             self._result.why_unstored = e.strerror or str(e)
             return
         points.reach("fill: written")
+        # Between the two: a sync that takes it back before has the data, one that begins later has the mark.
+        self._dirty[0] = 1
         self._state[chunk] = READY
         points.reach("fill: marked")
 
@@ -122,7 +124,7 @@ class _Cookie(_CacheFile):
 
     def __init__(self, fd: int, blob: OpenBlob, result: _Result) -> None:
         self._fd = fd
-        self._state = blob.segment.state
+        self._state, self._dirty = blob.segment.state, blob.segment.dirty
         self._result = result
 
     def _write(self, data: memoryview, at: int) -> None:
@@ -232,6 +234,7 @@ def _adopt(blob: OpenBlob, chunk: int) -> None:
         return
     if verify_chunk(blob.spec.info, record, segment.digest(chunk), data):
         points.reach("fill: verified")
+        segment.dirty[0] = 1  # a file system without direct I/O has told what is in the page cache
         segment.state[chunk] = READY
     else:
         log.warning(

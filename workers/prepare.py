@@ -65,7 +65,12 @@ def prepare(blobs: OpenBlobs, job: Json) -> Json:
 
 
 def _publish(
-    spec: BlobSpec, table: ChunkTable, identity: Identity, state: bytearray, old_view: Segment | None = None
+    spec: BlobSpec,
+    table: ChunkTable,
+    identity: Identity,
+    state: bytearray,
+    old_view: Segment | None = None,
+    dirty: bool = False,
 ) -> int:
     """Make the segment known, in place of `old_view`; gives how many chunks are ready."""
     segment = Segment.create(
@@ -79,6 +84,7 @@ def _publish(
         dict_size=table.dict_size,
         state=bytes(state),
         old_view=old_view,
+        dirty=dirty,
     )
     segment.close()
     return state.count(READY)
@@ -208,12 +214,12 @@ def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable, layout: bytes) ->
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd, whole, earlier = _open_data(spec, path, table, layout, opened)
-            identity, state = _judge(spec, fd, whole, table, layout)
+            identity, state, dirty = _judge(spec, fd, whole, table, layout)
             points.reach("prepare: map judged")
             # A front end may go on with an old file, but not with an old view of this one: chunks are taken out by the new.
             file = identity.file
             old_view = earlier if earlier is not None and earlier.identity.file in (file, _NO_FILE) else None
-            ready = _publish(spec, table, identity, state, old_view)
+            ready = _publish(spec, table, identity, state, old_view, dirty)
             points.reach("prepare: published")
             return ready
         except OSError as e:
@@ -321,15 +327,18 @@ def _open_data(
     raise OSError(errno.EBUSY, "others keep replacing it")
 
 
-def _judge(spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, layout: bytes) -> tuple[Identity, bytearray]:
-    """The cache file's identity, and the state of each chunk: what the stored map and other segments may be believed."""
+def _judge(spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, layout: bytes) -> tuple[Identity, bytearray, bool]:
+    """The cache file's identity, and the state of each chunk: what the stored map and other segments may be believed.
+
+    And whether the disk may lack some of that.
+    """
     identity = Identity.of(fd, table.uncompressed_size, layout)
     state = map_file.load(spec.map_path, table.count, identity)
     if not whole:
         if any(state):
             map_file.set_aside(spec.map_path, "the cache file that it speaks of is gone")
-        return identity, bytearray(table.count)
-    _inherit(identity, state, table)
+        return identity, bytearray(table.count), False
+    dirty = _inherit(identity, state, table)
     if spec.always_verify:
         state = state.replace(bytes([READY]), bytes([VERIFY]))
     if any(state):
@@ -340,7 +349,7 @@ def _judge(spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, layout: byte
         for chunk, record in enumerate(records):
             if state[chunk] == VERIFY and not record[4] & _CHECKABLE:
                 state[chunk] = EMPTY
-    return identity, state
+    return identity, state, dirty
 
 
 def _earlier_segment(spec: BlobSpec) -> Segment | None:
@@ -352,8 +361,11 @@ def _earlier_segment(spec: BlobSpec) -> Segment | None:
         return None
 
 
-def _inherit(identity: Identity, state: bytearray, table: ChunkTable) -> None:
-    """What segments of this same file know as ready: ours from before, and those of other images and daemons."""
+def _inherit(identity: Identity, state: bytearray, table: ChunkTable) -> bool:
+    """What segments of this same file know as ready: ours from before, and those of other images and daemons.
+
+    Gives whether there is any: the disk may not have it.
+    """
     found: set[int] = set()
     value = READY
     for segment in segments_of(identity.dev, identity.ino):
@@ -363,3 +375,4 @@ def _inherit(identity: Identity, state: bytearray, table: ChunkTable) -> None:
                 value = VERIFY  # who was killed over that may have heard that some of it was lost
     for chunk in found:
         state[chunk] = value
+    return bool(found)

@@ -393,3 +393,38 @@ def test_map_is_stored_again_for_whom_a_checkpoint_did_not_count(
     assert world.sent[b"f"]["handle"] == twin.handle
     world.done(b"f", {"stored": 1})
     assert world.router.checkpoint() == 0
+
+
+def test_chunk_that_is_taken_from_another_may_not_be_on_its_disk(pair: tuple[World, BlobCache, BlobCache]) -> None:
+    world, plain, twin = pair
+    assert plain.segment is not None and twin.segment is not None
+    plain.chunk_map.set_ready(1)
+    assert twin.segment.dirty[0] == 0
+    world.ask(A, 1, twin, 1, 1)
+    world.settle()
+    assert codes(world) == [(A, 1, 0)] and twin.segment.dirty[0] == 1
+
+
+@pytest.mark.parametrize("why", ["lost", "syncing", ""])
+def test_file_of_which_some_is_lost_is_synced_at_once(world: World, why: str) -> None:
+    """Whoever syncs it finds out what."""
+    world.plain.chunk_map.set_ready(1)
+    assert world.plain.segment is not None
+    if why:
+        getattr(world.plain.segment, why)[0] = 1
+    world.worker("fetch", b"f")
+    world.ask(A, 1, world.plain, 1, 1, UNREADABLE)
+    world.pump()
+    assert [message["kind"] for message in world.dispatched] == ["checkpoint"] * bool(why)
+    world.worker("decompress", b"d")
+    world.settle()
+    assert codes(world) == [(A, 1, 0)]
+
+
+def test_what_another_daemon_was_killed_over_may_not_be_on_its_disk(world: World) -> None:
+    """It may be of a release that does not say so."""
+    world.plain.chunk_map.set_ready(1)
+    assert world.plain.segment is not None
+    world.plain.segment.dirty[0] = 0
+    world.succeed()
+    assert world.plain.segment is not None and world.plain.segment.dirty[0] == 1

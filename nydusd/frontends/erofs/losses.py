@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 
+from nydusd.storage.state.lost import has_lost_writes
 from nydusd.storage.state.segment import Segment
-
-from .lost import has_lost_writes
 
 
 class Losses:

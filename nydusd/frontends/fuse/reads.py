@@ -15,7 +15,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from nydusd import points
-from nydusd.errors import CacheError, EvictedError, NydusError, ScarceError, StaleCacheError, UnreadableError
+from nydusd.errors import (
+    CacheError,
+    EvictedError,
+    LostWritesError,
+    NydusError,
+    ScarceError,
+    StaleCacheError,
+    UnreadableError,
+)
 from nydusd.frontends.attempt import LATER, Ask
 from nydusd.ipc.inflight import InflightRow
 from nydusd.ipc.killed import is_killed
@@ -31,6 +39,11 @@ from .stats import OPERATION, Tally
 
 _AGAIN = (EvictedError, ScarceError, StaleCacheError, UnreadableError)
 """Why what is said to be there may not be read all the same: it is asked for again, or tried again."""
+
+
+def _lacks(error: CacheError) -> bool:
+    """Whether what was lacking may be there when blobs of others are closed."""
+    return isinstance(error, ScarceError) and not isinstance(error, LostWritesError)
 
 
 class _Unopened(NamedTuple):
@@ -117,7 +130,7 @@ class Reads:
                     view.learn(node, offset)
                 return
         except _AGAIN as e:
-            if isinstance(e, ScarceError) and self._views.let_go(mount):
+            if _lacks(e) and self._views.let_go(mount):
                 self.read(request, unique, node, pid, place)
                 return
             failed = e
@@ -207,7 +220,7 @@ class Reads:
             if ask is None:
                 length = read.device.read_into(read.vec, self._answers.data, pieces or None)
         except _AGAIN as e:
-            if isinstance(e, ScarceError) and self._views.let_go(read.mount):
+            if _lacks(e) and self._views.let_go(read.mount):
                 return self._retry(read)
             self.parking.again(read, self._after(read, e))
             return True

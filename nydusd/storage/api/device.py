@@ -3,7 +3,8 @@
 For each blob it maps the segment (state bytes, chunk records) and opens the cache file, both when first needed: at
 mount time they may not exist yet. It never fetches: what is missing is named, and the front end asks the supervisor.
 The state byte is loaded before the file is read, and a worker stores it after its write has returned. Chunks may be taken
-away to make room: the epoch is loaded before the state bytes and again after the read (`storage/state/eviction.py`).
+away to make room: the epoch is loaded before the state bytes and again after the read (`storage/state/eviction.py`). Where
+the disk may not have all that is ready, it is asked after the read whether some of it was lost (`losses.py`).
 
 Segment and file are a pair: the file is the very inode that the segment speaks of, or neither is used. So when others
 replace them, a device that still has the old pair reads the old file's bytes, which are right, until it needs more and
@@ -23,7 +24,8 @@ from nydusd.errors import CorruptChunkError, EvictedError, StaleCacheError, Unre
 from nydusd.formats.model import Extent
 from nydusd.storage.api.io import BlobIoVec, ChunkRun, runs_of
 from nydusd.storage.api.known_chunk import KnownChunk
-from nydusd.storage.state.segment import EMPTY, READY, RECORD, RETIRED, Segment
+from nydusd.storage.api.losses import Losses
+from nydusd.storage.state.segment import DOUBTS, EMPTY, READY, RECORD, RETIRED, Segment
 
 _LOOK_AHEAD = 16 << 20
 """Plain bytes behind a sequential reader that should be there, or on their way."""
@@ -31,6 +33,9 @@ _STEADY = 4 << 20
 """Plain bytes that a reader may skip and still count as sequential: each front end sees only a part of the reads."""
 _STEP = 1 << 20
 """Plain bytes after which a sequential reader is looked at again."""
+
+_NOT_CALM = (0, 1)
+"""Instead of a segment's `marks`: it is to be asked after each read."""
 
 Pieces = Mapping[tuple[int, int], memoryview]
 """Chunks that are not in the cache file but at hand in shared memory: (blob index, chunk) -> plain bytes."""
@@ -42,6 +47,7 @@ class BlobView:
     __slots__ = (
         "before",
         "blob_id",
+        "calm",
         "clock",
         "count",
         "counters",
@@ -52,6 +58,8 @@ class BlobView:
         "fd",
         "handle",
         "looked",
+        "losses",
+        "marks",
         "place",
         "records",
         "row",
@@ -100,6 +108,8 @@ class BlobView:
         self.segment = segment
         self.state, self.records, self.count = segment.state, segment.records, segment.count
         self.touched, self.clock, self.epoch = segment.touched, segment.clock, segment.epoch
+        self.losses = Losses(self.blob_id, self.fd, segment)
+        self.marks, self.calm = segment.marks if self.losses.is_calm else _NOT_CALM, 0
         self.counters = segment.counters(self.row)
         self.counters[2] += self.early
         self.counters[3] += self.early_bytes
@@ -107,7 +117,7 @@ class BlobView:
         return True
 
     def look(self) -> bool:
-        """Note the epoch before state bytes are looked at. False when there is no segment to look at."""
+        """Note the epoch, and how often all was doubted, before state bytes are looked at. False: there is no segment."""
         if self.segment is None:
             if not self.open():
                 return False
@@ -116,6 +126,7 @@ class BlobView:
             if not self.open():
                 return False
         self.before = self.epoch[0]
+        self.calm = self.segment.marks[0] & DOUBTS  # type: ignore[union-attr]  # it was just looked whether there is one
         # One that is retired and has its name still: a worker was killed over the next one, which is made when it is asked for.
         return bool(self.before != RETIRED)
 
@@ -130,6 +141,11 @@ class BlobView:
             chunk = bisect_right(range(self.count), at + _LOOK_AHEAD, key=self._offset) - 1
             return bool(self.state[chunk] == EMPTY)
         return False
+
+    def check(self) -> None:
+        """Something was read while `marks` were not calm. Raises as `Losses.check` does."""
+        self.losses.check(self.calm)
+        self.marks = self.segment.marks  # type: ignore[union-attr]
 
     def _offset(self, chunk: int) -> int:
         return int(RECORD.unpack_from(self.records, chunk * RECORD.size)[1])
@@ -261,7 +277,8 @@ class BlobDevice:
         `missing` has said, since the last look at anything else, that all of it is there. Raises EvictedError when some of
         it was taken away meanwhile: `buf` may hold zeros then, and `missing` must be asked again. Raises StaleCacheError when
         the cache file gives less than it must (somebody truncated it): the blob's segment and file are opened anew at the
-        next look. Raises UnreadableError when its disk fails, ScarceError when there is no memory to read it.
+        next look. Raises UnreadableError when its disk fails, or has failed to take it, ScarceError when there is no memory to
+        read it, or it is not known yet whether the disk has it.
         """
         done = 0
         index, end = 0, len(vec)
@@ -294,6 +311,9 @@ class BlobDevice:
                 raise StaleCacheError(f"blob {view.blob_id}: cache file gave {got} of {stop - start} bytes at {start}")
             if view.epoch[0] != view.before:
                 raise EvictedError(f"blob {view.blob_id}: chunks were taken away while they were read")
+            marks = view.marks
+            if marks[1] or marks[0] != view.calm:
+                view.check()
             done += got
         return done
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nydusd.errors import CacheError
 from nydusd.formats.model import Extent
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state.segment import READY, RETIRED
@@ -67,6 +68,12 @@ class KnownChunk:
             return False
         if got != size or self._epoch[0] != before:
             return False
+        marks = view.marks  # `view.calm` is from an earlier look: from before the state byte was loaded
+        if marks[1] or marks[0] != view.calm:
+            try:
+                view.check()
+            except CacheError:
+                return False
         self._touched[chunk] = view.clock[0]
         counters = self._counters
         counters[0] += 1

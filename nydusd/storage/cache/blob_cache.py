@@ -138,6 +138,7 @@ class BlobCache:
         self.segment.lock().reset()  # only supervisors take it, and the former one is dead
         if self.segment.retired:
             self.state = "new"  # a worker was about to replace it
+        self.segment.dirty[0] = 1  # a daemon of another release may not have said so
         self.spec = replace(self.spec, generation=self.segment.generation)
         self.chunk_map.end_claims()
 

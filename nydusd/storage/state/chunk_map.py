@@ -50,6 +50,7 @@ class ChunkMap:
 
     def set_ready(self, chunk: int) -> None:
         """The chunk's bytes are in the cache file, as another segment of the same file tells."""
+        self._segment.dirty[0] = 1  # before: it may be in the page cache alone
         self._state[chunk] = READY
 
     def doubt(self, chunk: int) -> None:

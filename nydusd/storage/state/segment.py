@@ -21,6 +21,7 @@ import mmap
 import os
 import re
 import struct
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,10 @@ CLOCK_OFFSET = 648
 SYNC_OFFSET = 656
 DOUBTS_OFFSET = 660
 LOST_OFFSET = 664
+DIRTY_OFFSET = 668
+
+DOUBTS = int.from_bytes(bytes(4) + b"\xff" * 4, sys.byteorder)
+"""What of the first item of `marks` is `doubts`; the rest is `syncing`."""
 
 RETIRED = 1 << 63
 """Value of `epoch` when another segment has taken this one's place."""
@@ -165,6 +170,10 @@ class Segment:
         """How often all that was ready was doubted, in one item: raised before that and again after it."""
         self.lost = view[LOST_OFFSET : LOST_OFFSET + 4].cast("I")
         """1, in one item, if a front end was told that written data is lost: the next who has the file synced doubts first."""
+        self.dirty = view[DIRTY_OFFSET : DIRTY_OFFSET + 4].cast("I")
+        """1, in one item, if a chunk may be ready whose data is not on its disk: set before the chunk is ready."""
+        self.marks = view[SYNC_OFFSET : DIRTY_OFFSET + 4].cast("Q")
+        """These four, in two items, for whoever looks at each read: `syncing` and `doubts`, `lost` and `dirty`."""
         self._lock: BlobLock | None = None
 
     @classmethod
@@ -181,9 +190,11 @@ class Segment:
         dict_size: int,
         state: bytes,
         old_view: Segment | None = None,
+        dirty: bool = False,
     ) -> Segment:
         """Build a segment and give it its name. Raises ScarceError when shared memory is full, CacheError for all else.
 
+        `dirty`: what is ready may not be on its disk.
         `old_view`, which has the name now and speaks of the same file, is retired before: killed between the two, there is none
         to be used, and the next worker makes another.
         """
@@ -242,6 +253,7 @@ class Segment:
         _CHECK.pack_into(mapping, CHECK_OFFSET, 1, zlib.crc32(mapping[: _HEADER.size]))
         for at, part in ((state_at, state), (records_at, records), (digests_at, digests), (contexts_at, contexts)):
             mapping[at : at + len(part)] = part
+        mapping[DIRTY_OFFSET : DIRTY_OFFSET + 4] = int(dirty).to_bytes(4, sys.byteorder)
         points.reach("segment: written")
         if old_view is not None:
             old_view.retire()
@@ -334,6 +346,8 @@ class Segment:
             self.syncing,
             self.doubts,
             self.lost,
+            self.dirty,
+            self.marks,
         )
         for view in (*mapped, self._view):
             view.release()
