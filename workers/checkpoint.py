@@ -13,10 +13,9 @@ import contextlib
 
 from nydusd import points
 from nydusd.errors import CacheError
-from nydusd.formats.model import ChunkFlag
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import map_file
-from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY, Segment
+from nydusd.storage.state.segment import READY, RECORD, Segment
 from nydusd.storage.state.sharing import ready_in, segments_of
 from workers.blobs import OpenBlobs
 from workers.failure import failure
@@ -72,18 +71,13 @@ def _claimed(segment: Segment, states: bytes) -> tuple[list[int], dict[str, tupl
     same: dict[str, tuple[int, int]] = {}
     with contextlib.suppress(CacheError):  # what others have is stored by them, or next time
         for other in segments_of(segment.identity.dev, segment.identity.ino):
-            if other.name != segment.name and other.identity.file == segment.identity.file and not _is_doubtful(other):
+            if other.name != segment.name and other.identity.file == segment.identity.file and not other.is_doubtful:
                 ready = list(ready_in(other, segment))
                 found.update(ready)
                 if ready and other.identity == segment.identity and segment.identity.layout:
                     same[other.name] = other.inode, len(ready)
     claimed = [c for c, record in enumerate(RECORD.iter_unpack(segment.records)) if record[3] and c in found]
     return claimed, same
-
-
-def _is_doubtful(segment: Segment) -> bool:
-    """Whether what is ready in it is doubted before it is stored."""
-    return bool(segment.syncing[0] or segment.lost[0])
 
 
 def _doubt(segment: Segment) -> None:
@@ -105,7 +99,6 @@ def _doubt_in(segment: Segment) -> None:
     segment.doubts[0] += 1
     for chunk, state in enumerate(bytes(segment.state)):
         if state == READY:
-            checkable = segment.record(chunk).flags & (ChunkFlag.DIGEST | ChunkFlag.CRC)
-            segment.state[chunk] = VERIFY if checkable else EMPTY
+            segment.state[chunk] = segment.doubted(chunk)
     segment.dirty[0] = 1  # who writes just now may have said so before it was taken back, and not marked the chunk yet
     segment.doubts[0] += 1

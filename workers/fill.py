@@ -33,7 +33,7 @@ from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.decode import ChunkDecoder, verify_chunk
 from nydusd.storage.cache.stored import fetch_range
-from nydusd.storage.state.segment import READY
+from nydusd.storage.state.segment import READY, Segment
 from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs
 from workers.cookie import lent, write_pages
 
@@ -78,13 +78,28 @@ class _Result:
         }
 
 
+def _mark(segment: Segment, chunk: int, doubts: int) -> None:
+    """The chunk's bytes are in the page cache at least, where they came after there had been so many `doubts`.
+
+    If all was doubted meanwhile, the kernel may have dropped them, and has told whoever did so: then they are looked for on the
+    disk. Killed between the mark and the second look, at the very moment at which a doubt begins, the mark stays.
+    """
+    # Not before the write: a sync that takes it back before this has the data, one that begins later has the mark.
+    segment.dirty[0] = 1
+    if segment.doubts[0] == doubts:
+        segment.state[chunk] = READY
+        points.reach("fill: marked")
+    if segment.doubts[0] != doubts:
+        segment.state[chunk] = segment.doubted(chunk)
+
+
 class _CacheFile:
     """Stores chunks in the cache file and marks them."""
 
     def __init__(self, blob: OpenBlob, result: _Result) -> None:
         self._fd = blob.data_fd()
         self._size = blob.segment.identity.size
-        self._state, self._dirty = blob.segment.state, blob.segment.dirty
+        self._segment, self._state = blob.segment, blob.segment.state
         self._result = result
 
     def wants(self, chunk: int) -> bool:
@@ -94,6 +109,7 @@ class _CacheFile:
         if self._result.unstored:
             self._result.unstored.append(chunk)
             return
+        doubts = self._segment.doubts[0]
         try:
             points.reach("fill: before the write")
             self._write(data, record.uoff)
@@ -104,10 +120,7 @@ class _CacheFile:
             self._result.why_unstored = e.strerror or str(e)
             return
         points.reach("fill: written")
-        # Between the two: a sync that takes it back before has the data, one that begins later has the mark.
-        self._dirty[0] = 1
-        self._state[chunk] = READY
-        points.reach("fill: marked")
+        _mark(self._segment, chunk, doubts)
 
     def _write(self, data: memoryview, at: int) -> None:
         # Writing behind the end of a file that somebody cut off would turn the part between into zeros that pass
@@ -124,7 +137,7 @@ class _Cookie(_CacheFile):
 
     def __init__(self, fd: int, blob: OpenBlob, result: _Result) -> None:
         self._fd = fd
-        self._state, self._dirty = blob.segment.state, blob.segment.dirty
+        self._segment, self._state = blob.segment, blob.segment.state
         self._result = result
 
     def _write(self, data: memoryview, at: int) -> None:
@@ -225,6 +238,7 @@ def _adopt(blob: OpenBlob, chunk: int) -> None:
     """Mark a chunk ready if the cache file holds its bytes already: another daemon has left them there, or its disk failed."""
     segment = blob.segment
     record = segment.record(chunk)
+    doubts = segment.doubts[0]
     try:
         data = _on_disk(blob.data_fd(), record.uoff, record.usize)
     except OSError as e:
@@ -234,8 +248,7 @@ def _adopt(blob: OpenBlob, chunk: int) -> None:
         return
     if verify_chunk(blob.spec.info, record, segment.digest(chunk), data):
         points.reach("fill: verified")
-        segment.dirty[0] = 1  # a file system without direct I/O has told what is in the page cache
-        segment.state[chunk] = READY
+        _mark(segment, chunk, doubts)  # a file system without direct I/O has told what is in the page cache
     else:
         log.warning(
             "blob %s chunk %d: bytes in the cache file are not the chunk's; fetched again",

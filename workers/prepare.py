@@ -21,7 +21,7 @@ from nydusd import points
 from nydusd.errors import BackendError, CacheError, FormatError
 from nydusd.formats import open_bootstrap
 from nydusd.formats.blob_meta import check_ci_sizes
-from nydusd.formats.model import ChunkFlag, RawChunk
+from nydusd.formats.model import RawChunk
 from nydusd.ipc.messages import Json
 from nydusd.storage.backend.base import ReadHow
 from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_from_raw, build_tarfs
@@ -29,7 +29,7 @@ from nydusd.storage.cache.load import load_ci, meta_file_bytes, parse_meta_file
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state import map_file
 from nydusd.storage.state.gone import remove_if_gone
-from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY, Identity, Segment
+from nydusd.storage.state.segment import CHECKABLE, EMPTY, READY, RECORD, VERIFY, Identity, Segment
 from nydusd.storage.state.sharing import contradiction, ready_in, segments_of
 from nydusd.storage.state.temporary import is_still, temporary_of
 from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs, map_bootstrap
@@ -40,7 +40,6 @@ _TRIES = 5
 _NO_FILE = (0, 0, 0)
 _OF_DICTIONARIES = 4
 """How many bytes of a layout tell the dictionaries of a blob that has any."""
-_CHECKABLE = int(ChunkFlag.DIGEST | ChunkFlag.CRC)
 
 
 def prepare(blobs: OpenBlobs, job: Json) -> Json:
@@ -347,7 +346,7 @@ def _judge(spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, layout: byte
         if dropped:
             map_file.set_aside(spec.map_path, f"the cache file lacks {dropped} chunks that it claims")
         for chunk, record in enumerate(records):
-            if state[chunk] == VERIFY and not record[4] & _CHECKABLE:
+            if state[chunk] == VERIFY and not record[4] & CHECKABLE:
                 state[chunk] = EMPTY
     return identity, state, dirty
 
@@ -371,7 +370,7 @@ def _inherit(identity: Identity, state: bytearray, table: ChunkTable) -> bool:
     for segment in segments_of(identity.dev, identity.ino):
         if segment.identity.file == identity.file:
             found.update(ready_in(segment, table))
-            if segment.syncing[0] or segment.lost[0]:
+            if segment.is_doubtful:
                 value = VERIFY  # who was killed over that may have heard that some of it was lost
     for chunk in found:
         state[chunk] = value

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from nydusd import points
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Answer, Job, Priority, Request
-from nydusd.storage.state.segment import READY, Segment
+from nydusd.storage.state.segment import Segment
 from nydusd.storage.state.sharing import is_same_place
 from nydusd.supervisor.pool import WorkerPool
 
@@ -26,10 +26,11 @@ log = logging.getLogger(__name__)
 
 
 class _User(NamedTuple):
-    """A cache from which chunks are taken out, and the segment that it had when they were claimed."""
+    """A cache from which chunks are taken out, and the segment that it had when they were claimed: by `claim_ready`."""
 
     cache: BlobCache
     segment: Segment
+    doubts: int = 0
 
 
 class Evictions:
@@ -51,19 +52,19 @@ class Evictions:
             return 0
         users = [_User(user, user.segment) for user in (cache, *cache.others()) if user.segment is not None]
         if any(
-            user.checkpointing or user.pinned or user.chunk_map.count != cache.chunk_map.count
-            for user, _segment in users
+            user.checkpointing or user.pinned or user.chunk_map.count != cache.chunk_map.count for user, _, _ in users
         ):
             return 0
         chosen = [c for c in chunks if c < cache.chunk_map.count and cache.chunk_map.is_ready(c) and _is_free(users, c)]
         if not chosen:
             return 0
-        for user, _segment in users:
+        for place, (user, segment, _) in enumerate(users):
             user.checkpointing = True
-            user.chunk_map.claim_ready([chunk for chunk in chosen if user.chunk_map.is_ready(chunk)])
+            doubts = user.chunk_map.claim_ready([chunk for chunk in chosen if user.chunk_map.is_ready(chunk)])
+            users[place] = _User(user, segment, doubts)
             points.reach("evict: claimed")
         covered = {}
-        for _user, segment in users:
+        for _, segment, _ in users:
             segment.epoch[0] += 1
             covered[segment.name] = segment.inode
             points.reach("evict: epoch raised")
@@ -73,7 +74,7 @@ class Evictions:
             done(answer)
 
         job = Job("evict", cache, Priority.AHEAD, payload | {"covered": covered}, ended, chosen)
-        for user, _segment in users:
+        for user, _, _ in users:
             user.jobs.update(dict.fromkeys(chosen, job))
         self._fetch.submit(job)
         return len(chosen)
@@ -86,7 +87,7 @@ class Evictions:
         # which may have punched holes before the others came.
         untouched = "kept" in answer and not job.attempts and not job.kills
         requests: dict[Request, None] = {}
-        for user, segment in users:
+        for user, segment, doubts in users:
             user.checkpointing = False
             if user.segment is not segment:
                 continue  # it was opened anew, and knows from the file and its map what is there
@@ -94,7 +95,7 @@ class Evictions:
                 if user.jobs.get(chunk) is job:
                     del user.jobs[chunk]
                     if untouched:
-                        user.chunk_map.clear_pending(chunk, READY)
+                        user.chunk_map.keep_claimed(chunk, doubts)
                     else:
                         user.chunk_map.taken_out(chunk)
                     requests.update(dict.fromkeys(user.waiters.pop(chunk, ())))
@@ -116,5 +117,5 @@ def _is_free(users: Sequence[_User], chunk: int) -> bool:
     first = users[0].segment
     return not any(
         chunk in user.jobs or (user.chunk_map.is_ready(chunk) and not is_same_place(first, segment, chunk))
-        for user, segment in users
+        for user, segment, _ in users
     )

@@ -95,12 +95,22 @@ def _stores(job: Job) -> bool:
 
 
 def _take(cache: BlobCache, other: BlobCache, chunk: int) -> None:
-    """What another has in the file is there for this one, or at least to be looked for there."""
-    if other.chunk_map.is_ready(chunk) and _vouches(other, cache, chunk):
-        if other.spec.always_verify or not cache.spec.always_verify:
-            cache.chunk_map.set_ready(chunk)
-        elif cache.meta.is_checkable(chunk):
-            cache.chunk_map.doubt(chunk)
+    """What another has in the file is there for this one, or at least to be looked for there.
+
+    That, too, if somebody has heard, or may have, that some of it is lost: he doubts one after the other.
+    """
+    there, here = other.segment, cache.segment
+    assert there is not None and here is not None
+    doubts = there.doubts[0], here.doubts[0]
+    if not other.chunk_map.is_ready(chunk) or not _vouches(other, cache, chunk):
+        return
+    if (other.spec.always_verify or not cache.spec.always_verify) and not (there.is_doubtful or here.is_doubtful):
+        cache.chunk_map.set_ready(chunk)
+        if (there.doubts[0], here.doubts[0]) == doubts:
+            return
+        cache.chunk_map.forget(chunk)
+    if cache.meta.is_checkable(chunk):
+        cache.chunk_map.doubt(chunk)
 
 
 def _vouches(other: BlobCache, cache: BlobCache, chunk: int) -> bool:

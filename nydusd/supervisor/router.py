@@ -112,7 +112,7 @@ class Router:
             self._reopen(cache, "the cache file does not hold what its map promises")
         if flags & UNREADABLE and cache.caches and cache.state == "ready":
             note_unreadable(cache, first, count)
-            if cache.segment is not None and (cache.segment.lost[0] or cache.segment.syncing[0]):
+            if cache.segment is not None and cache.segment.is_doubtful:
                 # Nothing of it is believed before it is known what is lost.
                 self.checkpoints.sync(cache, lambda _code: None, at_once=True)
         request = Request(client, number, cache, first, count)

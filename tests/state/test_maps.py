@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from nydusd.errors import CacheError
+from nydusd.formats.model import ChunkFlag
 from nydusd.storage.state import lock
 from nydusd.storage.state.chunk_map import ChunkMap
 from nydusd.storage.state.range_map import RangeMap
@@ -189,3 +190,19 @@ def test_blob_without_chunks_is_all_ready(name: str) -> None:
     with pytest.raises(CacheError):
         RangeMap(segment).chunks_of(0, 1)
     segment.close()
+
+
+@pytest.mark.parametrize(("flags", "after"), [(0, EMPTY), (int(ChunkFlag.CRC), VERIFY)])
+def test_what_was_doubted_while_it_was_claimed_is_doubted(flags: int, after: int) -> None:
+    with segment_name() as name:
+        segment = make_segment(name, [Place(0, 100, flags=flags)] * 2, state=bytes([READY, READY]))
+        chunks = ChunkMap(segment)
+        doubts = chunks.claim_ready([0])
+        chunks.keep_claimed(0, doubts)
+        assert bytes(segment.state) == bytes([READY, READY])
+        doubts = chunks.claim_ready([0])
+        segment.doubts[0] += 1
+        for chunk in range(2):
+            chunks.keep_claimed(chunk, doubts)
+        assert bytes(segment.state) == bytes([after, READY])
+        segment.close()

@@ -22,12 +22,14 @@ class _Map:
     def is_ready(self, chunk: int) -> bool:
         return self.state[chunk] == READY
 
-    def claim_ready(self, chunks: list[int]) -> None:
+    def claim_ready(self, chunks: list[int]) -> int:
         for chunk in chunks:
             self.state[chunk] = PENDING
+        return 7
 
-    def clear_pending(self, chunk: int, to: int) -> None:
-        self.state[chunk] = to
+    def keep_claimed(self, chunk: int, doubts: int) -> None:
+        assert doubts == 7
+        self.state[chunk] = READY
 
     def taken_out(self, chunk: int) -> None:
         self.state[chunk] = EMPTY

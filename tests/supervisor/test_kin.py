@@ -428,3 +428,44 @@ def test_what_another_daemon_was_killed_over_may_not_be_on_its_disk(world: World
     world.plain.segment.dirty[0] = 0
     world.succeed()
     assert world.plain.segment is not None and world.plain.segment.dirty[0] == 1
+
+
+@pytest.mark.parametrize("whose", ["segment of the other", "own segment"])
+@pytest.mark.parametrize("mark", ["syncing", "lost"])
+@pytest.mark.parametrize("flags", [0, int(ChunkFlag.DIGEST)])
+def test_chunk_of_which_a_sync_may_tell_that_it_is_lost_is_not_taken_unseen(
+    pair: tuple[World, BlobCache, BlobCache], whose: str, mark: str, flags: int
+) -> None:
+    world, plain, twin = pair
+    assert plain.segment is not None and twin.segment is not None
+    for segment in (plain.segment, twin.segment):
+        RECORD.pack_into(segment.records, 4 * RECORD.size, *segment.record(4)._replace(flags=flags))
+    plain.chunk_map.set_ready(4)
+    getattr((plain if whose == "segment of the other" else twin).segment, mark)[0] = 1
+    world.ask(A, 1, twin, 4, 1)
+    assert not world.answers
+    world.pump()
+    assert world.dispatched[0]["verify"] == [4] * bool(flags)
+    world.settle()
+    assert codes(world) == [(A, 1, 0)]
+
+
+def test_chunk_that_is_doubted_while_it_is_taken_is_not_taken(
+    pair: tuple[World, BlobCache, BlobCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who doubts has passed over it here, where it was not ready yet."""
+    world, plain, twin = pair
+    plain.chunk_map.set_ready(4)
+    is_ready = plain.chunk_map.is_ready
+
+    def then_doubted(chunk: int) -> bool:
+        found = is_ready(chunk)
+        assert plain.segment is not None
+        plain.segment.doubts[0] += 1
+        return found
+
+    monkeypatch.setattr(plain.chunk_map, "is_ready", then_doubted)
+    world.ask(A, 1, twin, 4, 1)
+    assert not world.answers and not twin.chunk_map.is_ready(4)
+    world.settle()
+    assert codes(world) == [(A, 1, 0)]

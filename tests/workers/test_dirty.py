@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nydusd import points
 from nydusd.errors import CacheError
-from nydusd.storage.state.segment import READY, VERIFY
+from nydusd.storage.state.segment import EMPTY, READY, VERIFY
 from tests.workers.harness import Jobs, jobs
 
 NAME = "v6-zstd-blake3"
@@ -74,3 +75,39 @@ def test_disk_may_lack_what_a_segment_has_from_another_one_and_not_what_it_has_f
         image.checkpoint()
         image.new_daemon()
         assert image.prepare()["ready"] == count and dirty(image) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "point", "after"),
+    [
+        (NAME, "fill: written", VERIFY),
+        (NAME, "fill: marked", VERIFY),
+        (NAME, "fill: verified", VERIFY),
+        ("v6-tarfs", "fill: written", EMPTY),
+    ],
+)
+def test_what_was_written_before_all_was_doubted_is_doubted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, point: str, after: int
+) -> None:
+    """The kernel may have dropped it, and told whoever doubted, who passed over the chunk: it was not ready yet."""
+    real = points.reach
+
+    def reach(reached: str) -> None:
+        real(reached)
+        if reached == point:
+            with image.segment() as segment:
+                segment.doubts[0] += 2
+
+    with jobs(name, folder) as image:
+        image.prepare()
+        looked = [0] if point == "fill: verified" else []
+        if looked:
+            image.fill([0])
+            with image.segment() as segment:
+                segment.state[0] = VERIFY
+        with monkeypatch.context() as patch:
+            patch.setattr(points, "reach", reach)
+            image.fill([] if looked else [0], verify=looked)
+        assert image.states()[0] == after
+        image.fill([0], verify=[0] if after == VERIFY else [])
+        assert image.states()[0] == READY

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Sequence
 
 from nydusd.formats.model import ChunkFlag, ChunkRecord
 from nydusd.storage.cache.stored import fetch_range, stored_range
-from nydusd.storage.state.segment import READY, RECORD, Segment
+from nydusd.storage.state.segment import CHECKABLE, READY, RECORD, Segment
 
 _GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
 _UNLISTED = int(ChunkFlag.UNLISTED)
-_CHECKABLE = int(ChunkFlag.DIGEST | ChunkFlag.CRC)
 _MANY = 4096
 """Chunks that are looked at or joined at most. Real batches and windows hold fewer; a hostile table may hold chunks of one
 byte, and the supervisor must not count millions of them for one read. What is left out is only fetched later."""
@@ -37,7 +36,7 @@ class BlobMetaInfo:
 
     def is_checkable(self, chunk: int) -> bool:
         """Whether there is something by which the chunk's bytes are told from others."""
-        return bool(self.record(chunk).flags & _CHECKABLE)
+        return bool(self.record(chunk).flags & CHECKABLE)
 
     def unit(self, chunk: int) -> range:
         """The chunks that one decoding of `chunk` gives: its batch, its zran context, or itself."""

@@ -42,11 +42,23 @@ class ChunkMap:
                 points.reach("claim: one chunk")
         return owned
 
-    def claim_ready(self, chunks: Sequence[int]) -> None:
-        """Claim chunks that are ready, in order to take them out of the cache file. Only the supervisor claims."""
+    def claim_ready(self, chunks: Sequence[int]) -> int:
+        """Claim chunks that are ready, in order to take them out of the cache file. Only the supervisor claims.
+
+        Gives how often all was doubted before: what is claimed is not doubted.
+        """
+        doubts: int = self._segment.doubts[0]
         with self._segment.lock():
             for chunk in chunks:
                 self._state[chunk] = PENDING
+        return doubts
+
+    def keep_claimed(self, chunk: int, doubts: int) -> None:
+        """Nothing was taken out of what was claimed by `claim_ready`, which gave `doubts`."""
+        if self._state[chunk] == PENDING:
+            self._state[chunk] = READY
+            if self._segment.doubts[0] != doubts:
+                self._state[chunk] = self._segment.doubted(chunk)
 
     def set_ready(self, chunk: int) -> None:
         """The chunk's bytes are in the cache file, as another segment of the same file tells."""

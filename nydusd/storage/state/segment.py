@@ -31,7 +31,7 @@ import posix_ipc
 from nydusd import points
 from nydusd.errors import CacheError, FormatError, InternalError, ScarceError, cache_error
 from nydusd.formats.blob_meta import CONTEXT_SIZE
-from nydusd.formats.model import ChunkRecord
+from nydusd.formats.model import ChunkFlag, ChunkRecord
 from nydusd.storage.state.lock import BlobLock, start_time
 
 MAGIC = b"NYDSEG01"
@@ -56,6 +56,9 @@ RETIRED = 1 << 63
 
 EMPTY, PENDING, READY, FAILED, VERIFY = range(5)
 """Values of a state byte. VERIFY: bytes are in the cache file but not ours; check their digest before use."""
+
+CHECKABLE = int(ChunkFlag.DIGEST | ChunkFlag.CRC)
+"""Of a record's flags: if none of them is set, it cannot be told whether bytes are the chunk's, and it is never VERIFY."""
 
 RECORD = struct.Struct("<QQIIIIII")
 """`model.ChunkRecord`: coff, uoff, csize, usize, flags, ctx, ctx_off, crc."""
@@ -301,6 +304,10 @@ class Segment:
         """32 bytes; meaningful only if the record has the DIGEST flag."""
         return bytes(self.digests[chunk * DIGEST_SIZE : (chunk + 1) * DIGEST_SIZE])
 
+    def doubted(self, chunk: int) -> int:
+        """The state of a chunk of which it is not certain any more that its bytes are in the cache file."""
+        return VERIFY if self.record(chunk).flags & CHECKABLE else EMPTY
+
     def counters(self, row: int) -> memoryview:
         """A row of 6 u64 counters: hits, hit bytes, misses, miss bytes, errors, spare. One process writes a row.
 
@@ -317,6 +324,13 @@ class Segment:
     def retire(self) -> None:
         """Another segment takes the place of this one: front ends that map this one look for the other."""
         self.epoch[0] = RETIRED
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether what is ready may be lost, for what is known now: who has the data file synced next doubts it, but for a sync
+        that is under way and ends well.
+        """
+        return bool(self.syncing[0] or self.lost[0])
 
     @property
     def retired(self) -> bool:
