@@ -15,6 +15,7 @@ from nydusd import points
 from nydusd.errors import CacheError
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import map_file
+from nydusd.storage.state.doubts import doubt_all
 from nydusd.storage.state.segment import READY, RECORD, Segment
 from nydusd.storage.state.sharing import ready_in, segments_of
 from workers.blobs import OpenBlobs
@@ -32,7 +33,7 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
     if segment.lost[0]:
         segment.syncing[0], segment.lost[0] = 1, 0  # in this order: killed here, the next one doubts
     if segment.syncing[0]:
-        _doubt(segment)
+        doubt_all(segment)
     # In this order: what is written from here on says so again, and until it is known of the rest, `syncing` says so.
     segment.syncing[0], segment.dirty[0] = 1, 0
     # The copy is taken before the fdatasync: only what was written by then may be claimed.
@@ -51,7 +52,7 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
         map_file.checkpoint(blob.spec.map_path, fd, ready, segment.count, segment.identity, synced)
     except map_file.UnsyncedError:
         with contextlib.suppress(CacheError):  # `syncing` stays set, for the next one
-            _doubt(segment)
+            doubt_all(segment)
         raise
     except CacheError as e:
         if not on_disk:
@@ -78,27 +79,3 @@ def _claimed(segment: Segment, states: bytes) -> tuple[list[int], dict[str, tupl
                     same[other.name] = other.inode, len(ready)
     claimed = [c for c, record in enumerate(RECORD.iter_unpack(segment.records)) if record[3] and c in found]
     return claimed, same
-
-
-def _doubt(segment: Segment) -> None:
-    """The kernel may have dropped written pages, and will not say so again: nothing is ready before its digest was checked.
-
-    That goes for all who use the file. Raises CacheError when not all of them can be told now: `syncing` is set still.
-    """
-    segment.syncing[0] = 1  # killed here, the next one does all of it
-    _doubt_in(segment)
-    for other in segments_of(segment.identity.dev, segment.identity.ino):
-        if other.identity.file == segment.identity.file:
-            other.lost[0] = 0  # before: what is lost from here on is doubted again
-            _doubt_in(other)
-    segment.syncing[0] = 0
-
-
-def _doubt_in(segment: Segment) -> None:
-    """Killed in the middle, `syncing` is set still, and it is done again. Who relies on a sync of before looks at `doubts`."""
-    segment.doubts[0] += 1
-    for chunk, state in enumerate(bytes(segment.state)):
-        if state == READY:
-            segment.state[chunk] = segment.doubted(chunk)
-    segment.dirty[0] = 1  # who writes just now may have said so before it was taken back, and not marked the chunk yet
-    segment.doubts[0] += 1

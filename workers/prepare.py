@@ -28,6 +28,7 @@ from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_fr
 from nydusd.storage.cache.load import load_ci, meta_file_bytes, parse_meta_file
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state import map_file
+from nydusd.storage.state.doubts import doubt
 from nydusd.storage.state.gone import remove_if_gone
 from nydusd.storage.state.segment import CHECKABLE, EMPTY, READY, RECORD, VERIFY, Identity, Segment
 from nydusd.storage.state.sharing import contradiction, ready_in, segments_of
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 _TRIES = 5
 _NO_FILE = (0, 0, 0)
+_Taken = dict[tuple[str, int], int]
+"""Segments, by name and inode, and how often all was doubted in each before it was looked at."""
 _OF_DICTIONARIES = 4
 """How many bytes of a layout tell the dictionaries of a blob that has any."""
 
@@ -69,9 +72,13 @@ def _publish(
     identity: Identity,
     state: bytearray,
     old_view: Segment | None = None,
-    dirty: bool = False,
+    taken: _Taken | None = None,
 ) -> int:
-    """Make the segment known, in place of `old_view`; gives how many chunks are ready."""
+    """Make the segment known, in place of `old_view`; gives how many chunks are ready.
+
+    Of what others have, it is looked again whether it was doubted: who doubts may not have seen this segment yet. Killed before
+    that it counts as being synced, and the next one doubts.
+    """
     segment = Segment.create(
         spec.segment,
         generation=spec.generation,
@@ -83,10 +90,37 @@ def _publish(
         dict_size=table.dict_size,
         state=bytes(state),
         old_view=old_view,
-        dirty=dirty,
+        taken_over=bool(taken),
     )
-    segment.close()
-    return state.count(READY)
+    try:
+        if taken:
+            points.reach("prepare: taken over")
+            if not _is_certain(segment, taken, old_view):
+                doubt(segment)
+            segment.syncing[0] = 0
+        return bytes(segment.state).count(READY)
+    finally:
+        segment.close()
+
+
+def _is_certain(segment: Segment, taken: _Taken, old_view: Segment | None) -> bool:
+    """Whether nobody doubts, or has doubted, those from which something was taken over; they are there still."""
+    left = dict(taken)
+    try:
+        if (
+            old_view is not None
+            and old_view.key in left
+            and (old_view.is_doubtful or left.pop(old_view.key) != old_view.doubts[0])
+        ):
+            return False
+        for other in segments_of(segment.identity.dev, segment.identity.ino):
+            if other.inode != segment.inode and other.identity.file == segment.identity.file and other.is_doubtful:
+                return False
+            if left.pop(other.key, other.doubts[0]) != other.doubts[0]:
+                return False
+    except CacheError:
+        return False
+    return not left
 
 
 def _raw_chunks(spec: BlobSpec) -> Iterator[RawChunk]:
@@ -213,12 +247,12 @@ def _cache_file(spec: BlobSpec, path: Path, table: ChunkTable, layout: bytes) ->
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd, whole, earlier = _open_data(spec, path, table, layout, opened)
-            identity, state, dirty = _judge(spec, fd, whole, table, layout)
+            identity, state, taken = _judge(spec, fd, whole, table, layout)
             points.reach("prepare: map judged")
             # A front end may go on with an old file, but not with an old view of this one: chunks are taken out by the new.
             file = identity.file
             old_view = earlier if earlier is not None and earlier.identity.file in (file, _NO_FILE) else None
-            ready = _publish(spec, table, identity, state, old_view, dirty)
+            ready = _publish(spec, table, identity, state, old_view, taken)
             points.reach("prepare: published")
             return ready
         except OSError as e:
@@ -326,18 +360,20 @@ def _open_data(
     raise OSError(errno.EBUSY, "others keep replacing it")
 
 
-def _judge(spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, layout: bytes) -> tuple[Identity, bytearray, bool]:
+def _judge(
+    spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, layout: bytes
+) -> tuple[Identity, bytearray, _Taken]:
     """The cache file's identity, and the state of each chunk: what the stored map and other segments may be believed.
 
-    And whether the disk may lack some of that.
+    And from which segments some of it was taken over.
     """
     identity = Identity.of(fd, table.uncompressed_size, layout)
     state = map_file.load(spec.map_path, table.count, identity)
     if not whole:
         if any(state):
             map_file.set_aside(spec.map_path, "the cache file that it speaks of is gone")
-        return identity, bytearray(table.count), False
-    dirty = _inherit(identity, state, table)
+        return identity, bytearray(table.count), {}
+    taken = _inherit(identity, state, table)
     if spec.always_verify:
         state = state.replace(bytes([READY]), bytes([VERIFY]))
     if any(state):
@@ -348,7 +384,7 @@ def _judge(spec: BlobSpec, fd: int, whole: bool, table: ChunkTable, layout: byte
         for chunk, record in enumerate(records):
             if state[chunk] == VERIFY and not record[4] & CHECKABLE:
                 state[chunk] = EMPTY
-    return identity, state, dirty
+    return identity, state, taken
 
 
 def _earlier_segment(spec: BlobSpec) -> Segment | None:
@@ -360,18 +396,22 @@ def _earlier_segment(spec: BlobSpec) -> Segment | None:
         return None
 
 
-def _inherit(identity: Identity, state: bytearray, table: ChunkTable) -> bool:
+def _inherit(identity: Identity, state: bytearray, table: ChunkTable) -> _Taken:
     """What segments of this same file know as ready: ours from before, and those of other images and daemons.
 
-    Gives whether there is any: the disk may not have it.
+    Gives from which of them it is ready here, too; none if some of it may be lost: then it is looked for on the disk.
     """
     found: set[int] = set()
+    taken: _Taken = {}
     value = READY
     for segment in segments_of(identity.dev, identity.ino):
         if segment.identity.file == identity.file:
-            found.update(ready_in(segment, table))
+            doubts = segment.doubts[0]  # first: what is doubted later is looked at once more
             if segment.is_doubtful:
                 value = VERIFY  # who was killed over that may have heard that some of it was lost
+            if ready := set(ready_in(segment, table)):
+                found |= ready
+                taken[segment.key] = doubts
     for chunk in found:
         state[chunk] = value
-    return bool(found)
+    return taken if value == READY else {}

@@ -16,6 +16,7 @@ from nydusd.frontends.erofs.table import File
 from nydusd.ipc.messages import LOST, SYNC
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state import map_file
+from nydusd.storage.state.doubts import doubt_all
 from nydusd.storage.state.segment import READY, VERIFY, Segment
 from tests.workers.harness import Jobs, jobs
 from workers import checkpoint
@@ -216,11 +217,10 @@ def test_nothing_is_on_the_disk_at_any_time_between_a_loss_and_the_doubt(
         def doubts(segment: Segment) -> None:
             assert not segment.lost[0]
             between.append(blob.is_stored())
-            doubt(segment)
+            doubt_all(segment)
             between.append(blob.is_stored())
 
-        doubt = checkpoint._doubt
-        monkeypatch.setattr(checkpoint, "_doubt", doubts)
+        monkeypatch.setattr(checkpoint, "doubt_all", doubts)
         image.checkpoint()
         assert between == [False, False] and not blob.is_stored()
         blob.close()

@@ -300,6 +300,66 @@ def test_checkpoint_tells_of_what_others_have_in_the_file(made: Jobs) -> None:
             assert map_file.load(made.spec.map_path, segment.count, segment.identity)[5] == READY
 
 
+@pytest.mark.parametrize("what", ["doubts", "syncing", "lost", "gone", ""])
+def test_what_was_doubted_while_it_was_taken_over_is_doubted(
+    made: Jobs, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Who doubts may have looked for segments before the new one had its name."""
+    real = points.reach
+
+    def reach(point: str) -> None:
+        real(point)
+        if point == "segment: former retired" or (point == "segment: written" and not inode_of(made.prefix)):
+            if what == "gone":
+                remove(other.name)
+            elif what:
+                getattr(other, what)[0] += 1
+
+    with twin(made) as other:
+        other.state[:] = bytes([READY]) * other.count
+        remove(made.prefix)
+        made.generation += 1
+        monkeypatch.setattr(points, "reach", reach)
+        made.prepare()
+        with made.segment() as segment:
+            assert set(segment.state) == {VERIFY if what else READY}
+            assert segment.syncing[0] == 0 and segment.doubts[0] == (2 if what else 0)
+        monkeypatch.undo()
+        made.fill_all()
+        assert made.wrong_files() == []
+
+
+def test_who_is_killed_before_he_has_looked_again_has_it_doubted(made: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(point: str) -> None:
+        if point == "prepare: taken over":
+            raise _KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(points, "reach", killed)
+        made.new_daemon(same_boot=True)
+        with pytest.raises(_KilledError):
+            made.prepare()
+    made.prepare()
+    assert set(made.states()) == {VERIFY}
+
+
+def test_former_segment_that_was_doubted_while_it_was_taken_over_is_doubted(
+    made: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = points.reach
+    with made.segment() as former:
+
+        def reach(point: str) -> None:
+            real(point)
+            if point == "segment: former retired":
+                former.doubts[0] += 1
+
+        monkeypatch.setattr(points, "reach", reach)
+        made.new_daemon(same_boot=True)
+        made.prepare()
+    assert set(made.states()) == {VERIFY}
+
+
 def test_old_view_of_a_file_that_cannot_be_used_now_is_retired(made: Jobs) -> None:
     """Others take chunks out of it meanwhile, and so do we when it can be used again."""
     device = made.device()

@@ -193,11 +193,12 @@ class Segment:
         dict_size: int,
         state: bytes,
         old_view: Segment | None = None,
-        dirty: bool = False,
+        taken_over: bool = False,
     ) -> Segment:
         """Build a segment and give it its name. Raises ScarceError when shared memory is full, CacheError for all else.
 
-        `dirty`: what is ready may not be on its disk.
+        `taken_over`: what is ready is so by another segment. So its disk may not have it, and it may be doubted there just now:
+        that is said as if it was being synced.
         `old_view`, which has the name now and speaks of the same file, is retired before: killed between the two, there is none
         to be used, and the next worker makes another.
         """
@@ -256,7 +257,8 @@ class Segment:
         _CHECK.pack_into(mapping, CHECK_OFFSET, 1, zlib.crc32(mapping[: _HEADER.size]))
         for at, part in ((state_at, state), (records_at, records), (digests_at, digests), (contexts_at, contexts)):
             mapping[at : at + len(part)] = part
-        mapping[DIRTY_OFFSET : DIRTY_OFFSET + 4] = int(dirty).to_bytes(4, sys.byteorder)
+        for at in (SYNC_OFFSET, DIRTY_OFFSET):
+            mapping[at : at + 4] = int(taken_over).to_bytes(4, sys.byteorder)
         points.reach("segment: written")
         if old_view is not None:
             old_view.retire()
@@ -340,6 +342,11 @@ class Segment:
     def inode(self) -> int:
         """Tells this very segment from others that have or had its name."""
         return self._inode
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Name and inode: tells this very segment from all others."""
+        return self.name, self._inode
 
     def is_current(self) -> bool:
         """Whether the segment of this name is this very one."""
