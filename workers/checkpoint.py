@@ -3,22 +3,23 @@
 It takes the map's own lock and not the segment's: the supervisor claims chunks under that one, and must not wait for a disk.
 
 What holds after SIGKILL: a map with true bits (`map_file`). The kernel says once that it has lost written data: a worker
-that is killed where it may have heard that leaves `syncing` set, and the next one doubts all that is ready before it stores it.
-So it does when a front end has heard it (`lost`).
+that is killed where it may have heard that leaves `syncing` set, and the next one, of whichever image has the file, doubts all
+that is ready before it stores it. So it does when a front end has heard it (`lost`).
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 
 from nydusd import points
 from nydusd.errors import CacheError
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import map_file
-from nydusd.storage.state.doubts import doubt_all
+from nydusd.storage.state.doubts import alone, begin_sync, doubt_all, end_sync, is_any_doubtful
 from nydusd.storage.state.segment import READY, RECORD, Segment
 from nydusd.storage.state.sharing import ready_in, segments_of
-from workers.blobs import OpenBlobs
+from workers.blobs import OpenBlob, OpenBlobs
 from workers.failure import failure
 
 
@@ -29,23 +30,26 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
     """
     blob = blobs.get(job)
     fd = blob.data_fd()
+    with alone(fd, f"cache file {blob.spec.data_path}"):
+        return _checkpoint(blob, fd)
+
+
+def _checkpoint(blob: OpenBlob, fd: int) -> Json:
+    """It is our turn. Raises CacheError."""
     segment = blob.segment
-    if segment.lost[0]:
-        segment.syncing[0], segment.lost[0] = 1, 0  # in this order: killed here, the next one doubts
-    if segment.syncing[0]:
+    if is_any_doubtful(segment):
         doubt_all(segment)
-    # In this order: what is written from here on says so again, and until it is known of the rest, `syncing` says so.
-    segment.syncing[0], segment.dirty[0] = 1, 0
+    begun = begin_sync(segment)
     # The copy is taken before the fdatasync: only what was written by then may be claimed.
     states = bytes(segment.state)
-    ready, others = _claimed(segment, states)
+    ready, others = _claimed(segment, states, begun)
 
     on_disk = False
 
     def synced() -> None:
         nonlocal on_disk
         on_disk = True
-        segment.syncing[0] = 0
+        end_sync(segment, begun)
 
     points.reach("checkpoint: syncing")
     try:
@@ -62,8 +66,10 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
     return answer | {"others": others} if others else answer
 
 
-def _claimed(segment: Segment, states: bytes) -> tuple[list[int], dict[str, tuple[int, int]]]:
-    """The chunks that are in the data file: for this image, or for another that says the same of them.
+def _claimed(
+    segment: Segment, states: bytes, begun: Collection[tuple[str, int]]
+) -> tuple[list[int], dict[str, tuple[int, int]]]:
+    """The chunks that are in the data file: for this image, or for another of `begun` that says the same of them.
 
     Not those of 0 bytes, which the image does not describe: there may be such chunks, for others. And of each segment with the
     same table, by name, its inode and how many chunks are ready for it, all of which are among them.
@@ -72,7 +78,7 @@ def _claimed(segment: Segment, states: bytes) -> tuple[list[int], dict[str, tupl
     same: dict[str, tuple[int, int]] = {}
     with contextlib.suppress(CacheError):  # what others have is stored by them, or next time
         for other in segments_of(segment.identity.dev, segment.identity.ino):
-            if other.name != segment.name and other.identity.file == segment.identity.file and not other.is_doubtful:
+            if other.name != segment.name and other.key in begun and not other.lost[0]:
                 ready = list(ready_in(other, segment))
                 found.update(ready)
                 if ready and other.identity == segment.identity and segment.identity.layout:

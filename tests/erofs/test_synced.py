@@ -15,11 +15,9 @@ from nydusd.frontends.erofs.synced import Syncs
 from nydusd.frontends.erofs.table import File
 from nydusd.ipc.messages import LOST, SYNC
 from nydusd.storage.api.io import ChunkRun
-from nydusd.storage.state import map_file
-from nydusd.storage.state.doubts import doubt_all
+from nydusd.storage.state import doubts, map_file
 from nydusd.storage.state.segment import READY, VERIFY, Segment
 from tests.workers.harness import Jobs, jobs
-from workers import checkpoint
 
 
 class Asked:
@@ -214,13 +212,14 @@ def test_nothing_is_on_the_disk_at_any_time_between_a_loss_and_the_doubt(
         assert not blob.is_stored()
         between = []
 
-        def doubts(segment: Segment) -> None:
+        def then_doubted(segment: Segment) -> None:
             assert not segment.lost[0]
             between.append(blob.is_stored())
-            doubt_all(segment)
+            doubt(segment)
             between.append(blob.is_stored())
 
-        monkeypatch.setattr(checkpoint, "doubt_all", doubts)
+        doubt = doubts.doubt
+        monkeypatch.setattr(doubts, "doubt", then_doubted)
         image.checkpoint()
         assert between == [False, False] and not blob.is_stored()
         blob.close()

@@ -1,16 +1,80 @@
-"""Doubts: what is done when the disk of a cache file did not take what is said to be ready.
+"""Syncs of a cache file, and doubts: what is done when its disk did not take what is said to be ready.
 
-The kernel drops such bytes and says so once to each open file. What was ready may then be read as zeros. So nothing is ready
-any more in any segment of the file before it was looked for on the disk: it is VERIFY, or EMPTY where it cannot be checked.
+The kernel drops such bytes and says so once to each open file; to one that is opened later only if nobody was told yet. What
+was ready may then be read as zeros. So nothing is ready any more in any segment of the file before it was looked for on the
+disk: it is VERIFY, or EMPTY where it cannot be checked.
 
-Runs in workers. What holds after SIGKILL: `syncing` is set in the segment by which it is done, until all of it is done; so
-the next one does it again.
+Those who sync a file take turns (`alone`), from before they look what is ready until its bits are stored or all of it is
+doubted: else one who opens the file when another was told, and has not doubted yet, would store bits for what is lost. A sync
+is of the file, so of all that is ready in whichever segment: `syncing` is set in all of them, and `dirty` taken back.
+
+Runs in workers. What holds after SIGKILL: `syncing` is set where it was, and whoever has his turn next doubts all of it. The
+turn ends with its holder. It is flock(2) on the data file, which nobody else uses: those who keep that file as it is for a
+moment have another lock of it (`map_file.lock`), and are not to wait for a disk.
 """
 
 from __future__ import annotations
 
-from nydusd.storage.state.segment import READY, Segment
+import contextlib
+import errno
+import fcntl
+import time
+from collections.abc import Collection, Iterator
+
+from nydusd.errors import CacheError
+from nydusd.storage.state.segment import READY, SYNCING, Segment
 from nydusd.storage.state.sharing import segments_of
+
+_PATIENCE = 10.0
+"""Seconds to wait for the sync of another image or daemon."""
+
+
+@contextlib.contextmanager
+def alone(fd: int, what: str) -> Iterator[None]:
+    """Nobody else syncs the data file meanwhile. Raises CacheError when another does so for too long."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as e:
+            if time.monotonic() > deadline:
+                raise CacheError(f"{what}: another process is syncing it", errno.EAGAIN) from e
+            time.sleep(0.02)
+        except OSError as e:
+            raise CacheError(f"{what}: {e.strerror}", e.errno) from e
+    try:
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def is_any_doubtful(segment: Segment) -> bool:
+    """Whether somebody who uses the file has heard of a loss, or may have and was killed. Raises CacheError."""
+    return segment.is_doubtful or any(other.lost[0] or other.syncing[0] == SYNCING for other in _users(segment))
+
+
+def begin_sync(segment: Segment) -> set[tuple[str, int]]:
+    """To be called before it is looked what is ready. Gives in which segments it is said. Raises CacheError.
+
+    What is written from here on says so again, and until it is known of the rest, `syncing` says so: so in this order.
+    """
+    segment.syncing[0], segment.dirty[0] = SYNCING, 0
+    begun = {segment.key}
+    for other in _users(segment):
+        if other.syncing[0] in (0, SYNCING):
+            other.syncing[0], other.dirty[0] = SYNCING, 0
+            begun.add(other.key)
+    return begun
+
+
+def end_sync(segment: Segment, begun: Collection[tuple[str, int]]) -> None:
+    """All that was ready is on its disk. Who cannot be told that now is doubted by the next one."""
+    segment.syncing[0] = 0
+    with contextlib.suppress(CacheError):
+        for other in _users(segment):
+            if other.key in begun:
+                other.syncing[0] = 0
 
 
 def doubt(segment: Segment) -> None:
@@ -28,10 +92,23 @@ def doubt_all(segment: Segment) -> None:
 
     Raises CacheError when not all of them can be told now: `syncing` is set still.
     """
-    segment.syncing[0] = 1  # killed here, the next one does all of it
+    segment.syncing[0], segment.lost[0] = (
+        SYNCING,
+        0,
+    )  # in this order, also below: killed here, the next one does all of it
     doubt(segment)
-    for other in segments_of(segment.identity.dev, segment.identity.ino):
-        if other.identity.file == segment.identity.file:
-            other.lost[0] = 0  # before: what is lost from here on is doubted again
-            doubt(other)
+    for other in _users(segment):
+        if other.syncing[0] in (0, SYNCING):
+            other.syncing[0] = SYNCING
+        other.lost[0] = 0  # before: what is lost from here on is doubted again
+        doubt(other)
+        if other.syncing[0] == SYNCING:
+            other.syncing[0] = 0
     segment.syncing[0] = 0
+
+
+def _users(segment: Segment) -> Iterator[Segment]:
+    """The other segments of the same file."""
+    for other in segments_of(segment.identity.dev, segment.identity.ino):
+        if other.inode != segment.inode and other.identity.file == segment.identity.file:
+            yield other

@@ -48,6 +48,9 @@ DOUBTS_OFFSET = 660
 LOST_OFFSET = 664
 DIRTY_OFFSET = 668
 
+SYNCING, TAKEN_OVER = 1, 2
+"""Values of `syncing`."""
+
 DOUBTS = int.from_bytes(bytes(4) + b"\xff" * 4, sys.byteorder)
 """What of the first item of `marks` is `doubts`; the rest is `syncing`."""
 
@@ -168,7 +171,10 @@ class Segment:
         self.epoch = view[EPOCH_OFFSET : EPOCH_OFFSET + 8].cast("Q")
         """How often chunks were taken away, in one item (see `storage/state/eviction.py`)."""
         self.syncing = view[SYNC_OFFSET : SYNC_OFFSET + 4].cast("I")
-        """1, in one item, while a worker has the data file synced: killed there, it may have been told of lost data."""
+        """In one item: SYNCING while a worker has the data file synced: killed there, it may have been told of lost data.
+
+        TAKEN_OVER, see `create`. Else 0.
+        """
         self.doubts = view[DOUBTS_OFFSET : DOUBTS_OFFSET + 4].cast("I")
         """How often all that was ready was doubted, in one item: raised before that and again after it."""
         self.lost = view[LOST_OFFSET : LOST_OFFSET + 4].cast("I")
@@ -198,7 +204,7 @@ class Segment:
         """Build a segment and give it its name. Raises ScarceError when shared memory is full, CacheError for all else.
 
         `taken_over`: what is ready is so by another segment. So its disk may not have it, and it may be doubted there just now:
-        that is said as if it was being synced.
+        that is said as if it was being synced, until its maker has looked.
         `old_view`, which has the name now and speaks of the same file, is retired before: killed between the two, there is none
         to be used, and the next worker makes another.
         """
@@ -257,8 +263,8 @@ class Segment:
         _CHECK.pack_into(mapping, CHECK_OFFSET, 1, zlib.crc32(mapping[: _HEADER.size]))
         for at, part in ((state_at, state), (records_at, records), (digests_at, digests), (contexts_at, contexts)):
             mapping[at : at + len(part)] = part
-        for at in (SYNC_OFFSET, DIRTY_OFFSET):
-            mapping[at : at + 4] = int(taken_over).to_bytes(4, sys.byteorder)
+        for at, value in ((SYNC_OFFSET, TAKEN_OVER), (DIRTY_OFFSET, 1)):
+            mapping[at : at + 4] = (value if taken_over else 0).to_bytes(4, sys.byteorder)
         points.reach("segment: written")
         if old_view is not None:
             old_view.retire()
