@@ -106,8 +106,8 @@ class ErofsDaemon(Supervisor):
         if self._found is not None:
             points.reach("takeover: before the holders of the former end")
             self._have_guard()
-            holders, self._found = self._found.holders, self._found._replace(holders=[])
-            left.end(holders, self.told)
+            found, self._found = self._found, self._found._replace(holders=[])
+            left.end(found, self.told)
             points.reach("takeover: holders of the former ended")
             self._found = self._found._replace(noted=[])
         self._family.add(self._front_end)
@@ -278,11 +278,11 @@ class ErofsDaemon(Supervisor):
         }
 
     def _guard_spec(self, front: Json) -> Json:
-        """`front`: the spec of the front end that it may become."""
+        """`front`: the spec of the front end that a copy of it may become."""
         return {name: front[name] for name in (*Fds._fields, "supervisor")} | {
             "left": str(self._left),
             "patience": self.config.nydusd.read_deadline,
-            "successor": front | {"log": self._family.log_spec(), "index": 0, "left": str(self._left)},
+            "successor": front | {"log": self._family.log_spec(), "index": 0},
         }
 
     def _have_guard(self) -> None:

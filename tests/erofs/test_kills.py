@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import wait_for_role
-from tests.support.discipline import cmdline, descendants, is_running, wait_until
+from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
 from tests.support.faulty_server import Reply, Request, faulty
 from tests.support.mounted import CHUNK, Hub, Mounted, Tree
 
@@ -205,6 +205,47 @@ def test_what_nobody_serves_any_more_is_refused(tree: Tree, hub: Hub, expect_log
         held.gate.set()
         held.daemon.start()
         held.right(held.read(NAMES[0]), NAMES[0])
+
+
+def test_whoever_serves_alone_may_die_of_anything_and_who_is_last_clears_away(
+    tree: Tree, hub: Hub, expect_log: Expect
+) -> None:
+    """The guard holds the group until somebody serves again. Who does outlives the guard, in its turn."""
+    expect_log("a read failed: .*(the daemon was stopped|nobody has fetched it in time)")
+    expect_log("it serves no more: journal")
+    held = Held(tree, hub)
+    with held.mounted:
+        front_end, guard = held.one("erofs"), held.one("guard")
+        absent = os.open(held.daemon.mountpoint / NAMES[0], os.O_RDONLY)
+        with journal_of(guard) as memory:
+            magic = os.pread(memory, 8, 0)
+            os.pwrite(memory, bytes(8), 0)  # as of another release: who is to serve with it ends at once
+            os.kill(held.daemon.pid, signal.SIGTERM)
+            held.daemon.wait_for_end()
+            os.kill(front_end, signal.SIGKILL)
+            wait_until(lambda: "it serves no more" in held.mounted.log(), "one that cannot serve", 60)
+            os.pwrite(memory, magic, 0)
+        for victim in (0, guard):
+            if victim:
+                os.kill(victim, signal.SIGKILL)
+            with pytest.raises(OSError) as failure:
+                os.pread(absent, CHUNK, 0)
+            assert failure.value.errno == errno.EIO
+        os.close(absent)
+        wait_until(lambda: not own("erofs") and not own("guard"), "the end of who has stayed", 60)
+        notes = [path for path in discipline.runtime.glob("*.erofs.json") if str(guard) in path.read_text()]
+        assert notes == []
+
+
+@contextmanager
+def journal_of(guard: int) -> Iterator[int]:
+    """The journal that a guard holds."""
+    (path,) = (e for e in Path(f"/proc/{guard}/fd").iterdir() if os.readlink(e).startswith("/memfd:nydusd-journal"))
+    memory = os.open(path, os.O_RDWR)
+    try:
+        yield memory
+    finally:
+        os.close(memory)
 
 
 def test_a_complete_image_is_read_without_the_front_end(tree: Tree, hub: Hub, tmp_path: Path) -> None:

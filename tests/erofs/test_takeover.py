@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nydusd.frontends.erofs import fanotify, mount_api, session, table
+from nydusd.frontends.erofs import fanotify, left, mount_api, session, table
 from nydusd.storage.cache.manager import segments_in
 from nydusd.storage.state.segment import names
 from nydusd.supervisor.kernel_images import file_at
@@ -127,6 +127,16 @@ def test_a_takeover_ends_nobody_who_holds_the_group_while_its_own_guard_is_dead(
         held.gate.set()
         daemon.start()
         held.right(reader, NAMES[0])
+
+
+def test_a_guard_is_ended_with_what_it_has_started_at_that_moment() -> None:
+    """That would read the group beside the next front end, and is not among those that were found."""
+    with subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"], stdout=-1, start_new_session=True) as guard:
+        assert guard.stdout is not None
+        copy = int(guard.stdout.readline())
+        noted = left.Holder(guard.pid, 0, [])
+        left.end(left.Left([os.pidfd_open(guard.pid)], session.Fds(-1, -1, -1), 1, [noted]))
+        wait_until(lambda: not is_running(copy), "its end", 60)
 
 
 def is_stopped(pid: int) -> bool:

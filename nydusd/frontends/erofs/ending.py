@@ -1,7 +1,7 @@
 """What the last process of a daemon that is gone does when nobody uses its file systems any more, before it ends.
 
-Run by the guard, or by the front end that it has become. What holds after SIGKILL: what was not removed yet stays, until a
-daemon of the same mount point is stopped.
+Run by the guard, or by the front end that was its copy where the guard was killed. What holds after SIGKILL: what was not
+removed yet stays, until a daemon of the same mount point is stopped.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from . import left
 from .table import Table
 
 
-def clear_away(known: Table, note: Path) -> None:
-    """Remove what was made to be mounted on, what a stop has spared, and the file that names us.
+def clear_away(known: Table, note: Path, guard: int) -> None:
+    """Remove what was made to be mounted on, what a stop has spared, and the file that names the guard (its pid).
 
     If there is a successor already, it mounts nothing before it has ended us; or it has left us to our readers. Then it may
     have segments of the same names by now: they are told by their inodes.
@@ -28,4 +28,4 @@ def clear_away(known: Table, note: Path) -> None:
     for name, inode in known.segments:
         if inode_of(name) == inode:
             remove(name)
-    left.forget(note, os.getpid())
+    left.forget(note, guard)

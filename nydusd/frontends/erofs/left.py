@@ -29,6 +29,8 @@ from .session import Fds, top_mount
 log = logging.getLogger(__name__)
 
 _END_SECONDS = 5.0
+_PROCESS_GROUP = 4
+"""PIDFD_SIGNAL_PROCESS_GROUP (Linux 6.9): to all of the group of processes that bears the number of this one."""
 
 
 class Holder(NamedTuple):
@@ -40,7 +42,8 @@ class Holder(NamedTuple):
 
 
 class Left(NamedTuple):
-    """`holders` are pidfds of processes that hold `fds`, copies of which are ours; `noted` are those of them that were noted.
+    """`holders` are pidfds of processes that hold `fds`, copies of which are ours; `noted` are those of them that were noted,
+    the first ones.
 
     `generation`: of the next front end, one that no front end of theirs had.
     """
@@ -89,7 +92,7 @@ def _check(content: dict[str, Any]) -> int:
 
 
 def forget(path: Path, holder: int) -> None:
-    """Remove the note if it names this process: the file system is gone."""
+    """Remove the note if it names this process (its pid): the file system is gone."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
         if holder in [pid for pid, _ in json.loads(path.read_text())["holders"]]:
             path.unlink()
@@ -177,16 +180,22 @@ def let_be(holders: Sequence[int]) -> None:
         os.close(holder)
 
 
-def end(holders: Sequence[int], told: Told) -> None:
-    """SIGKILL those whose fds were taken over, and wait until they are gone. Raises EndedError when `told` to end meanwhile."""
-    for holder in holders:
+def end(found: Left, told: Told) -> None:
+    """SIGKILL those whose fds were taken over, and wait until they are gone. Raises EndedError when `told` to end meanwhile.
+
+    A guard with what it has started, or starts at this moment: that would read the group beside our front end.
+    """
+    for holder in found.holders:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(holder, signal.SIGKILL)
+    for holder in found.holders[: len(found.noted)]:
+        with contextlib.suppress(OSError):  # no group bears its number: it is a front end, or was one guard alone
+            signal.pidfd_send_signal(holder, signal.SIGKILL, None, _PROCESS_GROUP)
     try:
-        for holder in holders:
+        for holder in found.holders:
             told.wait(time.monotonic(), _END_SECONDS, holder)
     finally:
-        let_be(holders)
+        let_be(found.holders)
 
 
 def _unnoted(journal: int, known: Sequence[int]) -> Iterator[int]:
@@ -209,7 +218,7 @@ def _unnoted(journal: int, known: Sequence[int]) -> Iterator[int]:
 
 
 def _is_ours(pid: str) -> bool:
-    """Whether a process is of a daemon: by its title, or what a guard has become and has none yet."""
+    """Whether a process is of a daemon: by its title, or what a guard of before 2026-11-27 has become and has none yet."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:  # it has ended

@@ -2,13 +2,13 @@
 and serve.
 
 It outlives the supervisor: what is cached is served on, and a miss waits for the supervisor's successor until its deadline.
-It ends when the supervisor is gone and no file system is left (exit 0). A guard that is left alone becomes one (`guard.py`):
-it refuses what is not cached, and does at its end what the guard would have done.
+It ends when the supervisor is gone and no file system is left (exit 0). A copy of a guard that is left alone becomes one
+(`guard.py`): it refuses what is not cached.
 
 The spec: `index`, `identity` (its ZeroMQ name, optional), `group`, `journal`, `table` (fds, see `session.Fds`), `supervisor`
 (its pid), `crashed` (its predecessor died by itself; optional), `front` (the supervisor's endpoint), `read_deadline`
-(seconds), `alone` (there is no supervisor; optional), `left` (with that: path of the file that names us), `inflight` (the
-board of reads that wait; optional), `log` {`level`, `file`}.
+(seconds), `alone` (there is no supervisor; optional), `inflight` (the board of reads that wait; optional), `log` {`level`,
+`file`}.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
 from nydusd import logs
 from nydusd.frontends.fuse.parking import Client
 from nydusd.ipc.inflight import open_row
 from nydusd.ipc.line import open_line
+from nydusd.ipc.messages import Json
 from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
 
-from . import table
-from .ending import clear_away
 from .journal import Journal, reserve
 from .known import Known
 from .loop import FrontEnd
@@ -37,13 +35,19 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """Serve until nobody can ask any more. Raises NydusError when the spec cannot be used."""
+    """Serve until nobody can ask any more. Raises NydusError when the spec cannot be used, OSError."""
     spec = read_spec(argv)
-    journal = Journal(int(spec["journal"]), crashed=bool(spec.get("crashed")))
-    inherited = reserve(journal.left)
+    logs.setup_child(spec["log"], "erofs 0")
+    serve(spec)
+    return 0
+
+
+def serve(spec: Json) -> None:
+    """The same by its spec, in a process that logs already: a number of an event may be that of its log. Raises NydusError."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_title("erofs 0")
-    logs.setup_child(spec["log"], "erofs 0")
+    journal = Journal(int(spec["journal"]), crashed=bool(spec.get("crashed")))
+    inherited = reserve(journal.left)
     front, identity = str(spec["front"]), str(spec.get("identity") or "erofs").encode()
 
     def connect() -> Client:
@@ -68,6 +72,3 @@ def main(argv: list[str]) -> int:
     gc.collect()
     gc.freeze()
     front_end.run()
-    if spec.get("alone"):
-        clear_away(table.read(int(spec["table"])), Path(spec["left"]))
-    return 0
