@@ -103,6 +103,7 @@ class ErofsDaemon(Supervisor):
             if first is not None and first.place not in self.images:
                 image = self.mounts.mount_first(first)
         missing = self._kernel.go_on(list(self.images.values()))
+        self._add_front_end()
         if self._found is not None:
             points.reach("takeover: before the holders of the former end")
             self._have_guard()
@@ -110,7 +111,6 @@ class ErofsDaemon(Supervisor):
             left.end(found, self.told)
             points.reach("takeover: holders of the former ended")
             self._found = self._found._replace(noted=[])
-        self._family.add(self._front_end)
         if restore is not None:
             self._all_known(restore)
         if first is not None and image is not None:
@@ -142,7 +142,7 @@ class ErofsDaemon(Supervisor):
                     log.error("%s: %s", place, e)
 
     def _start_processes(self, fds: Fds) -> None:
-        """Before the front end, which must not be there before the former one has ended, in a takeover what it needs."""
+        """All but the front end, which reads in the table how blobs are called; in a takeover what that needs of the others."""
         self._store.hold(self._stored, fds._asdict())
         if self._found is not None:
             # Its ZeroMQ identity must be no former one's: what that asked for may be under way still.
@@ -285,6 +285,18 @@ class ErofsDaemon(Supervisor):
             "successor": front | {"log": self._family.log_spec(), "index": 0},
         }
 
+    def _add_front_end(self) -> None:
+        """Start the front end. It holds the group, and serves as soon as no former one does that lives still (`Journal`).
+
+        In a takeover that is waited for also where the fork server is loading. Raises NydusError when there is no room for it;
+        those who hold the group before us go on then.
+        """
+        waits, self.fork_server.waits = self.fork_server.waits, True
+        try:
+            self._family.add(self._front_end)
+        finally:
+            self.fork_server.waits = waits
+
     def _have_guard(self) -> None:
         """See to it that a guard of ours is there, whatever its back-off: what else holds the group is about to end.
 
@@ -292,8 +304,8 @@ class ErofsDaemon(Supervisor):
         end is there, which holds the same. Raises EndedError when a start is told to end meanwhile.
         """
         since = time.monotonic()
-        until = math.inf if self._front_end.process is None else since + _GUARD_PATIENCE
         self._reap()
+        until = math.inf if self._front_end.process is None else since + _GUARD_PATIENCE
         if self._guard not in self.children:  # a start that has failed
             self._family.prepare(self._guard)
             self.children.append(self._guard)

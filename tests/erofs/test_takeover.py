@@ -102,7 +102,7 @@ def test_a_takeover_that_is_killed_leaves_nobody_who_takes_events_and_cannot_hav
         held.right(held.read(NAMES[1]), NAMES[1])
 
 
-def test_a_takeover_ends_nobody_who_holds_the_group_while_its_own_guard_is_dead(
+def test_a_takeover_ends_nobody_who_holds_the_group_before_its_own_guard_and_front_end_are_there(
     tree: Tree, hub: Hub, tmp_path: Path
 ) -> None:
     plan = Plan(tmp_path / "plan")
@@ -118,8 +118,11 @@ def test_a_takeover_ends_nobody_who_holds_the_group_while_its_own_guard_is_dead(
         guard = daemon.pids("guard")[0]
         daemon.kill(guard)
         wait_until(lambda: not is_running(guard), "its guard's end", 60)
-        plan.begin("takeover: holders of the former ended", 1)
+        plan.begin("takeover: holders of the former ended", 1, signal.SIGSTOP)
         os.kill(daemon.pid, signal.SIGCONT)
+        wait_until(lambda: plan.killed() and is_stopped(daemon.pid), "the end of those before it", 60)
+        for pid in (*daemon.pids("guard"), daemon.pid):  # any two may go: its front end is there
+            os.kill(pid, signal.SIGKILL)
         wait_until(daemon.has_ended, "its end", 60)
         assert plan.end()[0]
         daemon.forget()
