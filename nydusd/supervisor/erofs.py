@@ -100,6 +100,8 @@ class ErofsDaemon(Supervisor):
             self._ready(f"{self._shown()} mounted at {options.mountpoint}")
         if restore is not None:
             self._know_all(restore)
+            if self.coming and (self.handover.leaving or not self.ending.unmounts):
+                return  # all stays as it is: what is mounted and not known again yet is the next one's
             if first is not None and first.place not in self.images:
                 image = self.mounts.mount_first(first)
         missing = self._kernel.go_on(list(self.images.values()))

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.erofs.test_images import differences
 from tests.erofs.test_kills import NAMES, Held, own
+from tests.erofs.test_mounts import SMALL, Many
+from tests.killing.plan import ROOT
 from tests.supervisor.stored import Stored
 from tests.support import manifest
 from tests.support.daemon import Daemon
@@ -87,6 +90,50 @@ def test_a_restart_by_systemd_keeps_the_mount(name: str, driver: str, tmp_path: 
             assert os.stat(daemon.mountpoint).st_dev == device
             assert held.read()
         assert "is taken over" in daemon.log_tail()
+
+
+SCARCE = """
+import os, sys
+if "erofs" in sys.orig_argv:
+    from nydusd.errors import ScarceError
+    from nydusd.supervisor.mounts import Mounts
+    really = Mounts.know
+    def know(self, recorded):
+        if recorded.place == "/b" and os.path.exists(os.environ["SCARCE"]):
+            raise ScarceError("no file descriptor is left")
+        return really(self, recorded)
+    Mounts.know = know
+"""
+"""Done by the interpreter itself in a supervisor, for which too little is left to know one image again."""
+
+
+def test_a_restart_in_a_takeover_keeps_what_is_not_known_again_yet(tmp_path: Path, stored: Stored) -> None:
+    systemctl, custom, scarce = tmp_path / "systemctl", tmp_path / "sitecustomize.py", tmp_path / "scarce"
+    systemctl.write_text("#!/bin/sh\necho 1 ours.service restart running\n")
+    systemctl.chmod(0o755)
+    custom.write_text(SCARCE)
+    many = Many()
+    many._environment |= stored.environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "SCARCE": str(scarce)}
+    many._environment |= {"NYDUSD_UNIT": "ours.service", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    places = ("/a", "/b")
+    with many:
+        for place in places:
+            assert many.put(place) == (204, "")
+        devices = [os.stat(many.at(place)).st_dev for place in places]
+        many.kill_supervisor()
+        scarce.touch()
+        many.launch()
+        wait_until(lambda: "/b is known again later" in many.log_tail(), "one image not to be known", 60)
+        os.kill(many.pid, signal.SIGTERM)
+        wait_until(many.has_ended, "its end", 60)
+        many.forget()
+        scarce.unlink()
+        assert [os.stat(many.at(place)).st_dev for place in places] == devices
+        del many._environment["NYDUSD_UNIT"]
+        many.start()
+        assert [os.stat(many.at(place)).st_dev for place in places] == devices
+        for place in places:
+            assert differences(SMALL, many.at(place)) == []
 
 
 def test_readers_of_a_mount_that_cannot_be_taken_over_get_an_error_and_no_hole(

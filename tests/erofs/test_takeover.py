@@ -17,6 +17,7 @@ from nydusd.storage.cache.manager import segments_in
 from nydusd.storage.state.segment import names
 from nydusd.supervisor.kernel_images import file_at
 from nydusd.supervisor.selection import choose, choose_without_image
+from nydusd.waits import DEAF
 from tests.erofs.test_images import differences
 from tests.erofs.test_kills import NAMES, Held, own
 from tests.erofs.test_mounts import OTHER, SMALL, Many
@@ -138,7 +139,7 @@ def test_a_guard_is_ended_with_what_it_has_started_at_that_moment() -> None:
         assert guard.stdout is not None
         copy = int(guard.stdout.readline())
         noted = left.Holder(guard.pid, 0, [])
-        left.end(left.Left([os.pidfd_open(guard.pid)], session.Fds(-1, -1, -1), 1, [noted]))
+        left.end(left.Left([os.pidfd_open(guard.pid)], session.Fds(-1, -1, -1), 1, [noted]), DEAF)
         wait_until(lambda: not is_running(copy), "its end", 60)
 
 

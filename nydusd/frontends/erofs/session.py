@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nydusd import points
-from nydusd.errors import MountError
+from nydusd.errors import MountError, cache_error
 from nydusd.frontends.fuse.session import MNT_DETACH, resolve_mountpoint, umount
 from nydusd.storage.state.segment import Identity
 
@@ -139,12 +139,14 @@ def detach(mountpoint: str) -> None:
 def is_seen(mountpoint: str, device: str) -> bool:
     """Whether it is the EROFS of this number (`major:minor`) that is seen at this path, mounted there.
 
-    The number alone says little: that of one that is gone is given to the next file system, of whichever kind.
+    The number alone says little: that of one that is gone is given to the next file system, of whichever kind. Raises as
+    `top_mount`.
     """
-    with contextlib.suppress(OSError):
+    try:
         number = os.stat(mountpoint, follow_symlinks=False).st_dev
-        return f"{os.major(number)}:{os.minor(number)}" == device == top_mount(resolve_mountpoint(mountpoint))
-    return False
+    except OSError:
+        return False
+    return f"{os.major(number)}:{os.minor(number)}" == device == top_mount(resolve_mountpoint(mountpoint))
 
 
 def top_is_erofs(mountpoint: str) -> bool:
@@ -153,15 +155,21 @@ def top_is_erofs(mountpoint: str) -> bool:
 
 
 def top_mount(mountpoint: str) -> str | None:
-    """`major:minor` of the file system last mounted at exactly this path, if it is an EROFS."""
+    """`major:minor` of the file system last mounted at exactly this path, if it is an EROFS.
+
+    Raises CacheError when that cannot be told, ScarceError when it cannot now: it is not to be taken for none.
+    """
     wanted = mountpoint
     for char, code in (("\\", "\\134"), (" ", "\\040"), ("\t", "\\011"), ("\n", "\\012")):
         wanted = wanted.replace(char, code)
     top = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-        for line in mounts:
-            left, _, right = line.partition(" - ")
-            fields = left.split(" ")
-            if len(fields) > 4 and fields[4] == wanted:
-                top = fields[2] if right.startswith("erofs ") else None
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for line in mounts:
+                left, _, right = line.partition(" - ")
+                fields = left.split(" ")
+                if len(fields) > 4 and fields[4] == wanted:
+                    top = fields[2] if right.startswith("erofs ") else None
+    except OSError as e:
+        raise cache_error("/proc/self/mountinfo", e) from e
     return top
