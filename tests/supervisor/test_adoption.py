@@ -19,6 +19,7 @@ import pytest
 
 from nydusd.storage.state.lock import start_time
 from nydusd.supervisor.adoption import Former, _Record
+from nydusd.waits import DEAF
 from tests.supervisor.lives import (
     IMAGE,
     ONE_CHUNK,
@@ -143,7 +144,7 @@ def test_those_who_hold_the_mount_beside_front_ends_are_all_killed_before_one_is
         record = {"version": 0, "term": 0, "parameters": "", "holders": [], "lanes": lanes}
         record["session"] = {"device": "", "minor": 0, "flags": 0, "max_readahead": 0}
         keepers = [(process.pid, start_time(process.pid)) for process in known]
-        Former(0, None, None, [], [], keepers, msgspec.convert(record, _Record)).end_keepers([])  # type: ignore[arg-type]
+        Former(0, None, None, [], [], keepers, msgspec.convert(record, _Record)).end_keepers([], DEAF)  # type: ignore[arg-type]
         assert [process.wait() for process in (*known, *strangers)] == [-signal.SIGKILL] * 4
 
 
