@@ -80,11 +80,11 @@ class ErofsOnBlobfs(BlobfsDaemon):
         place = self.options.serves
         (image,) = self.images.values()
         check(image)
+        self._mounted = self._kept and top_is_erofs(place)  # from now on a stop unmounts it first
         self._wait_for_blobs(image)
         if self.stopping:
             return
-        if self._kept and top_is_erofs(place):
-            self._mounted = True
+        if self._mounted:
             super()._ready(what)
             return
         if top_is_erofs(place):

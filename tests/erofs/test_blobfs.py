@@ -15,9 +15,12 @@ from bench.run import regular_files
 from nydusd.formats.rafs_v6 import RafsV6
 from nydusd.formats.write.rafs_v6_split import split_devices
 from nydusd.frontends.erofs.session import detach, mount_erofs
+from nydusd.storage.state.segment import remove
 from tests.erofs.test_images import V6, differences
+from tests.erofs.test_takeover import is_stopped, segments
+from tests.killing.plan import Plan
 from tests.support.daemon import Daemon
-from tests.support.discipline import wait_until
+from tests.support.discipline import mounts_under, wait_until
 from tests.support.oracle import Image, image
 from tests.support.trees import random_tree
 
@@ -89,6 +92,22 @@ def test_a_killed_supervisor_is_succeeded_under_open_files(tmp_path: Path) -> No
             assert file.read() == (tree / "03").read_bytes()
         assert (daemon.mountpoint / "02").read_bytes() == (tree / "02").read_bytes()
         assert "detach" not in daemon.log.read_text()
+
+
+def test_a_stop_in_a_takeover_unmounts_what_was_taken_over(tmp_path: Path) -> None:
+    small, plan = image("v6-zstd-blake3"), Plan(tmp_path / "plan")
+    args = ("--driver", "blobfs")
+    with Daemon(small.bootstrap, small.blobs, verb="erofs", args=args, environment=plan.environment) as daemon:
+        daemon.kill_supervisor()
+        (segment,) = segments(daemon)
+        remove(segment)  # so the blob must be opened again
+        plan.begin("takeover: front ends woken", 1, signal.SIGSTOP)
+        daemon.launch()
+        wait_until(lambda: plan.killed() and is_stopped(daemon.pid), "the next supervisor", 60)
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            os.kill(daemon.pid, number)
+        daemon.wait_for_end()
+        assert mounts_under(daemon.folder) == set()
 
 
 def test_without_any_process_of_ours_a_read_fails(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.erofs.test_kills import NAMES, Held, own
 from tests.erofs.test_mounts import OTHER, SMALL, Many
 from tests.killing.plan import Plan
 from tests.supervisor.lives import state_file
-from tests.support.daemon import image_config, wait_for_role
+from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import is_running, wait_until
 from tests.support.faulty_server import Reply, Request
 from tests.support.mounted import CHUNK, REPO, Hub, Tree
@@ -163,7 +163,7 @@ def test_what_is_cached_of_an_unmounted_image_is_read_on_after_a_takeover_whatev
         wait_until(lambda: len(segments(many)) == 1, "the end of what nobody uses any more", 60)
 
 
-def segments(many: Many) -> list[str]:
+def segments(many: Daemon) -> list[str]:
     """Those of blobs, of this daemon."""
     prefix = f"/nydusd.{state_file(many).parent.name}."
     return segments_in(names(prefix[1:]), prefix)
