@@ -141,6 +141,10 @@ class LostWritesError(ScarceError):
     """Some of what was written to a cache file is lost, and it is not known yet what: that is found out soon."""
 
 
+class SyncingError(ScarceError):
+    """A cache file was opened while it was being synced: whether all of it is there is known when that is over."""
+
+
 class EvictedError(CacheError):
     """Chunks were taken out of the cache file, to make room, while they were read. Asking again fetches them anew."""
 

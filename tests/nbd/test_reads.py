@@ -231,6 +231,18 @@ def test_a_cache_file_for_which_no_file_descriptor_is_left_is_read_later(
     assert "cache file: [Errno 24] Too many open files: who needs it waits" in caplog.text
 
 
+def test_a_cache_file_that_was_opened_during_a_sync_is_read_when_that_is_over(
+    disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.segments[0].syncing[0] = 1
+    client = disk.read(0, SIZE)
+    assert client.got is None and not disk.asked
+    disk.segments[0].syncing[0] = 0
+    wait_until(lambda: disk.reads.service() is None, "the read to be tried again", 60)
+    assert client.got == (0, CONTENT[0])
+    assert caplog.text == ""
+
+
 def test_chunks_are_asked_for_when_there_can_be_a_line_to_the_supervisor(disk: Disk) -> None:
     lines: list[Disk] = []
 

@@ -14,8 +14,8 @@ from nydusd.errors import (
     CacheError,
     CorruptChunkError,
     EvictedError,
-    LostWritesError,
     StaleCacheError,
+    SyncingError,
     UnreadableError,
 )
 from nydusd.formats.model import Extent
@@ -528,14 +528,14 @@ class TestLosses:
         segment = blob.segments[0]
         segment.syncing[0] = 1
         for _ in range(2):
-            with pytest.raises(LostWritesError, match="is being synced"):
+            with pytest.raises(SyncingError, match="is being synced"):
                 self.read(blob.device)
         segment.syncing[0] = 0
         self.read(blob.device)
         segment.syncing[0] = 1
         self.read(blob.device)  # has been told of nothing, and was there when this one began
         blob.device.close()
-        with pytest.raises(LostWritesError):
+        with pytest.raises(SyncingError):
             self.read(blob.device)
         self.now += 10.0
         with pytest.raises(UnreadableError, match="not on the disk yet"):

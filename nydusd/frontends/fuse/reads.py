@@ -18,10 +18,10 @@ from nydusd import points
 from nydusd.errors import (
     CacheError,
     EvictedError,
-    LostWritesError,
     NydusError,
     ScarceError,
     StaleCacheError,
+    SyncingError,
     UnreadableError,
 )
 from nydusd.frontends.attempt import LATER, Ask
@@ -43,7 +43,7 @@ _AGAIN = (EvictedError, ScarceError, StaleCacheError, UnreadableError)
 
 def _lacks(error: CacheError) -> bool:
     """Whether what was lacking may be there when blobs of others are closed."""
-    return isinstance(error, ScarceError) and not isinstance(error, LostWritesError)
+    return isinstance(error, ScarceError) and not isinstance(error, SyncingError)
 
 
 class _Unopened(NamedTuple):
@@ -239,7 +239,8 @@ class Reads:
         Raises `error` when it has failed too often.
         """
         if isinstance(error, ScarceError):
-            self._complain(error)
+            if not isinstance(error, SyncingError):
+                self._complain(error)
             return None
         ask = read.failed(error)
         if ask.flags:

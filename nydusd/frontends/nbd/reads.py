@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nydusd.errors import EvictedError, NydusError, ScarceError, StaleCacheError, UnreadableError
+from nydusd.errors import EvictedError, NydusError, ScarceError, StaleCacheError, SyncingError, UnreadableError
 from nydusd.formats.model import Extent
 from nydusd.frontends.attempt import LATER, Ask, Attempt
 from nydusd.frontends.blobfs.device import RangeDevice
@@ -89,7 +89,8 @@ class Reads:
 
     def _put_off(self, waiting: _Waiting, error: ScarceError) -> None:
         """Try a read again a moment later: a file descriptor may be free then."""
-        self._complaints.log("%s: who needs it waits", error)
+        if not isinstance(error, SyncingError):
+            self._complaints.log("%s: who needs it waits", error)
         if not self._later:
             self._next_try = time.monotonic() + LATER
         self._later[id(waiting)] = waiting

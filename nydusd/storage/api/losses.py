@@ -18,12 +18,12 @@ from __future__ import annotations
 import contextlib
 import time
 
-from nydusd.errors import CacheError, EvictedError, LostWritesError, UnreadableError
+from nydusd.errors import CacheError, EvictedError, SyncingError, UnreadableError
 from nydusd.storage.state.lost import has_lost_writes
 from nydusd.storage.state.segment import DOUBTS, Segment
 from nydusd.storage.state.sharing import segments_of
 
-_PATIENCE = 1.0
+_PATIENCE = 5.0
 """Seconds to wait for the end of a sync that had begun when the file was opened."""
 
 
@@ -50,7 +50,7 @@ class Losses:
     def check(self, calm: int) -> None:
         """To be called after a read of what was ready. `calm`: `doubts` as in `Segment.marks`, from before it was looked at.
 
-        Raises UnreadableError if what was read may be lost, EvictedError if it was doubted meanwhile, LostWritesError if that
+        Raises UnreadableError if what was read may be lost, EvictedError if it was doubted meanwhile, SyncingError if that
         will be known in a moment: then it is to be read again.
         """
         segment = self._segment
@@ -65,7 +65,7 @@ class Losses:
             elif time.monotonic() > self._since + _PATIENCE:
                 raise UnreadableError(f"blob {self._blob_id}: what is in its cache file is not on the disk yet")
             else:
-                raise LostWritesError(f"blob {self._blob_id}: its cache file is being synced")
+                raise SyncingError(f"blob {self._blob_id}: its cache file is being synced")
         if segment.marks[0] & DOUBTS != calm:  # last of all
             raise EvictedError(f"blob {self._blob_id}: chunks were doubted while they were read")
 
