@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from nydusd import points
 from nydusd.errors import MountError, NydusError
 from nydusd.frontends.erofs import mount_api
-from nydusd.frontends.erofs.session import Fds, is_seen, make, unmount_erofs
+from nydusd.frontends.erofs.session import Fds, is_mounted, is_seen, make, unmount_erofs
 from nydusd.frontends.erofs.table import Mounted
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.requests import Answer, Job, Priority
@@ -111,6 +111,8 @@ class KernelMounts:
         Raises UnsupportedError for one that the kernel cannot mount.
         """
         check(image)
+        if (index := self._index_of(image)) >= 0:  # somebody else has unmounted it
+            self._hide_index(index, seen=False)
         for cache in image.caches:
             cache.pinned = True
         self._coming.append(_Coming(image, [done], old))
@@ -123,8 +125,8 @@ class KernelMounts:
         return coming is not None
 
     def shows(self, image: Image) -> bool:
-        """Whether this image is mounted, as far as is known."""
-        return self._index_of(image) >= 0
+        """Whether this image is mounted, and nobody else has unmounted it. Raises CacheError when that cannot be told."""
+        return (index := self._index_of(image)) >= 0 and _is_there(self.table.mounted(index))
 
     def tick(self) -> None:
         """Called in each turn of the loop: go on with what waits; look now and then whether what is mounted is there still."""
@@ -166,7 +168,8 @@ class KernelMounts:
             if lacking:
                 why = lacking[0].no_room_why or "its file was replaced"
                 raise MountError(f"EROFS reads cache files: cache folder {lacking[0].spec.work_dir}: {why}")
-            if coming.old is not None and (index := self._index_of(coming.old)) >= 0:
+            if coming.old is not None and self.shows(coming.old):
+                index = self._index_of(coming.old)
                 if is_of(self.table.mounted(index), image):
                     self._describe(coming)
                     return
@@ -397,6 +400,11 @@ class KernelMounts:
 
     def _index_of(self, image: Image) -> int:
         return next((shown.index for shown in self._shown if shown.image is image), -1)
+
+
+def _is_there(mounted: Mounted) -> bool:
+    """Whether this file system is mounted at its place still. It may live without that: who has files open reads on."""
+    return is_mounted(mounted.mountpoint, mounted.device)
 
 
 def _is_seen(mounted: Mounted) -> bool:

@@ -221,6 +221,24 @@ def test_mounts_from_outside_are_noticed(many: Many) -> None:
     assert many.put("/a") == (204, "")
 
 
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_what_somebody_else_has_unmounted_is_mounted_again_when_that_is_asked_for(many: Many, method: str) -> None:
+    """The file system lives, since a file is open; or it is not known yet that it does not."""
+    assert many.put("/a") == (204, "")
+    name = max(regular_files(many.at("/a")), key=os.path.getsize)
+    with open(name, "rb") as held:
+        subprocess.run(["umount", "-l", str(many.at("/a"))], check=True)
+        assert many.put("/a", method=method) == (204, "")
+        assert many.mounted() == [str(many.at("/a"))]
+        with open(name, "rb") as again:
+            assert held.read() == again.read()
+    subprocess.run(["umount", str(many.at("/a"))], check=True)
+    assert many.put("/a") == (204, "")
+    assert differences(SMALL, many.at("/a")) == []
+    assert many.umount("/a") == (204, "")
+    assert os.listdir(many.mountpoint) == []
+
+
 def test_what_an_operator_has_mounted_where_a_killed_daemon_had_an_image_is_left_alone(many: Many) -> None:
     """Its number may be that which the image had: the kernel gives it to the next file system."""
     assert many.put("/a") == (204, "")

@@ -154,22 +154,36 @@ def top_is_erofs(mountpoint: str) -> bool:
     return top_mount(resolve_mountpoint(mountpoint)) is not None
 
 
+def is_mounted(mountpoint: str, device: str) -> bool:
+    """Whether the EROFS of this number is mounted at exactly this path, also below what others have mounted there since.
+
+    Raises as `top_mount`.
+    """
+    return device in _mounts_at(resolve_mountpoint(mountpoint))
+
+
 def top_mount(mountpoint: str) -> str | None:
     """`major:minor` of the file system last mounted at exactly this path, if it is an EROFS.
 
     Raises CacheError when that cannot be told, ScarceError when it cannot now: it is not to be taken for none.
     """
+    found = _mounts_at(mountpoint)
+    return found[-1] if found else None
+
+
+def _mounts_at(mountpoint: str) -> list[str | None]:
+    """What is mounted at exactly this path, the last one on top: None for what is no EROFS. Raises as `top_mount`."""
     wanted = mountpoint
     for char, code in (("\\", "\\134"), (" ", "\\040"), ("\t", "\\011"), ("\n", "\\012")):
         wanted = wanted.replace(char, code)
-    top = None
+    found = []
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
             for line in mounts:
                 left, _, right = line.partition(" - ")
                 fields = left.split(" ")
                 if len(fields) > 4 and fields[4] == wanted:
-                    top = fields[2] if right.startswith("erofs ") else None
+                    found.append(fields[2] if right.startswith("erofs ") else None)
     except OSError as e:
         raise cache_error("/proc/self/mountinfo", e) from e
-    return top
+    return found
