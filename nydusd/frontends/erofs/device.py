@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from nydusd.errors import CacheError, LostWritesError, StaleCacheError, cache_error
+from nydusd.errors import CacheError, LostWritesError, StaleCacheError, SyncingError, cache_error
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state.segment import EMPTY, READY, Segment
 
@@ -218,14 +218,16 @@ class Blob(Chunks):
         """To be called before a reader passes to what may be in the page cache alone.
 
         Raises LostWritesError when the disk did not take all that was written to it, until workers have doubted what is
-        there; CacheError when that cannot be found out.
+        there; SyncingError while that is not known yet, CacheError when it cannot be found out.
         """
         self._look()
         segments = self._segments()
         self._losses.listen(self._open_file, segments)
         self._losses.ask(segments)
-        if self.is_suspect():
+        if self._losses.matter(segments):
             raise LostWritesError(f"blob {self.blob_id}: its disk did not take all that was written")
+        if self._losses.is_unsure(segments):
+            raise SyncingError(f"blob {self.blob_id}: its cache file is being synced")
 
     def _open_file(self) -> int:
         try:
@@ -244,8 +246,9 @@ class Blob(Chunks):
             raise StaleCacheError(f"blob {self.blob_id}: its cache file was replaced; mount the image again")
 
     def is_suspect(self) -> bool:
-        """Whether some of what is said to be there is lost, and it is not known yet what."""
-        return self._losses.matter(self._segments())
+        """Whether some of what is said to be there is lost, or may be, and it is not known yet what."""
+        segments = self._segments()
+        return self._losses.matter(segments) or self._losses.is_unsure(segments)
 
     def count_error(self) -> None:
         """A read failed."""

@@ -23,7 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from nydusd import points
-from nydusd.errors import CacheError, NydusError, ScarceError, is_scarce
+from nydusd.errors import CacheError, NydusError, ScarceError, SyncingError, is_scarce
+from nydusd.frontends.attempt import LATER
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
 from nydusd.ipc.inflight import InflightRow
@@ -255,8 +256,11 @@ class FrontEnd:
 
     def _put_off(self, waiting: Waiting, error: ScarceError) -> None:
         """Have a reader wait until it is looked at again."""
-        self._complaints.log("%s: who needs it waits", error)
         self._keep(waiting, [])
+        if isinstance(error, SyncingError):
+            self._next_ask = min(self._next_ask, time.monotonic() + LATER)
+        else:
+            self._complaints.log("%s: who needs it waits", error)
 
     def _keep(self, waiting: Waiting, runs: list[tuple[Blob, ChunkRun]]) -> None:
         if not self._waiting:

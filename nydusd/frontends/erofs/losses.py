@@ -45,16 +45,20 @@ class Losses:
             if segment.lost[0]:  # or a predecessor was told
                 self._suspect[segment] = doubts + 2
 
-    def matter(self, segments: Collection[Segment]) -> bool:
-        """Whether some of what is said to be there is lost, and it is not known yet what."""
+    def is_unsure(self, segments: Collection[Segment]) -> bool:
+        """Whether the sync is not over yet that was under way when we began to listen; or whoever did that was killed."""
         if self._unsure:
             self._unsure = {segment for segment in segments if segment in self._unsure and segment.syncing[0]}
+        return bool(self._unsure)
+
+    def matter(self, segments: Collection[Segment]) -> bool:
+        """Whether some of what is said to be there is lost, and it is not known yet what."""
         if self._suspect:
             suspect, self._suspect = self._suspect, {}
             for segment in segments:
                 if segment.doubts[0] < suspect.get(segment, 0):
                     self._suspect[segment] = suspect[segment]
-        return bool(self._suspect or self._unsure)
+        return bool(self._suspect)
 
     def close(self) -> None:
         if self._fd >= 0:
