@@ -80,7 +80,7 @@ def leave(pids: Iterable[int]) -> None:
 
 
 def hasten_all(pids: Iterable[int]) -> None:
-    """We are in a hurry, if we are, and wait for the end of these processes, which were killed: with all their threads."""
+    """We are in a hurry, if we are, and wait for these processes: with all their threads. Who lives on has it until `calm`."""
     if _usual:
         _set_all(pids, _HURRIED)
 

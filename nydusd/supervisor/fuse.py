@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nydusd import points
+from nydusd import points, priority
 from nydusd.cli.options import FuseOptions
 from nydusd.frontends.fuse.kernel_cache import forget_attributes, forget_names
 from nydusd.frontends.fuse.protocol import ROOT_ID
@@ -183,6 +183,8 @@ class FuseDaemon(Supervisor):
             self._family.adopt(places["fuse"][frontend.number], frontend)
             points.reach("takeover: one front end adopted")
         places["fuse"] = [child for child in places["fuse"] if child.process is None]
+        # They are to ask as soon as we are there.
+        priority.hasten_all(frontend.process.pid for frontend in former.frontends)
         self._family.remember()
         points.reach("takeover: noted")
         former.end_keepers(self.fork_server.pids, self.told)
