@@ -230,14 +230,14 @@ class TestRuntime:
             for orphan in orphans:
                 stack.callback(orphan.kill)
             processes = [(orphan.pid, start_time(orphan.pid)) for orphan in orphans]
-            with no_fd_left(os.getpid(), spare=2):
+            with no_fd_left(os.getpid(), spare=3):
                 end_together(processes)
             assert [orphan.wait() for orphan in orphans] == [-9] * 3
 
     def test_process_is_not_taken_for_ended_where_that_cannot_be_told(self) -> None:
         with subprocess.Popen(SLEEPS) as orphan:
             process = orphan.pid, start_time(orphan.pid)
-            for spare in range(2):  # none to hold it by, and none to look at it with
+            for spare in range(3):  # none to wait with, none to hold it by, and none to look at it with
                 with no_fd_left(os.getpid(), spare), pytest.raises(OSError, match=r"open files|cannot be told"):
                     end(process)
             assert orphan.poll() is None
