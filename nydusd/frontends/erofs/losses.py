@@ -38,12 +38,12 @@ class Losses:
         """Whether something was lost since, for those who relied on it already and for all others."""
         if has_lost_writes(self._fd):
             for segment in segments:  # by whichever it is synced
-                self._suspect[segment] = segment.doubts[0] + 2
+                self._suspect[segment] = _after(segment.doubts[0])
                 segment.lost[0] = 1
         for segment in segments:
             doubts = segment.doubts[0]  # before `lost`: who doubts takes that away first
             if segment.lost[0]:  # or a predecessor was told
-                self._suspect[segment] = doubts + 2
+                self._suspect[segment] = _after(doubts)
 
     def is_unsure(self, segments: Collection[Segment]) -> bool:
         """Whether the sync is not over yet that was under way when we began to listen; or whoever did that was killed."""
@@ -64,3 +64,8 @@ class Losses:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _after(doubts: int) -> int:
+    """What `Segment.doubts` is when all was doubted once more. Odd: a doubt is under way, and may have passed what matters."""
+    return doubts + 2 + doubts % 2
