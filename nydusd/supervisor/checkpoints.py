@@ -72,6 +72,12 @@ class Checkpoints:
         else:
             self._early[cache] = None
 
+    def resume(self) -> None:
+        """After a takeover: have done what a worker of the former daemon was killed in. Until then readers may wait for it."""
+        for cache in self._factory.blobs():
+            if cache.state == "ready" and cache.segment is not None and cache.segment.syncing[0]:
+                self.sync(cache, lambda _code: None, at_once=True)
+
     def tick(self, now: float) -> None:
         """Begin with what somebody waits for: one blob at a time, and with as long a rest after it as it took.
 

@@ -264,6 +264,7 @@ class Supervisor:
         restore.end()
         points.reach("takeover: mounts known")
         restore.serve()
+        self.engine.router.checkpoints.resume()
         self.engine.staff.recount()
 
     def _answer_put_off(self) -> None:

@@ -585,6 +585,17 @@ class TestCheckpoint:
         assert world.plain.stored == 1 and world.far.stored == 0
         assert not world.sent, "that of the other blob is the successor's"
 
+    def test_in_which_a_worker_of_a_killed_daemon_was_killed_is_made_at_once(self, world: World) -> None:
+        world.worker("fetch", b"f")
+        assert world.far.segment is not None
+        world.far.segment.syncing[0] = 1
+        world.router.checkpoints.resume()
+        world.pump()
+        assert [(message["kind"], message["handle"]) for message in world.dispatched] == [
+            ("checkpoint", world.far.handle)
+        ]
+        world.settle()
+
     def test_tells_who_waits_for_the_disk_that_it_has_the_data_though_the_map_has_no_room(self, world: World) -> None:
         world.ask(A, 1, world.plain, 0, 1)
         world.settle()
