@@ -16,7 +16,7 @@ from nydusd import points
 from nydusd.errors import CacheError
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import map_file
-from nydusd.storage.state.doubts import alone, begin_sync, doubt_all, end_sync, is_any_doubtful
+from nydusd.storage.state.doubts import alone, begin_sync, doubt_all, end_sync, flush, is_any_doubtful
 from nydusd.storage.state.segment import READY, RECORD, Segment
 from nydusd.storage.state.sharing import ready_in, segments_of
 from workers.blobs import OpenBlob, OpenBlobs
@@ -31,6 +31,7 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
     blob = blobs.get(job)
     fd = blob.data_fd()
     with alone(fd, f"cache file {blob.spec.data_path}"):
+        flush(fd)
         return _checkpoint(blob, fd)
 
 
@@ -66,9 +67,7 @@ def _checkpoint(blob: OpenBlob, fd: int) -> Json:
     return answer | {"others": others} if others else answer
 
 
-def _claimed(
-    segment: Segment, states: bytes, begun: Collection[tuple[str, int]]
-) -> tuple[list[int], dict[str, tuple[int, int]]]:
+def _claimed(segment: Segment, states: bytes, begun: Collection[int]) -> tuple[list[int], dict[str, tuple[int, int]]]:
     """The chunks that are in the data file: for this image, or for another of `begun` that says the same of them.
 
     Not those of 0 bytes, which the image does not describe: there may be such chunks, for others. And of each segment with the
@@ -78,7 +77,7 @@ def _claimed(
     same: dict[str, tuple[int, int]] = {}
     with contextlib.suppress(CacheError):  # what others have is stored by them, or next time
         for other in segments_of(segment.identity.dev, segment.identity.ino):
-            if other.name != segment.name and other.key in begun and not other.lost[0]:
+            if other.name != segment.name and other.inode in begun and not other.lost[0]:
                 ready = list(ready_in(other, segment))
                 found.update(ready)
                 if ready and other.identity == segment.identity and segment.identity.layout:

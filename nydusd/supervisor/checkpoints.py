@@ -45,7 +45,7 @@ class Checkpoints:
             running += self.store(cache)
         return running
 
-    def store(self, cache: BlobCache) -> bool:
+    def store(self, cache: BlobCache, priority: Priority = Priority.AHEAD) -> bool:
         """Have the map of a blob stored if it has gained chunks; whether that is under way."""
         if cache.state != "ready" or cache.spec.data_path is None:
             return False
@@ -54,7 +54,7 @@ class Checkpoints:
                 return True
             cache.checkpointing = True
             told, cache.syncs = cache.syncs, []
-            self._fetch.submit(Job("checkpoint", cache, Priority.AHEAD, {}, partial(self._done, told)))
+            self._fetch.submit(Job("checkpoint", cache, priority, {}, partial(self._done, told)))
         return cache.checkpointing
 
     def sync(self, cache: BlobCache, told: Callable[[int], None], *, at_once: bool) -> None:
@@ -68,8 +68,8 @@ class Checkpoints:
             return
         cache.syncs.append(told)
         if at_once or cache.stored in (-1, cache.chunk_map.ready_count()):
-            self.store(cache)
-        else:
+            self.store(cache, Priority.USER if at_once else Priority.AHEAD)  # readers may wait for it
+        if cache.syncs:  # also if another is under way, which has begun before this
             self._early[cache] = None
 
     def resume(self) -> None:
@@ -123,7 +123,8 @@ class Checkpoints:
         else:
             if answer.get("type") == "UnsyncedError":
                 note_room(cache, answer["error"])
-            cache.stored = cache.chunk_map.ready_count()
+            # One that another process was in the way of is made in the next round.
+            cache.stored = -1 if answer.get("errno") == errno.EAGAIN else cache.chunk_map.ready_count()
             log.warning("%s; it is tried again when more chunks are ready", answer["error"])
 
 

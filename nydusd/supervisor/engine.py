@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _SHORTEST = 0.05
 """Seconds that the loop waits at least for what is due by a clock of its own: it is not turned for each of them."""
-_STOP_PATIENCE, _REST_PATIENCE, _LAST_TURN = 10.0, 5.0, 0.05
+_STOP_PATIENCE, _REST_PATIENCE, _LAST_TURN = 10.0, 1.0, 0.05
 """Seconds that a stop waits for the last checkpoint, a hand-over for those under way, and of one turn of the loop meanwhile."""
 
 

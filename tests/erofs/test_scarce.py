@@ -57,6 +57,10 @@ class OneChunk(Blob):
     def has(self, offset: int, count: int) -> bool:
         return bool(self.asked)
 
+    @property
+    def listens(self) -> bool:
+        return True
+
     def check(self) -> None: ...
 
 

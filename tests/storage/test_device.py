@@ -22,6 +22,7 @@ from nydusd.formats.model import Extent
 from nydusd.storage.api import losses
 from nydusd.storage.api.device import BlobDevice
 from nydusd.storage.api.io import ChunkRun
+from nydusd.storage.state.doubts import doubt
 from nydusd.storage.state.segment import EMPTY, FAILED, PENDING, READY, VERIFY, Identity, Segment
 from tests.support.segments import Place, make_segment, segment_name
 
@@ -537,6 +538,33 @@ class TestLosses:
         blob.device.close()
         with pytest.raises(SyncingError):
             self.read(blob.device)
-        self.now += 10.0
+        self.now += 40.0
         with pytest.raises(UnreadableError, match="not on the disk yet"):
             self.read(blob.device)
+        blob.device.close()
+        with pytest.raises(SyncingError):
+            self.read(blob.device)
+        segment.syncs[0] += 1
+        self.read(blob.device)  # it is the next one, of which we are told
+
+    def test_after_one_who_was_killed_while_he_doubted_nothing_is_believed_before_the_next_one_is_done(
+        self, blob: Blob, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        segment = blob.segments[0]
+        segment.dirty[0] = 1
+        self.read(blob.device)
+        self.lost = True
+        with pytest.raises(UnreadableError):
+            self.read(blob.device)
+        segment.lost[0], segment.doubts[0] = 0, 1  # killed here
+
+        def states_change(what: str) -> None:
+            if what == "doubts: begun":
+                with pytest.raises(UnreadableError):
+                    self.read(blob.device)
+
+        monkeypatch.setattr("nydusd.points.reach", states_change)
+        doubt(segment)
+        assert not segment.doubts[0] % 2
+        segment.state[:] = bytes([READY]) * len(PLACES)
+        self.read(blob.device)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nydusd.storage.state.doubts import flush
+from nydusd.storage.state.lost import has_lost_writes
 from tests.killing.scene import read
 from tests.support.disk import NO_WRITES, Disk
 from tests.support.mounted import Mounted, Tree
@@ -28,6 +30,22 @@ def drop(path: Path) -> None:
     with open(path, "rb") as file:
         ctypes.CDLL(None).syncfs(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_a_flush_waits_for_the_disk_and_leaves_its_failure_to_be_told() -> None:
+    """Of a sync nobody is told who opens the file after it."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="nydusd-k-") as folder, Disk(Path(folder)) as disk:
+        path = disk.path / "file"
+        path.write_bytes(bytes(1 << 20))
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
+            disk.does(NO_WRITES)
+            file.write(b"x" * (1 << 20))
+            file.flush()
+            flush(file.fileno())
+            with open(path, "rb") as later:
+                assert has_lost_writes(later.fileno()), "it was tried by now, and nobody was told"
+                assert has_lost_writes(file.fileno())
 
 
 def test_what_the_disk_did_not_take_is_read_right(tree: Tree, expect_log: Expect) -> None:

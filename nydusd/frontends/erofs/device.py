@@ -10,13 +10,12 @@ has can be read on, and the rest cannot be had any more: the segment of the othe
 
 from __future__ import annotations
 
-import contextlib
 import os
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from nydusd.errors import CacheError, LostWritesError, StaleCacheError, SyncingError, cache_error
+from nydusd.errors import CacheError, LostWritesError, ScarceError, StaleCacheError, SyncingError, cache_error
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state.segment import EMPTY, READY, Segment
 
@@ -86,9 +85,8 @@ class Blob(Chunks):
         StaleCacheError when the file was cut off or the range cannot be had any more, OutsideError when the blob has none such.
         """
         self._look()
-        if not self._losses.listen_already:
-            with contextlib.suppress(StaleCacheError):  # what there is of it can be read on
-                self._losses.listen(self._open_file, self._segments())
+        if not self.listens:
+            self.listen()
         if len(self._open) < len(self._views):
             self._survey()
         if held < self._size:
@@ -107,6 +105,25 @@ class Blob(Chunks):
         counters[2] += 1
         counters[3] += count
         return self._runs(first, last, refused)
+
+    @property
+    def listens(self) -> bool:
+        """Whether it hears of writes that are lost."""
+        return self._losses.listen_already
+
+    def listen(self, fd: int = -1) -> None:
+        """Hear of writes that are lost from now on, by the file in its place; by `fd`, the cache file, where that is gone.
+
+        For what there is of one that is gone can be read on. Raises ScarceError when no file can be opened now.
+        """
+        self._look()
+        try:
+            self._losses.listen(self._open_file, self._segments())
+        except ScarceError:
+            raise
+        except CacheError:
+            if fd >= 0:
+                self._losses.listen(lambda: os.dup(fd), self._segments())
 
     def has(self, offset: int, count: int) -> bool:
         """Whether all of a range is there that `missing` was asked about, without counting it."""

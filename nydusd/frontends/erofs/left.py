@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nydusd import priority
 from nydusd.errors import CacheError, MountError, cache_error, is_scarce
 from nydusd.frontends.fuse.session import resolve_mountpoint
 from nydusd.ipc.borrow import copy_of, memories_of
@@ -185,6 +186,7 @@ def end(found: Left, told: Told) -> None:
 
     A guard with what it has started, or starts at this moment: that would read the group beside our front end.
     """
+    priority.hasten_all(holder.pid for holder in found.noted)  # readers wait for their end
     for holder in found.holders:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(holder, signal.SIGKILL)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from nydusd import points
-from nydusd.errors import CacheError, NydusError, ScarceError, SyncingError, is_scarce
+from nydusd.errors import CacheError, LostWritesError, NydusError, ScarceError, SyncingError, is_scarce
 from nydusd.frontends.attempt import LATER
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
@@ -87,6 +87,8 @@ class FrontEnd:
         self._complaints = Complaints("erofs")
         self._known = make_known(lambda text: self._complaints.log("%s", text))
         self._next_ask = self._next_look = self._look_soon = self._next_rest = 0.0
+        self._next_try = math.inf
+        """When those are looked at again who wait for the end of a sync."""
         self._over = False
 
     def run(self) -> None:
@@ -142,6 +144,8 @@ class FrontEnd:
             try:
                 st = os.fstat(event.fd)
                 key, blob = known.files[st.st_dev, st.st_ino]
+                if not blob.listens:
+                    blob.listen(event.fd)
                 runs = blob.missing(event.offset, event.length, st.st_size)
                 if not runs and not known.passes(blob, event.offset, event.fd):
                     known.current(blob).check()
@@ -257,8 +261,10 @@ class FrontEnd:
     def _put_off(self, waiting: Waiting, error: ScarceError) -> None:
         """Have a reader wait until it is looked at again."""
         self._keep(waiting, [])
+        if isinstance(error, SyncingError | LostWritesError):
+            self._next_look = min(self._next_look, self._look_soon)  # which has it synced
         if isinstance(error, SyncingError):
-            self._next_ask = min(self._next_ask, time.monotonic() + LATER)
+            self._next_try = min(self._next_try, time.monotonic() + LATER)
         else:
             self._complaints.log("%s: who needs it waits", error)
 
@@ -279,6 +285,10 @@ class FrontEnd:
                 if reply.slot is not None:
                     self._client.release(reply.slot)
         now = time.monotonic()
+        if now >= self._next_try:
+            self._next_try = math.inf
+            for waiting in [each for each in self._waiting.values() if not each.pending]:
+                self._look_at(waiting)
         if self._waiting and now >= self._next_ask:
             self._next_ask = now + ASK_AGAIN
             for waiting in list(self._waiting.values()):
@@ -298,7 +308,7 @@ class FrontEnd:
         if now >= self._next_rest:
             self._next_rest = now + _REST
             self._look_around()
-        until = [self._next_rest]
+        until = [self._next_rest, self._next_try]
         if self._known.waits:
             until.append(self._next_look)
         if self._waiting:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 
+from nydusd.storage.state.doubts import tell_lost
 from nydusd.storage.state.lost import has_lost_writes
 from nydusd.storage.state.segment import Segment
 
@@ -21,8 +22,9 @@ class Losses:
         self._fd = -1
         self._suspect: dict[Segment, int] = {}
         """Those by which some is said to be there that is lost, until they were doubted as often."""
-        self._unsure: set[Segment] = set()
-        """Those whose file was being synced when ours was opened: who does that may have been told, and we would not be."""
+        self._unsure: dict[Segment, int] = {}
+        """Those whose file was being synced when ours was opened, and the number of that sync: who does it may have been told,
+        and we would not be. Of what is heard in the next one we are."""
 
     @property
     def listen_already(self) -> bool:
@@ -32,14 +34,15 @@ class Losses:
         """Hear of what is lost from now on. Raises what `open_file` does."""
         if self._fd < 0:
             self._fd = open_file()
-            self._unsure = {segment for segment in segments if segment.syncing[0]}
+            syncs = {segment: segment.syncs[0] for segment in segments}
+            self._unsure = {segment: number for segment, number in syncs.items() if segment.syncing[0]}
 
     def ask(self, segments: Collection[Segment]) -> None:
         """Whether something was lost since, for those who relied on it already and for all others."""
         if has_lost_writes(self._fd):
-            for segment in segments:  # by whichever it is synced
+            for segment in segments:
                 self._suspect[segment] = _after(segment.doubts[0])
-                segment.lost[0] = 1
+                tell_lost(segment)
         for segment in segments:
             doubts = segment.doubts[0]  # before `lost`: who doubts takes that away first
             if segment.lost[0]:  # or a predecessor was told
@@ -48,7 +51,11 @@ class Losses:
     def is_unsure(self, segments: Collection[Segment]) -> bool:
         """Whether the sync is not over yet that was under way when we began to listen; or whoever did that was killed."""
         if self._unsure:
-            self._unsure = {segment for segment in segments if segment in self._unsure and segment.syncing[0]}
+            self._unsure = {
+                segment: number
+                for segment, number in self._unsure.items()
+                if segment in segments and segment.syncing[0] and segment.syncs[0] == number
+            }
         return bool(self._unsure)
 
     def matter(self, segments: Collection[Segment]) -> bool:
@@ -56,8 +63,9 @@ class Losses:
         if self._suspect:
             suspect, self._suspect = self._suspect, {}
             for segment in segments:
-                if segment.doubts[0] < suspect.get(segment, 0):
-                    self._suspect[segment] = suspect[segment]
+                until, doubts = suspect.get(segment, 0), segment.doubts[0]
+                if doubts < until or (until and doubts % 2):
+                    self._suspect[segment] = until
         return bool(self._suspect)
 
     def close(self) -> None:

@@ -15,15 +15,14 @@ What holds after SIGKILL between the kernel's answer and `lost`: a worker hears 
 
 from __future__ import annotations
 
-import contextlib
 import time
 
-from nydusd.errors import CacheError, EvictedError, SyncingError, UnreadableError
+from nydusd.errors import EvictedError, SyncingError, UnreadableError
+from nydusd.storage.state.doubts import tell_lost
 from nydusd.storage.state.lost import has_lost_writes
 from nydusd.storage.state.segment import DOUBTS, Segment
-from nydusd.storage.state.sharing import segments_of
 
-_PATIENCE = 5.0
+_PATIENCE = 30.0
 """Seconds to wait for the end of a sync that had begun when the file was opened."""
 
 
@@ -38,6 +37,8 @@ class Losses:
         """How often all must have been doubted before anything of it is believed again."""
         self._since = 0.0
         """Since when we wait for the end of a sync; 0: we do not."""
+        self._sync = segment.syncs[0]
+        """Which one that is."""
         self._look()
         if segment.syncing[0]:
             self._since = time.monotonic()
@@ -55,12 +56,12 @@ class Losses:
         """
         segment = self._segment
         if has_lost_writes(self._fd):
-            self._tell()
+            tell_lost(self._segment)
         self._look()
         if self._is_suspect():
             raise UnreadableError(f"blob {self._blob_id}: its disk did not take all that was written")
         if self._since:
-            if not segment.syncing[0]:
+            if not segment.syncing[0] or segment.syncs[0] != self._sync:  # of the next one we are told
                 self._since = 0.0
             elif time.monotonic() > self._since + _PATIENCE:
                 raise UnreadableError(f"blob {self._blob_id}: what is in its cache file is not on the disk yet")
@@ -75,13 +76,9 @@ class Losses:
             self._until = doubts + 2 + doubts % 2  # one who doubts just now may have begun before it was lost
 
     def _is_suspect(self) -> bool:
-        return bool(self._segment.doubts[0] < self._until)
-
-    def _tell(self) -> None:
-        """Others, who open the file later, are not told by the kernel."""
-        self._segment.lost[0] = 1
-        identity = self._segment.identity
-        with contextlib.suppress(CacheError):  # then only those of this image know
-            for segment in segments_of(identity.dev, identity.ino):
-                if segment.identity.file == identity.file:
-                    segment.lost[0] = 1
+        if not self._until:
+            return False
+        doubts = self._segment.doubts[0]
+        if doubts >= self._until and not doubts % 2:
+            self._until = 0
+        return bool(self._until)

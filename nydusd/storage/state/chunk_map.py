@@ -56,8 +56,9 @@ class ChunkMap:
     def keep_claimed(self, chunk: int, doubts: int) -> None:
         """Nothing was taken out of what was claimed by `claim_ready`, which gave `doubts`."""
         if self._state[chunk] == PENDING:
-            self._state[chunk] = READY
-            if self._segment.doubts[0] != doubts:
+            if self._segment.doubts[0] == doubts:
+                self._state[chunk] = READY
+            if self._segment.doubts[0] != doubts:  # before, or just now
                 self._state[chunk] = self._segment.doubted(chunk)
 
     def set_ready(self, chunk: int) -> None:

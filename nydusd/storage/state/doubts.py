@@ -8,9 +8,9 @@ Those who sync a file take turns (`alone`), from before they look what is ready 
 doubted: else one who opens the file when another was told, and has not doubted yet, would store bits for what is lost. A sync
 is of the file, so of all that is ready in whichever segment: `syncing` is set in all of them, and `dirty` taken back.
 
-Runs in workers. What holds after SIGKILL: `syncing` is set where it was, and whoever has his turn next doubts all of it. The
-turn ends with its holder. It is flock(2) on the data file, which nobody else uses: those who keep that file as it is for a
-moment have another lock of it (`map_file.lock`), and are not to wait for a disk.
+Runs in workers, `tell_lost` in front ends. What holds after SIGKILL: `syncing` is set where it was, and whoever has his turn
+next doubts all of it. The turn ends with its holder. It is flock(2) on the data file, which nobody else uses: those who keep
+that file as it is for a moment have another lock of it (`map_file.lock`), and are not to wait for a disk.
 """
 
 from __future__ import annotations
@@ -18,15 +18,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import struct
 import time
 from collections.abc import Collection, Iterator
 
+from nydusd import points
 from nydusd.errors import CacheError
 from nydusd.storage.state.segment import READY, SYNCING, Segment
 from nydusd.storage.state.sharing import segments_of
 
-_PATIENCE = 10.0
+_FIEMAP = 0xC020660B
+"""FS_IOC_FIEMAP of linux/fs.h."""
+_FIEMAP_SYNC = struct.pack("=QQIIII", 0, (1 << 64) - 1, 1, 0, 0, 0)
+"""struct fiemap: all of the file, FIEMAP_FLAG_SYNC, no extent wanted."""
+_PATIENCE = 3.0
 """Seconds to wait for the sync of another image or daemon."""
+
+
+def flush(fd: int) -> None:
+    """Have what is written of a data file brought to its disk, and wait for that, without asking what became of it.
+
+    So the sync that asks, and in which others may be in doubt (`Segment.syncing`), is a short one. FIEMAP begins so when it is
+    told to; a file system that has no FIEMAP, or a failure, makes the sync longer.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(fd, _FIEMAP, _FIEMAP_SYNC)
 
 
 @contextlib.contextmanager
@@ -54,35 +70,50 @@ def is_any_doubtful(segment: Segment) -> bool:
     return segment.is_doubtful or any(other.lost[0] or other.syncing[0] == SYNCING for other in _users(segment))
 
 
-def begin_sync(segment: Segment) -> set[tuple[str, int]]:
-    """To be called before it is looked what is ready. Gives in which segments it is said. Raises CacheError.
+def begin_sync(segment: Segment) -> set[int]:
+    """To be called before it is looked what is ready. Gives in which segments it is said, by inode. Raises CacheError.
 
     What is written from here on says so again, and until it is known of the rest, `syncing` says so: so in this order.
     """
-    segment.syncing[0], segment.dirty[0] = SYNCING, 0
-    begun = {segment.key}
+    _begin_sync(segment)
+    begun = {segment.inode}
     for other in _users(segment):
         if other.syncing[0] in (0, SYNCING):
-            other.syncing[0], other.dirty[0] = SYNCING, 0
-            begun.add(other.key)
+            _begin_sync(other)
+            begun.add(other.inode)  # not by name: it may get that just now
     return begun
 
 
-def end_sync(segment: Segment, begun: Collection[tuple[str, int]]) -> None:
+def _begin_sync(segment: Segment) -> None:
+    segment.syncing[0], segment.dirty[0] = SYNCING, 0
+    segment.syncs[0] = (segment.syncs[0] + 1) & 0xFFFFFFFF  # last: who sees another number has opened the file before
+
+
+def end_sync(segment: Segment, begun: Collection[int]) -> None:
     """All that was ready is on its disk. Who cannot be told that now is doubted by the next one."""
     segment.syncing[0] = 0
     with contextlib.suppress(CacheError):
         for other in _users(segment):
-            if other.key in begun:
+            if other.inode in begun:
                 other.syncing[0] = 0
+
+
+def tell_lost(segment: Segment) -> None:
+    """A front end has heard of a loss: others, who open the file later, are not told by the kernel."""
+    segment.lost[0] = 1
+    with contextlib.suppress(CacheError):  # then only those of this image know
+        for other in _users(segment):
+            other.lost[0] = 1
 
 
 def doubt(segment: Segment) -> None:
     """Nothing of one segment is certain any more. Who relies on a sync of before looks at `doubts`."""
-    segment.doubts[0] += 1
+    segment.doubts[0] += 1 + segment.doubts[0] % 2  # odd meanwhile, also where one was killed in it
+    points.reach("doubts: begun")
     for chunk, state in enumerate(bytes(segment.state)):
         if state == READY:
             segment.state[chunk] = segment.doubted(chunk)
+    points.reach("doubts: states changed")
     segment.dirty[0] = 1  # who writes just now may have said so before it was taken back, and not marked the chunk yet
     segment.doubts[0] += 1
 
@@ -92,10 +123,8 @@ def doubt_all(segment: Segment) -> None:
 
     Raises CacheError when not all of them can be told now: `syncing` is set still.
     """
-    segment.syncing[0], segment.lost[0] = (
-        SYNCING,
-        0,
-    )  # in this order, also below: killed here, the next one does all of it
+    # In this order, also below: killed here, the next one does all of it.
+    segment.syncing[0], segment.lost[0] = SYNCING, 0
     doubt(segment)
     for other in _users(segment):
         if other.syncing[0] in (0, SYNCING):

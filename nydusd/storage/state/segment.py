@@ -47,6 +47,7 @@ SYNC_OFFSET = 656
 DOUBTS_OFFSET = 660
 LOST_OFFSET = 664
 DIRTY_OFFSET = 668
+SYNCS_OFFSET = 672
 
 SYNCING, TAKEN_OVER = 1, 2
 """Values of `syncing`."""
@@ -181,6 +182,8 @@ class Segment:
         """1, in one item, if a front end was told that written data is lost: the next who has the file synced doubts first."""
         self.dirty = view[DIRTY_OFFSET : DIRTY_OFFSET + 4].cast("I")
         """1, in one item, if a chunk may be ready whose data is not on its disk: set before the chunk is ready."""
+        self.syncs = view[SYNCS_OFFSET : SYNCS_OFFSET + 4].cast("I")
+        """In one item: how many syncs have begun."""
         self.marks = view[SYNC_OFFSET : DIRTY_OFFSET + 4].cast("Q")
         """These four, in two items, for whoever looks at each read: `syncing` and `doubts`, `lost` and `dirty`."""
         self._lock: BlobLock | None = None
@@ -374,6 +377,7 @@ class Segment:
             self.doubts,
             self.lost,
             self.dirty,
+            self.syncs,
             self.marks,
         )
         for view in (*mapped, self._view):
