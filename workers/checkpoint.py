@@ -31,6 +31,8 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
     blob = blobs.get(job)
     fd = blob.data_fd()
     with alone(fd, f"cache file {blob.spec.data_path}"):
+        if is_any_doubtful(blob.segment):  # before the disk is waited for: readers may wait for this
+            doubt_all(blob.segment)
         flush(fd)
         return _checkpoint(blob, fd)
 

@@ -95,7 +95,9 @@ class Checkpoints:
 
     def wait(self, now: float) -> float | None:
         """Seconds until `tick` has something to do, None if that is not known."""
-        return max(0.0, self._rest_until - now) if self._early and self._begun is None else None
+        if self._begun is not None or not any(not cache.checkpointing for cache in self._early):
+            return None
+        return max(0.0, self._rest_until - now)
 
     def _done(self, told: Iterable[Callable[[int], None]], job: Job, answer: Answer) -> None:
         cache = job.cache
@@ -123,8 +125,9 @@ class Checkpoints:
         else:
             if answer.get("type") == "UnsyncedError":
                 note_room(cache, answer["error"])
-            # One that another process was in the way of is made in the next round.
-            cache.stored = -1 if answer.get("errno") == errno.EAGAIN else cache.chunk_map.ready_count()
+            # One that another process was in the way of, or that has left something doubtful, is made again in the next round.
+            again = answer.get("errno") == errno.EAGAIN or (cache.segment is not None and cache.segment.is_doubtful)
+            cache.stored = -1 if again else cache.chunk_map.ready_count()
             log.warning("%s; it is tried again when more chunks are ready", answer["error"])
 
 

@@ -148,7 +148,10 @@ class FrontEnd:
                     blob.listen(event.fd)
                 runs = blob.missing(event.offset, event.length, st.st_size)
                 if not runs and not known.passes(blob, event.offset, event.fd):
-                    known.current(blob).check()
+                    blob = known.current(blob)
+                    blob.check()
+                    if not blob.has(event.offset, event.length):  # it was doubted meanwhile
+                        runs = blob.missing(event.offset, event.length, st.st_size)
             except (KeyError, OSError):
                 self._refuse(
                     event.fd, errno.EIO, "an event for a file that is no cache file of an image that is mounted"
@@ -225,7 +228,13 @@ class FrontEnd:
             raise outside
         if not needed:
             self._check_disk(waiting)
+            if not self._has_all(waiting):  # it was doubted meanwhile
+                return self._needs(waiting)
         return needed
+
+    @staticmethod
+    def _has_all(waiting: Waiting) -> bool:
+        return all(blob.has(waiting.offset, waiting.count) for blob in waiting.blobs)
 
     def _check_disk(self, waiting: Waiting) -> None:
         """Raises as `Blob.check` does."""
@@ -365,11 +374,12 @@ class FrontEnd:
             return
         try:
             lost = [(blob, run) for blob, run in waiting.runs if not blob.ready(run)]
-            if not lost and not all(blob.has(waiting.offset, waiting.count) for blob in waiting.blobs):
-                self._look_at(waiting)  # what was there before was doubted meanwhile
-            elif not lost:
+            if not lost:
                 self._check_disk(waiting)
-                self._end(waiting, 0)
+                if self._has_all(waiting):
+                    self._end(waiting, 0)
+                else:
+                    self._look_at(waiting)  # what was there before was doubted meanwhile
             elif waiting.rounds == _ROUNDS:
                 self._end(waiting, errno.EIO, f"chunks were reported as fetched, {_ROUNDS} times, and are not there")
             else:

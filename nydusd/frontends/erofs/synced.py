@@ -41,15 +41,19 @@ class Syncs:
         self._asked: dict[int, tuple[Blob, Ready]] = {}
         """By number of the request, in the order in which they were sent."""
         self._next: dict[Blob, float] = {}
+        self._next_lost: dict[Blob, float] = {}
+        """The same if some of it is lost."""
         self._refused: dict[Blob, set[int]] = {}
         """Handles by which it could not be synced: the supervisor does not know them, or knows of no cache file."""
 
     def ask(self, blob: Blob, send: Send) -> None:
-        """Have a blob synced, unless that was asked for a moment ago; in any case if some of it is lost."""
+        """Have a blob synced, unless that was asked for a moment ago; sooner again if some of it is lost."""
         now, flags = time.monotonic(), SYNC | (LOST if blob.is_suspect() else 0)
-        if now < self._next.get(blob, 0.0) and flags == SYNC:
+        if now < (self._next_lost if flags & LOST else self._next).get(blob, 0.0):
             return
         self._next[blob] = now + _AGAIN
+        if flags & LOST:
+            self._next_lost[blob] = now + _SOON
         with contextlib.suppress(CacheError):
             ready = blob.look(self._refused.get(blob, ()))
             # Of a chunk that is there: a supervisor of another release fetches what it is asked for.
@@ -71,6 +75,7 @@ class Syncs:
                 del self._refused[blob]
             else:
                 self._next.pop(blob, None)
+                self._next_lost.pop(blob, None)
             return False
         if blob.is_being_synced():
             self._next[blob] = time.monotonic() + _SOON
@@ -84,6 +89,7 @@ class Syncs:
     def forget(self, blob: Blob) -> None:
         self._drop(self._of(blob))
         self._next.pop(blob, None)
+        self._next_lost.pop(blob, None)
         self._refused.pop(blob, None)
 
     def _of(self, blob: Blob) -> list[int]:

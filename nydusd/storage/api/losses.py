@@ -22,7 +22,7 @@ from nydusd.storage.state.doubts import tell_lost
 from nydusd.storage.state.lost import has_lost_writes
 from nydusd.storage.state.segment import DOUBTS, Segment
 
-_PATIENCE = 30.0
+_PATIENCE = 10.0
 """Seconds to wait for the end of a sync that had begun when the file was opened."""
 
 
