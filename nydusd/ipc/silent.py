@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
+from nydusd.ipc import passed
 from nydusd.ipc.messages import NUMBER
 
 HELD_MOST: Final = 256
@@ -76,7 +77,7 @@ class SilentHolder:
         """What the API process says; or it is gone, and those that are held wait for the next one. Does not block."""
         while self._line is not None:
             try:
-                packet, fds, _, _ = socket.recv_fds(self._line, NUMBER.size, 1, socket.MSG_CMSG_CLOEXEC)
+                packet, fds = passed.receive(self._line, NUMBER.size, 1)
             except ConnectionResetError:  # killed before it had read all of ours; then comes what it had sent before
                 continue
             except OSError:  # nothing more; or no memory for it now
@@ -128,7 +129,7 @@ class SilentLine:
             return found
         with suppress(OSError):  # no more
             while len(found) < self._inherited:
-                packet, fds, _, _ = socket.recv_fds(self._line, NUMBER.size, _IN_PACKET, socket.MSG_CMSG_CLOEXEC)
+                packet, fds = passed.receive(self._line, NUMBER.size, _IN_PACKET)
                 if not packet:
                     break
                 found.update(enumerate((socket.socket(fileno=fd) for fd in fds), NUMBER.unpack(packet)[0]))

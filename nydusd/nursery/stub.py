@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 2.0
 """Seconds that the nursery may take for each step. It takes some 20 ms."""
-_PATIENCE_IN_TAKEOVER = 0.3
+_PATIENCE_IN_TAKEOVER = 0.5
 """The same where readers wait for us: less than it takes to load all by ourselves. Nobody begins by an answer that is late."""
 _PLACES = ("PYTHONHOME", "PYTHONPLATLIBDIR")
 """Where an interpreter finds its own library, if the environment says so: it is not asked by `stand`."""
@@ -54,7 +54,8 @@ def _from_nursery() -> int | None:
     import _socket
 
     with _Closing(_socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)) as wire:
-        wire.settimeout(_PATIENCE_IN_TAKEOVER if priority.takes_over(sys.argv) else _PATIENCE)
+        takes_over = priority.takes_over(sys.argv)
+        wire.settimeout(_PATIENCE_IN_TAKEOVER if takes_over else _PATIENCE)
         wire.connect(path)
         credentials = wire.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
         if int.from_bytes(credentials[4:8], sys.byteorder) != os.geteuid():
@@ -62,6 +63,8 @@ def _from_nursery() -> int | None:
         leash, leash_end = os.pipe2(os.O_CLOEXEC)
         fds = [0, 1, 2, os.open(".", os.O_PATH | os.O_CLOEXEC), _letter(), leash]
         rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
+        nursery = int.from_bytes(credentials[:4], sys.byteorder)
+        usual = priority.haste(nursery) if takes_over else None  # the daemon that it makes is of our own priority
         try:
             wire.sendmsg([who], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
             answer, ancillary, _, _ = wire.recvmsg(64, _socket.CMSG_SPACE(4))
@@ -69,6 +72,8 @@ def _from_nursery() -> int | None:
             os.close(leash_end)
             raise
         finally:
+            if usual is not None:
+                priority.give(nursery, usual)
             for fd in fds[3:]:
                 os.close(fd)
         if answer != place.READY or not ancillary:

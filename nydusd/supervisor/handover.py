@@ -24,7 +24,7 @@ import zmq
 
 from nydusd import points
 from nydusd.errors import NydusError
-from nydusd.ipc import messages
+from nydusd.ipc import messages, passed
 from nydusd.ipc.messages import Json, decode, encode
 from nydusd.supervisor.sockets import Sockets, drain, guarded
 from nydusd.waits import EndedError
@@ -72,7 +72,7 @@ def receive(wire: socket.socket, device: int) -> Sent:
     Raises OSError, or NydusError for what is neither.
     """
     end = time.monotonic() + _PATIENCE
-    data, fds, _, _ = socket.recv_fds(wire, _PACKET, _FDS_MOST, socket.MSG_CMSG_CLOEXEC)
+    data, fds = passed.receive(wire, _PACKET, _FDS_MOST)
     try:
         text = bytearray(data)
         while data and len(text) < _STATE_MOST:

@@ -16,6 +16,7 @@ from nydusd.supervisor import fuse, left_by_erofs, main
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.erofs import ErofsDaemon
 from nydusd.supervisor.fuse import FuseDaemon
+from nydusd.waits import Told
 
 if TYPE_CHECKING:
     from nydusd.supervisor.adoption import Former
@@ -61,6 +62,7 @@ class Successor(FuseDaemon):
         self.errors = cast(Any, logging.NullHandler())
         self._former = cast("Former", SimpleNamespace(session=SimpleNamespace(lanes=range(LANES))))
         self.ending = cast(Any, SimpleNamespace(asked=False))
+        self.told = Told("")
         self.handover = cast(Any, SimpleNamespace(waited=waited, leaving=True))
         self.fork_server = cast(Any, SimpleNamespace(waits=True))
         self._family = order.family()
@@ -68,7 +70,8 @@ class Successor(FuseDaemon):
         self._status = cast(Any, SimpleNamespace(ready=order.of("READY")))
         staff = SimpleNamespace(recount=order.of("others one a turn"))
         pool = SimpleNamespace(job_of=lambda _: 0 if order.done.count("turn") < 3 else None)
-        self._engine = cast(Any, SimpleNamespace(pools=dict.fromkeys(WORKERS, pool), staff=staff))
+        router = SimpleNamespace(checkpoints=SimpleNamespace(resume=lambda: None))
+        self._engine = cast(Any, SimpleNamespace(pools=dict.fromkeys(WORKERS, pool), staff=staff, router=router))
         self._order = order
 
     def _begin(self, rows: int) -> None:
