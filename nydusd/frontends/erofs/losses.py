@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 
-from nydusd.storage.state.doubts import tell_lost
+from nydusd.storage.state.doubts import after, is_over, tell_lost
 from nydusd.storage.state.lost import has_lost_writes
 from nydusd.storage.state.segment import Segment
 
@@ -41,12 +41,12 @@ class Losses:
         """Whether something was lost since, for those who relied on it already and for all others."""
         if has_lost_writes(self._fd):
             for segment in segments:
-                self._suspect[segment] = _after(segment.doubts[0])
+                self._suspect[segment] = after(segment.doubts[0])
                 tell_lost(segment)
         for segment in segments:
             doubts = segment.doubts[0]  # before `lost`: who doubts takes that away first
             if segment.lost[0]:  # or a predecessor was told
-                self._suspect[segment] = _after(doubts)
+                self._suspect[segment] = after(doubts)
 
     def is_unsure(self, segments: Collection[Segment]) -> bool:
         """Whether the sync is not over yet that was under way when we began to listen; or whoever did that was killed."""
@@ -61,19 +61,14 @@ class Losses:
     def matter(self, segments: Collection[Segment]) -> bool:
         """Whether some of what is said to be there is lost, and it is not known yet what."""
         if self._suspect:
-            suspect, self._suspect = self._suspect, {}
-            for segment in segments:
-                until, doubts = suspect.get(segment, 0), segment.doubts[0]
-                if doubts < until or (until and doubts % 2):
-                    self._suspect[segment] = until
+            self._suspect = {
+                segment: until
+                for segment, until in self._suspect.items()
+                if segment in segments and not is_over(segment.doubts[0], until)
+            }
         return bool(self._suspect)
 
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _after(doubts: int) -> int:
-    """What `Segment.doubts` is when all was doubted once more. Odd: a doubt is under way, and may have passed what matters."""
-    return doubts + 2 + doubts % 2

@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 
 from nydusd.errors import EvictedError, SyncingError, UnreadableError
-from nydusd.storage.state.doubts import tell_lost
+from nydusd.storage.state.doubts import after, is_over, tell_lost
 from nydusd.storage.state.lost import has_lost_writes
 from nydusd.storage.state.segment import DOUBTS, Segment
 
@@ -73,12 +73,9 @@ class Losses:
     def _look(self) -> None:
         doubts = self._segment.doubts[0]  # before `lost`: who doubts takes that away first
         if self._segment.lost[0]:
-            self._until = doubts + 2 + doubts % 2  # one who doubts just now may have begun before it was lost
+            self._until = after(doubts)
 
     def _is_suspect(self) -> bool:
-        if not self._until:
-            return False
-        doubts = self._segment.doubts[0]
-        if doubts >= self._until and not doubts % 2:
+        if self._until and is_over(self._segment.doubts[0], self._until):
             self._until = 0
         return bool(self._until)

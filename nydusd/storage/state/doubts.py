@@ -121,6 +121,16 @@ def tell_lost(segment: Segment) -> None:
             other.lost[0] = 1
 
 
+def after(doubts: int) -> int:
+    """What `Segment.doubts` is when all was doubted once more. Odd: a doubt is under way, and may have passed what matters."""
+    return doubts + 2 + doubts % 2
+
+
+def is_over(doubts: int, until: int) -> bool:
+    """Whether all was doubted as `after` has said, and nobody is at it, or was killed at it."""
+    return doubts >= until and not doubts % 2
+
+
 def doubt(segment: Segment) -> None:
     """Nothing of one segment is certain any more. Who relies on a sync of before looks at `doubts`."""
     segment.doubts[0] += 1 + segment.doubts[0] % 2  # odd meanwhile, also where one was killed in it
