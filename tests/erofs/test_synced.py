@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,17 @@ class Asked:
 def blob_of(image: Jobs) -> Blob:
     st = image.data.stat()
     return Blob([File(0, image.info.blob_id, 7, image.prefix, str(image.data), st.st_dev, st.st_ino)], 0)
+
+
+@contextmanager
+def all_asked_for(folder: Path) -> Iterator[tuple[Jobs, Blob, Syncs, Asked]]:
+    """All of a blob is ready, and its supervisor was asked for the first sync."""
+    with jobs("v6-lz4-sha256", folder) as image:
+        image.prepare()
+        blob, syncs, asked = blob_of(image), Syncs(), Asked()
+        image.fill_all()
+        syncs.ask(blob, asked.send)
+        yield image, blob, syncs, asked
 
 
 def test_only_what_was_ready_before_a_sync_that_went_well_is_on_the_disk(tmp_path: Path) -> None:
@@ -87,11 +100,7 @@ def test_what_was_doubted_since_is_not_on_the_disk(tmp_path: Path, monkeypatch: 
 
 
 def test_what_was_asked_of_a_file_that_was_replaced_says_nothing_of_it(tmp_path: Path) -> None:
-    with jobs("v6-lz4-sha256", tmp_path) as image:
-        image.prepare()
-        blob, syncs, asked = blob_of(image), Syncs(), Asked()
-        image.fill_all()
-        syncs.ask(blob, asked.send)
+    with all_asked_for(tmp_path) as (image, blob, syncs, asked):
         image.data.unlink()
         image.generation += 1
         image.prepare()
@@ -160,11 +169,7 @@ def test_a_sync_is_asked_for_again_soon_after_another_one_of_the_file_was_in_its
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(synced, "_SOON", 0.0)
-    with jobs("v6-lz4-sha256", tmp_path) as image:
-        image.prepare()
-        blob, syncs, asked = blob_of(image), Syncs(), Asked()
-        image.fill_all()
-        syncs.ask(blob, asked.send)
+    with all_asked_for(tmp_path) as (image, blob, syncs, asked):
         image.checkpoint()
         with image.segment() as segment:
             segment.syncing[0] = 1
@@ -199,11 +204,7 @@ def test_nothing_is_on_the_disk_at_any_time_between_a_loss_and_the_doubt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker has taken the note of the loss away, and doubts nothing yet; or it was killed there."""
-    with jobs("v6-lz4-sha256", tmp_path) as image:
-        image.prepare()
-        blob, syncs, asked = blob_of(image), Syncs(), Asked()
-        image.fill_all()
-        syncs.ask(blob, asked.send)
+    with all_asked_for(tmp_path) as (image, blob, syncs, _asked):
         image.checkpoint()
         syncs.answered(1, 0)
         assert blob.is_stored()
