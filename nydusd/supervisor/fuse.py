@@ -24,9 +24,9 @@ from nydusd.ipc.messages import Json
 from nydusd.supervisor import control_ops, left_by_erofs
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
+from nydusd.supervisor.ends import end_together
 from nydusd.supervisor.mount_request import first_request
 from nydusd.supervisor.restore import Restore
-from nydusd.supervisor.runtime import end
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
@@ -165,7 +165,7 @@ class FuseDaemon(Supervisor):
                 log.warning(
                     "ending pid %d (%s): it holds the mount of a daemon that was killed", holder.pid, holder.title
                 )
-                end((holder.pid, holder.start), self.told)
+            end_together([(holder.pid, holder.start) for holder in holders], self.told)
 
     def _know_mounts(self, rows: int, table: MountTable | None = None) -> None:
         former = self._former

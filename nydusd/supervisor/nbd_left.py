@@ -29,9 +29,10 @@ from nydusd.frontends.nbd.kept import CLIENTS_MOST, LAYOUT, inodes_of
 from nydusd.ipc.borrow import memories_of
 from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
+from nydusd.supervisor.ends import end_together
 from nydusd.supervisor.nbd_clients import MEMORY
 from nydusd.supervisor.orphans import Orphan
-from nydusd.supervisor.runtime import alive, end
+from nydusd.supervisor.runtime import alive
 from nydusd.waits import Told
 
 log = logging.getLogger(__name__)
@@ -79,11 +80,10 @@ class Left(NamedTuple):
         """
         for holder in self.holders:
             log.info("ending pid %d, which has the clients' sockets open", holder[0])
-            end(holder, told)
+        end_together(self.holders, told)
         while strangers := [pid for pid in _processes() if pid not in ours and self.note.memory in _memories(pid)]:
             log.warning("waiting for the end of %s: clients' sockets are still open there", _named(strangers))
-            for pid in strangers:
-                end((pid, start_time(pid)), told)
+            end_together([(pid, start_time(pid)) for pid in strangers], told)
 
     def close(self) -> None:
         """It cannot be gone on with."""
