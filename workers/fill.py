@@ -34,6 +34,7 @@ from nydusd.ipc.messages import Json
 from nydusd.storage.cache.decode import ChunkDecoder, verify_chunk
 from nydusd.storage.cache.stored import fetch_range
 from nydusd.storage.state.segment import READY, Segment
+from workers import cut_off
 from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs
 from workers.cookie import lent, write_pages
 
@@ -124,12 +125,17 @@ class _CacheFile:
 
     def _write(self, data: memoryview, at: int) -> None:
         # Writing behind the end of a file that somebody cut off would turn the part between into zeros that pass
-        # for the chunks there. So it stays short, and whoever reads in it sees that.
+        # for the chunks there. So it stays short, and whoever reads in it sees that. Once more after the write, for one that
+        # is cut off just now.
         if os.fstat(self._fd).st_size < self._size:
             raise StaleCacheError("the cache file was cut off")
-        while data:
-            done = os.pwrite(self._fd, data, at)
-            data, at = data[done:], at + done
+        begin = at
+        try:
+            while data:
+                done = os.pwrite(self._fd, data, at)
+                data, at = data[done:], at + done
+        finally:
+            cut_off.check(self._fd, self._segment, begin, at)
 
 
 class _Cookie(_CacheFile):
