@@ -1,5 +1,7 @@
 """The job `checkpoint`: write the stored chunk map of a blob. Runs in a fetch worker; the order is in `map_file`.
 
+And `forget_deleted`: remove what is left of maps that are gone. It may be done again, or not at all.
+
 It takes the map's own lock and not the segment's: the supervisor claims chunks under that one, and must not wait for a disk.
 
 What holds after SIGKILL: a map with true bits (`map_file`). The kernel says once that it has lost written data: a worker
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
+from pathlib import Path
 
 from nydusd import points
 from nydusd.errors import CacheError
@@ -35,6 +38,13 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
             doubt_all(blob.segment)
         flush(fd)
         return _checkpoint(blob, fd)
+
+
+def forget_deleted(_blobs: OpenBlobs, job: Json) -> Json:
+    """Job: maps, of blobs that were closed. Removes the records of those that somebody has deleted."""
+    for path in job["maps"]:
+        map_file.forget_deleted(Path(path))
+    return {}
 
 
 def _checkpoint(blob: OpenBlob, fd: int) -> Json:

@@ -27,7 +27,7 @@ Handler = Callable[[OpenBlobs, Json], Json]
 def _handlers(role: str) -> dict[str, Handler]:
     """The jobs of a role. Imported here so that a process loads only what its role needs."""
     if role == "fetch":
-        from workers.checkpoint import checkpoint
+        from workers.checkpoint import checkpoint, forget_deleted
         from workers.cookie import copy_bootstrap, cull
         from workers.evict import evict, survey
         from workers.fetch import fetch
@@ -40,6 +40,7 @@ def _handlers(role: str) -> dict[str, Handler]:
             "fetch": fetch,
             "prepare": prepare,
             "checkpoint": checkpoint,
+            "forget_deleted": forget_deleted,
             "resolve": resolve,
             "inspect": inspect_image,
             "compare_tables": compare_tables,

@@ -109,7 +109,7 @@ class Engine:
             for table in (self.slots, self.stage):
                 table.trim()
         if not self._mounts.coming:  # what is of an image that is not known yet must not be taken for nobody's
-            self._mounts.unused.collect(self.router)
+            self._mounts.unused.collect(self.router, self.fetch)
             self.quota.tick(now)
         self.router.tick()
         if not stopping:

@@ -1,7 +1,8 @@
 """Blobs that no image uses any more: each goes when its last job is done and its chunk map is stored.
 
-Runs in the supervisor. After SIGKILL the next one does not know them: their segments are removed with what no image has
-(`strays.py`), their cache files and stored maps stay for whoever mounts an image with them.
+Runs in the supervisor, whose loop waits for no disk: what is to be removed of cache files that somebody has deleted, a fetch
+worker removes, one of them at a time. After SIGKILL the next one does not know them: their segments are removed with what no
+image has (`strays.py`), their cache files and stored maps stay for whoever mounts an image with them.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nydusd import points
+from nydusd.storage.cache.requests import Answer, Job, Priority
 
 if TYPE_CHECKING:
     from nydusd.storage.api.factory import BlobFactory
     from nydusd.storage.cache.blob_cache import BlobCache
     from nydusd.storage.cache.prefetch import PrefetchWorker
+    from nydusd.supervisor.pool import WorkerPool
     from nydusd.supervisor.router import Router
 
 
@@ -24,6 +27,7 @@ class Unused:
         self._factory = factory
         self._prefetch = prefetch
         self._leaving: list[BlobCache] = []
+        self._tidies = False
 
     def let_go(self, cache: BlobCache) -> None:
         """Somebody uses a blob no more."""
@@ -36,10 +40,14 @@ class Unused:
             self._prefetch.cancel(cache)
             self._leaving.append(cache)
 
-    def collect(self, router: Router) -> None:
+    def collect(self, router: Router, fetch: WorkerPool) -> None:
         """Drop those that nobody uses again and that have nothing under way; called in each turn of the loop."""
-        if not self._leaving:
-            return
+        if self._leaving:
+            self._drop(router)
+        if self._factory.left and not self._tidies:
+            self._tidy(fetch)
+
+    def _drop(self, router: Router) -> None:
         self._leaving = [cache for cache in self._leaving if cache.users <= 0]
         idle = [cache for cache in self._leaving if router.may_close(cache)]
         if idle:
@@ -48,3 +56,14 @@ class Unused:
             for cache in self._factory.gc(idle):
                 router.closed(cache)
             points.reach("mounts: blobs dropped")
+
+    def _tidy(self, fetch: WorkerPool) -> None:
+        """Have a worker look whether the maps of those that were dropped were deleted."""
+        maps = sorted(self._factory.left)
+
+        def done(_job: Job, _answer: Answer) -> None:
+            self._tidies = False
+            self._factory.left.difference_update(maps)
+
+        self._tidies = True
+        fetch.submit(Job("forget_deleted", None, Priority.AHEAD, {"maps": [str(path) for path in maps]}, done))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.killing.scene import read
-from tests.support.daemon import Daemon
-from tests.support.discipline import discipline, wait_until
-from tests.support.disk import GOOD, NO_READS, NO_WRITES, Disk
+from tests.supervisor.lives import IMAGE
+from tests.supervisor.test_told import held_by_disk, standing_still
+from tests.support.daemon import Daemon, image_config
+from tests.support.discipline import descendants, discipline, wait_until
+from tests.support.disk import GOOD, NO_READS, NO_WRITES, Disk, make_ext4, mounted
 from tests.support.mounted import Tree
 
 NAMES = [f"{number:02}" for number in range(6)]
@@ -80,3 +83,28 @@ def test_disk_that_is_read_only_from_the_start_costs_no_read(tree: Tree, disk: D
         right(daemon, tree)
         assert says_uncached(daemon)
         assert list(daemon.cache.iterdir()) == []
+
+
+def test_disk_that_stands_still_keeps_nobody_who_reads_from_another_while_an_image_is_unmounted(
+    tree: Tree, tmp_path: Path
+) -> None:
+    """Nothing of that image was read: its chunk map, which is not there, is looked for all the same, and its record goes."""
+    make_ext4(tmp_path / "disk")
+    with mounted(tmp_path / "disk", tmp_path / "still", "rw"):
+        cache = tmp_path / "still" / "cache"
+        cache.mkdir()
+        records = [cache / f"{blob.name}.blob.data.chunk_map.nydusd" for blob in IMAGE.blobs.iterdir()]
+        for record in records:
+            record.touch()
+        blobs = tree.bootstrap.parent / "blobs"
+        with Daemon(None, blobs) as daemon:
+            assert daemon.mount("/tree", tree.bootstrap, blobs) == (204, "")
+            config = json.dumps(image_config(IMAGE.blobs, cache))
+            assert daemon.mount("/other", IMAGE.bootstrap, IMAGE.blobs, config=config) == (204, "")
+            with standing_still(tmp_path / "still"):
+                assert daemon.umount("/other") == (204, "")
+                wait_until(lambda: bool(held_by_disk(descendants(daemon.pid))), "a worker to look for it", 60)
+                assert not held_by_disk([daemon.pid])
+                for name in NAMES:
+                    assert read(daemon.mountpoint / "tree" / name) == tree.contents[name], name
+            wait_until(lambda: not any(record.exists() for record in records), "the record to go", 60)

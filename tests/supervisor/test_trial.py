@@ -72,11 +72,11 @@ class Trying:
     def unmount(self) -> None:
         """The image of the blob that comes first is unmounted, and the loop turns."""
         self.mounts.unused.let_go(self._world.plain)
-        self.mounts.unused.collect(self._world.router)
+        self.mounts.unused.collect(self._world.router, self._world.fetch)
 
     def is_open(self) -> bool:
         """Whether that blob is open after a turn of the loop."""
-        self.mounts.unused.collect(self._world.router)
+        self.mounts.unused.collect(self._world.router, self._world.fetch)
         return self._world.factory.get(self._world.plain.handle) is not None
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from nydusd.formats.model import BlobInfo
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.manager import BlobCacheMgr, CacheConfig, DummyCacheMgr, FileCacheMgr, Former, FsCacheMgr
+from nydusd.storage.state.map_file import forget_deleted
 
 
 class BlobFactory:
@@ -21,6 +22,8 @@ class BlobFactory:
         self._handles = count(1)
         self._by_handle: dict[int, BlobCache] = {}
         self._by_file: dict[Path, list[BlobCache]] = {}
+        self.left: set[Path] = set()
+        """Chunk maps of blobs that are closed, whose records are to go if they were deleted: that may wait for a disk."""
 
     def new_blob_cache(
         self,
@@ -49,6 +52,8 @@ class BlobFactory:
             return known
         cache = manager.get_blob_cache(info, image, bootstrap, path_id, extracted, former)
         self._by_handle[cache.handle] = cache
+        if cache.caches:
+            self.left.discard(cache.spec.map_path)
         if (path := cache.spec.data_path) is not None:
             cache.kin = self._by_file.setdefault(path, [])
             cache.kin.append(cache)
@@ -74,16 +79,20 @@ class BlobFactory:
         for cache in dropped:
             del self._by_handle[cache.handle]
             cache.kin.remove(cache)
+            if cache.caches and not cache.kin:
+                self.left.add(cache.spec.map_path)
             if (path := cache.spec.data_path) is not None and not cache.kin:
                 del self._by_file[path]
         return dropped
 
     def close(self, spared: Collection[str] = ()) -> None:
-        """Unmap all segments, and remove all but the `spared` ones."""
+        """Unmap all segments, and remove all but the `spared` ones; and what only we know of cache files that are gone."""
         for cache in self._by_handle.values():
             cache.users = 0
             cache.spared = cache.spec.segment in spared
         self.gc()
+        for path in self.left:
+            forget_deleted(path)
 
 
 def _kind(config: CacheConfig) -> type[BlobCacheMgr]:

@@ -18,7 +18,6 @@ from nydusd.storage.cache.meta_info import BlobMetaInfo
 from nydusd.storage.cache.requests import Job, Request
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.chunk_map import ChunkMap
-from nydusd.storage.state.map_file import forget_deleted
 from nydusd.storage.state.segment import Segment, inode_of, remove
 
 _BACK_OFF, _POISON, _OUTAGE = (0.1, 5.0), (60.0, 3600.0), (0.5, 0.5)
@@ -196,11 +195,9 @@ class BlobCache:
         return errno if time.monotonic() < until else 0
 
     def close(self) -> None:
-        """Unmap and remove the segment, if it is not spared; and of cache files deleted under us what only we know of."""
+        """Unmap and remove the segment, if it is not spared."""
         if self.segment is not None:
             self.segment.close()
             self.segment = None
         if not self.spared:
             remove(self.spec.segment)
-        if self.caches:
-            forget_deleted(self.spec.map_path)
