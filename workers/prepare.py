@@ -28,7 +28,6 @@ from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_fr
 from nydusd.storage.cache.load import load_ci, meta_file_bytes, parse_meta_file
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state import map_file
-from nydusd.storage.state.doubts import doubt
 from nydusd.storage.state.gone import remove_if_gone
 from nydusd.storage.state.segment import CHECKABLE, EMPTY, READY, RECORD, VERIFY, Identity, Segment
 from nydusd.storage.state.sharing import contradiction, ready_in, segments_of
@@ -77,9 +76,11 @@ def _publish(
     """Make the segment known, in place of `old_view`; gives how many chunks are ready.
 
     Of what others have, it is looked again whether it was doubted: who doubts may not have seen this segment yet. Killed before
-    that it counts as being synced, and the next one doubts.
+    that it counts as being synced, and the next one doubts. If it was, another segment takes its place, in which nothing is
+    ready: whoever syncs the file may be doubting this one just now, which is not for two at once (`doubt`).
     """
-    segment = Segment.create(
+    create = partial(
+        Segment.create,
         spec.segment,
         generation=spec.generation,
         identity=identity,
@@ -88,19 +89,17 @@ def _publish(
         contexts=bytes(table.contexts),
         dict_offset=table.dict_offset,
         dict_size=table.dict_size,
-        state=bytes(state),
-        old_view=old_view,
-        taken_over=bool(taken),
     )
-    try:
-        if taken:
-            points.reach("prepare: taken over")
-            if not _is_certain(segment, taken, old_view):
-                doubt(segment)
+    with contextlib.closing(create(state=bytes(state), old_view=old_view, taken_over=bool(taken))) as segment:
+        if not taken:
+            return state.count(READY)
+        points.reach("prepare: taken over")
+        if _is_certain(segment, taken, old_view):
             segment.syncing[0] = 0
-        return bytes(segment.state).count(READY)
-    finally:
-        segment.close()
+            return bytes(segment.state).count(READY)
+        doubted = bytes(segment.doubted(c) if value == READY else value for c, value in enumerate(state))
+        create(state=doubted, old_view=segment).close()
+        return 0
 
 
 def _is_certain(segment: Segment, taken: _Taken, old_view: Segment | None) -> bool:

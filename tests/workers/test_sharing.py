@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -389,7 +390,45 @@ def test_what_was_doubted_while_it_was_taken_over_is_doubted(
         made.prepare()
         with made.segment() as segment:
             assert set(segment.state) == {VERIFY if what else READY}
-            assert segment.syncing[0] == 0 and segment.doubts[0] == (2 if what else 0)
+            assert segment.syncing[0] == 0 and segment.doubts[0] == 0
+        monkeypatch.undo()
+        made.fill_all()
+        assert made.wrong_files() == []
+
+
+def test_what_is_doubted_while_it_is_being_published_is_not_left_half_doubted(
+    made: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has the file synced begins with the new segment before its maker looks again, and ends after that."""
+    real, begun, go_on = points.reach, threading.Event(), threading.Event()
+
+    def doubts_it() -> None:
+        with made.segment() as segment:
+            doubts.doubt(segment)
+
+    other_one = threading.Thread(target=doubts_it)
+
+    def reach(point: str) -> None:
+        real(point)
+        if point == "prepare: taken over":
+            other.doubts[0] += 2
+            other_one.start()
+            begun.wait()
+        elif point == "doubts: begun" and threading.current_thread() is other_one:
+            begun.set()
+            go_on.wait()
+
+    with twin(made) as other:
+        other.state[:] = bytes([READY]) * other.count
+        remove(made.prefix)
+        made.generation += 1
+        monkeypatch.setattr(points, "reach", reach)
+        made.prepare()
+        go_on.set()
+        other_one.join()
+        with made.segment() as segment:
+            assert set(segment.state) == {VERIFY}
+            assert segment.syncing[0] == 0 and not segment.doubts[0] % 2
         monkeypatch.undo()
         made.fill_all()
         assert made.wrong_files() == []

@@ -77,9 +77,7 @@ def alone(fd: int, what: str) -> Iterator[None]:
 
 def is_any_doubtful(segment: Segment) -> bool:
     """Whether somebody who uses the file has heard of a loss, or may have and was killed. Raises CacheError."""
-    doubted = (
-        segment.doubts[0] % 2 and not segment.syncing[0]
-    )  # by two at once, or by one who was killed: odd, and stays so
+    doubted = segment.doubts[0] % 2 and not segment.syncing[0]  # by one who was killed: odd, and stays so
     return bool(
         doubted or segment.is_doubtful or any(other.lost[0] or other.syncing[0] == SYNCING for other in _users(segment))
     )
@@ -132,7 +130,10 @@ def is_over(doubts: int, until: int) -> bool:
 
 
 def doubt(segment: Segment) -> None:
-    """Nothing of one segment is certain any more. Who relies on a sync of before looks at `doubts`."""
+    """Nothing of one segment is certain any more. Who relies on a sync of before looks at `doubts`.
+
+    For who is `alone`: of two at once the first one's end would pass for the other's, and the count stay odd.
+    """
     segment.doubts[0] += 1 + segment.doubts[0] % 2  # odd meanwhile, also where one was killed in it
     points.reach("doubts: begun")
     for chunk, state in enumerate(bytes(segment.state)):
