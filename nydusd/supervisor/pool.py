@@ -9,6 +9,11 @@ for want of an answer gets one worker at a time: a server that accepts and says 
 Of a slow server there may be more readers than workers for minutes. Chunk maps are stored then as well, and room is made:
 one such job at a time goes before the readers' when it has waited for long enough.
 
+A worker that was killed keeps its job until it is gone, however long a disk that stands still holds it. When that goes on, an
+`evict` punches the hole that it was at, which must not be into what was fetched again meanwhile; and a `fill` goes on to copy
+from its region of the stage, which must not be another's by then, for chunks that are not compressed are written straight from
+there. The others could be done again; but who did them would wait for the same disk, one worker after the other.
+
 A worker that is to leave (an upgrade, a smaller pool) is retired: it does the job that it has and gets no other.
 """
 

@@ -42,22 +42,35 @@ class Watch:
         self._interval = patience / _LOOKS
         self._seen: dict[int, _Seen] = {}
         self._looked = 0.0
+        self._told: set[int] = set()
+        """Pids of those who were killed and did not end, as was said."""
 
     def next_look(self) -> float:
         """When to look for hung workers next (`time.monotonic()`)."""
         return self._looked + self._interval
 
     def end_hung(self, children: Sequence[Child], pools: Mapping[str, WorkerPool], now: float) -> None:
-        """Kill workers that do nothing on their job, or never get ready; the job goes to another when they are reaped."""
+        """Kill workers that do nothing on their job, or never get ready; the job goes to another when they are reaped.
+
+        That may last: what a disk holds in the kernel ends when the disk goes on (`pool.py` says why its job waits for that).
+        """
         workers = {child.pid: child for child in children if child.role in pools and child.pid}
         jobs = {pid: pools[child.role].job_of(child.identity) for pid, child in workers.items()}
         busy = {pid: job for pid, job in jobs.items() if job is not None}
         computing = {pid for pid in busy if pools[workers[pid].role].may_compute(workers[pid].identity)}
+        told, self._told = self._told, set()
         for pid in self.hung(busy, now, computing):
             child = workers[pid]
-            log.warning("%s (pid %d) has shown no sign of life for %g s; killing it", child.name, pid, self._patience)
-            child.hung = True
-            child.send(signal.SIGKILL)
+            if not child.hung:
+                log.warning(
+                    "%s (pid %d) has shown no sign of life for %g s; killing it", child.name, pid, self._patience
+                )
+                child.hung = True
+                child.send(signal.SIGKILL)
+                continue
+            self._told.add(pid)
+            if pid not in told:
+                log.warning("%s (pid %d) was killed and does not end: a disk holds it, and its job", child.name, pid)
 
     def hung(self, busy: Mapping[int, int], now: float, computing: Container[int] = ()) -> list[int]:
         """The pids of hung workers. `busy`: by the pid of each worker that has one, the number of its job; 0: its start.

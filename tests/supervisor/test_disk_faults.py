@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from tests.killing.scene import read
 from tests.supervisor.lives import IMAGE
 from tests.supervisor.test_told import held_by_disk, standing_still
 from tests.support.daemon import Daemon, image_config
-from tests.support.discipline import descendants, discipline, wait_until
+from tests.support.discipline import descendants, discipline, is_running, wait_until
 from tests.support.disk import GOOD, NO_READS, NO_WRITES, Disk, make_ext4, mounted
 from tests.support.mounted import Tree
 
@@ -33,11 +35,11 @@ def disk() -> Iterator[Disk]:
         yield made
 
 
-def daemon_on(tree: Tree, disk: Disk) -> Daemon:
-    cache = disk.path / "cache"
+def daemon_on(tree: Tree, disk: Path, **more: float) -> Daemon:
+    cache = disk / "cache"
     backend = {"type": "localfs", "config": {"dir": str(tree.bootstrap.parent / "blobs")}}
     device = {"backend": backend, "cache": {"type": "blobcache", "config": {"work_dir": str(cache)}}}
-    tuning = {"front_ends": 1, "decompress_workers": 1, "checkpoint_interval": 0.2}
+    tuning = {"front_ends": 1, "decompress_workers": 1, "checkpoint_interval": 0.2} | more
     config = {"device": device, "mode": "direct", "amplify_io": 0, "nydusd": tuning}
     return Daemon(tree.bootstrap, cache, cache=cache, config=config)
 
@@ -54,7 +56,7 @@ def says_uncached(daemon: Daemon) -> bool:
 
 def test_disk_that_gives_nothing_back_costs_no_read(tree: Tree, disk: Disk, expect_log: Expect) -> None:
     expect_log("cache file at .*: Input/output error: fetching it again")
-    with daemon_on(tree, disk) as daemon:
+    with daemon_on(tree, disk.path) as daemon:
         right(daemon, tree)
         disk.forget_cached(daemon.cache / f"{tree.blob_id}.blob.data")
         assert not says_uncached(daemon)
@@ -68,7 +70,7 @@ def test_disk_that_gives_nothing_back_costs_no_read(tree: Tree, disk: Disk, expe
 def test_disk_that_takes_nothing_costs_no_read(tree: Tree, disk: Disk) -> None:
     # The front end hears of it unless the next checkpoint comes before.
     discipline.logs.allow("its disk did not take all that was written: fetching it again")
-    with daemon_on(tree, disk) as daemon:
+    with daemon_on(tree, disk.path) as daemon:
         assert read(daemon.mountpoint / NAMES[0]) == tree.contents[NAMES[0]]
         disk.does(NO_WRITES)
         right(daemon, tree)
@@ -79,7 +81,7 @@ def test_disk_that_takes_nothing_costs_no_read(tree: Tree, disk: Disk) -> None:
 def test_disk_that_is_read_only_from_the_start_costs_no_read(tree: Tree, disk: Disk) -> None:
     (disk.path / "cache").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(disk.path)], check=True)
-    with daemon_on(tree, disk) as daemon:
+    with daemon_on(tree, disk.path) as daemon:
         right(daemon, tree)
         assert says_uncached(daemon)
         assert list(daemon.cache.iterdir()) == []
@@ -108,3 +110,28 @@ def test_disk_that_stands_still_keeps_nobody_who_reads_from_another_while_an_ima
                 for name in NAMES:
                     assert read(daemon.mountpoint / "tree" / name) == tree.contents[name], name
             wait_until(lambda: not any(record.exists() for record in records), "the record to go", 60)
+
+
+def test_worker_that_a_disk_holds_is_killed_once_and_keeps_its_job_until_it_is_gone(tree: Tree, tmp_path: Path) -> None:
+    """Another one would wait for the same disk."""
+    make_ext4(tmp_path / "disk")
+    with (
+        mounted(tmp_path / "disk", tmp_path / "still", "rw"),
+        daemon_on(
+            tree, tmp_path / "still", decompress_workers=2, checkpoint_interval=60, worker_patience=0.5
+        ) as daemon,
+        ThreadPoolExecutor() as threads,
+    ):
+        assert read(daemon.mountpoint / NAMES[0]) == tree.contents[NAMES[0]]
+        with standing_still(tmp_path / "still"):
+            reading = threads.submit(read, daemon.mountpoint / NAMES[1])
+            wait_until(lambda: "was killed and does not end" in daemon.log.read_text(), "a worker to be killed", 60)
+            (held,) = held_by_disk(daemon.pids("decompress"))
+            time.sleep(0.5)  # it is looked at four times
+            said = daemon.log.read_text()
+            assert said.count(f"(pid {held}) has shown no sign of life") == 1
+            assert said.count("was killed and does not end") == 1
+            assert held_by_disk(daemon.pids("decompress")) == [held] and not reading.done()
+        assert reading.result() == tree.contents[NAMES[1]]
+        assert not is_running(held)
+        right(daemon, tree)
