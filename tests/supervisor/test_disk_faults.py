@@ -112,6 +112,14 @@ def test_disk_that_stands_still_keeps_nobody_who_reads_from_another_while_an_ima
             wait_until(lambda: not any(record.exists() for record in records), "the record to go", 60)
 
 
+def test_stop_waits_for_no_disk_that_stands_still_if_nothing_is_to_be_done_there(tree: Tree, tmp_path: Path) -> None:
+    make_ext4(tmp_path / "disk")
+    with mounted(tmp_path / "disk", tmp_path / "still", "rw"), daemon_on(tree, tmp_path / "still") as daemon:
+        wait_until(lambda: "chunks are in the cache" in daemon.log.read_text(), "the blob to be open", 60)
+        with standing_still(tmp_path / "still"):
+            daemon.stop()
+
+
 def test_worker_that_a_disk_holds_is_killed_once_and_keeps_its_job_until_it_is_gone(tree: Tree, tmp_path: Path) -> None:
     """Another one would wait for the same disk."""
     make_ext4(tmp_path / "disk")

@@ -79,8 +79,9 @@ def forget_deleted(path: Path) -> None:
     """
     try:
         if not path.exists():
-            record_path(path).unlink(missing_ok=True)
-            _temporary(path).unlink(missing_ok=True)
+            for left in (record_path(path), _temporary(path)):
+                if left.exists():  # to remove what is not there waits for a disk that stands still, too
+                    left.unlink(missing_ok=True)
     except OSError as e:
         log.warning("%s cannot be removed: %s", record_path(path), e.strerror)
 
