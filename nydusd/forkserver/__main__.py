@@ -50,6 +50,7 @@ from typing import Any, NamedTuple
 
 from nydusd import points
 from nydusd.forkserver.line import FDS_MAX, PACKET_MAX
+from nydusd.ipc import passed
 
 _PID = struct.Struct("=i")
 _FDS_END = 1 << 20
@@ -121,7 +122,7 @@ class _Server:
         """Until the line is closed: None. In a child at once: what that is to do."""
         while True:
             try:
-                packet, fds, _, _ = socket.recv_fds(self._line, PACKET_MAX, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+                packet, fds = passed.receive(self._line, PACKET_MAX, FDS_MAX)
             except ConnectionResetError:
                 # Killed before it had read our last answer. The kernel says so once, and then gives what it had sent
                 # before: that may be the last there is of the fds that we are to hold.

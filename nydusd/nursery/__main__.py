@@ -26,6 +26,7 @@ import sys
 import time
 from typing import NamedTuple
 
+from nydusd.ipc import passed
 from nydusd.nursery import place
 from nydusd.nursery.birth import FDS, Birth, be_born
 from nydusd.nursery.client import is_any_alive
@@ -178,7 +179,7 @@ class Nursery:
     def _request(self, wire: socket.socket) -> tuple[Birth | None, bool]:
         """What is to be born in the copy that we then are; and whether we are to end."""
         try:
-            body, fds, _, _ = socket.recv_fds(wire, _PACKET_MAX, FDS)
+            body, fds = passed.receive(wire, _PACKET_MAX, FDS)
         except OSError:
             return None, False
         try:

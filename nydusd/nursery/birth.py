@@ -22,6 +22,7 @@ from nydusd import priority
 from nydusd.forkserver.__main__ import main as be_fork_server
 from nydusd.forkserver.client import FOR_DAEMON, ForkServer
 from nydusd.forkserver.environment import environment
+from nydusd.ipc import passed
 from nydusd.ipc.spec import read_spec, write_spec
 from nydusd.nursery import place
 from nydusd.nursery.stand import NOTHING
@@ -85,7 +86,7 @@ def be_born(birth: Birth) -> int:
 
 def _be_fork_server(line: socket.socket) -> int:
     """A fork server as if it had been started by the daemon: in its environment, but for what may be secret."""
-    _, fds, _, _ = socket.recv_fds(line, 1, 1)
+    _, fds = passed.receive(line, 1, 1)
     if not fds:
         return 1
     os.environ.clear()

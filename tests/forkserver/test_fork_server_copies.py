@@ -140,6 +140,7 @@ def test_what_its_line_has_no_room_for_it_is_told_later_and_is_not_killed_for() 
         server.hold([before, stay])
         assert server.holders == [pid]
         os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: ") T " in Path(f"/proc/{pid}/stat").read_text(), "it is stopped")
         for _ in range(10_000):
             client = os.dup(one)
             server.hold([client])
@@ -265,6 +266,32 @@ def test_the_environment_for_another_daemon_is_in_no_child_and_makes_way_for_wha
         process.close()
         assert os.path.samestat(os.stat(f"/proc/{server.pid}/fd/{number}"), os.fstat(0))
         assert len(environments(server.pid)) == 1
+
+
+def inheritable(pid: int) -> list[str]:
+    """What a program that this process starts would have of its fds, but for stdio."""
+    found = []
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        (flags,) = [line.split()[1] for line in path.read_text().splitlines() if line.startswith("flags:")]
+        if int(path.name) > 2 and not int(flags, 8) & os.O_CLOEXEC:
+            found.append(os.readlink(f"/proc/{pid}/fd/{path.name}"))
+    return found
+
+
+def test_a_daemon_that_it_starts_would_inherit_nothing_of_what_it_was_given() -> None:
+    """Not the environment, which may have secrets; nor lines: whose other end would never learn that one is gone."""
+    reader, writer = os.pipe()
+    with open(reader, "rb"), open(writer, "wb"), fork_server() as server:
+        server.hold([reader])
+        server.guard(60.0)
+        for pid in wait_for_copy(server):
+            assert inheritable(pid) == []
+        os.kill(server.pid, signal.SIGKILL)
+        process, _ = spawn(server)
+        assert process.wait(10) == 0
+        process.close()
+        assert environments(server.pid)
+        assert inheritable(server.pid) == []
 
 
 def test_what_it_was_given_last_is_held_though_the_giver_died_before_it_had_read_an_answer() -> None:

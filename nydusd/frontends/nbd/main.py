@@ -17,7 +17,6 @@ import contextlib
 import logging
 import math
 import mmap
-import os
 import select
 import signal
 import socket
@@ -28,6 +27,7 @@ from nydusd.formats import open_bootstrap
 from nydusd.frontends.blobfs.device import RangeDevice
 from nydusd.frontends.fuse.main import map_bootstrap
 from nydusd.frontends.fuse.parking import Client
+from nydusd.ipc import passed
 from nydusd.ipc.inflight import open_row
 from nydusd.ipc.line import open_line
 from nydusd.ipc.messages import Json
@@ -106,7 +106,7 @@ class Server:
         """Those whom the supervisor has let in."""
         while True:
             try:
-                packet, fds, _, _ = socket.recv_fds(self._line, NUMBER.size, 3)
+                packet, fds = passed.receive(self._line, NUMBER.size, 3)
             except ConnectionResetError:
                 continue  # the kernel says so once, and then gives what was sent before
             except BlockingIOError:
@@ -116,8 +116,6 @@ class Server:
                     self._line_is_over = True
                     self._poll.unregister(self._line)
                 return
-            for fd in fds:
-                os.set_inheritable(fd, False)
             self.add(NUMBER.unpack(packet)[0], fds)
 
     def _serve(self, connection: Connection, events: int) -> None:
