@@ -364,8 +364,7 @@ class ForkServer:
         patience = _PATIENCE if len(self._servers) == 1 else _PATIENCE_WITH_COPY
         since, told = time.monotonic(), self.told if self.waits else DEAF
         try:
-            first.line.settimeout(patience if first.ready else _FIRST_PATIENCE)
-            socket.send_fds(first.line, [request], list(fds))
+            number = first.ask(request, fds, patience if first.ready else _FIRST_PATIENCE)
             while True:
                 if not told.wait(since, patience if first.ready else _FIRST_PATIENCE, first.line.fileno()):
                     return None
@@ -373,7 +372,7 @@ class ForkServer:
                 if not packet:
                     return None
                 answer: dict[str, Any] = json.loads(packet)
-                if not self._takes(first, answer):
+                if self._takes(first, answer) == number:
                     return answer
         except OSError:  # a time-out is one, too
             return None
@@ -385,8 +384,8 @@ class ForkServer:
             while packet := server.line.recv(PACKET_MAX):
                 self._takes(server, json.loads(packet))
 
-    def _takes(self, server: Server, answer: dict[str, Any]) -> bool:
-        """Whether that was none of a request that is waited for."""
+    def _takes(self, server: Server, answer: dict[str, Any]) -> int:
+        """The number of the request for a child that this is the answer to; 0: of none."""
         if "ready" in answer:
             server.ready = True
             priority.settle(server.process.pid)
@@ -407,5 +406,5 @@ class ForkServer:
                     copy.release(self._released)
                     copy.hold(self.held)
         else:
-            return False
-        return True
+            return server.answered()
+        return 0

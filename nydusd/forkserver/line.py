@@ -35,6 +35,8 @@ class Server:
         self.commit = commit
         self.ready = ready
         self.since = time.monotonic()
+        self._asked = self._answered = 0
+        """Requests for a child that are in its line, and answers that have come: it gives one to each, in their order."""
         self._holds_any = False
         self._late: dict[int, bool] = {}
         """By number, whether it is still to be told to hold what we have there, or to hold that no more.
@@ -51,6 +53,20 @@ class Server:
     def is_late(self) -> bool:
         """Whether `catch_up` has something to tell."""
         return bool(self._late)
+
+    def ask(self, request: bytes, fds: Sequence[int], seconds: float) -> int:
+        """Send a request, waiting so long for room in its line; gives its number. Raises OSError when it is not sent."""
+        self.line.settimeout(seconds)
+        socket.send_fds(self.line, [request], list(fds))
+        self._asked += 1
+        return self._asked
+
+    def answered(self) -> int:
+        """An answer has come: the number of the request that it is for, which may have been given up long ago; 0: for none."""
+        if self._answered == self._asked:
+            return 0
+        self._answered += 1
+        return self._answered
 
     def hold(self, fds: Sequence[int]) -> None:
         """Have it hold copies of these, under our numbers; they stay open until `release`."""

@@ -20,6 +20,7 @@ from nydusd.forkserver.line import PACKET_MAX
 from nydusd.forkserver.process import Process
 from nydusd.ipc.spec import write_spec
 from nydusd.supervisor.children import Child, reap_strays
+from nydusd.waits import DEAF, EndedError, Told
 from tests.forkserver.spawned import spawn, wait_for_copy
 from tests.killing.plan import Plan
 from tests.support.discipline import wait_until
@@ -213,6 +214,29 @@ def test_nobody_waits_for_one_that_is_loading_if_that_is_not_wanted() -> None:
         process, _ = spawn(server)
         assert process.wait(10) == 0
         process.close()
+
+
+class ToldToEnd(Told):
+    """Is told so while the answer of a fork server is waited for."""
+
+    def wait(self, since: float, seconds: float, fd: int = -1) -> bool:
+        raise EndedError("told to end")
+
+
+def test_the_answer_to_a_request_that_was_given_up_is_not_taken_for_that_to_the_next() -> None:
+    """It comes, whatever release the fork server is of."""
+    with fork_server() as server:
+        pid = server.pid
+        for _ in range(2):
+            server.told = ToldToEnd("test")
+            with pytest.raises(EndedError):
+                spawn(server, ("nothing_of_this_name",))
+            server.told = DEAF
+            for status in (3, 4):
+                process, _ = spawn(server, status=status)
+                assert process.wait(10) == status
+                process.close()
+        assert server.pid == pid
 
 
 def test_a_guardian_that_cannot_start_the_command_goes_on_trying(capfd: pytest.CaptureFixture[str]) -> None:
