@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import signal
 import socket
 import sys
 import time
@@ -20,10 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nydusd import priority
-from nydusd.forkserver.environment import environment
-from nydusd.forkserver.line import PACKET_MAX, Server
+from nydusd.forkserver.line import END_SECONDS, PACKET_MAX, Server
 from nydusd.forkserver.process import Process, let_begin, take_in_orphans
-from nydusd.version import GIT_COMMIT, commit_on_disk
+from nydusd.forkserver.start import start
+from nydusd.version import GIT_COMMIT
 from nydusd.waits import DEAF
 
 log = logging.getLogger(__name__)
@@ -32,6 +31,8 @@ _PATIENCE = 5.0
 """Seconds that a fork server may take to answer: it takes a few milliseconds."""
 _PATIENCE_WITH_COPY = 1.0
 """The same when another can be asked at once."""
+_MOMENT = 0.05
+"""The same before the loop of a daemon that serves goes on without an answer; twice as long after each time in vain."""
 _FIRST_PATIENCE = 20.0
 """The same for its first answer, before which it loads all that children need: 0.3 s, unless the machine is busy."""
 _INTERVAL = 0.1
@@ -39,20 +40,9 @@ _INTERVAL = 0.1
 _INTERVAL_NO_ROOM = 2.0
 """The same where there was no room for one."""
 
-FOR_DAEMON = (
-    "nydusd.frontends.fuse.__main__",
-    "nydusd.formats.rafs_v6",
-    "nydusd.ipc.client",
-    "workers.__main__",
-    "workers.fill",
-    "workers.prepare",
-    "workers.fetch",
-)
-"""What the children of any daemon need: loaded while the supervisor loads its own."""
-
 
 class LoadingError(OSError):
-    """There is a fork server, or will be, and it is not ready: ask again when it is."""
+    """There is a fork server, or will be, and it loads, or does not answer: ask again when one is `ready`."""
 
 
 class ForkServer:
@@ -85,7 +75,9 @@ class ForkServer:
         self._next_start = self._next_copy = self._next_try = 0.0
         """When the next one may be started, a copy asked for, or one told what is late, at the soonest."""
         self.waits = True
-        """Whether a child may wait for a fork server that is loading: else `spawn` raises LoadingError."""
+        """Whether `spawn` may wait for a fork server: else it raises LoadingError where none answers in a moment."""
+        self._moment = _MOMENT
+        """How long that is now."""
         self.told = DEAF
         """Whether we are told to end while a child waits for one: EndedError is raised then, and there is no child."""
         self.started: Callable[[], None] = lambda: None
@@ -120,35 +112,63 @@ class ForkServer:
     @property
     def ready(self) -> bool:
         """Whether a child is made in milliseconds: else it is waited for."""
-        return bool(self._servers) and self._servers[0].ready
+        return any(server.is_free for server in self._servers)
 
     def spawn(self, module: str, fds: Sequence[int], load: Sequence[str] = ()) -> Process:
         """Have a child run `module`, the first of `fds` being its spec's; it has these fds under the numbers that we have them.
 
         `load`: modules that the fork server is to have loaded before. Raises OSError when none does it, LoadingError when
-        none is ready and that is not waited for.
+        none does it now and that is not waited for.
         """
         take_in_orphans()
         request = json.dumps({"module": module, "fds": list(fds), "load": list(load)}).encode()
+        if not self.waits:
+            return self._spawn_soon(request, fds)
         for tries_left in (2, 1, 0):  # a fork server, its copy, and another
-            if not self.waits and not self.ready:
-                raise LoadingError(errno.EAGAIN, "the fork server is loading")
-            gate, key = os.pipe2(os.O_CLOEXEC)
-            try:
-                answer = self._ask(request, [*fds, gate])
-                if answer is not None and "pid" in answer:
-                    return let_begin(answer["pid"], key)
-                if answer is not None:
-                    if answer["errno"] != errno.EINTR or not tries_left:
-                        raise OSError(answer["errno"], answer["error"])
-                    # Who made the child was killed before it could tell. The child may be there, and ends with its gate.
-                    continue
-            finally:
-                os.close(gate)
-                os.close(key)
-            if tries_left:
-                self._renew()
+            server = next(
+                (server for server in self._servers if server.is_free), self._servers[0] if self._servers else None
+            )
+            if server is not None and (child := self._child_of(server, request, fds)) is not None:
+                return child
+            if tries_left and (server is None or server.owes_since < math.inf):
+                self._renew(server)
         raise OSError(errno.ETIMEDOUT, "the fork server does not answer")
+
+    def _spawn_soon(self, request: bytes, fds: Sequence[int]) -> Process:
+        """By whoever answers in a moment. Who does not is asked nothing more until it has, however long it takes: see `tend`.
+
+        The child that it makes then does not begin.
+        """
+        free = [server for server in self._servers if server.is_free]
+        for server in free:
+            since = time.monotonic()
+            if (child := self._child_of(server, request, fds)) is not None:
+                self._moment = max(_MOMENT, min(self._moment, 4 * (time.monotonic() - since)))
+                return child
+        if free:  # on a machine that is so slow it must become long enough
+            self._moment = min(2 * self._moment, _PATIENCE)
+        raise LoadingError(errno.EAGAIN, "no fork server answers now")
+
+    def _child_of(self, server: Server, request: bytes, fds: Sequence[int]) -> Process | None:
+        """A child that it makes; None if it does not say so in time. Raises OSError when it cannot make one."""
+        gate, key = os.pipe2(os.O_CLOEXEC)
+        try:
+            answer = self._ask(server, request, [*fds, gate])
+            if answer is None or answer.get("errno") == errno.EINTR:
+                # Hung, or killed before it could tell, it or who made the child. That may be there, and ends with its gate.
+                return None
+            if "pid" in answer:
+                return let_begin(answer["pid"], key)
+            raise OSError(answer["errno"], answer["error"])
+        finally:
+            os.close(gate)
+            os.close(key)
+
+    def _patience(self, server: Server) -> float:
+        """Seconds that it may take for an answer."""
+        if not server.ready:
+            return _FIRST_PATIENCE
+        return _PATIENCE if len(self._servers) == 1 else _PATIENCE_WITH_COPY
 
     def hold(self, fds: Sequence[int]) -> None:
         """Have it hold copies of these fds, under our numbers, for a supervisor to come; each one that takes its place, too."""
@@ -197,14 +217,15 @@ class ForkServer:
         if not self._servers:
             return self._next_start
         late = self._next_try if any(server.is_late for server in self._servers) else math.inf
+        late = min(late, *(server.owes_since + self._patience(server) for server in self._servers))
         if not self._servers[0].ready:
             return min(late, self._servers[0].since + _FIRST_PATIENCE)
         return min(late, self._next_copy if self._unguarded or self._wants_copy else math.inf)
 
     def tend(self) -> bool:
-        """Replace those that have ended, have a copy made; whether there are others now. Does not wait for anybody.
+        """Replace those that have ended, or are silent for too long, have a copy made; whether there are others now.
 
-        What there is no room for is tried again.
+        Does not wait for anybody. What there is no room for is tried again.
         """
         before = self.pids
         try:
@@ -226,8 +247,11 @@ class ForkServer:
                 server.catch_up()
                 if server.holds:
                     self.started()
-        if self._servers and not self._servers[0].ready and now - self._servers[0].since > _FIRST_PATIENCE:
-            self._drop(self._servers[0])
+        for server in list(self._servers):
+            loads = not server.ready and server is self._servers[0]
+            if now > (server.since + _FIRST_PATIENCE if loads else server.owes_since + self._patience(server)):
+                log.warning("the fork server (pid %d) hangs", server.process.pid)
+                self._drop(server, _MOMENT)
         if not self._servers:
             if now >= self._next_start:
                 self._start()
@@ -275,48 +299,33 @@ class ForkServer:
             self._copying.close()
             self._copying = None
 
-    def _drop(self, server: Server) -> None:
-        """Without it: its copy takes its place, if there is one."""
+    def _drop(self, server: Server, seconds: float = END_SECONDS) -> None:
+        """Without it: its copy takes its place, if there is one. Its end is waited for so long."""
         first = server is self._servers[0]
         self._servers.remove(server)
         if not server.ready and (server.process.poll() or 0) > 0:  # it has failed, and was not killed
             self._interval = min(2 * self._interval, _INTERVAL_NO_ROOM)
             self._next_start = time.monotonic() + self._interval
-        server.close()
+        server.close(seconds)
         if first:
             if self._copying is not None:
                 self._copying.close()
                 self._copying = None
             self._have_guarded()
 
-    def _renew(self) -> None:
-        """Without the one that is asked: another is, or is started."""
-        if self._servers:
-            log.warning("the fork server (pid %d) is gone or hangs", self.pid)
-            self._drop(self._servers[0])
+    def _renew(self, server: Server | None) -> None:
+        """Without the one that was asked: another is, or is started."""
+        if server is not None:
+            log.warning("the fork server (pid %d) is gone or hangs", server.process.pid)
+            self._drop(server)
         if not self._servers:
             self._start()
 
     def _start(self) -> None:
         self._next_start = time.monotonic() + _INTERVAL
-        commit = commit_on_disk()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            os.set_inheritable(theirs.fileno(), True)
-            try:
-                pid = os.posix_spawn(
-                    sys.executable,
-                    [sys.executable, "-P", "-m", "nydusd.forkserver", str(theirs.fileno()), *FOR_DAEMON],
-                    environment(secrets=False),
-                    file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
-                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
-                )
-            except OSError:
-                ours.close()
-                raise
+        server = start()
         if not self.waits:  # while a daemon serves: until it is ready, no front end that was killed is started again
-            priority.hasten(pid)
-        server = Server(ours, pid, commit, ready=False)
+            priority.hasten(server.process.pid)
         self._servers.append(server)
         self._redirect(server)
         self.started()
@@ -356,24 +365,19 @@ class ForkServer:
                 self._copying.close()
                 self._copying = None
 
-    def _ask(self, request: bytes, fds: Sequence[int]) -> dict[str, Any] | None:
-        """The answer; None if there is none."""
-        if not self._servers:
-            return None
-        first = self._servers[0]
-        patience = _PATIENCE if len(self._servers) == 1 else _PATIENCE_WITH_COPY
+    def _ask(self, server: Server, request: bytes, fds: Sequence[int]) -> dict[str, Any] | None:
+        """Its answer; None if there is none in time."""
         since, told = time.monotonic(), self.told if self.waits else DEAF
         try:
-            number = first.ask(request, fds, patience if first.ready else _FIRST_PATIENCE)
-            while True:
-                if not told.wait(since, patience if first.ready else _FIRST_PATIENCE, first.line.fileno()):
-                    return None
-                packet = first.line.recv(PACKET_MAX)
+            number = server.ask(request, fds, self._patience(server) if self.waits else 0)
+            while told.wait(since, self._patience(server) if self.waits else self._moment, server.line.fileno()):
+                packet = server.line.recv(PACKET_MAX)
                 if not packet:
                     return None
                 answer: dict[str, Any] = json.loads(packet)
-                if self._takes(first, answer) == number:
+                if self._takes(server, answer) == number:
                     return answer
+            return None
         except OSError:  # a time-out is one, too
             return None
 

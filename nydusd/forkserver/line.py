@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import socket
 import time
@@ -22,7 +23,7 @@ from nydusd.forkserver.process import Process
 
 PACKET_MAX = 64 * 1024
 FDS_MAX = 253
-_END_SECONDS = 5.0
+END_SECONDS = 5.0
 """How long a killed process may take to vanish."""
 
 
@@ -37,6 +38,9 @@ class Server:
         self.since = time.monotonic()
         self._asked = self._answered = 0
         """Requests for a child that are in its line, and answers that have come: it gives one to each, in their order."""
+        self._is_stuck = False
+        """The last one did not go into its line: that is full, or it is gone."""
+        self._owes_since = 0.0
         self._holds_any = False
         self._late: dict[int, bool] = {}
         """By number, whether it is still to be told to hold what we have there, or to hold that no more.
@@ -54,10 +58,24 @@ class Server:
         """Whether `catch_up` has something to tell."""
         return bool(self._late)
 
+    @property
+    def owes_since(self) -> float:
+        """Since when it has not answered a request, or taken one (`time.monotonic()`); infinite: there is none."""
+        return self._owes_since if self._is_stuck or self._answered < self._asked else math.inf
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a child that is asked for is made in milliseconds: it has loaded, and has done what it was asked."""
+        return self.ready and self.owes_since == math.inf
+
     def ask(self, request: bytes, fds: Sequence[int], seconds: float) -> int:
         """Send a request, waiting so long for room in its line; gives its number. Raises OSError when it is not sent."""
+        if self.owes_since == math.inf:
+            self._owes_since = time.monotonic()
+        self._is_stuck = True
         self.line.settimeout(seconds)
         socket.send_fds(self.line, [request], list(fds))
+        self._is_stuck = False
         self._asked += 1
         return self._asked
 
@@ -66,6 +84,7 @@ class Server:
         if self._answered == self._asked:
             return 0
         self._answered += 1
+        self._owes_since = time.monotonic()
         return self._answered
 
     def hold(self, fds: Sequence[int]) -> None:
@@ -95,12 +114,13 @@ class Server:
         with contextlib.suppress(OSError):
             self.line.settimeout(0)
             socket.send_fds(self.line, [json.dumps(request).encode()], list(fds))
+            self._is_stuck = False
             return True
         return False
 
-    def close(self) -> None:
-        """End it. Its children stay."""
+    def close(self, seconds: float = END_SECONDS) -> None:
+        """End it, waiting so long until it has vanished. Its children stay."""
         self.line.close()
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait(_END_SECONDS)
+        self.process.wait(seconds)
         self.process.close()

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from nydusd import priority
 from nydusd.forkserver.__main__ import main as be_fork_server
-from nydusd.forkserver.client import FOR_DAEMON, ForkServer
+from nydusd.forkserver.client import ForkServer
 from nydusd.forkserver.environment import environment
+from nydusd.forkserver.start import FOR_DAEMON
 from nydusd.ipc import passed
 from nydusd.ipc.spec import read_spec, write_spec
 from nydusd.nursery import place

@@ -18,8 +18,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from nydusd.forkserver.client import FOR_DAEMON
 from nydusd.forkserver.environment import environment
+from nydusd.forkserver.start import FOR_DAEMON
 
 _LOADED = (
     *FOR_DAEMON,

@@ -26,6 +26,12 @@ if spec.get("wait"):
 sys.exit(spec.get("status", 0))
 """
 """What is run by the module `child`, which a fixture writes."""
+LEAVES = """
+import sys
+from nydusd.ipc.spec import read_spec
+sys.exit(read_spec(sys.argv[1:])["status"])
+"""
+"""And by `leaves`."""
 
 
 def spawn(server: ForkServer, load: tuple[str, ...] = (), **spec: object) -> tuple[Process, dict[str, object]]:
@@ -39,6 +45,15 @@ def spawn(server: ForkServer, load: tuple[str, ...] = (), **spec: object) -> tup
             os.close(spec_fd)
             os.close(writer)
         return process, json.loads(f.read())
+
+
+def spawn_leaving(server: ForkServer, status: int) -> Process:
+    """A child that ends with this status. Whoever else was asked for it, and is stopped, has nothing that is missed."""
+    spec_fd = write_spec({"status": status})
+    try:
+        return server.spawn("leaves", [spec_fd])
+    finally:
+        os.close(spec_fd)
 
 
 def wait_for_copy(server: ForkServer) -> list[int]:

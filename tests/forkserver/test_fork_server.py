@@ -105,7 +105,7 @@ def test_a_child_that_nobody_knows_of_does_not_begin(tmp_path: Path) -> None:
             gate, key = os.pipe2(os.O_CLOEXEC)
             spec_fd = write_spec({})
             request = json.dumps({"module": "marking", "fds": [spec_fd], "load": []}).encode()
-            answer = server._ask(request, [spec_fd, gate])
+            answer = server._ask(first, request, [spec_fd, gate])
             assert answer is not None
             process = Process(answer["pid"])
             if begins:
