@@ -1,0 +1,42 @@
+"""Fork servers that are stopped while a daemon serves: real daemons."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, not_started, read_direct, wrong
+from tests.support import oracle
+from tests.support.discipline import wait_until
+
+TRUTH = oracle.truth(IMAGE.name)
+PATIENT = """
+import sys
+from nydusd.forkserver import client
+client._PATIENCE = client._PATIENCE_WITH_COPY = 600.0
+from nydusd.cli.nydusd import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""A `nydusd` that ends no fork server for being silent: who waits for one waits longer than a test may take."""
+
+
+def test_readers_are_served_while_all_fork_servers_are_stopped_and_a_worker_is_missing(tmp_path: Path) -> None:
+    config = config_for(IMAGE, tmp_path / "cache", amplify_io=0, nydusd={"decompress_workers": 2})
+    with not_started(IMAGE.bootstrap, IMAGE.blobs, tmp_path / "cache", config) as daemon:
+        daemon.command = [sys.executable, "-c", PATIENT, *daemon.command[3:]]
+        daemon.start()
+        wait_until(lambda: len(daemon.pids("fork server")) == 2, "a fork server and its copy", 60)
+        servers, (killed, *_) = daemon.pids("fork server"), daemon.pids("decompress")
+        for pid in servers:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: "starting it again" in daemon.log.read_text(), "its death to be known", 60)
+        assert read_direct(daemon.mountpoint / ONE_CHUNK) == TRUTH[ONE_CHUNK.encode()]
+        assert len(daemon.pids("decompress")) == 1
+        for pid in servers:
+            os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: len(daemon.pids("decompress")) == 2, "another worker", 60)
+        assert daemon.pids("fork server") == servers
+        assert wrong(daemon) == []
