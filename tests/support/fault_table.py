@@ -134,7 +134,9 @@ SEEN = [
         f"{_FAULTS}test_the_deadline_of_the_reader_ends_everything",
     ),
     Seen(
-        "`retry_limit` is ignored", "it is the number of retries", f"{_FAULTS}test_the_number_of_retries_is_configured"
+        "`retry_limit` is ignored",
+        "it is the number of retries; 0, the default, means 3",
+        f"{_FAULTS}test_the_number_of_retries_is_configured",
     ),
     Seen(
         "metadata that failed to download: every later read EINVAL until remount",
