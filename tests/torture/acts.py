@@ -69,8 +69,9 @@ class Round:
         """A pause, and one act of those that fit: whether something has to be loaded anew by it."""
         self._acts += 1
         self.choose = random.Random(f"{self._seed}/{self._acts}")
-        pause = self.choose.random() ** 2 / 2
-        kind = self.choose.choice([kind for kind, (_, fits) in ACTS.items() if fits(self)])
+        pause = self.choose.random() ** 2 / 3
+        kinds = [kind for kind, (_, fits) in ACTS.items() if fits(self)]
+        kind = self.choose.choice([*kinds, *_OFTEN])
         if isinstance(self.daemon, CopiedDaemon):
             self.daemon.choose = self.choose
         time.sleep(pause)
@@ -333,6 +334,8 @@ ACTS: dict[str, tuple[Callable[[Round], None], Callable[[Round], bool]]] = {
     "upgraded": (upgraded, lambda this: this.keeper is not None),
 }
 """By its name each kind of act, and in which rounds it may be."""
+_OFTEN = ("workers upgraded",)
+"""Acts that are done twice as often: half of the upgrades are disturbed, and 50 are wanted to come to their end."""
 _LOADED_ANEW = (
     "fork server and its copy",
     "supervisor",
