@@ -129,14 +129,14 @@ class ApiServer:
                 self._accept(key.data)
             elif key.fd == self._lifeline_fd and not os.read(self._lifeline_fd, 4096):
                 self._begin_end()
-        # Always, whatever woke us: ZeroMQ's fd signals only a change, and sending may swallow one.
-        self._take_replies()
         for client in list(self._ready):
             del self._ready[client]
             self._advance(client)
         for client in list(self._unread):
             self._serve(client, selectors.EVENT_READ)
         self._expire(time.monotonic())
+        # Always, whatever woke us, and last of all: ZeroMQ's fd signals only a change, and sending may swallow one.
+        self._take_replies()
 
     def _timeout(self) -> float | None:
         if self._ready:
@@ -256,6 +256,7 @@ class ApiServer:
         self._questions[self._number] = _Question(client, call, until)
 
     def _take_replies(self) -> None:
+        """Until there is none: what is asked while they are taken may hide that another has come."""
         while True:
             try:
                 frames = self._supervisor.recv_multipart(zmq.NOBLOCK)

@@ -44,7 +44,11 @@ class FileCounters:
         self._name = name
         self._full = False
         size = os.fstat(self._shm.fd).st_size
-        self._map(max(size // 8 // WORDS, _FIRST_ROWS))
+        try:
+            self._map(max(size // 8 // WORDS, _FIRST_ROWS))
+        except CacheError:
+            self._shm.close_fd()
+            raise
         words = self._words
         self._rows = {words[row * WORDS + INO]: row * WORDS for row in range(1, words[0] + 1)}
 

@@ -68,13 +68,13 @@ class Trace:
         data = b"".join(RECORD.pack(now, ino & (1 << 64) - 1, *run, flags) for run in runs)
         try:
             # Opened anew each time: an image has few first reads, and a daemon may have hundreds of images.
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             try:
                 os.write(fd, data)
                 end = os.lseek(fd, 0, os.SEEK_CUR)
             finally:
                 os.close(fd)
-        except OSError:  # a full /run costs the trace, not the read
+        except OSError:  # a full /run costs the trace, not the read; and there is none any more of what was unmounted
             end = MAX_BYTES
         self._full = end >= MAX_BYTES or len(self._seen) >= _MAX_SEEN
 

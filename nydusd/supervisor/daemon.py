@@ -92,8 +92,8 @@ class Supervisor:
         """Those that a killed supervisor had mounted, and that are not known again yet."""
         self._restoring = False
         """Whether a takeover is under way: until all of those are known."""
-        self._put_off: list[Callable[[list[bytes]], None]] = []
-        """What the API has asked for and is answered when all are known."""
+        self._put_off: list[tuple[float, Callable[[list[bytes]], None]]] = []
+        """What the API has asked for and is answered when all are known, and until when who asked waits."""
         self.errors = control_ops.ErrorRing()
         self.settings: dict[str, dict[str, str]] = {}
         """What was set by the API at run time, by the id that it was set for."""
@@ -271,7 +271,7 @@ class Supervisor:
         """What the API was asked for meanwhile, in its order."""
         self._restoring = False
         waiting, self._put_off = self._put_off, []
-        for again in waiting:
+        for _, again in waiting:
             guarded(again, [b"api"])
 
     # --- what is asked of a daemon ----------------------------------------------------------------------------
@@ -300,7 +300,9 @@ class Supervisor:
     def control(self, request: Json, answer: Callable[[Json], object]) -> None:
         """What the API process asks for. What may concern an image that is not known again yet waits until all are."""
         if (self.coming or self._restoring) and request.get("op") not in ANY_TIME:
-            self._put_off.append(lambda _: self.control(request, answer))
+            now = time.monotonic()
+            self._put_off = [(until, again) for until, again in self._put_off if until >= now]
+            self._put_off.append((request.get("until", math.inf), lambda _: self.control(request, answer)))
             return
         if time.monotonic() > request.get("until", math.inf):
             return  # who asked has been told that it is not done

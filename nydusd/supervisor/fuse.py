@@ -214,6 +214,7 @@ class FuseDaemon(Supervisor):
         for child in [*places["fuse"][:1], fetch, decompress, *places["fuse"][1:]]:
             self._family.add(child)
         restore.serve()
+        self.engine.router.checkpoints.resume()
         if self.handover.waited:
             return
         self.fork_server.waits = False

@@ -61,8 +61,14 @@ class ImageMemory:
         new.trace = self._trace()
 
     def _trace(self) -> str:
-        """A place for an image's trace of first reads, of its own: the next image there begins anew."""
-        return str(self._folder / f"trace.{next(self._serial)}")
+        """An empty file for an image's trace of first reads, of its own: the next image there begins anew.
+
+        Made here: a front end that is asked still when the image is unmounted must not make another after it was removed.
+        """
+        path = str(self._folder / f"trace.{next(self._serial)}")
+        with contextlib.suppress(OSError):  # a full /run costs the trace
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        return path
 
     def take(self, image: Image) -> None:
         """Remove what an image has; what was passed on and is another's now stays."""

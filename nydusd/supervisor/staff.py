@@ -147,6 +147,7 @@ class Staff:
             elif now >= child.leave_by:
                 log.warning("%s is to leave and has not done its job; killing it", child.name)
                 child.send(signal.SIGKILL)
+                child.leave_by = now + _PATIENCE  # it may wait for a disk, and end when that answers
             elif not self.pools[child.role].is_busy(child.identity):
                 child.send(signal.SIGTERM)
                 points.reach("scale: one is told to end")

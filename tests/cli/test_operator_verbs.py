@@ -230,6 +230,7 @@ class TestTrace:
                 ino = boot.lookup(ino, name)
             assert ino is not None
             inodes.append(ino)
+        (tmp_path / "t").touch()
         writer = Trace(str(tmp_path / "t"))
         for ino, missed in ((inodes[0], True), (inodes[1], False), (1 << 40, False)):
             writer.note(ino, boot.extents(inodes[0], 0, 10), missed)

@@ -16,13 +16,20 @@ def vec(*chunks: int, blob: int = 0) -> list[Extent]:
     return [Extent(blob, chunk, 0, 0, 10, 10) for chunk in chunks]
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """An empty trace, as a supervisor makes it."""
+    path = tmp_path / "t"
+    path.touch()
+    return path
+
+
 def noted(path: Path) -> list[Sequence[int]]:
     """(inode, blob, chunk, chunks, flags) of each record."""
     return [read[1:] for read in read_trace(str(path))]
 
 
-def test_each_file_and_each_chunk_is_noted_once(tmp_path: Path) -> None:
-    path = tmp_path / "t"
+def test_each_file_and_each_chunk_is_noted_once(path: Path) -> None:
     front_end = Trace(str(path))
     front_end.note(7, vec(3), True)
     front_end.note(7, vec(3), False)
@@ -33,14 +40,12 @@ def test_each_file_and_each_chunk_is_noted_once(tmp_path: Path) -> None:
     assert noted(path) == [(7, 0, 3, 1, MISSED), (8, 0, 3, 1, 0), (7, 0, 3, 3, 0)]
 
 
-def test_runs_of_chunks_are_one_record_each(tmp_path: Path) -> None:
-    path = tmp_path / "t"
+def test_runs_of_chunks_are_one_record_each(path: Path) -> None:
     Trace(str(path)).note(7, [*vec(1, 2, 2, 9), *vec(10, blob=1)], False)
     assert noted(path) == [(7, 0, 1, 2, 0), (7, 0, 9, 1, 0), (7, 1, 10, 1, 0)]
 
 
-def test_order_of_several_front_ends_is_that_of_time(tmp_path: Path) -> None:
-    path = tmp_path / "t"
+def test_order_of_several_front_ends_is_that_of_time(path: Path) -> None:
     one, two = Trace(str(path)), Trace(str(path))
     for ino in range(2, 40, 2):
         one.note(ino, vec(ino), False)
@@ -50,9 +55,8 @@ def test_order_of_several_front_ends_is_that_of_time(tmp_path: Path) -> None:
     assert times == sorted(times)
 
 
-def test_trace_ends_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trace_ends_at_its_limit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "MAX_BYTES", 10 * RECORD.size)
-    path = tmp_path / "t"
     front_end = Trace(str(path))
     for ino in range(100):
         front_end.note(ino, vec(ino), False)
@@ -61,9 +65,9 @@ def test_trace_ends_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(noted(path)) == 11
 
 
-def test_memory_of_a_front_end_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_front_end_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "_MAX_SEEN", 50)
-    front_end = Trace(str(tmp_path / "t"))
+    front_end = Trace(str(path))
     for ino in range(100):
         front_end.note(ino, vec(ino), False)
     assert len(front_end._seen) == 50
@@ -76,8 +80,15 @@ def test_place_that_cannot_be_written_costs_the_trace_and_nothing_else(tmp_path:
     assert not (tmp_path / "gone").exists()
 
 
-def test_cut_off_end_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "t"
+def test_trace_of_an_image_that_was_unmounted_is_not_made_again(path: Path) -> None:
+    front_end = Trace(str(path))
+    front_end.note(1, vec(1), False)
+    path.unlink()
+    front_end.note(2, vec(2), False)
+    assert not path.exists()
+
+
+def test_cut_off_end_is_left_out(path: Path) -> None:
     Trace(str(path)).note(7, [*vec(1), *vec(5)], False)
     path.write_bytes(path.read_bytes()[:-5])
     assert noted(path) == [(7, 0, 1, 1, 0)]

@@ -70,7 +70,7 @@ class Successor(FuseDaemon):
         self._status = cast(Any, SimpleNamespace(ready=order.of("READY")))
         staff = SimpleNamespace(recount=order.of("others one a turn"))
         pool = SimpleNamespace(job_of=lambda _: 0 if order.done.count("turn") < 3 else None)
-        router = SimpleNamespace(checkpoints=SimpleNamespace(resume=lambda: None))
+        router = SimpleNamespace(checkpoints=SimpleNamespace(resume=order.of("syncs begun again")))
         self._engine = cast(Any, SimpleNamespace(pools=dict.fromkeys(WORKERS, pool), staff=staff, router=router))
         self._order = order
 
@@ -115,10 +115,10 @@ def test_who_waits_for_a_miss_is_served_before_the_api_ready_other_workers_and_t
     monkeypatch.setattr(client, "start_if_useful", order.of("nursery"))
     assert main._run(successor) == 0
     assert order.done == [
-        *("fuse 1", "fetch 0", "decompress 0", "fuse 2", "blobs opened"),
+        *("fuse 1", "fetch 0", "decompress 0", "fuse 2", "blobs opened", "syncs begun again"),
         *([] if waited else ["turn"] * 3),  # where the API is asked already, it is told first what we are
         *("API", "others one a turn", "store", "READY"),
-        *("one known", "all known", "blobs opened", "others one a turn"),
+        *("one known", "all known", "blobs opened", "syncs begun again", "others one a turn"),
         *("turn", "nursery", "turn", "report", "stop"),
     ]
     assert successor.state == "RUNNING"

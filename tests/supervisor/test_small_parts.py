@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -9,26 +10,35 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import pytest
 
 from nydusd import priority
+from nydusd.errors import CacheError
+from nydusd.ipc.file_counters import FileCounters
 from nydusd.storage.cache.manager import segments_in
 from nydusd.storage.state.segment import inode_of, names, remove
 from nydusd.supervisor import handover
 from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.supervisor.children import Child
+from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.engine import Engine
+from nydusd.supervisor.staff import Staff
 from nydusd.supervisor.strays import remove_strays
 from tests.support.discipline import wait_until
 from tests.support.segments import die_at, in_child, join, make_segment
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nydusd.forkserver.process import Process
+    from nydusd.supervisor.family import Family
     from nydusd.supervisor.images import Image
+    from nydusd.supervisor.pool import WorkerPool
 
 
 @pytest.mark.parametrize("content", [{}, {"a": [1]}])
@@ -144,6 +154,47 @@ def test_what_killed_workers_have_left_of_segments_in_use_is_removed_and_nothing
     finally:
         for name in names(prefix[1:]):
             remove(name)
+
+
+def test_counters_for_which_there_is_no_room_leave_no_file_descriptor_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"/nydusd.full{os.getpid()}.files.1.0"
+
+    def full(*_: int) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CacheError, match="No space left"):
+        FileCounters(name)
+    remove(name)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_worker_that_is_to_leave_and_waits_for_a_disk_is_killed_once_in_a_while() -> None:
+    signals: list[int] = []
+    child = Child("fetch", 0, "workers")
+    child.process = cast("Process", SimpleNamespace(send_signal=signals.append))
+    child.leave_by = 100.0
+    pools = {"fetch": SimpleNamespace(is_busy=lambda _: True)}
+    staff = object.__new__(Staff)
+    staff.family = cast("Family", SimpleNamespace(children=[child]))
+    staff.pools = cast("Mapping[str, WorkerPool]", pools)
+    staff._upgrade, staff._changing = None, set()
+    for now in (99.0, 100.0, 100.1, 101.0, 110.0):
+        staff.step(now)
+    assert signals == [signal.SIGKILL]
+    staff.step(150.0)
+    assert signals == [signal.SIGKILL] * 2
+
+
+def test_what_was_put_off_and_nobody_waits_for_any_more_is_not_kept() -> None:
+    daemon = object.__new__(Supervisor)
+    daemon.coming, daemon._restoring, daemon._put_off = {}, True, []
+    asked: list[object] = []
+    for number in range(100):
+        daemon.control({"op": "mount", "until": time.monotonic() - 1, "number": number}, asked.append)
+    daemon.control({"op": "mount", "until": time.monotonic() + 60, "number": 100}, asked.append)
+    assert len(daemon._put_off) == 1
 
 
 def test_a_stop_wakes_a_worker_to_store_what_is_cached_where_all_rest_but_one_that_leaves() -> None:
