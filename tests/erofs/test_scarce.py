@@ -6,18 +6,23 @@ A socket pair takes the place of the fanotify group.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import struct
+import subprocess
+import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from nydusd.errors import MountError, ScarceError
-from nydusd.frontends.erofs import left, loop
+from nydusd.errors import MountError, NydusError, ScarceError
+from nydusd.frontends.erofs import left, loop, table
 from nydusd.frontends.erofs.device import Blob
+from nydusd.frontends.erofs.fanotify import open_group
 from nydusd.frontends.erofs.journal import Journal, create
 from nydusd.frontends.erofs.known import Known
 from nydusd.frontends.erofs.session import Fds
@@ -25,6 +30,7 @@ from nydusd.frontends.erofs.table import File, Table
 from nydusd.ipc.client import Reply
 from nydusd.ipc.messages import SlotRef
 from nydusd.storage.api.io import ChunkRun
+from nydusd.storage.state.lock import start_time
 from tests.support.scarce import no_fd_left
 
 EVENT = struct.Struct("=IBBHQii BBHIQQ")
@@ -128,6 +134,63 @@ def test_holders_of_which_it_cannot_be_told_whether_they_live_are_not_taken_for_
     with no_fd_left(os.getpid()), pytest.raises(MountError, match="start time of pid"):
         left.write(path, [os.getpid()], Fds(0, 1, 2), 4)
     assert path.read_bytes() == noted
+
+
+HOLDER = """
+import os, sys
+from setproctitle import setproctitle
+setproctitle(sys.argv[1])
+print("there", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holding(fds: Fds, title: str) -> Iterator[int]:
+    """A process of that title which has them: its pid."""
+    command = [sys.executable, "-c", HOLDER, title]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=fds) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"there\n"
+        yield process.pid
+        process.kill()
+
+
+@pytest.fixture
+def mounted() -> Iterator[Fds]:
+    fds = Fds(open_group(), create(), table.create())
+    yield fds
+    fds.close()
+
+
+def test_who_holds_what_is_mounted_and_is_not_noted_is_found_unless_that_cannot_be_told(
+    tmp_path: Path, mounted: Fds
+) -> None:
+    path = tmp_path / "left.json"
+    with holding(mounted, "nydusd: erofs 0") as copy:
+        left.write(path, [], mounted, 3)
+        for spare in range(4):
+            with no_fd_left(os.getpid(), spare), pytest.raises(NydusError):
+                left.take(path)
+        found = left.take(path)
+        assert found is not None and found.generation == 4
+        assert [(holder.pid, holder.start) for holder in found.noted] == [(copy, start_time(copy))]
+        assert [os.fstat(fd) for fd in found.fds] == [os.fstat(fd) for fd in mounted]
+        found.fds.close()
+        left.let_be(found.holders)
+    assert left.take(path) is None, "it has ended"
+
+
+def test_who_holds_another_journal_or_has_let_go_of_ours_is_not_found(tmp_path: Path, mounted: Fds) -> None:
+    path = tmp_path / "left.json"
+    others = Fds(mounted.group, create(), mounted.table)
+    with holding(others, "nydusd: guard"), holding(mounted, "nydusd: supervisor"):
+        left.write(path, [], mounted, 3)
+        assert left.take(path) is None
+        left.write(path, [], others, 3)
+        boot = json.loads(path.read_text())["journal"][0]
+        path.write_text(path.read_text().replace(boot, "0" * len(boot)).replace('"check"', '"unchecked"'))
+        assert left.take(path) is None, "a number of before the machine was started"
+    os.close(others.journal)
 
 
 @pytest.mark.parametrize("inherited", [False, True])

@@ -143,6 +143,42 @@ def test_a_guard_is_ended_with_what_it_has_started_at_that_moment() -> None:
         wait_until(lambda: not is_running(copy), "its end", 60)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_the_next_daemon_takes_over_from_the_copy_of_a_guard_that_was_killed(
+    tree: Tree, hub: Hub, tmp_path: Path, expect_log: Expect, again: bool
+) -> None:
+    """Also one that comes after a takeover which was killed in the middle."""
+    expect_log("a read failed: .*nobody has fetched it in time")
+    plan = Plan(tmp_path / "plan")
+    held = Held(tree, hub, read_deadline=1.0)
+    daemon = held.daemon
+    daemon._environment |= plan.environment
+    with held.mounted:
+        held.right(held.read(NAMES[0]), NAMES[0])
+        device = os.stat(daemon.mountpoint).st_dev
+        kept = os.open(daemon.mountpoint / NAMES[1], os.O_RDONLY)
+        guard, front_end = held.one("guard"), held.one("erofs")
+        daemon.kill_supervisor()
+        os.kill(front_end, signal.SIGKILL)
+        with pytest.raises(OSError):
+            os.pread(kept, CHUNK, 0)  # until the guard has one that refuses it
+        (copy,) = own("erofs")
+        os.kill(guard, signal.SIGKILL)
+        wait_until(lambda: not is_running(guard), "the end of the guard", 60)
+        if again:
+            plan.begin("takeover: before the holders of the former end", 1)
+            daemon.launch()
+            wait_until(daemon.has_ended, "the end of the second supervisor", 60)
+            assert plan.end()[0]
+            daemon.forget()
+            assert is_running(copy)
+        daemon.start()
+        wait_until(lambda: len(own("erofs")) == 1 and len(own("guard")) == 1, "the end of the others", 60)
+        assert not is_running(copy) and os.stat(daemon.mountpoint).st_dev == device
+        assert os.pread(kept, CHUNK, 0) == tree.contents[NAMES[1]]
+        os.close(kept)
+
+
 def is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
 

@@ -143,7 +143,7 @@ def test_record_of_a_supervisor_is_read_as_it_was_written_or_not_at_all(content:
 
 def test_note_of_what_the_kernel_has_mounted_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "left.json"
-    left.write(path, [], Fds(5, 6, 7), 3, [("/mnt", "0:40")])
+    left.write(path, [], Fds(0, 1, 2), 3, [("/mnt", "0:40")])
     good = path.read_bytes()
     for at in range(len(good)):
         for bad in list(damages(good, at))[:: 1 + at % 8][:2]:

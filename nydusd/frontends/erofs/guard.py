@@ -8,8 +8,8 @@ for `patience` seconds, a copy of the guard becomes a front end: what is cached 
 on, whatever becomes of that one, and starts another when it ends. It ends when no file system is left, and clears away what
 the daemon has left (`ending.py`).
 
-What holds after SIGKILL: the copy serves on and holds the same; it clears away then. Whoever ends a guard so as to take its
-place ends its copy with it: they are a process group (`left.end`).
+What holds after SIGKILL: the copy serves on and holds the same; it clears away then. The next daemon finds it by what it holds
+(`left.take`). Whoever ends a guard so as to take its place ends its copy with it: they are a process group (`left.end`).
 
 The spec: `group`, `journal`, `table` (fds), `left` (path of the file that names us), `patience` (seconds), `supervisor` (its
 pid), and `successor`: the spec of the front end that its copy may become.

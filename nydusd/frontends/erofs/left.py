@@ -3,6 +3,10 @@
 A file beside the run-time folder names who holds its fds, guard and front end, by pid and start time, and the numbers of the
 fds. Written by the supervisor before a mount is seen and whenever it started one of them, removed once no file system is left.
 While one supervisor takes over from another, it names the holders of both: whoever is killed, the next one finds all.
+
+It names the journal, too. Where none of those lives who are noted, the copy of a guard may, which serves alone: it is found as
+a process of ours that holds this journal. The guard notes nothing of it: so only supervisors write the file, one at a time,
+and it is found also if it was started a moment ago, or the disk is full.
 """
 
 from __future__ import annotations
@@ -11,10 +15,11 @@ import contextlib
 import json
 import logging
 import os
+import select
 import signal
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +28,7 @@ from nydusd.errors import CacheError, MountError, cache_error, is_scarce
 from nydusd.frontends.fuse.session import resolve_mountpoint
 from nydusd.ipc.borrow import copy_of, memories_of
 from nydusd.storage.state.lock import is_there, start_time
+from nydusd.storage.state.segment import boot_id
 from nydusd.waits import Told
 
 from .session import Fds, top_mount
@@ -30,6 +36,11 @@ from .session import Fds, top_mount
 log = logging.getLogger(__name__)
 
 _END_SECONDS = 5.0
+_NAMES = ("anon_inode:[fanotify]", "/memfd:nydusd-journal", "/memfd:nydusd-mounts")
+"""What links of /proc/PID/fd to `Fds` begin with."""
+_OURS = (b"nydusd: ",)
+_ALONE = (b"nydusd: guard", b"nydusd: erofs")
+"""Titles of those who may hold what is mounted when nobody lives who is noted. A supervisor that ends has let it go."""
 _PROCESS_GROUP = 4
 """PIDFD_SIGNAL_PROCESS_GROUP (Linux 6.9): to all of the group of processes that bears the number of this one."""
 
@@ -43,8 +54,8 @@ class Holder(NamedTuple):
 
 
 class Left(NamedTuple):
-    """`holders` are pidfds of processes that hold `fds`, copies of which are ours; `noted` are those of them that were noted,
-    the first ones.
+    """`holders` are pidfds of processes that hold `fds`, copies of which are ours; `noted` are the first ones of them: those
+    that were noted, or one that is to be from now on.
 
     `generation`: of the next front end, one that no front end of theirs had.
     """
@@ -71,7 +82,7 @@ def write(
     started = [[pid, start_time(pid)] for pid in holders]
     if untold := [pid for pid, start in started if start < 0]:
         raise MountError(f"{path}: the start time of pid {untold[0]} cannot be read now: no file descriptor is left")
-    content = {
+    content: dict[str, Any] = {
         "version": 2,
         "generation": generation,
         "holders": started,
@@ -82,6 +93,7 @@ def write(
         content["others"] = [list(holder) for holder in former]
     temporary = path.with_name(path.name + ".tmp")
     try:
+        content["journal"] = [boot_id().hex(), *_number(os.fstat(fds.journal))]
         temporary.write_text(json.dumps(content | {"check": _check(content)}))
         os.replace(temporary, path)
     except OSError as e:
@@ -126,6 +138,10 @@ def take(path: Path) -> Left | None:
         rows = [(pid, start, raw["fds"]) for pid, start in raw["holders"]] + list(raw.get("others", ()))
         noted = [Holder(int(pid), int(start), list(map(int, Fds(*numbers)))) for pid, start, numbers in rows]
         generation = int(raw["generation"])
+        journal = None
+        if "journal" in raw:  # a release of before 2026-11-27 does not name it
+            boot, device, inode = raw["journal"]
+            journal = (int(device), int(inode)) if boot == boot_id().hex() else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -153,12 +169,56 @@ def take(path: Path) -> Left | None:
                 os.close(fd)
             continue
         fds = Fds(*copies)
-        unnoted = _unnoted(fds.journal, [holder.pid for holder in living.values()])
-        return Left([*living, *unnoted], fds, generation + 1, list(living.values()))
+        try:
+            unnoted = _unnoted(_number(os.fstat(fds.journal)), [holder.pid for holder in living.values()], _OURS)
+        except CacheError:
+            fds.close()
+            let_be(list(living))
+            raise
+        return Left([*living, *unnoted.values()], fds, generation + 1, list(living.values()))
     let_be(list(living))
     if why:
         raise MountError(f"{path}: what a killed daemon has mounted cannot be taken over: {why}")
+    return None if journal is None else _take_unnoted(path, journal, generation + 1)
+
+
+def _take_unnoted(path: Path, journal: tuple[int, int], generation: int) -> Left | None:
+    """The same from who holds this journal and is not noted. Raises MountError, CacheError."""
+    found = _unnoted(journal, (), _ALONE)
+    why = ""
+    for pid, pidfd in found.items():
+        copies: list[int] = []
+        try:
+            start, numbers = start_time(pid), _numbers(pid)
+            for number in numbers:
+                copies.append(copy_of(pidfd, number))
+            if start > 0 and _number(os.fstat(Fds(*copies).journal)) == journal:
+                others = [other for other in found.values() if other != pidfd]
+                return Left([pidfd, *others], Fds(*copies), generation, [Holder(pid, start, numbers)])
+            why = "it cannot be told who holds it"
+        except (OSError, KeyError) as e:
+            why = str(e)
+        for fd in copies:
+            os.close(fd)
+    # Who has ended meanwhile holds nothing. Whoever has not is not to be taken for nobody.
+    ended = select.poll()
+    for pidfd in found.values():
+        ended.register(pidfd, select.POLLIN)
+    lives = len(ended.poll(0)) < len(found)
+    let_be(list(found.values()))
+    if lives:
+        raise MountError(f"{path}: what a killed daemon has mounted cannot be taken over: {why}")
     return None
+
+
+def _numbers(pid: int) -> list[int]:
+    """The numbers of `Fds` in a process. Raises OSError, KeyError when it does not have them all."""
+    found: dict[str, int] = {}
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            link = os.readlink(f"/proc/{pid}/fd/{number}")
+            found |= {name: int(number) for name in _NAMES if link.startswith(name)}
+    return [found[name] for name in _NAMES]
 
 
 def stored(path: Path, fds: dict[str, int]) -> Left | None:
@@ -200,39 +260,59 @@ def end(found: Left, told: Told) -> None:
         let_be(found.holders)
 
 
-def _unnoted(journal: int, known: Sequence[int]) -> Iterator[int]:
-    """Pidfds of those that hold the journal, too, and are not noted: they were started in a supervisor's last moment.
+def _unnoted(journal: tuple[int, int], known: Sequence[int], titles: tuple[bytes, ...]) -> dict[int, int]:
+    """By pid, pidfds of those that hold this journal (device, inode), too, and are not noted: copies of guards, and what was
+    started in a supervisor's last moment. Raises CacheError when it cannot be told, ScarceError when it cannot now.
 
     Only processes of ours are looked at: who keeps fds for us, as systemd does, is none of them.
     """
-    wanted = os.fstat(journal)
-    for name in os.listdir("/proc"):
-        if not name.isdecimal() or int(name) in known or int(name) == os.getpid():
-            continue
-        try:
-            pidfd = os.pidfd_open(int(name))  # before the look: from now on the number is no other's
-        except OSError:  # it has ended
-            continue
-        if _is_ours(name) and _holds(int(name), wanted):
-            yield pidfd
-        else:
-            os.close(pidfd)
+    found: dict[int, int] = {}
+    try:
+        for name in os.listdir("/proc"):
+            if not name.isdecimal() or int(name) in known or int(name) == os.getpid():
+                continue
+            try:
+                pidfd = os.pidfd_open(int(name))  # before the look: from now on the number is no other's
+            except OSError as e:
+                if is_scarce(e):
+                    raise
+                continue  # it has ended
+            found[int(name)] = pidfd
+            if not (_is_ours(name, titles) and _holds(int(name), journal)):
+                os.close(found.pop(int(name)))
+    except OSError as e:
+        let_be(list(found.values()))
+        raise cache_error("/proc", e) from e
+    return found
 
 
-def _is_ours(pid: str) -> bool:
-    """Whether a process is of a daemon: by its title, or what a guard of before 2026-11-27 has become and has none yet."""
+def _is_ours(pid: str, titles: tuple[bytes, ...]) -> bool:
+    """Whether a process is of a daemon: by its title, or what a guard of before 2026-11-27 has become and has none yet.
+
+    Raises OSError when it cannot be told now.
+    """
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # it has ended
-        return False
-    return command.startswith(b"nydusd: ") or b"\0nydusd.frontends.erofs\0" in command
+    except OSError as e:
+        if is_scarce(e):
+            raise
+        return False  # it has ended
+    return command.startswith(titles) or b"\0nydusd.frontends.erofs\0" in command
 
 
-def _holds(pid: int, wanted: os.stat_result) -> bool:
-    """Whether a process has this file in memory open, under whatever number."""
-    with contextlib.suppress(OSError):  # it has ended
-        return any(os.path.samestat(memory, wanted) for memory in memories_of(pid))
-    return False
+def _holds(pid: int, journal: tuple[int, int]) -> bool:
+    """Whether a process has this journal open, under whatever number. Raises OSError when it cannot be told now."""
+    try:
+        return any(_number(memory) == journal for memory in memories_of(pid))
+    except OSError as e:
+        if is_scarce(e):
+            raise
+        return False  # it has ended
+
+
+def _number(memory: os.stat_result) -> tuple[int, int]:
+    """What a memfd is told by from all others since the machine was started: device and inode."""
+    return memory.st_dev, memory.st_ino
 
 
 def _living(pid: int, start: int) -> int:
