@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -33,6 +32,7 @@ from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.decode import ChunkDecoder, verify_chunk
 from nydusd.storage.cache.stored import fetch_range
+from nydusd.storage.state.on_disk import read_disk
 from nydusd.storage.state.segment import READY, Segment
 from workers import cut_off
 from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs
@@ -40,8 +40,6 @@ from workers.cookie import lent, write_pages
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 4096
-"""What direct I/O is aligned to; a file system of larger blocks refuses that."""
 _CORRUPT_MOST = 32
 """Chunks of a job that may fail one by one, each after two reads. A blob with more is broken: the job ends there."""
 
@@ -264,20 +262,9 @@ def _adopt(blob: OpenBlob, chunk: int) -> None:
 
 
 def _on_disk(fd: int, offset: int, length: int) -> bytes:
-    """What the disk has there, not the page cache: the kernel takes a page for clean that it could not write. Raises OSError.
-
-    Where a file system has no direct I/O, as tmpfs, it is what any reader gets.
-    """
-    begin = offset - offset % _BLOCK
-    size = -(-(offset + length - begin) // _BLOCK) * _BLOCK
+    """What the disk has there; where a file system has no direct I/O what any reader gets. Raises OSError."""
     try:
-        direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        try:
-            with mmap.mmap(-1, size) as pages:
-                got = os.preadv(direct, [pages], begin)
-                return pages[offset - begin : min(got, offset - begin + length)]
-        finally:
-            os.close(direct)
+        return read_disk(fd, offset, length)
     except OSError as e:
         if e.errno != errno.EINVAL:
             raise

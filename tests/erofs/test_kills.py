@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from nydusd.storage.cache.manager import segments_in
+from nydusd.storage.state.segment import SYNCING, Segment, names
+from tests.supervisor.lives import state_file
 from tests.support.daemon import wait_for_role
 from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until
 from tests.support.faulty_server import Reply, Request, faulty
@@ -205,6 +209,54 @@ def test_what_nobody_serves_any_more_is_refused(tree: Tree, hub: Hub, expect_log
         held.gate.set()
         held.daemon.start()
         held.right(held.read(NAMES[0]), NAMES[0])
+
+
+def test_who_serves_alone_looks_on_the_disk_where_somebody_was_killed_at_a_sync(
+    tree: Tree, hub: Hub, expect_log: Expect
+) -> None:
+    """Or where some of it is lost. Nobody says any more what: what is there is read, and the rest refused."""
+    expect_log(
+        "a read failed: .*nobody has fetched it in time|its disk did not take all that was written: who needs it waits"
+    )
+    expect_log("bytes in the cache file are not the chunk's; fetched again")
+    held = Held(tree, hub, read_deadline=1.0)
+    daemon = held.daemon
+    with held.mounted, contextlib.ExitStack() as opened:
+
+        def read(name: str) -> bytes | None:
+            fd = os.open(daemon.mountpoint / name, os.O_RDONLY)
+            opened.callback(os.close, fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            try:
+                return os.pread(fd, CHUNK, 0)
+            except OSError as e:
+                assert e.errno == errno.EIO
+                return None
+
+        for name in NAMES[:3]:
+            held.right(held.read(name), name)
+        prefix = f"/nydusd.{state_file(daemon).parent.name}."
+        (found,) = segments_in(names(prefix[1:]), prefix)
+        segment = Segment.open(found)
+        assert segment is not None
+        opened.callback(segment.close)
+        (data,) = daemon.cache.glob("*.blob.data")
+        victims = [held.one("erofs"), *daemon.pids("decompress")]
+        daemon.kill_supervisor()
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        segment.syncing[0] = SYNCING
+        assert read(NAMES[0]) == tree.contents[NAMES[0]]
+        assert read(NAMES[3]) is None
+        segment.lost[0] = 1
+        with open(data, "r+b") as file:
+            file.seek(tree.plain.index(tree.contents[NAMES[1]]))
+            file.write(bytes(CHUNK))
+        assert read(NAMES[1]) is None
+        assert read(NAMES[2]) == tree.contents[NAMES[2]]
+        daemon.start()
+        for name in NAMES:
+            held.right(held.read(name), name)
 
 
 def test_whoever_serves_alone_may_die_of_anything_and_who_is_last_clears_away(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nydusd.errors import CacheError, LostWritesError
+from nydusd.errors import CacheError, LostWritesError, SyncingError
+from nydusd.formats.model import ChunkFlag
 from nydusd.frontends.erofs import losses, synced
 from nydusd.frontends.erofs.device import Blob
 from nydusd.frontends.erofs.synced import Syncs
@@ -18,7 +20,7 @@ from nydusd.frontends.erofs.table import File
 from nydusd.ipc.messages import LOST, SYNC
 from nydusd.storage.api.io import ChunkRun
 from nydusd.storage.state import doubts, map_file
-from nydusd.storage.state.segment import READY, VERIFY, Segment
+from nydusd.storage.state.segment import READY, RECORD, SYNCING, VERIFY, Segment
 from tests.workers.harness import Jobs, jobs
 
 
@@ -198,6 +200,43 @@ def test_data_is_on_its_disk_though_the_map_cannot_be_stored(tmp_path: Path, mon
         with image.segment() as segment:
             assert not segment.syncing[0]
         assert set(image.states()) == {READY}
+
+
+@pytest.mark.parametrize("name", ["v6-lz4-sha256", "v6-zstd-blake3"])
+def test_what_is_on_the_disk_is_told_by_digests_whatever_is_said_of_it(name: str, tmp_path: Path) -> None:
+    with jobs(name, tmp_path) as image, contextlib.ExitStack() as opened:
+
+        def blob() -> Blob:
+            made = blob_of(image)
+            opened.callback(made.close)
+            return made
+
+        image.prepare()
+        assert not blob().is_on_disk(0, 1), "nothing is there"
+        image.fill_all()
+        with image.segment() as segment:
+            size = segment.identity.size
+            segment.syncing[0] = SYNCING  # and whoever does that was killed
+            suspect = blob()
+            with pytest.raises(SyncingError):
+                suspect.check()
+            assert suspect.is_on_disk(0, size)
+            assert not suspect.is_on_disk(size + 4096, 1)
+            doubts.doubt(segment)
+            assert set(image.states()) == {VERIFY} and blob().is_on_disk(0, size)
+            first, second, last = segment.record(0), segment.record(1), segment.record(segment.count - 1)
+            for flags, is_told in ((ChunkFlag.CRC, True), (0, False), (first.flags, True)):
+                RECORD.pack_into(segment.records, 0, *first._replace(flags=int(flags)))
+                assert blob().is_on_disk(0, 1) == is_told
+            with open(image.data, "r+b", buffering=0) as data:
+                data.write(bytes(first.usize))
+                assert not blob().is_on_disk(0, 1) and blob().is_on_disk(second.uoff, 1)
+                assert not blob().is_on_disk(0, size) and suspect.is_on_disk(0, 1), "it was seen there"
+                data.truncate(last.uoff)
+                assert not blob().is_on_disk(last.uoff, 1)
+        late = blob()
+        image.data.unlink()
+        assert not late.is_on_disk(second.uoff, 1)
 
 
 def test_nothing_is_on_the_disk_at_any_time_between_a_loss_and_the_doubt(

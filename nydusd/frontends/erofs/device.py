@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from nydusd.errors import CacheError, LostWritesError, ScarceError, StaleCacheError, SyncingError, cache_error
 from nydusd.storage.api.io import ChunkRun
+from nydusd.storage.state.on_disk import is_on_disk
 from nydusd.storage.state.segment import EMPTY, READY, Segment
 
 from .chunks import Chunks
@@ -52,6 +53,8 @@ class Blob(Chunks):
         super().__init__(files, row)
         self._stored: Ready | None = None
         self._losses = Losses()
+        self._proven: set[int] = set()
+        """Chunks that were seen on the disk."""
         self._place = -_STEADY - 1
         self._looked = 0
         self.describe(files)
@@ -245,6 +248,36 @@ class Blob(Chunks):
             raise LostWritesError(f"blob {self.blob_id}: its disk did not take all that was written")
         if self._losses.is_unsure(segments):
             raise SyncingError(f"blob {self.blob_id}: its cache file is being synced")
+
+    def is_on_disk(self, offset: int, count: int) -> bool:
+        """Whether all of a range is, whatever is said of it: it is read there, and checked. This waits for the disk.
+
+        False as well where it cannot be told: of chunks without digest and checksum, and those that no image lists.
+        For a front end that is alone: nobody ends a sync, or doubts what is there, where a worker was killed at that.
+        """
+        try:
+            self._look()
+            first, last = self._chunks(offset, offset + count)
+            if offset >= self._limit:
+                return False
+            if self._proven.issuperset(range(first, last)):
+                return True
+            fd = self._open_file()
+        except CacheError:
+            return False
+        try:
+            for chunk in range(first, last):
+                if chunk in self._proven:
+                    continue
+                view = next((view for view in self._open if view.listed[chunk] and view.states[chunk] != EMPTY), None)
+                if view is None or view.segment is None or not is_on_disk(fd, view.segment, chunk):
+                    return False
+                self._proven.add(chunk)
+        except (OSError, ImportError):  # a library for digests is not on the disk any more
+            return False
+        finally:
+            os.close(fd)
+        return True
 
     def _open_file(self) -> int:
         try:

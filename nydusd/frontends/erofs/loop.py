@@ -254,6 +254,8 @@ class FrontEnd:
 
     def _wait(self, waiting: Waiting, runs: list[tuple[Blob, ChunkRun]], flags: int = 0) -> None:
         """Have a reader wait until these are fetched."""
+        if self._passes_alone(waiting):
+            return
         self._keep(waiting, runs)
         if self._alone:
             return
@@ -269,6 +271,8 @@ class FrontEnd:
 
     def _put_off(self, waiting: Waiting, error: ScarceError) -> None:
         """Have a reader wait until it is looked at again."""
+        if self._passes_alone(waiting):
+            return
         self._keep(waiting, [])
         if isinstance(error, SyncingError | LostWritesError):
             self._next_look = min(self._next_look, self._look_soon)  # which has it synced
@@ -276,6 +280,18 @@ class FrontEnd:
             self._next_try = min(self._next_try, time.monotonic() + LATER)
         else:
             self._complaints.log("%s: who needs it waits", error)
+
+    def _passes_alone(self, waiting: Waiting) -> bool:
+        """Whether a reader passes, because what it reads is on the disk: nobody else says that any more of what is in doubt.
+
+        Others wait meanwhile, as long as the disk takes.
+        """
+        if not self._alone or len(waiting.blobs) != 1:
+            return False
+        if not waiting.blobs[0].is_on_disk(waiting.offset, waiting.count):
+            return False
+        self._end(waiting, 0)
+        return True
 
     def _keep(self, waiting: Waiting, runs: list[tuple[Blob, ChunkRun]]) -> None:
         if not self._waiting:
