@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 
 from nydusd.errors import BackendError, BackendUnavailableError, CredentialsRejectedError
 from nydusd.storage.backend.base import ReadHow
+from nydusd.storage.backend.http.breaker import Policy
 from nydusd.storage.backend.http.redirect import life_of, target_of
-from tests.support.backends import Blob, registry_backend
+from tests.support.backends import QUICK, Blob, registry_backend
 from tests.support.faulty_server import Faulty, Handler, Reply, Request, faulty, part_of
 
 BLOB = Blob(50_000)
@@ -104,6 +106,33 @@ def test_a_redirect_is_forgotten_before_it_ends(origin: Faulty, other: Faulty) -
         for _ in range(3):
             backend.get_reader(BLOB.id).read(0, 10)
     assert (origin.count(), other.count()) == (3, 3), "10 s before the end it is not used any more"
+
+
+def test_a_host_that_only_redirects_is_up_again_for_all_by_its_first_answer(origin: Faulty, other: Faulty) -> None:
+    """Also if the data cannot be had: that is the other host's fault."""
+    timing = dataclasses.replace(QUICK, retries=1, breaker=Policy(limit=2, pause=0.01, longest=0.01, trial=60.0))
+    origin.program(BLOB.path, Reply(500), Reply(500), to(f"{other.url}/data"))
+    other.program("/data", Reply(404), good)
+    with registry_backend(origin.host, timing=timing) as backend:
+        reader = backend.get_reader(BLOB.id)
+        with pytest.raises(BackendUnavailableError):
+            reader.read(0, 10)
+        with pytest.raises(BackendError, match="404"):
+            reader.read(0, 10)
+        with registry_backend(origin.host, backend.store.fileno(), timing=timing) as another:
+            how = ReadHow(bypass=True, waits=False)
+            assert bytes(another.get_reader(BLOB.id).read(0, 10, how)) == BLOB.data[:10]
+
+
+def test_a_mirror_that_only_redirects_is_not_taken_out_by_failures_long_ago(origin: Faulty, other: Faulty) -> None:
+    other.program("/v2", Reply(200))
+    other.program("/data", good)
+    to_data = to(f"{other.url}/data")
+    other.program(BLOB.path, Reply(500), to_data, Reply(500), to_data)
+    with registry_backend(origin.host, mirrors=[{"host": other.url, "failure_limit": 2}]) as backend:
+        for _ in range(4):
+            assert bytes(backend.get_reader(BLOB.id).read(0, 10)) == BLOB.data[:10]
+    assert (other.count(BLOB.path), origin.count()) == (4, 2)
 
 
 def test_redirects_may_be_relative_and_several(origin: Faulty) -> None:

@@ -154,7 +154,7 @@ class Fetch:
             target = self._target(answer) if answer.status in _REDIRECTS else ""
             if not target:
                 break
-            self._done_with(answer)
+            self._sent_on(route, answer, target)
             url = target
         else:
             raise Failure(Kind.PERMANENT, answer.host, f"more than {MAX_HOPS} redirects", status=answer.status)
@@ -165,6 +165,15 @@ class Fetch:
             elif url != origin_url and (life := life_of(url)):
                 backend.store.put(f"redirect:{origin_url}", {"url": url}, life)
         return done
+
+    def _sent_on(self, route: Route, answer: Answer, target: str) -> None:
+        """An answer that leads elsewhere: whoever gave it is up, whatever comes of the rest.
+
+        Of a proxy, and of a host that leads to itself, the last hop tells more.
+        """
+        if route.base or (route.is_origin and not same_origin(answer.url, target)):
+            (route.breaker or self._backend.breaker_of(answer.url)).succeeded()
+        self._done_with(answer)
 
     def _send(self, task: Task, route: Route, url: str, origin_url: str) -> Answer:
         backend = self._backend
