@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import logging
 import time
@@ -21,11 +22,11 @@ from nydusd.errors import (
 )
 from nydusd.storage.backend import make_backend
 from nydusd.storage.backend.base import ReadHow
-from nydusd.storage.backend.http.breaker import MAX_HOLD
+from nydusd.storage.backend.http.breaker import MAX_HOLD, Policy
 from nydusd.storage.backend.http.failure import retry_after
 from nydusd.storage.backend.registry.backend import RegistryBackend
 from tests.backend.one_server import BLOB, PAGE, good, read
-from tests.support.backends import REPO, Blob, registry_backend
+from tests.support.backends import QUICK, REPO, Blob, registry_backend
 from tests.support.faulty_server import Faulty, Handler, Reply, Request, part_of
 
 
@@ -242,6 +243,38 @@ def test_the_deadline_of_the_reader_ends_everything(server: Faulty, backend: Reg
     if fault != "endless redirect to itself":
         assert type(caught.value) is BackendTimeoutError
         assert server.count() == 1
+
+
+@pytest.mark.parametrize(
+    ("left", "counted"),
+    [pytest.param(-1.0, 0, id="over"), pytest.param(0.2, 0, id="soon"), pytest.param(1.2, 1, id="far")],
+)
+@pytest.mark.parametrize("stall", [None, 10])
+def test_what_readers_have_no_time_for_is_not_held_against_a_host(
+    server: Faulty, left: float, counted: int, stall: int | None
+) -> None:
+    server.default = lambda request: Reply(silent=True) if stall is None else part_of(BLOB.data, request, stall=stall)
+    with registry_backend(server.host, timeout=20) as backend:
+        for _ in range(2):
+            with pytest.raises(BackendTimeoutError):
+                read(backend, how=ReadHow(deadline=time.monotonic() + left))
+        assert backend.breaker_of(server.url).state()["failures"] == 2 * counted
+    assert server.count() == (0 if left < 0 else 2)
+
+
+def test_a_try_that_has_no_time_left_leaves_the_next_one_to_others(server: Faulty) -> None:
+    timing = dataclasses.replace(QUICK, retries=1, breaker=Policy(limit=2, pause=0.01, longest=0.01, trial=60.0))
+    server.program(BLOB.path, Reply(500), Reply(500), Reply(silent=True), good)
+    with registry_backend(server.host, timing=timing, timeout=20) as backend:
+        with pytest.raises(BackendUnavailableError):
+            read(backend)
+        time.sleep(0.02)
+        with pytest.raises(BackendTimeoutError):
+            read(backend, how=ReadHow(deadline=time.monotonic() + 0.2))
+        time.sleep(0.02)
+        with pytest.raises(BackendTimeoutError):
+            read(backend, how=ReadHow(deadline=time.monotonic() - 1))
+        assert read(backend) == BLOB.data[1000:151_000]
 
 
 def test_a_wait_that_the_deadline_does_not_allow_is_not_begun(server: Faulty, backend: RegistryBackend) -> None:

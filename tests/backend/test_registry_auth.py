@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nydusd.config.model import Registry
-from nydusd.errors import BackendError, BackendUnavailableError, ConfigError, CredentialsRejectedError
+from nydusd.errors import (
+    BackendError,
+    BackendTimeoutError,
+    BackendUnavailableError,
+    ConfigError,
+    CredentialsRejectedError,
+)
+from nydusd.storage.backend.base import ReadHow
 from nydusd.storage.backend.http.breaker import Policy
 from nydusd.storage.backend.http.fetch import Timing
 from nydusd.storage.backend.registry.challenge import Challenge, parse_challenges
@@ -263,6 +271,20 @@ def test_a_token_server_that_is_down_is_not_hammered(hub: Hub) -> None:
                 backend.get_reader(BLOB.id).read(0, 10)
         assert down.count() == 5, "then it counts as down, for all workers"
     assert hub.server.count(BLOB.path) == 1, "and the registry is not asked either"
+
+
+@pytest.mark.parametrize("fault", [Reply(silent=True), Reply(200, {}, b'{"token": "a"}', stall=5)])
+def test_a_token_server_that_readers_have_no_time_for_is_not_down(hub: Hub, fault: Reply) -> None:
+    right = hub.server.handlers["/token"]
+    with faulty() as tokens, registry_backend(hub.server.host, auth=OLD, timeout=20) as backend:
+        hub.server.program(BLOB.path, Reply(401, {"WWW-Authenticate": f'Bearer realm="{tokens.url}/token"'}))
+        tokens.program("/token", fault, fault, right)
+        for _ in range(2):
+            with pytest.raises(BackendTimeoutError, match="no token"):
+                backend.get_reader(BLOB.id).read(0, 10, ReadHow(deadline=time.monotonic() + 0.2))
+        assert tokens.count() == 2 and backend.breaker_of(tokens.url).state()["failures"] == 0
+        hub.server.program(BLOB.path, hub._blob)
+        assert bytes(backend.get_reader(BLOB.id).read(0, 10)) == BLOB.data[:10]
 
 
 @pytest.mark.parametrize("fault", [Reply(500), Reply(silent=True, reset=True), Reply(429, {"Retry-After": "0"})])

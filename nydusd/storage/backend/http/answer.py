@@ -105,7 +105,11 @@ class Answer:
         if isinstance(error, TimeoutError):
             if self._exchange.over():
                 return Failure(
-                    Kind.DEADLINE, self.host, "no time left for the body", status=self.status, host_failed=True
+                    Kind.DEADLINE,
+                    self.host,
+                    "no time left for the body",
+                    status=self.status,
+                    host_failed=self._exchange.was_fair(),
                 )
             what = "the body stalled"
         elif error is not None:

@@ -77,6 +77,11 @@ class Breaker:
         if pause:
             log.warning("%s: counts as down for %.1f s after repeated failures (%s)", self._name, pause, why)
 
+    def unanswered(self, why: str, *, at_fault: bool) -> None:
+        """Nothing came of a request. If the host is not `at_fault` that says nothing of it, but a try must have an end."""
+        if at_fault or self.is_open():
+            self.failed(why)
+
     def why(self) -> str:
         """What failed last; safe to print."""
         return str((self._store.get(self._key) or {}).get("why", ""))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import http.client
 import time
 from dataclasses import dataclass
+from typing import Final
+
+_FAIR: Final = 1.0
+"""Seconds of silence that speak against a server, also if nobody has the time to wait for longer."""
 
 
 @dataclass(slots=True)
@@ -13,6 +17,7 @@ class Exchange:
 
     for_connection: float | None
     for_data: float | None
+    begun: float = 0.0
     deadline: float = 0.0
     in_body: bool = False
     error: OSError | None = None
@@ -26,6 +31,10 @@ class Exchange:
         if left <= 0:
             raise TimeoutError("no time left")
         return left if wait is None else min(left, wait)
+
+    def was_fair(self) -> bool:
+        """Whether the server has had the time to answer: a second, or less if its time-out is shorter."""
+        return time.monotonic() - self.begun >= min(_FAIR, self.for_data or _FAIR)
 
     def over(self) -> bool:
         """Whether the deadline has come."""

@@ -135,6 +135,9 @@ class Fetch:
         backend = self._backend
         self._exchanges += 1
         origin_url = backend.blob_url(self._blob_id)
+        if time.monotonic() >= self._deadline:
+            # Before a way is chosen: who is let through to one that is down has to try it.
+            raise Failure(Kind.DEADLINE, host_of(origin_url), "no time left to ask it")
         route = backend.routes.next(self._passed)
         if route is None:
             assert backend.routes.proxy is not None
@@ -209,8 +212,7 @@ class Fetch:
             backend.metrics.waited += time.monotonic() - sent
             return answer
         except Failure as failure:
-            if failure.host_failed:
-                breaker.failed(failure.text())
+            breaker.unanswered(failure.text(), at_fault=failure.host_failed)
             if failure.tls_or_refused and route.is_origin and at_origin:
                 self._remedies += 1
                 if self._remedies <= MAX_REMEDIES and backend.unreachable(failure):
@@ -239,6 +241,8 @@ class Fetch:
                 breaker.succeeded()
             elif failure.host_failed or (not route.is_origin and failure.kind is Kind.TRANSIENT):
                 breaker.failed(failure.text())
+            elif failure.kind is Kind.DEADLINE:
+                breaker.unanswered(failure.text(), at_fault=False)
             else:
                 breaker.succeeded()
                 if failure.kind is Kind.TRANSIENT:

@@ -157,11 +157,16 @@ class Transport:
     ) -> Answer:
         """Send a request and wait for the headers of the answer, whatever its status. Raises `Failure`.
 
+        A deadline that is over, or too soon for any server, is not held against the host.
+
         The answer must be finished before the next request to the same host, else that takes a new connection.
         """
         host = host_of(url)
         exchange = self._exchange
-        exchange.deadline, exchange.in_body, exchange.error = deadline, False, None
+        exchange.begun, exchange.deadline = time.monotonic(), deadline
+        exchange.in_body, exchange.error = False, None
+        if exchange.over():
+            raise Failure(Kind.DEADLINE, host, "no time left to ask it")
         self.in_flight = host
         try:
             response = self._manager(proxied, url).urlopen(
@@ -246,8 +251,8 @@ class Transport:
 
     def _failure(self, error: Exception, host: str, proxied: bool) -> Failure:
         """What an exception of urllib3 means. The text has no URL in it."""
-        if time.monotonic() >= self._exchange.deadline:
-            return Failure(Kind.DEADLINE, host, "no time left for an answer", host_failed=True)
+        if self._exchange.over():
+            return Failure(Kind.DEADLINE, host, "no time left for an answer", host_failed=self._exchange.was_fair())
         cause: BaseException = error
         if isinstance(error, ProxyError):
             cause = error.original_error

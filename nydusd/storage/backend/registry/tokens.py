@@ -152,8 +152,7 @@ class Tokens:
             answer = backend.transport.send(method, url, headers, backend.patience.deadline, body=body)
         except Failure as failure:
             failure.what = f"no token: {failure.what}"
-            if failure.host_failed:
-                breaker.failed(failure.text())
+            breaker.unanswered(failure.text(), at_fault=failure.host_failed)
             raise
         try:
             if answer.status != 200:
@@ -165,8 +164,8 @@ class Tokens:
             if failure.kind is Kind.THROTTLED:
                 failure.retry_after = backend.timing.throttled if failure.retry_after is None else failure.retry_after
                 breaker.hold_off(failure.retry_after)
-            if failure.host_failed:
-                breaker.failed(failure.text())
+            if failure.host_failed or failure.kind is Kind.DEADLINE:
+                breaker.unanswered(failure.text(), at_fault=failure.host_failed)
             else:
                 breaker.succeeded()
             if failure.kind is Kind.NO_BLOB:
