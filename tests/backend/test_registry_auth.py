@@ -223,6 +223,22 @@ def test_a_token_is_renewed_shortly_before_its_end_by_whoever_uses_it(hub: Hub) 
             assert locked
 
 
+@pytest.mark.parametrize(("refusal", "asked"), [(Reply(401), 2), (Reply(503), 1)])
+def test_a_token_that_is_not_renewed_is_not_asked_for_by_each_read(hub: Hub, refusal: Reply, asked: int) -> None:
+    with (
+        registry_backend(hub.server.host, auth=OLD) as one,
+        registry_backend(hub.server.host, one.store.fileno(), auth=OLD) as two,
+    ):
+        one.get_reader(BLOB.id).read(0, 10)
+        _make_due(one.store)
+        before = hub.asked
+        hub.server.program("/token", refusal)
+        for offset in range(3):
+            for backend in (one, two):
+                assert bytes(backend.get_reader(BLOB.id).read(offset, 10)) == BLOB.data[offset : offset + 10]
+        assert hub.asked - before == asked, "by POST, and by GET if that is refused"
+
+
 def _make_due(store: object) -> str:
     from nydusd.storage.backend.http.store import KEEP, Entry, SharedStore
 

@@ -97,6 +97,8 @@ class Tokens:
             newest = self._store.get(key)
             if newest is not None and newest["token"] != old:
                 return str(newest["token"])
+            if self._store.get(f"no-token:{key}") is not None:
+                return old  # somebody has tried a moment ago
             try:
                 return self._ask(key, realm, credentials)
             except Failure as failure:
