@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import os
 import subprocess
@@ -29,7 +30,7 @@ from nydusd.storage.backend.http.breaker import Policy
 from nydusd.storage.backend.http.fetch import Timing
 from nydusd.storage.backend.registry.challenge import Challenge, parse_challenges
 from nydusd.storage.backend.registry.credentials import CredentialSource
-from tests.support.backends import REPO, Blob, registry_backend
+from tests.support.backends import QUICK, REPO, Blob, registry_backend
 from tests.support.certificates import Authority
 from tests.support.faulty_server import Faulty, Handler, Reply, Request, faulty, part_of
 
@@ -321,6 +322,39 @@ def test_what_fails_for_want_of_a_token_is_not_asked_for_past_the_proxy(hub: Hub
                 backend.get_reader(BLOB.id).read(0, 10)
             assert backend.metrics.retries["route"] == 0
     assert hub.server.count(BLOB.path) == 0
+
+
+@pytest.mark.parametrize("fault", [Reply(401), Reply(503), Reply(429, {"Retry-After": "100"}), Reply(silent=True)])
+def test_a_mirror_that_wants_no_token_serves_while_none_is_to_be_had(hub: Hub, fault: Reply) -> None:
+    with faulty() as mirror:
+        mirror.program("/v2", Reply(200))
+        mirror.program(BLOB.path, Reply(404), lambda request: part_of(BLOB.data, request))
+        options: dict[str, Any] = {
+            "timing": dataclasses.replace(QUICK, longest_wait=20.0),
+            "mirrors": [{"host": mirror.url}],
+        }
+        with registry_backend(hub.server.host, auth=OLD, **options) as backend:
+            reader = backend.get_reader(BLOB.id)
+            reader.read(0, 10)
+            backend.store.drop(next(key for key in backend.store._load() if key.startswith("token:")))
+            hub.server.program("/token", fault)
+            before = hub.server.count(BLOB.path)
+            for offset in range(3):
+                assert bytes(reader.read(offset, 10)) == BLOB.data[offset : offset + 10]
+        sent = [one.headers.get("authorization", "")[:6] for one in mirror.requests if one.path == BLOB.path]
+        assert sent == ["", "", "", ""] and hub.server.count(BLOB.path) == before
+
+
+def test_what_neither_a_mirror_nor_a_token_server_gives_is_said_of_the_token(hub: Hub) -> None:
+    hub.server.program("/token", Reply(401))
+    with faulty() as mirror:
+        mirror.program("/v2", Reply(200))
+        mirror.program(BLOB.path, Reply(401))
+        with registry_backend(hub.server.host, auth=OLD, mirrors=[{"host": mirror.url}]) as backend:
+            for _ in range(2):
+                with pytest.raises(CredentialsRejectedError, match="no token"):
+                    backend.get_reader(BLOB.id).read(0, 10)
+        assert mirror.count(BLOB.path) == 1
 
 
 def test_a_dead_token_server_of_one_mount_is_nothing_to_another(hub: Hub) -> None:

@@ -181,7 +181,8 @@ class Fetch:
     def _send(self, task: Task, route: Route, url: str, origin_url: str) -> Answer:
         backend = self._backend
         at_origin = same_origin(url, origin_url)
-        backend.patience = Patience(self._deadline, self._timing.longest_wait if self._waits else 0.0)
+        waits = self._waits and not route.base
+        backend.patience = Patience(self._deadline, self._timing.longest_wait if waits else 0.0)
         headers = {
             name: value
             for name, value in backend.common_headers.items()
@@ -193,8 +194,10 @@ class Fetch:
             try:
                 backend.authorize(task.method, url, headers)
             except Failure as failure:
-                failure.for_want_of_credentials = True
-                raise
+                # A mirror may have the blob for all who ask.
+                if not route.base:
+                    failure.for_want_of_credentials = True
+                    raise
         if not route.is_origin:
             headers.update(route.headers)
             headers["X-Dragonfly-Use-P2P"] = "true"
