@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from nydusd.storage.backend.base import ReadHow
 from nydusd.storage.backend.http.breaker import Policy
 from nydusd.storage.backend.http.redirect import life_of, target_of
 from tests.support.backends import QUICK, Blob, registry_backend
+from tests.support.certificates import Authority
 from tests.support.faulty_server import Faulty, Handler, Reply, Request, faulty, part_of
 
 BLOB = Blob(50_000)
@@ -170,6 +172,28 @@ def test_scheme_and_host_of_redirects_are_replaced_as_configured(origin: Faulty,
     with registry_backend(origin.host, **config) as backend:
         assert bytes(backend.get_reader(BLOB.id).read(0, 10)) == BLOB.data[:10]
     assert [one.path for one in other.requests] == ["/data?a=b"]
+
+
+@pytest.mark.parametrize(
+    ("config", "follows"), [({}, False), ({"skip_verify": True}, True), ({"blob_url_scheme": "http"}, True)]
+)
+def test_https_becomes_http_by_a_redirect_only_where_that_is_configured(
+    other: Faulty, tmp_path: Path, caplog: pytest.LogCaptureFixture, config: dict[str, Any], follows: bool
+) -> None:
+    authority = Authority(tmp_path / "tls")
+    other.program("/data", good)
+    with faulty(authority.server_context()) as secure:
+        secure.program(BLOB.path, to(f"{other.url}/data?X-Sig=abc"))
+        options = {"scheme": "https", "ca_cert_files": [str(authority.ca_file)], **config}
+        with registry_backend(secure.host, **options) as backend:
+            reader = backend.get_reader(BLOB.id)
+            if follows:
+                assert bytes(reader.read(0, 10)) == BLOB.data[:10]
+            else:
+                with pytest.raises(BackendError, match="status 307"):
+                    reader.read(0, 10)
+    assert other.count() == int(follows)
+    assert ("from https to http" in caplog.text) != follows and "abc" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class S3Backend(ObjectStore):
 
     def takes_redirect(self, answer: Answer, target: str) -> str:
         """Redirects to another region need another signature, so they are not followed; see `remedy`."""
-        return "" if answer.headers.get(_REGION_HEADER) else target
+        return "" if answer.headers.get(_REGION_HEADER) else super().takes_redirect(answer, target)
 
     def remedy(self, answer: Answer, tried: int) -> bool:
         return self._learn_region(answer) or super().remedy(answer, tried)

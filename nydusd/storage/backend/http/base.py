@@ -6,6 +6,7 @@ Run by fetch workers, one request at a time. What the workers share (tokens, red
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -26,6 +27,8 @@ from nydusd.storage.backend.http.route import Routes
 from nydusd.storage.backend.http.store import SharedStore
 from nydusd.storage.backend.http.transport import Transport, host_of
 from nydusd.version import VERSION
+
+log = logging.getLogger(__name__)
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 _MAX_BREAKERS = 64
@@ -96,10 +99,14 @@ class HttpBackend(BlobBackend):
         return False
 
     def takes_redirect(self, answer: Answer, target: str) -> str:
-        """The URL to go to when `answer` redirects to `target` (already absolute). The default goes there.
+        """The URL to go to when `answer` redirects to `target` (already absolute). The default goes there, but not without TLS
+        from where there is TLS, unless `skip_verify` is set.
 
         An empty text means that the redirect must not be followed; `remedy` is asked then.
         """
+        if answer.url.startswith("https:") and not target.startswith("https:") and not self.remote.skip_verify:
+            log.warning("%s: redirects from https to http at %s, which is not followed", answer.host, host_of(target))
+            return ""
         return target
 
     def breaker_of(self, url: str) -> Breaker:

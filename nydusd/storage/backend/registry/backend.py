@@ -110,9 +110,11 @@ class RegistryBackend(HttpBackend):
         return True
 
     def takes_redirect(self, answer: Answer, target: str) -> str:
-        """Replace scheme and host of the target as configured."""
+        """Replace scheme and host of the target as configured. A scheme that is configured needs no other leave."""
         if self._redirect_scheme:
             target = f"{self._redirect_scheme}://{target.partition('://')[2]}"
+        elif not super().takes_redirect(answer, target):
+            return ""
         if self._redirect_host:
             parts = urlsplit(target)
             target = parts._replace(netloc=self._redirect_host).geturl()
