@@ -15,18 +15,20 @@ from nydusd.formats.model import BlobFeature
 MAX_BLOB_ID = 128
 """Longer ids would, with the longest suffix of a cache file, come too near to the 255 bytes of a file name."""
 
-_PLAIN = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.:-]*", re.ASCII)
+_PLAIN = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]*", re.ASCII)
 
 
 def check_blob_id(where: str, field: str, raw: bytes) -> str:
-    """The id as text. Raises `FormatError` unless it is 1 to 128 ASCII letters, digits and `_ . : -`, no dot or dash first.
+    """The id as text. Raises `FormatError` unless it is 1 to 128 ASCII letters, digits and `_ . -`, no dot or dash first.
 
     Builders write 64 lower-case hex digits; converters are free to take other names.
     """
     text = raw.decode("ascii", "backslashreplace")
     if len(raw) > MAX_BLOB_ID or not _PLAIN.fullmatch(text):
         raise FormatError(
-            where, field, f"{text[:MAX_BLOB_ID]!r} must be 1 to {MAX_BLOB_ID} letters, digits, '_', '.', ':' or '-'"
+            where,
+            field,
+            f"{text[:MAX_BLOB_ID]!r} must be 1 to {MAX_BLOB_ID} letters, digits, '_', '.' or '-', no '.' or '-' first",
         )
     return text
 

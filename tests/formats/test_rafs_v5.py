@@ -173,6 +173,7 @@ def test_blob_table_of_ids_of_any_length_is_split(lengths: list[int]) -> None:
         ([b"a", b"../b"], 0, "blobs[1].blob_id"),
         ([b"", b"bbbbbbbbb"], 0, "blobs[0].blob_id"),
         ([b"a" * 129], 0, "blobs[0].blob_id"),
+        ([b"sha256:ab"], 0, "blobs[0].blob_id"),
         ([b"\xff\xfe"], 0, "blobs[0].blob_id"),
     ],
 )

@@ -151,6 +151,7 @@ ON_OPEN = [
     ("devices[0].blocks", SLOT + 64, "I", 0),
     ("blobs[0].blob_id", BLOB, "3s", b"../"),
     ("blobs[0].blob_id", BLOB, "B", 0xFF),
+    ("blobs[0].blob_id", BLOB + 6, "1s", b":"),
     ("blobs[0].blob_id", BLOB + 10, "2s", b"a\0"),
     ("blobs[0].blob_id", BLOB, "64s", b""),
     ("blobs[0].blob_index", BLOB + 64, "I", 1),
