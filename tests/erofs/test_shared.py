@@ -307,6 +307,25 @@ def test_an_event_is_noted_for_a_mount_of_any_number(kernel: Kernel) -> None:
     assert [left.blob for left in Journal(kernel._journal).left] == [1 << 8]
 
 
+def test_an_event_is_noted_for_its_mount_before_it_is_looked_at(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So what a front end takes up needs no other image than the one it is of."""
+
+    def is_killed(*_: object) -> None:
+        raise SystemExit
+
+    kernel.mount(300, 7)
+    front = kernel.begin()
+    length = kernel.event(front, 1)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Blob, "missing", is_killed)
+        front._take(length)
+    (left,) = Journal(kernel._journal).left
+    assert (left.blob, *left.event[1:3]) == (300 << 8, CHUNK, CHUNK)
+    os.close(left.event.fd)
+
+
 def test_an_older_release_goes_on_with_the_table_and_drops_what_it_does_not_know(kernel: Kernel) -> None:
     kernel.mount(5, 7)
     ours = table.read(kernel.memory)

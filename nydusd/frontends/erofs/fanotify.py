@@ -27,6 +27,7 @@ _OPEN_TREE, _OPEN_TREE_CLONE = 428, 0x1
 
 _METADATA = Struct("=IBBHQii")
 """event_len, version, reserved, metadata_len, mask, fd, pid."""
+_MASK = Struct("=q")
 _VERSION = 3
 _INFO = Struct("=BBH")
 """info_type, pad, length."""
@@ -45,11 +46,17 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Event(NamedTuple):
-    """A reader waits for `length` bytes at `offset` of the file that `fd` is open on, in the process that took the event."""
+    """A reader waits for `length` bytes at `offset` of the file that `fd` is open on, in the process that took the event.
+
+    `word`: where its mask is in the buffer that it was read into, in pieces of eight bytes, of which each event has some whole
+    ones. All masks are the same. Who has found out of which file it is, which only that process can, notes its key there as
+    `~key`, which no mask is.
+    """
 
     fd: int
     offset: int
     length: int
+    word: int = 0
 
 
 def open_group() -> int:
@@ -122,8 +129,14 @@ def events(buffer: memoryview) -> Iterator[Event]:
                 *_, offset, span = _RANGE.unpack_from(buffer, place)
             place += max(size, _INFO.size)
         if fd >= 0:
-            yield Event(fd, offset, span)
+            yield Event(fd, offset, span, (at >> 3) + 1)
         at += length
+
+
+def key_of(buffer: memoryview, event: Event) -> int | None:
+    """The key that was noted for an event, None if none was."""
+    (word,) = _MASK.unpack_from(buffer, event.word << 3)
+    return ~word if word < 0 else None
 
 
 def answer(group: int, number: int, code: int) -> None:

@@ -3,7 +3,7 @@
 One memfd, made and held by the supervisor, held by the guard, mapped by the front end. The kernel gives an event once and
 knows it by the number of an fd alone, which it opened in the process that took the event; any process that has the group
 may answer it by that number. So the number, and the range, are in here before anything is done for it: read(2) of the
-group goes straight into the journal, and what must wait is copied.
+group goes straight into the journal, and what must wait is copied. Which blob it is of is noted as soon as that is found out.
 
 What holds after SIGKILL between any two instructions: every event that was taken and not answered is in here. One that was
 answered may be in here too; no event was given the same number since, because an event is taken off the journal before
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from nydusd.errors import FormatError
 
-from .fanotify import EVENT_SIZE, READ_SIZE, Event, events
+from .fanotify import EVENT_SIZE, READ_SIZE, Event, events, key_of
 
 _MAGIC = 0x31_4A_46_44_59_4E  # NYDFJ1: another layout, another number
 _HEADER = Struct("=Q")
@@ -38,7 +38,8 @@ _FREE, _TAKEN = 0, 1
 LIVES = 3
 """Front ends that may crash while they serve the same event again. Its reader is refused then."""
 UNKNOWN = -1
-"""Instead of a blob: only the fd said which one, and the process that had it died before it looked."""
+"""Instead of a blob: only the fd said which one, and the process that had it died before it asked, while it answered those that
+came with this event. All are not asked about first: that costs the usual case, one event, more than it gives."""
 
 
 class Kept(NamedTuple):
@@ -75,6 +76,8 @@ class Journal:
         view = memoryview(mmap.mmap(fd, _SIZE))
         self.buffer = view[_BUFFER:_STATES]
         """To read the group into."""
+        self.words = self.buffer.cast("q")
+        """The same, to note keys of events in (`fanotify.Event.word`)."""
         self._states = view[_STATES:_ENTRIES]
         self._entries = view[_ENTRIES:]
         self.left = self._recover(crashed)
@@ -112,7 +115,8 @@ class Journal:
         for event in events(self.buffer):
             if event.fd not in known:
                 place = next(free)
-                entry = (event.fd, 0, UNKNOWN, event.offset, event.length)
+                blob = key_of(self.buffer, event)
+                entry = (event.fd, 0, UNKNOWN if blob is None else blob, event.offset, event.length)
                 _ENTRY.pack_into(self._entries, place * _ENTRY.size, *entry)
                 self._states[place] = _TAKEN
                 taken.append(place)

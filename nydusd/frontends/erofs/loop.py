@@ -140,10 +140,12 @@ class FrontEnd:
         known = self._known
         # Each mount that has asked is in the table; what has gone since may have left its file's number to another file.
         known.refresh()
+        words = self._journal.words
         for event in fanotify.events(self._journal.buffer):
             try:
                 st = os.fstat(event.fd)
                 key, blob = known.files[st.st_dev, st.st_ino]
+                words[event.word] = ~key
                 if not blob.listens:
                     blob.listen(event.fd)
                 runs = blob.missing(event.offset, event.length, st.st_size)
