@@ -14,7 +14,6 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from nydusd import points
@@ -23,9 +22,8 @@ from nydusd.formats import open_bootstrap
 from nydusd.formats.blob_meta import check_ci_sizes
 from nydusd.formats.model import RawChunk
 from nydusd.ipc.messages import Json
-from nydusd.storage.backend.base import ReadHow
 from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_from_raw, build_tarfs
-from nydusd.storage.cache.load import load_ci, meta_file_bytes, parse_meta_file
+from nydusd.storage.cache.load import meta_file_bytes, parse_meta_file
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state import map_file
 from nydusd.storage.state.gone import remove_if_gone
@@ -33,6 +31,7 @@ from nydusd.storage.state.segment import CHECKABLE, EMPTY, READY, RECORD, VERIFY
 from nydusd.storage.state.sharing import contradiction, ready_in, segments_of
 from nydusd.storage.state.temporary import is_still, temporary_of
 from workers.blobs import NO_ROOM, OpenBlob, OpenBlobs, map_bootstrap
+from workers.chunk_info import fetch_ci
 
 log = logging.getLogger(__name__)
 
@@ -165,9 +164,8 @@ def _chunk_table(blob: OpenBlob) -> tuple[ChunkTable, bytes]:
         # Sound in itself, and another one than that which was used: a bit may have been flipped.
         log.warning("blob metadata %s: it is not what the chunk map was stored for; fetching it again", path)
         doubtful = doubtful or known
-    # The supervisor has it done again when the backend is there again: no need to wait for that here.
     try:
-        header, ci = load_ci(info, partial(blob.reader(meta=True).read, how=ReadHow(waits=False)))
+        header, ci = fetch_ci(blob)
     except BackendError:
         if doubtful is None:
             raise
