@@ -165,13 +165,14 @@ def _chunk_table(blob: OpenBlob) -> tuple[ChunkTable, bytes]:
         log.warning("blob metadata %s: it is not what the chunk map was stored for; fetching it again", path)
         doubtful = doubtful or known
     try:
-        header, ci = fetch_ci(blob)
+        header, ci, table = fetch_ci(
+            blob, lambda header, ci: build_from_ci(info, ci, header, _raw_chunks(spec), mark=True)
+        )
     except BackendError:
         if doubtful is None:
             raise
         return doubtful
     points.reach("prepare: metadata fetched")
-    table = build_from_ci(info, ci, header, _raw_chunks(spec), mark=True)
     stored = _store_meta(blob, meta_file_bytes(header, ci))
     if not stored and table.dict_size:
         raise CacheError(f"blob metadata of {info.blob_id} could not be stored, and its dictionaries are needed")
