@@ -109,10 +109,7 @@ class Supervisor:
         self._family.guarded = not self._notifier.active and options.supervisor is None
         self._store = FdStore(self._notifier)
         self.factory = BlobFactory(self._runtime.instance, str(self._runtime.folder))
-        settings = config.rafs.prefetch if config.rafs is not None else None
-        self.prefetch = PrefetchWorker(
-            settings.batch_size if settings is not None else 0, settings.bandwidth_limit if settings is not None else 0
-        )
+        self.prefetch = PrefetchWorker()
         self._engine: Engine | None = None
         self._listener: Listener | None = None
         self._metrics: socket.socket | None = None

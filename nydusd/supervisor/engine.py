@@ -66,7 +66,6 @@ class Engine:
         self.fetch = WorkerPool("fetch", sockets.send_job, lambda: None, self._has_others)
         self.decompress = WorkerPool("decompress", sockets.send_job, self._prefetch_more)
         self.pools = {"fetch": self.fetch, "decompress": self.decompress}
-        rafs = config.rafs
         self.router = Router(
             factory,
             self.fetch,
@@ -75,7 +74,6 @@ class Engine:
             self.stage,
             prefetch,
             reply,
-            amplify=rafs.batch_size if rafs is not None else 1 << 20,
             deadline=config.nydusd.read_deadline,
         )
         self.staff = Staff(family, self.pools, sockets.send_job, factory, runtime)

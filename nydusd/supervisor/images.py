@@ -14,6 +14,7 @@ from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.api.image import ImageFacts
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.manager import CacheConfig, Former
+from nydusd.storage.cache.pace import Pace
 
 if TYPE_CHECKING:
     from nydusd.config import Config
@@ -61,6 +62,9 @@ class Image:
             for cache in self.caches:
                 cache.users -= 1
             raise
+        self._pace = _pace(config)
+        for cache in self.caches:
+            cache.paces.append(self._pace)
 
     @property
     def facts(self) -> Json:
@@ -121,12 +125,22 @@ class Image:
         self.released = True
         for cache in self.caches:
             cache.users -= 1
+            cache.leave(self._pace)
 
 
 def metadata_folders(config: Config, run_dir: str) -> list[str]:
     """Where metadata that is extracted from a blob may be kept. Raises ConfigError for a configuration without a backend."""
     work_dir = _cache_config(config).work_dir
     return [run_dir] if work_dir is None else [work_dir, run_dir]
+
+
+def _pace(config: Config) -> Pace:
+    if config.rafs is not None:
+        settings = config.rafs.prefetch
+        return Pace(settings.batch_size, settings.bandwidth_limit, config.rafs.batch_size)
+    if config.cache is not None:  # an image of a singleton has only that
+        return Pace(config.cache.prefetch.batch_size, config.cache.prefetch.bandwidth_limit)
+    return Pace()
 
 
 def _cache_config(config: Config, domain: str | None = None) -> CacheConfig:

@@ -21,7 +21,7 @@ from nydusd.supervisor.transfers import Transfers
 _JOB_BYTES = 512 << 10
 """Plain bytes of a job: small enough that a user's miss behind one waits a few milliseconds."""
 _WINDOW_MOST = 8 << 20
-"""Compressed bytes that are fetched ahead of a sequential reader at most (or `amplify`, if that is more)."""
+"""Compressed bytes that are fetched ahead of a sequential reader at most (or `Pace.amplify`, if that is more)."""
 _WINDOW_REMOTE = 16 << 20
 """The same over a network, by several requests at once, so that round trips overlap."""
 _GROWTH_REMOTE = 4
@@ -42,7 +42,6 @@ class Launch:
         prefetch: PrefetchWorker,
         filled: Done,
         count: Done,
-        amplify: int,
         deadline: float,
         kin: Kin,
     ) -> None:
@@ -52,8 +51,7 @@ class Launch:
         self._slots = slots
         self._prefetch = prefetch
         self._filled = filled
-        self._amplify = amplify
-        self.transfers = Transfers(fetch, decompress, stage, filled, count, amplify, deadline)
+        self.transfers = Transfers(fetch, decompress, stage, filled, count, deadline)
 
     def miss(self, cache: BlobCache, missing: list[int]) -> None:
         """A user waits for these chunks, some of which may be on their way.
@@ -62,14 +60,14 @@ class Launch:
         """
         joined: list[int] = []
         if cache.remote:
-            joined, _ = cache.meta.ahead(missing[-1], self._amplify - cache.meta.span(missing)[1])
+            joined, _ = cache.meta.ahead(missing[-1], cache.pace.amplify - cache.meta.span(missing)[1])
         self._start(cache, [*missing, *_hopeful(cache, joined)], Priority.USER, missing if cache.pinned else ())
 
     def read_ahead(self, cache: BlobCache, first: int, last: int) -> None:
         """A reader is at these chunks: take along what follows, more and more for one that goes on and on."""
-        if self._amplify:
+        if amplify := cache.pace.amplify:
             most, growth = (_WINDOW_REMOTE, _GROWTH_REMOTE) if cache.remote else (_WINDOW_MOST, 2)
-            ahead = cache.ahead.plan(cache.meta, first, last, self._amplify, most, growth)
+            ahead = cache.ahead.plan(cache.meta, first, last, amplify, most, growth)
             self._start(cache, _hopeful(cache, ahead), Priority.AHEAD)
 
     def prefetch(self) -> Iterable[BlobCache]:
@@ -127,7 +125,7 @@ class Launch:
             self.fill(cache, part, priority, done=self._verified)
         absent = [chunk for chunk in free if chunk not in cache.jobs]
         cache.chunk_map.check_ready_and_mark_pending(absent)
-        limit = self._prefetch.batch_size * 2 if priority is Priority.PREFETCH else 0  # a batch is one request
+        limit = cache.pace.batch_size * 2 if priority is Priority.PREFETCH else 0  # a batch is one request
         self.transfers.start(cache, absent, priority, limit)
 
     def fill(
@@ -158,7 +156,7 @@ class Launch:
         """
         meta = cache.meta
         if cache.remote:
-            parts = meta.ranges(chunks, self.transfers.request_bytes(), self.transfers.gap())
+            parts = meta.ranges(chunks, self.transfers.request_bytes(cache), self.transfers.gap(cache))
             return [(part, meta.plain_bytes(part) + meta.span(part)[1]) for part in parts]
         return [(part, meta.plain_bytes(part)) for part in meta.split(chunks, _JOB_BYTES)]
 

@@ -1,7 +1,7 @@
 """Router: who waits for which chunk, and which jobs fetch them. The supervisor's tables, without any I/O.
 
 A chunk is fetched by one job however many wait for it. A user's chunks become jobs at once; the chunks behind them, up to
-`amplify` compressed bytes (more for a reader that goes on sequentially), follow at a lower priority, and a reader that
+`Pace.amplify` compressed bytes (more for a reader that goes on sequentially), follow at a lower priority, and a reader that
 runs into one of those raises it. Chunks of a local blob are read by the worker that decodes them, those of a remote one
 are fetched first (`Transfers`). All is single-threaded; a claim ends with its job, on every path.
 
@@ -61,7 +61,6 @@ class Router:
         stage: SlotTable,
         prefetch: PrefetchWorker,
         reply: Reply,
-        amplify: int,
         deadline: float,
     ) -> None:
         self._factory = factory
@@ -75,7 +74,7 @@ class Router:
         self._requests: dict[tuple[bytes, int], Request] = {}
         self._kin = Kin(self._filled, lambda job: self._launch.promote(job))
         self._launch = Launch(
-            *(fetch, decompress, slots, stage, prefetch, self._filled, self._count, amplify, deadline, self._kin)
+            *(fetch, decompress, slots, stage, prefetch, self._filled, self._count, deadline, self._kin)
         )
         self._room = Room(slots, self._launch.cut, self._launch.start_in)
         self.checkpoints = Checkpoints(factory, fetch, self._reopen)
@@ -347,8 +346,8 @@ class Router:
             job.cache.prefetch_delay = 0.0
         for key in self.backend:
             self.backend[key] += answer.get(key, 0)
-        if job.priority is not Priority.PREFETCH and not self._prefetch.idle():
-            self._prefetch.limiter.spend(time.monotonic(), answer.get("read_bytes", 0))
+        if job.cache is not None and job.priority is not Priority.PREFETCH and not self._prefetch.idle():
+            job.cache.pace.limiter.spend(time.monotonic(), answer.get("read_bytes", 0))
 
     def _settle(self, job: Job, cache: BlobCache, answer: Answer) -> None:
         """Tell all who waited for a job's chunks how it ended."""

@@ -68,8 +68,8 @@ class _Transfer:
 class Transfers:
     """`filled(job, answer)` is called for each fill job, and with an error for each fetch job that came to nothing.
 
-    `count(job, answer)` is told what the backend was asked for. `request_bytes` bounds a request of several chunks, `deadline`
-    (seconds) its duration with all its retries where no reader's deadline does.
+    `count(job, answer)` is told what the backend was asked for. `deadline` (seconds) bounds the duration of a request with
+    all its retries where no reader's deadline does.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class Transfers:
         stage: SlotTable,
         filled: Filled,
         count: Filled,
-        request_bytes: int,
         deadline: float,
     ) -> None:
         self._fetch = fetch
@@ -87,7 +86,6 @@ class Transfers:
         self._stage = stage
         self._filled = filled
         self._count = count
-        self._request_bytes = max(request_bytes, MIN_REQUEST)
         self._deadline = deadline
         self._line: dict[Job, _Transfer] = {}
         self._fetching: set[Job] = set()
@@ -95,25 +93,26 @@ class Transfers:
         self._giving = self._again = False
         self._rate = 0.0  # bytes per second that one request gets, of late
 
-    def request_bytes(self, window: int = 0) -> int:
-        """Bytes of a request; for a sequential reader his window is cut in as many as there are workers, to use them all.
+    def request_bytes(self, cache: BlobCache, window: int = 0) -> int:
+        """Bytes of a request of several chunks, as the image's `amplify` says.
 
-        But a slow server gets no longer requests than it answers in a moment.
+        For a sequential reader his window is cut in as many as there are workers, to use them all. But a slow server gets no
+        longer requests than it answers in a moment.
         """
         share = min(window // max(self._fetch.size, 1), int(self._rate * _PATIENCE))
-        return self._bounded(max(self._request_bytes, share))
+        return self._bounded(max(cache.pace.amplify, share))
 
     def _bounded(self, wanted: int) -> int:
         return max(min(wanted, self._stage.size // _SHARE), MIN_REQUEST)
 
-    def gap(self) -> int:
+    def gap(self, cache: BlobCache) -> int:
         """Bytes that nobody wants and that are fetched rather than paid for with another request."""
-        return self._request_bytes >> 7
+        return max(cache.pace.amplify, MIN_REQUEST) >> 7
 
     def start(self, cache: BlobCache, chunks: Sequence[int], priority: Priority, limit: int = 0) -> None:
         """Fetch chunks (sorted ids, claimed by the caller) into the cache file, in as few requests of `limit` as fit."""
-        limit = max(self._bounded(limit), self.request_bytes(cache.ahead.window))
-        for part in cache.meta.ranges(chunks, limit, self.gap()):
+        limit = max(self._bounded(limit), self.request_bytes(cache, cache.ahead.window))
+        for part in cache.meta.ranges(chunks, limit, self.gap(cache)):
             # Neighbours that nobody waits for come in his request if they fit, and else behind it.
             behind = priority is Priority.USER and not any(chunk in cache.waiters for chunk in part)
             self._enter(cache, part, Priority.AHEAD if behind else priority)

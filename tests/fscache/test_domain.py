@@ -306,7 +306,7 @@ def test_what_no_image_of_the_domain_lists_is_never_fetched_ahead_and_is_when_on
         prepare(workers, job)
         workers.close()
         cache.opened()
-        ahead = PrefetchWorker(1 << 20, 0)
+        ahead = PrefetchWorker()
         ahead.want(cache, 0, -1)
         (_, found) = ahead.take(0.0) or (cache, [])
         return list(found)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from nydusd.formats.model import ChunkFlag
 from nydusd.storage.cache.blob_cache import BlobCache
-from nydusd.storage.cache.prefetch import Limiter, PrefetchWorker
+from nydusd.storage.cache.pace import Limiter, Pace
+from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.segment import EMPTY, FAILED, PENDING, READY, VERIFY
 from tests.support.blobs import blob_info
@@ -70,7 +71,7 @@ def _drain(worker: PrefetchWorker, now: float = 0.0) -> list[tuple[BlobCache, li
 
 def test_runs_come_in_order_in_batches(caches: Caches) -> None:
     one, two = caches(), caches(6)
-    worker = PrefetchWorker(BATCH, 0)
+    worker = PrefetchWorker()
     assert worker.idle()
     worker.want(two, 3, 2)
     worker.want(one, 0, -1)
@@ -85,7 +86,7 @@ def test_chunks_that_are_there_or_under_way_are_passed_over(caches: Caches) -> N
     cache = caches(10)
     assert cache.segment is not None
     cache.segment.state[:] = bytes([READY, EMPTY, PENDING, VERIFY, READY, READY, FAILED, EMPTY, READY, READY])
-    worker = PrefetchWorker(BATCH, 0)
+    worker = PrefetchWorker()
     worker.want(cache, 0, -1)
     assert _drain(worker) == [(cache, [1, 3, 7])]
     assert worker.idle()
@@ -94,7 +95,7 @@ def test_chunks_that_are_there_or_under_way_are_passed_over(caches: Caches) -> N
 def test_blob_that_is_not_open_waits_and_is_taken_up_in_its_place(caches: Caches) -> None:
     closed, opened = caches(2), caches(2)
     closed.state = "preparing"
-    worker = PrefetchWorker(BATCH, 0)
+    worker = PrefetchWorker()
     worker.want(closed, 0, 1)
     worker.want(opened, 0, 2)
     worker.want(closed, 1, 1)
@@ -110,7 +111,7 @@ def test_blob_that_is_not_open_waits_and_is_taken_up_in_its_place(caches: Caches
 def test_full_disk_and_dummy_cache_set_a_blob_aside(caches: Caches) -> None:
     full, dummy = caches(2), caches(2, work_dir=None)
     full.no_room_until = time.monotonic() + 1000
-    worker = PrefetchWorker(BATCH, 0)
+    worker = PrefetchWorker()
     for cache in (full, dummy):
         worker.want(cache, 0, -1)
     assert _drain(worker) == []
@@ -122,7 +123,7 @@ def test_full_disk_and_dummy_cache_set_a_blob_aside(caches: Caches) -> None:
 def test_failed_blob_is_looked_at_again_after_its_back_off(caches: Caches) -> None:
     cache = caches(2)
     cache.open_failed("away")
-    worker = PrefetchWorker(BATCH, 0)
+    worker = PrefetchWorker()
     worker.want(cache, 0, -1)
     assert _drain(worker) == []
     assert worker.wait(cache.retry_at - 0.25) == pytest.approx(0.25)
@@ -130,7 +131,7 @@ def test_failed_blob_is_looked_at_again_after_its_back_off(caches: Caches) -> No
 
 def test_cancelled_blob_is_forgotten_queued_or_aside(caches: Caches) -> None:
     gone, kept = caches(2), caches(2)
-    worker = PrefetchWorker(BATCH, 0)
+    worker = PrefetchWorker()
     worker.want(gone, 0, 1)
     gone.state = "preparing"
     assert _drain(worker) == []
@@ -144,8 +145,10 @@ def test_cancelled_blob_is_forgotten_queued_or_aside(caches: Caches) -> None:
 
 @pytest.mark.parametrize(("flags", "cost"), [(0, 10_000), (ChunkFlag.BATCH, 1 << 15)])
 def test_limit_counts_stored_bytes(caches: Caches, flags: int, cost: int) -> None:
-    worker = PrefetchWorker(BATCH, 100_000)
-    worker.want(caches(20, flags), 0, -1)
+    worker = PrefetchWorker()
+    cache = caches(20, flags)
+    cache.paces.append(Pace(BATCH, 100_000))
+    worker.want(cache, 0, -1)
     now = 50.0
     taken = 0
     while not worker.idle():
@@ -158,6 +161,34 @@ def test_limit_counts_stored_bytes(caches: Caches, flags: int, cost: int) -> Non
     assert taken == 5
     # The last batch need not have been waited for; a tenth of a second's worth is for free.
     assert now - 50 == pytest.approx((16 * cost - 10_000) / 100_000)
+
+
+def test_each_image_has_its_own_batches_and_limit_and_none_waits_for_another(caches: Caches) -> None:
+    slow, slow_too, fast = caches(), caches(), caches(8)
+    pace = Pace(BATCH, 10_000)
+    for cache in (slow, slow_too):
+        cache.paces.append(pace)
+    fast.paces.append(Pace(4 * BATCH))
+    worker = PrefetchWorker()
+    for cache in (slow, slow_too, fast):
+        worker.want(cache, 0, -1)
+    assert _drain(worker, 50.0) == [(slow, [0, 1, 2, 3]), (fast, list(range(8)))], (
+        "the image's limit is that of all its blobs"
+    )
+    assert not worker.idle()
+    wait = worker.wait(50.0)
+    assert wait == pytest.approx(3.9)
+    assert _drain(worker, 50.0 + 3.9 + 1e-6) == [(slow, [4, 5, 6, 7])]
+
+
+def test_of_several_mounts_of_one_image_the_last_one_says_how_fast_and_what_is_left_of_it_holds(caches: Caches) -> None:
+    cache, first, second = caches(), Pace(), Pace()
+    cache.paces += [first, second]
+    assert cache.pace is second
+    cache.leave(second)
+    assert cache.pace is first
+    cache.leave(first)
+    assert cache.pace is first, "the kernel may read on, or a prefetch be under way"
 
 
 @given(

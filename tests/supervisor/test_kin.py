@@ -28,6 +28,7 @@ def twin_of(world: World, *, of: BlobCache | None = None, verify: bool = False) 
     config = CacheConfig(first.spec.backend, {"secret": "of the test"}, "/cache", verify)
     info = replace(blob_info(), blob_id=first.spec.info.blob_id)
     twin = world.factory.new_blob_cache(config, info, "another image", "/boot2", "", False)
+    twin.paces.append(world.pace)
     assert twin is not first and twin.kin == [first, twin]
     world.worker("fetch", b"opener")
     world.router.open_blob(twin)

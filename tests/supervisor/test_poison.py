@@ -32,7 +32,6 @@ FATAL = {"fetch": 1, "fill": 2}
 def large_requests(world: World, patch: pytest.MonkeyPatch) -> None:
     """Chunks 0 to 2 are fetched by one request."""
     patch.setattr(transfers, "MIN_REQUEST", 32 << 10)
-    patch.setattr(world.transfers, "_request_bytes", 32 << 10)
 
 
 def work(world: World, is_fatal: Callable[[Json], bool]) -> int:

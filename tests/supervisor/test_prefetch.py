@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nydusd.storage.cache.prefetch import Limiter
+from nydusd.storage.cache.pace import Limiter
 from tests.supervisor.world import CHUNKS, World
 
 
@@ -105,7 +105,7 @@ def test_looking_for_work_does_not_go_through_the_list_of_a_blob_that_is_not_ope
         for chunk in range(1000):
             world.prefetch.want(world.plain, chunk % CHUNKS, 1)
         assert world.prefetch.take(0.0) is None
-        assert not world.prefetch._runs
+        assert not world.prefetch._queues
         assert list(world.prefetch.aside()) == [world.plain]
         world.prefetch.cancel(world.plain)
         assert world.prefetch.idle()

@@ -134,6 +134,41 @@ def test_low_limit_holds_prefetch_back_and_no_reader(tmp_path: Path) -> None:
         assert wrong(daemon) == []
 
 
+def test_each_image_that_the_api_mounts_has_its_own_limits_also_after_a_takeover(tmp_path: Path) -> None:
+    """As nydus-snapshotter does it in shared mode: the daemon has no configuration of its own."""
+    all_of_it: dict[str, object] = {"enable": True, "prefetch_all": True}
+    slow: dict[str, object] = {"fs_prefetch": all_of_it | {"bandwidth_rate": 1000, "merging_size": 131072}}
+    other = oracle.image("v5-zstd-blake3")
+
+    def metrics(place: str) -> dict[str, int]:
+        found = daemon.get(f"/api/v1/metrics/blobcache?id={place}")
+        assert isinstance(found, dict)
+        return found
+
+    with Daemon(None, IMAGE.blobs) as daemon:
+        for place, image, more in (("/slow", IMAGE, slow), ("/fast", other, {"fs_prefetch": all_of_it})):
+            config = json.dumps(config_for(image, tmp_path / place[1:], **more) | {"id": place})
+            assert daemon.mount(place, image.bootstrap, image.blobs, config=config) == (204, "")
+        wait_until(lambda: bool(metrics("/fast")["data_all_ready"]), "all of the image that has no limit", 20)
+        assert metrics("/slow")["prefetch_requests_count"] == 1
+        daemon.kill_supervisor()
+        daemon.start()
+        wait_until(lambda: metrics("/slow")["prefetch_requests_count"] > 0, "prefetch to go on", 20)
+        assert wrong(daemon, other.name, "fast") == []
+        assert not metrics("/slow")["data_all_ready"]
+        assert wrong(daemon, place="slow") == []
+
+
+def test_an_image_that_the_api_mounts_is_read_ahead_as_its_own_amplify_io_says(tmp_path: Path) -> None:
+    with Daemon(None, IMAGE.blobs) as daemon:
+        config = json.dumps(config_for(IMAGE, tmp_path / "cache", amplify_io=0))
+        assert daemon.mount("/", IMAGE.bootstrap, IMAGE.blobs, config=config) == (204, "")
+        read_direct(daemon.mountpoint / ONE_CHUNK)
+        metrics = daemon.get("/api/v1/metrics/blobcache")
+        assert isinstance(metrics, dict)
+        assert metrics["entries_count"] == 1
+
+
 def test_nothing_is_read_ahead_with_amplify_io_0(tmp_path: Path) -> None:
     with Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config_for(IMAGE, tmp_path / "cache", amplify_io=0)) as daemon:
         read_direct(daemon.mountpoint / ONE_CHUNK)

@@ -386,7 +386,7 @@ def test_slow_server_gets_no_longer_requests_than_it_answers_in_a_moment(world: 
     world.stage._size = 64 << 20
     window = 16 << 20
     workers(world, fetch=4)
-    assert world.transfers.request_bytes(window) == 16 << 10, "nothing is known of the server yet"
+    assert world.transfers.request_bytes(world.far, window) == 16 << 10, "nothing is known of the server yet"
 
     def after(milliseconds: float) -> int:
         for number in range(30):
@@ -396,7 +396,7 @@ def test_slow_server_gets_no_longer_requests_than_it_answers_in_a_moment(world: 
             (identity,) = [name for name, message in world.sent.items() if message["kind"] == "fetch"]
             world.fetched(identity, milliseconds)
             world.settle()
-        return world.transfers.request_bytes(window)
+        return world.transfers.request_bytes(world.far, window)
 
     assert after(1.0) == pytest.approx(4096e3 / 4, rel=0.1)
     assert after(1000.0) == 16 << 10

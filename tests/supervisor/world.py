@@ -22,6 +22,7 @@ from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache import blob_cache
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.manager import CacheConfig, Former
+from nydusd.storage.cache.pace import Pace
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Job, Priority, Request
 from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Identity, Segment, names, remove
@@ -76,7 +77,8 @@ class World:
         """Bytes that both arenas can have, as if /dev/shm was no larger."""
         patch.setattr(os, "posix_fallocate", self._back)
         self.instance = f"world-{time.monotonic_ns()}-{next(_worlds)}"
-        self._amplify, self._bandwidth = amplify, bandwidth
+        self.pace = Pace(0, bandwidth, amplify)
+        """Of all images here."""
         self.blobs: list[BlobCache] = []
         self.sent: dict[bytes, Json] = {}
         self.retired: set[bytes] = set()
@@ -95,7 +97,7 @@ class World:
         self.factory.begin(first)
         self.slots = SlotTable(f"/nydusd.{self.instance}.{term}.arena", 64 << 10, first)
         self.stage = SlotTable(f"/nydusd.{self.instance}.{term}.stage", 64 << 10)
-        self.prefetch = PrefetchWorker(64 << 10, self._bandwidth)
+        self.prefetch = PrefetchWorker()
         self.fetch = WorkerPool("fetch", self._sender("fetch"), lambda: None)
         self.decompress = WorkerPool("decompress", self._sender("decompress"), lambda: self.router.prefetch())
         self.router = Router(
@@ -106,7 +108,6 @@ class World:
             self.stage,
             self.prefetch,
             self._reply,
-            amplify=self._amplify,
             deadline=30.0,
         )
         self.transfers = self.router._launch.transfers
@@ -140,6 +141,7 @@ class World:
         known = former.get((name, boot))
         names_of = None if known is None else Former(known.handle, known.spec.segment)
         cache = self.factory.new_blob_cache(config, info, f"image of {boot}", boot, "", False, names_of)
+        cache.paces.append(self.pace)
         if known is None:
             return cache
         cache.take_over()

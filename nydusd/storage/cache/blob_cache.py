@@ -15,6 +15,7 @@ from nydusd.errors import InternalError, NydusError
 from nydusd.storage.cache.ahead import ReadAhead
 from nydusd.storage.cache.backend_counts import BackendCounts
 from nydusd.storage.cache.meta_info import BlobMetaInfo
+from nydusd.storage.cache.pace import DEFAULT_PACE, Pace
 from nydusd.storage.cache.requests import Job, Request
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.chunk_map import ChunkMap
@@ -48,6 +49,7 @@ class BlobCache:
         self.spec = spec
         self.server = spec.server
         self.users = 0
+        self.paces: list[Pace] = []  # of the mounts that use it, in the order of their mounting
         self.backend = BackendCounts()
         self.prefetch = PrefetchCounts()
         self.inherits = bool(inode_of(spec.segment))  # a killed daemon left what `prepare` will take over
@@ -80,6 +82,16 @@ class BlobCache:
     @property
     def handle(self) -> int:
         return self.spec.handle
+
+    @property
+    def pace(self) -> Pace:
+        """How fast is fetched ahead: as the image says that was mounted last."""
+        return self.paces[-1] if self.paces else DEFAULT_PACE
+
+    def leave(self, pace: Pace) -> None:
+        """A mount is gone that had this pace. Where it was the last one it holds on, for what still reads or fetches."""
+        if len(self.paces) > 1:
+            self.paces.remove(pace)
 
     @property
     def caches(self) -> bool:

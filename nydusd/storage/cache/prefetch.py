@@ -1,8 +1,9 @@
-"""PrefetchWorker: what to fetch before anybody asks, in which order, and how fast.
+"""PrefetchWorker: what to fetch before anybody asks, and in which order; how fast, the mount of each image says (`pace.py`).
 
 It runs nothing itself: the supervisor takes a batch from it when a worker would be idle, so prefetch is always behind user
 reads. Order: the files of a list, then, if asked for, all chunks of all blobs in the order of the blob. Blobs that cannot
-be filled now (not open, no room) are set aside, so that looking for work costs nothing while there is none.
+be filled now (not open, no room) are set aside, so that looking for work costs nothing while there is none. Each image has
+a queue of its own, so that one whose limit is reached holds up no other.
 """
 
 from __future__ import annotations
@@ -12,57 +13,32 @@ from collections.abc import Callable, Collection, Sequence
 
 from nydusd.formats.model import ChunkFlag
 from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.cache.pace import Pace
 from nydusd.storage.state.segment import EMPTY, VERIFY
 
-_BURST = 16 << 20
-_TINY = 1e-3
-"""Seconds that are not worth waiting: without that, who waited as told may be told, by rounding, to wait on."""
 _PAUSE_FIRST, _PAUSE_MOST = 1.0, 60.0
 _GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
 
 
-class Limiter:
-    """A leaky bucket in bytes per second; 0 = no limit. User reads add to its debt and never wait."""
-
-    def __init__(self, rate: int) -> None:
-        self._rate = rate
-        self._debt = 0.0
-        self._at = 0.0
-
-    def _leak(self, now: float) -> None:
-        self._debt = max(0.0, self._debt - (now - self._at) * self._rate)
-        self._at = now
-
-    def wait(self, now: float) -> float:
-        """Seconds until more may be fetched."""
-        if not self._rate:
-            return 0.0
-        self._leak(now)
-        # The capacity is a tenth of a second's worth, at most the burst: a higher one would make a low limit no limit.
-        over = self._debt - min(self._rate / 10, _BURST)
-        wait = over / self._rate
-        return wait if wait > _TINY else 0.0
-
-    def spend(self, now: float, size: int) -> None:
-        if self._rate:
-            self._leak(now)
-            self._debt += size
+_Run = tuple[BlobCache, int, int]
+"""A blob, a chunk, and how many from there on; < 0 means to the end of the blob."""
 
 
 class PrefetchWorker:
-    """The queue of one daemon. Sizes are plain bytes for a batch, compressed bytes for the limiter."""
+    """The queues of one daemon."""
 
-    def __init__(self, batch_size: int, bandwidth: int) -> None:
-        self.batch_size = max(batch_size, 128 << 10)
-        self.limiter = Limiter(bandwidth)
-        self._runs: deque[tuple[BlobCache, int, int]] = deque()
-        self._aside: dict[BlobCache, deque[tuple[BlobCache, int, int]]] = {}
+    def __init__(self) -> None:
+        self._queues: dict[Pace, deque[_Run]] = {}
+        self._aside: dict[BlobCache, deque[_Run]] = {}
         self.requests = 0
         self.bytes = 0
 
     def want(self, cache: BlobCache, first: int, count: int) -> None:
         """Queue chunks; count < 0 means to the end of the blob."""
-        self._runs.append((cache, first, count))
+        self._queue(cache).append((cache, first, count))
+
+    def _queue(self, cache: BlobCache) -> deque[_Run]:
+        return self._queues.setdefault(cache.pace, deque())
 
     def put_back(self, cache: BlobCache, first: int, last: int, retry_after: float, now: float) -> None:
         """A batch could not be had from the backend: leave that alone for `retry_after` seconds (1 s, doubling to 60 s)."""
@@ -72,11 +48,11 @@ class PrefetchWorker:
 
     def cancel(self, cache: BlobCache) -> None:
         """Forget what is queued of a blob."""
-        self._runs = deque(run for run in self._runs if run[0] is not cache)
+        self._queues = {pace: deque(run for run in runs if run[0] is not cache) for pace, runs in self._queues.items()}
         self._aside.pop(cache, None)
 
     def idle(self) -> bool:
-        return not self._runs and not self._aside
+        return not any(self._queues.values()) and not self._aside
 
     def aside(self) -> Collection[BlobCache]:
         """Blobs with chunks queued that cannot be filled now."""
@@ -84,7 +60,7 @@ class PrefetchWorker:
 
     def wait(self, now: float) -> float | None:
         """Seconds until `take` may give more by the passing of time alone; None if only an event can bring that."""
-        until = [now + wait] if self._runs and (wait := self.limiter.wait(now)) else []
+        until = [now + wait for runs in self._queues.values() if runs and (wait := _limit(runs, now))]
         until += [cache.retry_at for cache in self._aside if cache.state == "failed"]
         until += [max(cache.no_room_until, cache.prefetch_at) for cache in self._aside if cache.state == "ready"]
         return max(0.0, min(until) - now) if until else None
@@ -96,30 +72,31 @@ class PrefetchWorker:
 
         `may` says whether chunks of this blob may be prefetched now; those behind them wait with them.
         """
-        if self.limiter.wait(now) > 0:
-            return None
         for cache in [cache for cache in self._aside if _can_be_filled(cache, now)]:
-            self._runs.extendleft(reversed(self._aside.pop(cache)))
-        while self._runs:
-            if not may(self._runs[0][0]):
-                return None
-            run = self._runs.popleft()
-            if not _can_be_filled(run[0], now):
-                self._aside.setdefault(run[0], deque()).append(run)
-                continue
-            batch = self._batch(run, now)
-            if batch:
-                return run[0], batch
+            self._queue(cache).extendleft(reversed(self._aside.pop(cache)))
+        for pace, runs in list(self._queues.items()):
+            while runs and not _limit(runs, now):
+                if not may(runs[0][0]):
+                    return None
+                run = runs.popleft()
+                if not _can_be_filled(run[0], now):
+                    self._aside.setdefault(run[0], deque()).append(run)
+                    continue
+                batch = self._batch(run, runs, now)
+                if batch:
+                    return run[0], batch
+            if not runs:
+                del self._queues[pace]
         return None
 
-    def _batch(self, run: tuple[BlobCache, int, int], now: float) -> list[int]:
-        """The first chunks of a run that are missing; what is left of the run goes back to the front of the queue."""
+    def _batch(self, run: _Run, runs: deque[_Run], now: float) -> list[int]:
+        """The first chunks of a run that are missing; what is left of the run goes back to the front of its queue."""
         cache, chunk, count = run
         end = cache.meta.count if count < 0 else min(chunk + count, cache.meta.count)
         batch: list[int] = []
         size = stored = 0
         state = cache.chunk_map.states()
-        while chunk < end and size < self.batch_size:
+        while chunk < end and size < cache.pace.batch_size:
             if state[chunk] in (EMPTY, VERIFY) and cache.meta.is_listed(chunk):
                 record = cache.meta.record(chunk)
                 batch.append(chunk)
@@ -128,15 +105,20 @@ class PrefetchWorker:
                 stored += record.usize if record.flags & _GROUPED else record.csize
             chunk += 1
         if chunk < end:
-            self._runs.appendleft((cache, chunk, end - chunk))
+            runs.appendleft((cache, chunk, end - chunk))
         if batch:
             cache.prefetch.requests += 1
             cache.prefetch.chunks += len(batch)
             cache.prefetch.bytes += size
             self.requests += 1
             self.bytes += size
-            self.limiter.spend(now, stored)
+            cache.pace.limiter.spend(now, stored)
         return batch
+
+
+def _limit(runs: deque[_Run], now: float) -> float:
+    """Seconds until the next one may begin: as the image says now, which may have been remounted since it was queued."""
+    return runs[0][0].pace.limiter.wait(now)
 
 
 def _can_be_filled(cache: BlobCache, now: float) -> bool:
