@@ -300,6 +300,20 @@ def test_unknown_keys_are_ignored_and_collected_with_their_paths() -> None:
     )
 
 
+IGNORED: dict[str, dict[str, object]] = {
+    "overlay: ": {"overlay": {"upper_dir": "/u", "work_dir": "/w"}},
+    "external_backends: ": {"external_backends": [{"type": "t", "patch": {}, "config": {}}]},
+    "rafs.prefetch.stream_prefetch: ": {"rafs": {"prefetch": {"enable": True, "stream_prefetch": True}}},
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_what_is_known_and_ignored_is_a_warning_and_where_it_is_not_asked_for_none(name: str) -> None:
+    (warning,) = load_config(json.dumps({"version": 2} | IGNORED[name]), "test").warnings
+    assert warning.startswith(f"{name}ignored")
+    assert load_config('{"version": 2, "rafs": {"prefetch": {"enable": true}}}', "test").warnings == ()
+
+
 def test_unknown_keys_of_the_snapshotter_in_v1() -> None:
     text = v1_device(cache={"type": "blobcache", "config": {"x": 1}})
     text["id_mapping"] = [0, 1, 2]

@@ -41,6 +41,16 @@ def assert_right(daemon: Daemon, place: str, image: oracle.Image) -> None:
     assert manifest.differences(manifest.load(image.manifest), found) == []
 
 
+def test_what_is_ignored_of_a_configuration_is_named_in_the_log(daemon: Daemon) -> None:
+    config = image_config(FIRST.blobs, daemon.cache) | {"novelty": 1, "fs_prefetch": {"stream_prefetch": True}}
+    for method in ("POST", "PUT"):
+        before = daemon.log.stat().st_size
+        assert daemon.mount("/a", FIRST.bootstrap, FIRST.blobs, method, config=json.dumps(config)) == (204, "")
+        said = daemon.log.read_text()[before:]
+        assert "configuration of /a: unknown configuration key novelty is ignored" in said
+        assert "configuration of /a: rafs.prefetch.stream_prefetch: ignored, " in said
+
+
 def test_images_are_mounted_and_unmounted_side_by_side(daemon: Daemon) -> None:
     assert os.listdir(daemon.mountpoint) == []
     mount(daemon, "/a", FIRST)
