@@ -7,7 +7,7 @@ _nydusctl() {
             --blob|--config|--interval|--mountpoint|--output|--png|--sock|--source|--to|--turns|--type|-I|-S|-c|-i|-m|-n|-o|-s|-t) ((i++)); continue ;;
         esac
         case "$path/$word" in
-            /set|/set/log-level|/metrics|/metrics/backend|/metrics/cache|/metrics/fsstats|/info|/mount|/umount|/cache|/workers|/top|/trace|/bugreport) path=$path/$word ;;
+            /set|/set/log-level|/metrics|/metrics/backend|/metrics/cache|/metrics/fsstats|/list|/info|/mount|/umount|/cache|/workers|/top|/trace|/bugreport) path=$path/$word ;;
         esac
     done
     case "$path $prev" in
@@ -30,13 +30,14 @@ _nydusctl() {
         "/bugreport -o"|"/bugreport --output") compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")); return ;;
     esac
     case "$path" in
-        '') COMPREPLY=($(compgen -W '-h --help -S --sock -r --raw set metrics info mount umount cache workers top trace bugreport' -- "$cur")) ;;
+        '') COMPREPLY=($(compgen -W '-h --help -S --sock -V --version -r --raw set metrics list info mount umount cache workers top trace bugreport' -- "$cur")) ;;
         '/set') COMPREPLY=($(compgen -W '-h --help log-level' -- "$cur")) ;;
         '/set/log-level') COMPREPLY=($(compgen -W '-h --help off error warn info debug trace' -- "$cur")) ;;
         '/metrics') COMPREPLY=($(compgen -W '-h --help backend cache fsstats' -- "$cur")) ;;
         '/metrics/backend') COMPREPLY=($(compgen -W '-h --help -m --mountpoint -I --interval' -- "$cur")) ;;
         '/metrics/cache') COMPREPLY=($(compgen -W '-h --help -m --mountpoint' -- "$cur")) ;;
         '/metrics/fsstats') COMPREPLY=($(compgen -W '-h --help -m --mountpoint' -- "$cur")) ;;
+        '/list') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
         '/info') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
         '/mount') COMPREPLY=($(compgen -W '-h --help -s --source -c --config -m --mountpoint -t --type' -- "$cur")) ;;
         '/umount') COMPREPLY=($(compgen -W '-h --help -m --mountpoint' -- "$cur")) ;;

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from nydusd.cli.ctl import (
     bugreport,
     cache,
+    daemons,
     info,
     metrics_backend,
     metrics_cache,
@@ -23,21 +25,31 @@ from nydusd.cli.ctl import (
 from nydusd.cli.ctl.connection import Api
 from nydusd.cli.ctl.text import printable
 from nydusd.cli.exit_status import exit_status
+from nydusd.version import version_text
 
 _MODULES = (
-    *(info, set_log_level, metrics_backend, metrics_cache, metrics_fsstats, mount, umount),
+    *(daemons, info, set_log_level, metrics_backend, metrics_cache, metrics_fsstats, mount, umount),
     *(cache, workers, top, trace, bugreport),
 )
 VERBS = tuple(verb.VERB for verb in _MODULES)
 GROUPS = {"set": "change a setting of the daemon", "metrics": "what the daemon counts"}
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        sys.stdout.write(version_text("nydusctl"))
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. The exit status: 0, 1 for an error, 2 for wrong arguments."""
-    args = parser().parse_args(argv)
+    grammar = parser()
+    args = grammar.parse_args(argv)
+    if args.sock is None and args.needs_socket:
+        grammar.error("the following arguments are required: -S/--sock (`nydusctl list` names those of all daemons)")
 
     def work() -> None:
-        for text in args.run(Api(args.sock), args):
+        for text in args.run(Api(args.sock or ""), args):
             print(text, flush=True)
 
     return exit_status(work, printable)
@@ -48,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         "nydusctl", description="Ask a running nydusd over its API socket.", allow_abbrev=False
     )
-    root.add_argument("-S", "--sock", required=True, metavar="PATH", help="the daemon's API socket (its --apisock)")
+    root.add_argument("-S", "--sock", metavar="PATH", help="the daemon's API socket (its --apisock)")
+    root.add_argument("-V", "--version", action=_Version, nargs=0, help="print which build this is")
     root.add_argument("-r", "--raw", action="store_true", help="print the answer as JSON on one line")
     top = root.add_subparsers(required=True, metavar="COMMAND")
     groups = {
@@ -59,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         place = groups[verb.words[0]] if len(verb.words) > 1 else top
         one = place.add_parser(verb.words[-1], help=verb.help)
         verb.add_arguments(one)
-        one.set_defaults(run=verb.run)
+        one.set_defaults(run=verb.run, needs_socket=verb.needs_socket)
     return root
 
 

@@ -147,7 +147,7 @@ def test_without_a_daemon_holds_what_the_system_tells(tmp_path: Path, capsys: py
     assert "parts" in capsys.readouterr().out
     found = parts(tmp_path / "r")
     assert b"kernel: " in found["system.txt"]
-    assert b"Connection refused" in found["missing.txt"]
+    assert b"nobody listens" in found["missing.txt"]
 
 
 def test_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

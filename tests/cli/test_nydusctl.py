@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.cli.nydusctl import main
+from nydusd.version import version_text
 from tests.support.api import ApiProcess, Json
 
 BLOB = {
@@ -285,13 +286,44 @@ def test_error_of_the_daemon_is_one_line(api: ApiProcess, answers: Answers, caps
 def test_no_daemon_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "s")
     assert (
-        failure(path, "info", capsys=capsys) == f"Error: {path}: cannot talk to the daemon: No such file or directory\n"
+        failure(path, "info", capsys=capsys) == f"Error: {path}: no such socket: was the daemon started with this "
+        "--apisock? `nydusctl list` names those of all daemons\n"
     )
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)
-        assert failure(path, "info", capsys=capsys) == f"Error: {path}: cannot talk to the daemon: Connection refused\n"
+        assert failure(path, "info", capsys=capsys) == (
+            f"Error: {path}: nobody listens: the daemon has ended, or is being started again\n"
+        )
     long = "/" + "x" * 200
     assert failure(long, "info", capsys=capsys).startswith(f"Error: {long}: cannot talk to the daemon: ")
+
+
+def test_whoever_may_not_use_the_socket_is_told_who_may(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.chmod(tmp_path, 0o755)
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.listen()
+        command = [sys.executable, "-m", "nydusd.cli.nydusctl", "-S", path, "info"]
+        done = subprocess.run(command, capture_output=True, text=True, user=65534, group=65534, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"Error: {path}: permission denied: run nydusctl as the daemon's user (root)\n",
+    )
+
+
+def test_without_a_socket_there_is_a_way_to_find_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["info"])
+    assert ended.value.code == 2
+    assert "-S/--sock (`nydusctl list` names those of all daemons)" in capsys.readouterr().err
+
+
+def test_version_names_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["-V"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, version_text("nydusctl"))
 
 
 @contextmanager

@@ -91,6 +91,17 @@ class Api:
             answer = response.read(_MAX_ANSWER)
         except TimeoutError as error:
             raise SilentError(f"{self._path}: no answer within {self._patience:g} s") from error
+        except FileNotFoundError as error:
+            raise RequestFailed(
+                f"{self._path}: no such socket: was the daemon started with this --apisock? `nydusctl list` names those of "
+                "all daemons"
+            ) from error
+        except ConnectionRefusedError as error:
+            raise RequestFailed(
+                f"{self._path}: nobody listens: the daemon has ended, or is being started again"
+            ) from error
+        except PermissionError as error:
+            raise RequestFailed(f"{self._path}: permission denied: run nydusctl as the daemon's user (root)") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = (
                 error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__

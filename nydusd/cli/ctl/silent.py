@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from nydusd.cli.ctl.picture import png, states_of
@@ -17,20 +18,32 @@ from nydusd.nursery.place import root
 Json = dict[str, object]
 
 
+def records() -> Iterator[tuple[str, Json]]:
+    """What each daemon of the node has written down, by its instance. Raises NydusError for whoever may not read that."""
+    # Only where it is needed: it is a part of the supervisor's.
+    from nydusd.supervisor.checked import read_checked
+
+    folder = Path(root())
+    try:
+        instances = sorted(entry.name for entry in folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise NydusError(f"{folder}: {error.strerror}: run nydusctl as the daemon's user (root)") from error
+    for instance in instances:
+        try:
+            yield instance, read_checked(folder / instance / "state.json")
+        except CacheError:  # a lock, a log, a daemon that begins or ends just now, or one of another user
+            continue
+
+
 class Record:
     """What is written down of the daemon whose API is at a socket. Raises NydusError if nothing is."""
 
     def __init__(self, socket: str) -> None:
-        # Only where a daemon is silent: it is a part of the supervisor's.
-        from nydusd.supervisor.checked import read_checked
-
-        for path in sorted(Path(root()).glob("*/state.json")):
-            try:
-                record = read_checked(path)
-            except CacheError:
-                continue
+        for instance, record in records():
             if record.get("apisock") == os.path.abspath(socket):
-                self.instance, self.content = path.parent.name, record
+                self.instance, self.content = instance, record
                 return
         raise NydusError(f"no record below {root()} names the socket {socket}")
 

@@ -14,9 +14,13 @@ def no_arguments(_: argparse.ArgumentParser) -> None:
 
 
 class Verb(NamedTuple):
-    """`words` select it (`metrics`, `cache`). `run` yields texts to print and raises `NydusError`."""
+    """`words` select it (`metrics`, `cache`). `run` yields texts to print and raises `NydusError`.
+
+    One that needs no socket asks other daemons than the one that is named, if any is.
+    """
 
     words: tuple[str, ...]
     help: str
     run: Callable[[Api, argparse.Namespace], Iterator[str]]
     add_arguments: Callable[[argparse.ArgumentParser], None] = no_arguments
+    needs_socket: bool = True
