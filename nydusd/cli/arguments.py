@@ -75,12 +75,14 @@ def parse_arguments(argv: Sequence[str]) -> FuseOptions | SingletonOptions:
     given.update((name.removeprefix(_EARLY), value) for name, value in early.items())
     if command == "nbd":
         if "socket" not in given:
-            raise ConfigError("--socket is missing")
+            raise ConfigError("--socket is missing: nydusd nbd --bootstrap FILE --config FILE --socket PATH")
         nbd = NbdOptions(**given)
         _check(nbd)
         return nbd
     if "mountpoint" not in given:
-        raise ConfigError("--mountpoint is missing")
+        raise ConfigError(
+            f"--mountpoint is missing: nydusd {command or 'fuse'} --bootstrap FILE --config FILE --mountpoint DIR"
+        )
     kinds: dict[str | None, type[FuseOptions]] = {"erofs": ErofsOptions, "blobfs": BlobfsOptions}
     options = kinds.get(command, FuseOptions)(**given)
     _check(options)

@@ -156,6 +156,8 @@ def _log_start(options: Options, config: Config) -> None:
         log.warning("%s: unknown configuration key %s is ignored", options.config, key)
     for warning in config.warnings:
         log.warning("%s: %s", options.config, warning)
+    if isinstance(options, FuseOptions) and options.bootstrap is None and options.apisock is None:
+        log.warning("no --bootstrap and no --apisock: nothing is mounted and nothing can be; give one of them")
     problem = raise_nofile_limit(options.rlimit_nofile)
     if problem is not None:
         log.warning("%s", problem)

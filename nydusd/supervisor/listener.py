@@ -31,6 +31,9 @@ class Listener:
             self._socket.bind(path)
             self._socket.listen(128)
             self.inode = self._path.stat().st_ino
+        except FileNotFoundError as e:
+            self._socket.close()
+            raise NydusError(f"{option} {path}: its folder does not exist") from e
         except (OSError, ValueError) as e:
             self._socket.close()
             raise NydusError(f"{option} {path}: {getattr(e, 'strerror', None) or e}") from e

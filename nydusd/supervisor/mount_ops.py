@@ -80,7 +80,9 @@ def _request(raw: Json) -> Request:
 
     kind = raw["fs_type"]
     if kind in PASSTHROUGH:
-        raise UnsupportedError("fs_type passthrough_fs is not supported yet: only images can be mounted")
+        raise UnsupportedError(
+            "fs_type passthrough_fs is not supported yet: use fs_type rafs, or a bind mount for a folder of the host"
+        )
     if kind != RAFS:
         raise ConfigError(
             f"invalid argument `only 'rafs' and 'passthrough_fs' are supported, but {kind} was specified`"

@@ -38,7 +38,9 @@ class Room:
         if left is None and not self._line and self._slots.clear_unused():
             left = self._grant(request, missing)  # nobody holds anything: the arena was only in pieces
             if left is None:
-                raise CacheError(f"a read needs more than the {self._slots.size} bytes of nydusd.arena_size")
+                raise CacheError(
+                    f"a read needs more than {self._slots.size} bytes of shared memory: raise nydusd.arena_size"
+                )
         if left is None:
             self._line.append(request)
         return left

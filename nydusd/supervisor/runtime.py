@@ -236,8 +236,11 @@ class Runtime:
                     log.warning("waiting for the end of pid %d: it was killed, and has this mount point", holder[0])
             else:
                 break
-        who = f"nydusd with pid {holder[0]}" if holder and holder[0] else "another nydusd"
-        raise MountError(f"{self._mountpoint}: {who} serves this mount point already")
+        pid = holder[0] if holder else 0
+        who, how = (f"nydusd with pid {pid}", f"stop it (kill -TERM {pid})") if pid else ("another nydusd", "stop it")
+        raise MountError(
+            f"{self._mountpoint}: {who} serves this mount point already: {how}, or take another mount point"
+        )
 
     def _read(self) -> Json:
         """The record of the last daemon here; of one that was damaged or is of another release, its processes at most."""

@@ -125,7 +125,8 @@ class Transfers:
         job.attempts = attempts
         if size > self._stage.size:
             self._refuse(
-                job, f"{size} bytes of stored chunks need more than the {self._stage.size} of nydusd.arena_size"
+                job,
+                f"{size} bytes of stored chunks need more than {self._stage.size} of shared memory: raise nydusd.arena_size",
             )
             return
         self._line[job] = transfer

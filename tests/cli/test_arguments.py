@@ -117,8 +117,9 @@ def test_the_line_of_the_snapshotter() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "--mountpoint is missing"),
-        ("fuse", "--mountpoint is missing"),
+        ("", "--mountpoint is missing: nydusd fuse --bootstrap FILE --config FILE --mountpoint DIR"),
+        ("erofs", "--mountpoint is missing: nydusd erofs --bootstrap FILE --config FILE --mountpoint DIR"),
+        ("nbd", "--socket is missing: nydusd nbd --bootstrap FILE --config FILE --socket PATH"),
         ("fuse -M", "argument -M/--mountpoint: expected one argument (try `nydusd fuse --help`)"),
         ("fuse -M /m --backend-source x", "unexpected argument '--backend-source' (try `nydusd --help`)"),
         ("fuse -M /m extra", "unexpected argument 'extra' (try `nydusd --help`)"),

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_help_is_no_error() -> None:
     ("args", "status", "message"),
     [
         (["--no-such-flag"], 2, "Error: unexpected argument '--no-such-flag' (try `nydusd --help`)\n"),
-        ([], 2, "Error: --mountpoint is missing\n"),
+        ([], 2, "Error: --mountpoint is missing: nydusd fuse --bootstrap "),
         (["fuse", "-M", "/no/where"], 2, "Error: --mountpoint /no/where: must be an existing folder: No such file"),
         (["fuse", "-M", "/", "-C", "/no/where"], 2, "Error: /no/where: cannot be read: No such file or directory\n"),
         (["singleton", "--fscache", "/"], 1, "Error: --fscache /: fscache is not available"),
@@ -75,6 +76,15 @@ def test_error_is_one_line_and_a_status(args: list[str], status: int, message: s
     assert done.stdout == ""
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
+
+
+def test_daemon_that_can_never_have_an_image_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    useless = FuseOptions(mountpoint="/m", rlimit_nofile=0)
+    for options in (replace(useless, apisock="/s"), replace(useless, bootstrap="/b")):
+        command._log_start(options, Config())
+    assert "nothing" not in caplog.text
+    command._log_start(useless, Config())
+    assert "no --bootstrap and no --apisock: nothing is mounted and nothing can be" in caplog.text
 
 
 def test_configuration_error_names_file_and_key(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ class TestTrace:
         assert capsys.readouterr().err == "Error: --mountpoint: name one of /a, /b\n"
         daemon.by_op["trace"] = {"images": []}
         assert main(["-S", api.path, "trace", "--mountpoint", "/c"]) == 1
-        assert capsys.readouterr().err == "Error: no image is mounted there\n"
+        assert capsys.readouterr().err == "Error: no image is mounted at /c; `nydusctl info` lists them\n"
         assert daemon.asked[-1] == {"op": "trace", "mountpoint": "/c"}
 
 

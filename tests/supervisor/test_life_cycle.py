@@ -97,7 +97,10 @@ class TestSecondDaemon:
             assert wrong(daemon) == []
             assert self.on_mount_of(daemon) == (
                 1,
-                [f"Error: {daemon.mountpoint}: nydusd with pid {daemon.pid} serves this mount point already"],
+                [
+                    f"Error: {daemon.mountpoint}: nydusd with pid {daemon.pid} serves this mount point already: stop it "
+                    f"(kill -TERM {daemon.pid}), or take another mount point"
+                ],
             )
             assert wrong(daemon) == []
             victim = daemon.pids("decompress")[0]

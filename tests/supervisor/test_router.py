@@ -443,7 +443,7 @@ class TestSharedMemory:
     def test_read_that_can_never_fit_is_told_so(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
         world.ask(A, 1, world.dummy, 0, 6)
         assert codes(world) == [(1, errno.ENOMEM)]
-        assert "nydusd.arena_size" in caplog.text
+        assert "shared memory: raise nydusd.arena_size" in caplog.text
         world.ask(A, 2, world.dummy, 0, 1)
         world.settle()
         assert codes(world)[-1] == (2, 0)

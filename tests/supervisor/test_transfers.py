@@ -230,7 +230,7 @@ class TestRoom:
         world.stage._size = 4096
         world.ask(A, 1, world.far, 3, 1)
         assert codes(world) == [(1, errno.ENOMEM)]
-        assert "nydusd.arena_size" in caplog.text
+        assert "shared memory: raise nydusd.arena_size" in caplog.text
         assert not world.far.jobs
 
     def test_that_has_no_memory_is_waited_for_while_others_have_some(self, world: World) -> None:

@@ -47,7 +47,8 @@ def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
     images = list_at(api.get("/api/v1/nydusd/trace", query), "images")
     if len(images) != 1:
         places = ", ".join(text_at(image, "mountpoint") for image in images)
-        raise NydusError(f"--mountpoint: name one of {places}" if images else "no image is mounted there")
+        where = "" if args.mountpoint is None else f" at {args.mountpoint}; `nydusctl info` lists them"
+        raise NydusError(f"--mountpoint: name one of {places}" if images else f"no image is mounted{where}")
     image = images[0]
     try:
         reads = first_reads(read_trace(text_at(image, "trace")))
