@@ -265,3 +265,10 @@ def test_a_loop_of_links_is_no_mount_point(tmp_path: Path) -> None:
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(MountError, match="too many symbolic links"):
         resolve_mountpoint(str(tmp_path / "a"))
+
+
+def test_who_may_not_mount_is_told_what_it_takes() -> None:
+    code = "from nydusd.frontends.fuse.session import _mount; _mount('/', -1)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, user=65534, group=65534, check=False)
+    assert done.stderr.endswith("/: mount: Operation not permitted: it needs root (CAP_SYS_ADMIN)\n")

@@ -272,7 +272,8 @@ def _mount(mountpoint: str, fd: int) -> None:
     flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOATIME
     if _libc.mount(b"rafs", os.fsencode(mountpoint), b"fuse", ctypes.c_ulong(flags), options.encode()) != 0:
         code = ctypes.get_errno()
-        raise MountError(f"{mountpoint}: mount: {os.strerror(code)}")
+        needs = ": it needs root (CAP_SYS_ADMIN)" if code == errno.EPERM else ""
+        raise MountError(f"{mountpoint}: mount: {os.strerror(code)}{needs}")
 
 
 def umount(mountpoint: str, flags: int) -> int:
