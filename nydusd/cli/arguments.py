@@ -19,7 +19,7 @@ LOG_LEVELS: Final = ("trace", "debug", "info", "warn", "error")
 FAILOVER_POLICIES: Final = ("none", "resend", "flush")
 DRIVERS: Final = ("auto", "tarfs", "fanotify", "blobfs", "fuse")
 NOT_YET: Final = ("virtiofs", "uffd")
-"""Subcommands of the reference daemon that this version knows by name only."""
+"""Subcommands of the reference daemon that are known by name only."""
 _EARLY: Final = "early_"
 """Prefix of the destinations of fuse options given without a subcommand, to tell where they stood."""
 
@@ -57,7 +57,15 @@ def parse_arguments(argv: Sequence[str]) -> FuseOptions | SingletonOptions:
     given = dict(vars(found))
     command = given.pop("command", None)
     if command in NOT_YET:
-        raise UnsupportedError(f"`nydusd {command}` is not supported yet: use `nydusd fuse`")
+        raise UnsupportedError(
+            f"`nydusd {command}` is not supported: on the host use `nydusd fuse`, for a virtual machine `nydusd nbd` "
+            "(docs/nbd.md)"
+        )
+    if extra and command == "nbd" and extra[0].startswith("/dev/"):
+        raise ConfigError(
+            f"unexpected argument {extra[0]!r}: `nydusd nbd` serves a socket (--socket PATH); attach it with "
+            f"nbd-client -unix PATH {extra[0]}"
+        )
     if extra:
         parser.error(f"unexpected argument {extra[0]!r}")
     if command == "help":
@@ -147,8 +155,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_globals(singleton)
     _add_singleton_options(singleton)
     for name in NOT_YET:
-        _add_globals(add(name, "not supported yet"))
-    add("help", "print this").add_argument("topic", nargs="?")
+        _add_globals(add(name, "not supported"))
+    add("help", "print this").add_argument("topic", nargs="?", help="the command to describe")
     return parser, {"fuse": fuse, "erofs": erofs, "blobfs": blobfs, "nbd": nbd, "singleton": singleton}
 
 
@@ -189,9 +197,9 @@ def _add_fuse_options(parser: argparse.ArgumentParser, prefix: str) -> None:
         dest=f"{prefix}fuse_threads",
         type=_Number(1, 1024),
         metavar="N",
-        help="front-end processes (4)",
+        help="front-end processes at most (4); one for each two cores",
     )
-    add("--writable", dest=f"{prefix}writable", action="store_true", help="mount without `ro`")
+    add("--writable", dest=f"{prefix}writable", action="store_true", help="mount without `ro` (not supported yet)")
     add("-B", "--bootstrap", dest=f"{prefix}bootstrap", metavar="PATH", help="metadata of the image to mount")
     add(
         "-D",
@@ -200,7 +208,13 @@ def _add_fuse_options(parser: argparse.ArgumentParser, prefix: str) -> None:
         metavar="DIR",
         help="folder of blobs and cache, instead of -C",
     )
-    add("-s", "--shared-dir", dest=f"{prefix}shared_dir", metavar="DIR", help="serve this folder instead of an image")
+    add(
+        "-s",
+        "--shared-dir",
+        dest=f"{prefix}shared_dir",
+        metavar="DIR",
+        help="serve this folder instead of an image (not supported yet)",
+    )
     add(
         "--prefetch-files",
         dest=f"{prefix}prefetch_files",
@@ -208,7 +222,7 @@ def _add_fuse_options(parser: argparse.ArgumentParser, prefix: str) -> None:
         help="list of files to read ahead, one a line",
     )
     add("-m", "--virtual-mountpoint", dest=f"{prefix}virtual_mountpoint", metavar="PATH", help="place in the mount (/)")
-    add("--dedup-db", dest=f"{prefix}dedup_db", metavar="PATH", help="chunk deduplication database")
+    add("--dedup-db", dest=f"{prefix}dedup_db", metavar="PATH", help="chunk deduplication database (not supported yet)")
 
 
 def _add_erofs_options(parser: argparse.ArgumentParser) -> None:
@@ -221,7 +235,13 @@ def _add_image_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("-M", "--mountpoint", metavar="DIR", help="existing folder to mount on")
     _add_source_options(group)
-    add("--fuse-threads", "--thread-num", type=_Number(1, 1024), metavar="N", help="front-end processes over FUSE (4)")
+    add(
+        "--fuse-threads",
+        "--thread-num",
+        type=_Number(1, 1024),
+        metavar="N",
+        help="front-end processes over FUSE at most (4)",
+    )
 
 
 def _add_nbd_options(parser: argparse.ArgumentParser) -> None:

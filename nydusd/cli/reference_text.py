@@ -53,6 +53,14 @@ the stacks of that process to the log. Nursery and seats, which serve all daemon
 
 `NYDUSD_RUNTIME_DIR`: where sockets and state of running daemons are (/run/nydusd).
 
+`NYDUSD_DEFAULTS`: another file in place of /etc/nydusd.toml.
+
+`NYDUS_HEADER_NAME=VALUE`: a header of this name in each request to a registry, bucket or proxy.
+
+`DOCKER_CONFIG`: folder of docker's config.json, for credentials of registries (~/.docker).
+
+`NYDUSD_UNIT`: the systemd unit, set by nydusd@.service, so that `systemctl restart` keeps the mount.
+
 `NYDUSD_NURSERY`: `off` to start without the node's nursery, and to start none; `always` to start one for a single daemon.
 """,
         ),
@@ -60,6 +68,8 @@ the stacks of that process to the log. Nursery and seats, which serve all daemon
             "FILES",
             """
 /run/nydusd/: the run-time folder. /dev/shm/nydusd.*: the state of each blob's chunks. Both are removed by a clean stop.
+
+/etc/nydusd.toml: the table [nydusd] for all daemons of the node.
 """,
         ),
         ("SEE ALSO", _SEE_ALSO.format("nydusctl")),

@@ -119,6 +119,8 @@ def test_the_line_of_the_snapshotter() -> None:
     [
         ("", "--mountpoint is missing: nydusd fuse --bootstrap FILE --config FILE --mountpoint DIR"),
         ("erofs", "--mountpoint is missing: nydusd erofs --bootstrap FILE --config FILE --mountpoint DIR"),
+        ("nbd -B b -D d /dev/nbd0", "unexpected argument '/dev/nbd0': `nydusd nbd` serves a socket (--socket PATH); "),
+        ("nbd -B b -D d -S s extra", "unexpected argument 'extra' (try `nydusd --help`)"),
         ("nbd", "--socket is missing: nydusd nbd --bootstrap FILE --config FILE --socket PATH"),
         ("fuse -M", "argument -M/--mountpoint: expected one argument (try `nydusd fuse --help`)"),
         ("fuse -M /m --backend-source x", "unexpected argument '--backend-source' (try `nydusd --help`)"),
@@ -154,8 +156,8 @@ def test_refused(line: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", NOT_YET)
-def test_front_ends_of_later_versions(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"`nydusd {name}` is not supported yet"):
+def test_front_ends_that_are_not_there_name_those_that_are(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"`nydusd {name}` is not supported: on the host use `nydusd fuse`, for"):
         parse(f"--apisock a {name} --fscache /d --sock s -l info")
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nydusd.cli.reference import commands, files
+from nydusd.cli.reference import Command, commands, files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +45,21 @@ def test_man_page_is_well_formed_and_names_every_option(name: str) -> None:
     command = next(command for command in commands() if command.name == name)
     words = {flag for option in command.options for flag in option.flags} | {sub.name for sub in command.commands}
     assert not [word for word in words if word not in plain]
+
+
+def test_every_variable_that_is_read_is_in_the_man_page_and_every_word_is_explained() -> None:
+    page = (ROOT / "man" / "nydusd.8").read_text()
+    code = "".join(path.read_text() for path in (ROOT / "nydusd").rglob("*.py"))
+    names = set(re.findall(r'"(NYDUSD?_[A-Z_]*|DOCKER_CONFIG|IMAGE_PULL_AUTH)"', code))
+    assert {"NYDUSD_DEFAULTS", "NYDUS_HEADER_", "NYDUSD_UNIT"} < names
+    assert not [name for name in names if f"`{name}" not in page.replace("\\fB", "`")]
+
+    def words(command: Command) -> Iterator[str]:
+        yield from (f"{command.name} {option.flags}" for option in command.options if not option.help)
+        for sub in command.commands:
+            yield from words(sub)
+
+    assert [word for command in commands() for word in words(command)] == []
 
 
 COMPLETE = """
