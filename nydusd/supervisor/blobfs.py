@@ -21,6 +21,7 @@ from nydusd.frontends.erofs.session import detach, mount_erofs, top_is_erofs, un
 from nydusd.frontends.fuse.session import clear_stale_mount
 from nydusd.ipc.messages import Json
 from nydusd.supervisor import left_by_erofs
+from nydusd.supervisor.children import Child
 from nydusd.supervisor.fuse import FuseDaemon
 from nydusd.supervisor.kernel_images import check
 
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from nydusd.forkserver.client import ForkServer
 
 log = logging.getLogger(__name__)
+
+_AROUND_LATER = 0.5
+"""Seconds after READY until `around` is started: whoever waits comes first."""
+_END_SECONDS = 0.5
+"""How long its end is waited for. It may have to wait for a front end, which is gone; that does not concern a stop."""
 
 
 class BlobfsDaemon(FuseDaemon):
@@ -41,7 +47,10 @@ class BlobfsDaemon(FuseDaemon):
 
 
 class ErofsOnBlobfs(BlobfsDaemon):
-    """EROFS, the blobs of which are files of a FUSE file system of ours that nobody else sees."""
+    """EROFS, the blobs of which are files of a FUSE file system of ours that nobody else sees.
+
+    `nydusd: around` reads what surrounds small reads of them (`frontends/blobfs/around.py`).
+    """
 
     own_note = left_by_erofs.BLOBFS
 
@@ -50,6 +59,11 @@ class ErofsOnBlobfs(BlobfsDaemon):
         self.front_end = ("EROFS over blobfs", why)
         self._blobs = Path(self.run_dir).with_suffix(left_by_erofs.BLOBFS)
         self._mounted = self._kept = False
+        self._notes = str(self._runtime.folder / "notes")
+        """The pipe from front ends to `around`, found by its name by those of any supervisor here."""
+        self._around = Child("around", 0, "nydusd.frontends.blobfs.around")
+        self._family.to_front_ends = {"notes": self._notes}
+        self._family.own_spec = self._own_spec
 
     def fuse_mountpoint(self) -> str:
         return str(self._blobs)
@@ -67,6 +81,8 @@ class ErofsOnBlobfs(BlobfsDaemon):
 
     def _begin(self, rows: int) -> None:
         super()._begin(rows)
+        with contextlib.suppress(OSError):  # it is there already, or reads are slower
+            os.mkfifo(self._notes, 0o600)
         clear_stale_mount(self.options.serves)
 
     def _take(self, record: Json) -> list[int] | None:
@@ -84,6 +100,7 @@ class ErofsOnBlobfs(BlobfsDaemon):
         self._wait_for_blobs(image)
         if self.stopping:
             return
+        self._family.add_later(self._around, _AROUND_LATER)
         if self._mounted:
             super()._ready(what)
             return
@@ -97,8 +114,17 @@ class ErofsOnBlobfs(BlobfsDaemon):
         table.set_read_ahead(name for name in table.instances() if name not in before)
         super()._ready(what)
 
+    def _own_spec(self, child: Child) -> tuple[list[int], Json] | None:
+        if child.role != "around":
+            return None
+        (image,) = self.images.values()
+        names = [cache.spec.info.blob_id for cache in image.caches]
+        more = {"notes": self._notes, "folder": str(self._blobs), "names": names, "supervisor": self.pid}
+        return [self._family.lifeline], more
+
     def stop(self) -> None:
-        """Unmount EROFS before what it reads from."""
+        """Unmount EROFS before what it reads from, and end before that who may have it open."""
+        self._family.drop(self._around, _END_SECONDS)
         if self._mounted and self.ending.unmounts:
             try:
                 unmount_erofs(self.options.serves)

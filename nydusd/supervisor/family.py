@@ -47,6 +47,8 @@ _OUTLIVING = ("fuse", "erofs", "guard")
 """Roles of children that the next supervisor may find, and must know by their names."""
 _HOLDING = ("erofs", "guard")
 """Roles of those that are not in the record as processes: a successor takes over what they hold before it ends them."""
+_EXPENDABLE = ("around",)
+"""Roles of those that hold nothing, end with us, and must not keep anybody waiting: neither a start, nor a successor."""
 _END_PATIENCE = 2.0
 """Seconds that children may take to end; there is nothing that they could lose."""
 
@@ -79,6 +81,8 @@ class Family:
         """The sockets of the API process: the API's, and that of metrics over TCP; -1 for none."""
         self.own_spec: Callable[[Child], tuple[list[int], Json] | None] = lambda _child: None
         """Fds and spec of a child that only some daemons have."""
+        self.to_front_ends: Json = {}
+        """What front ends over FUSE are told besides."""
         self.left: Callable[[], Json] = dict
         """What else the next supervisor must know, where there is no session; its `holders` are taken over before they end."""
         self.started: Callable[[Child], None] = lambda _child: None
@@ -159,6 +163,26 @@ class Family:
         images = [] if self.mounts is None else self.mounts.images.values()
         return {cache.spec.backend for image in images for cache in image.caches}
 
+    def add_later(self, child: Child, seconds: float) -> None:
+        """Have a child started by the loop, as if it had ended: whatever becomes of that, the daemon goes on."""
+        self.prepare(child)
+        self.children.append(child)
+        child.restart_at = time.monotonic() + seconds
+
+    def drop(self, child: Child, patience: float) -> None:
+        """Kill a child that holds nothing, and fill its place no more. It may end later than after so many seconds."""
+        if child not in self.children:
+            return
+        self.children.remove(child)
+        if child.process is None:
+            return
+        child.send(signal.SIGKILL)
+        self._poller.unregister(child.pidfd)
+        self.live.discard(child.identity)
+        child.process.wait(patience)
+        if child.reap() is None:
+            log.warning("%s does not end yet", child.name)
+
     def adopt(self, child: Child, frontend: FrontEnd) -> None:
         """Fill a place with a front end that outlived another supervisor."""
         self.prepare(child)
@@ -230,13 +254,14 @@ class Family:
                 self._parameters = parameters(self._options, self._config)
             self._have_held(self.session)
             more |= record_of(self.session, self._parameters, self.children, self.fork_server)
-        pids = [*self.fork_server.pids, *(child.pid for child in self.children if child.role not in _HOLDING)]
+        ended = (child.pid for child in self.children if child.role not in _HOLDING + _EXPENDABLE)
+        pids = [*self.fork_server.pids, *ended]
         pids += self.others()
         self._runtime.record([pid for pid in pids if pid], more)
 
     def _for_operator(self) -> Json:
         """How `nydusctl` finds this record, and what else of us, when we do not answer."""
-        besides = [child.pid for child in self.children if child.role in _HOLDING]
+        besides = [child.pid for child in self.children if child.role in _HOLDING + _EXPENDABLE]
         besides.append(self.fork_server.stub)
         return self._paths | {
             "log": logs.current_file(),
@@ -289,6 +314,7 @@ class Family:
             "front": self._runtime.front,
             "read_deadline": self._config.nydusd.read_deadline,
             "failover_policy": self._options.failover_policy,
+            **self.to_front_ends,
         }
 
     def watch(self, fd: int) -> None:
@@ -321,7 +347,8 @@ class Family:
 
     def judge(self, child: Child, status: int) -> None:
         """A child has ended and nobody told it to. Raises CannotStartError when that means that the daemon cannot start."""
-        if status > 0 and not self.inherited and time.monotonic() - self._started < _BOOT:
+        booting = not self.inherited and time.monotonic() - self._started < _BOOT
+        if status > 0 and booting and child.role not in _EXPENDABLE:
             # By itself, not by a signal: starting it again would fail again, behind a mount that hangs.
             raise CannotStartError(f"{child.name} could not start (exit status {status}); the log says why")
         log.warning("%s ended with status %d; starting it again", child.name, status)

@@ -27,4 +27,4 @@ def open_blobs(spec: Mapping[str, Any], row: int, index: int = 0) -> Mount:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], open_blobs))
+    sys.exit(main(sys.argv[1:], lambda _: open_blobs))

@@ -2,7 +2,7 @@
 
 import sys
 
-from nydusd.frontends.blobfs.main import open_blobs
+from nydusd.frontends.blobfs.main import prepare
 from nydusd.frontends.fuse.main import main
 
-sys.exit(main(sys.argv[1:], open_blobs))
+sys.exit(main(sys.argv[1:], prepare))

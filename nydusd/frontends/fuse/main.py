@@ -44,8 +44,8 @@ from .stats import Stats
 Opener = Callable[[Mapping[str, Any], int, int], Mount]
 
 
-def main(argv: list[str], opener: Opener | None = None) -> int:
-    """Serve until unmounted, what `opener` makes of the spec of a mount: by default the image.
+def main(argv: list[str], prepare: Callable[[Mapping[str, Any]], Opener] | None = None) -> int:
+    """Serve until unmounted, what is made of the spec of a mount: by default the image, else by what `prepare` makes of ours.
 
     Raises NydusError when the spec or the image cannot be used.
     """
@@ -60,8 +60,10 @@ def main(argv: list[str], opener: Opener | None = None) -> int:
     def connect() -> Client:
         return open_line(front, identity)
 
+    opener = open_mount if prepare is None else prepare(spec)
+
     def open_one(mount: Mapping[str, Any], number: int) -> Mount:
-        return (opener or open_mount)(mount, index, number)
+        return opener(mount, index, number)
 
     mounts = spec["mounts"]
     shared = map_number(str(mounts["shared"]))
