@@ -207,13 +207,16 @@ def fork_servers(this: Round) -> None:
 
 def stopped(this: Round) -> None:
     share, seconds = this.choose.random(), this.choose.random() * 0.3
-    pids = [pid for role in (*this.front_ends, "fetch", "decompress") for pid in this.daemon.pids(role)]
+    roles = [*this.front_ends, "fetch", "decompress"] + ["around"] * over_blobfs(this)
+    pids = [pid for role in roles for pid in this.daemon.pids(role)]
     this.stop(pids, share, seconds)
 
 
 def stopped_for_long(this: Round) -> None:
     """Longer than a worker has to show a sign of life: it is killed then, and its job done by another. Others go on later."""
-    roles = [*this.front_ends, "fetch", "decompress", "api", "fork server", "supervisor"]
+    roles = [*this.front_ends, "fetch", "decompress", "api", "fork server", "supervisor"] + ["around"] * over_blobfs(
+        this
+    )
     role = this.choose.choice(roles + ["stub", "nursery", "seats"] * from_a_nursery(this))
     share, seconds = this.choose.random(), PATIENCE * (1.1 + this.choose.random() / 2)
     match role:
@@ -287,6 +290,10 @@ def from_a_nursery(this: Round) -> bool:
     return isinstance(this.daemon, CopiedDaemon)
 
 
+def over_blobfs(this: Round) -> bool:
+    return "blobfs" in this.daemon.command
+
+
 def cut_off(this: Round) -> None:
     """Somebody makes the cache file shorter. In its last page: a worker that writes there at this moment writes all of that."""
     less = 1 + this.choose.randrange(_LAST_PAGE)
@@ -315,6 +322,7 @@ ACTS: dict[str, tuple[Callable[[Round], None], Callable[[Round], bool]]] = {
     "front end": (one_front_end, always),
     "fetch": (one("fetch"), always),
     "decompress": (one("decompress"), always),
+    "around": (one("around"), over_blobfs),
     "fork server": (one("fork server"), always),
     "fork server and its copy": (fork_servers, always),
     "api": (one("api"), always),
