@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from bench.image import build
-from nydusd.frontends.blobfs.around import Around
-from nydusd.frontends.blobfs.notes import NOTE, REGION, WINDOW, Notes, Pauses
+from nydusd.frontends.blobfs.around import NOTE, WINDOW, Around
+from nydusd.frontends.blobfs.notes import REGION, Notes, Pauses
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import is_running, wait_until
 

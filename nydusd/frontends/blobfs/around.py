@@ -22,6 +22,7 @@ import contextlib
 import os
 import select
 import signal
+import struct
 import sys
 import time
 from collections.abc import Sequence
@@ -31,8 +32,10 @@ from nydusd.forkserver.process import end_with
 from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
 
-from .notes import NOTE, WINDOW
-
+NOTE = struct.Struct("<QQQQ")
+"""Index of the blob in the image, offset and size of what is to be read, and when it was noted (`time.monotonic_ns()`)."""
+WINDOW = 128 << 10
+"""Bytes that are read around a small read: a larger READ costs as much a byte, and a small one half as much as this."""
 _OLD = 100_000_000
 """Nanoseconds after which a note is passed over."""
 _IDLE = 2.0
@@ -57,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     for fd in (notes, int(spec["lifeline_fd"])):
         poll.register(fd, select.POLLIN)
     while True:
-        ready = poll.poll(_IDLE * 1000)
+        ready = poll.poll(_IDLE * 1000 if around.has_files else None)
         if not ready:
             around.close()
         elif any(fd != notes for fd, _ in ready):
@@ -89,6 +92,11 @@ class Around:
             path = os.path.join(self._folder, self._names[blob])
             self._files[blob] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         return self._files[blob]
+
+    @property
+    def has_files(self) -> bool:
+        """Whether any are open."""
+        return bool(self._files)
 
     def close(self) -> None:
         """Close all files; they are opened again when they are noted."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import struct
 import time
 from collections.abc import Mapping, Sequence
 
@@ -24,12 +23,9 @@ from nydusd.storage.api.io import BlobIoVec
 from nydusd.storage.state.range_map import RangeMap
 from nydusd.storage.state.segment import READY
 
+from .around import NOTE, WINDOW
 from .device import RangeDevice
 
-NOTE = struct.Struct("<QQQQ")
-"""Index of the blob in the image, offset and size of what is to be read, and when it was noted (`time.monotonic_ns()`)."""
-WINDOW = 128 << 10
-"""Bytes that are read around a small read: a larger READ costs as much a byte, and a small one half as much as this."""
 REGION = 1 << 20
 """Bytes that are read where reads come to several windows."""
 _NEAR = 4.0
