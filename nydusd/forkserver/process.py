@@ -11,11 +11,8 @@ import functools
 import os
 import select
 import signal
-import time
 
-_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
-_ADOPTION = 1.0
-"""Seconds in which a child that was just made becomes its supervisor's own."""
+_SET_CHILD_SUBREAPER = 36
 
 
 class Process:
@@ -76,26 +73,8 @@ def let_begin(pid: int, key: int) -> Process:
 @functools.cache
 def take_in_orphans() -> None:
     """Become a subreaper: a child whose parent ends, as the fork server has it, becomes ours. Raises OSError."""
-    _prctl(_SET_CHILD_SUBREAPER, 1, "PR_SET_CHILD_SUBREAPER")
-
-
-def end_with(parent: int) -> bool:
-    """In a child: have the kernel kill us when our supervisor ends, with the pid `parent`, also when we are stopped then.
-
-    False when it is not our parent, or not any more. Raises OSError.
-    """
-    until = time.monotonic() + _ADOPTION
-    while os.getppid() != parent:  # whoever made us may be about to end still, and is not meant
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.001)
-    _prctl(_SET_PDEATHSIG, signal.SIGKILL, "PR_SET_PDEATHSIG")
-    return os.getppid() == parent
-
-
-def _prctl(option: int, value: int, name: str) -> None:
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl({name})")
+    if libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")

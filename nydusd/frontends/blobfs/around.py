@@ -28,7 +28,7 @@ import time
 from collections.abc import Sequence
 
 from nydusd import logs
-from nydusd.forkserver.process import end_with
+from nydusd.ipc.parent import end_with
 from nydusd.ipc.spec import read_spec
 from nydusd.proctitle import set_title
 
