@@ -14,7 +14,7 @@ import pytest
 
 from bench.image import build
 from nydusd.frontends.blobfs.around import NOTE, WINDOW, Around
-from nydusd.frontends.blobfs.notes import REGION, Notes, Pauses
+from nydusd.frontends.blobfs.notes import REGION, Budget, Notes, Pauses
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import is_running, wait_until
 
@@ -216,3 +216,19 @@ def test_a_window_that_is_not_kept_is_read_more_and_more_rarely() -> None:
     assert pauses.is_over(0, WINDOW, 60.0)
     pauses.begin(0, 0, 1000.0)
     assert pauses.is_over(0, 0, 1000.5), "it was left alone for long"
+
+
+def test_no_more_is_noted_at_once_than_readers_can_wait_for() -> None:
+    budget = Budget()
+
+    def noted(now: float) -> int:
+        count = 0
+        while budget.allows(now):
+            budget.add(REGION)
+            count += 1
+        return count
+
+    assert noted(1.0) == 2
+    budget.read(REGION)
+    assert noted(1.0) == 1
+    assert noted(2.0) == 2, "what never comes is forgotten"

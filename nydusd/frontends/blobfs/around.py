@@ -36,7 +36,7 @@ NOTE = struct.Struct("<QQQQ")
 """Index of the blob in the image, offset and size of what is to be read, and when it was noted (`time.monotonic_ns()`)."""
 WINDOW = 128 << 10
 """Bytes that are read around a small read: a larger READ costs as much a byte, and a small one half as much as this."""
-_OLD = 100_000_000
+_OLD = 250_000_000
 """Nanoseconds after which a note is passed over."""
 _IDLE = 2.0
 """Seconds without a note after which files are closed."""

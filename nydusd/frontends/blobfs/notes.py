@@ -32,6 +32,10 @@ _NEAR = 4.0
 """Seconds in which these come."""
 _SMALL = 32 << 10
 """Bytes of a read at most that is taken for none of a sequential reader's, for whom the kernel reads ahead."""
+_AT_ONCE = 2 << 20
+"""Bytes that may be noted and not read yet: some 2 ms of a front end."""
+_LEAK = 64 << 20
+"""Bytes a second."""
 _PAUSE, _PAUSE_MOST = 0.25, 16.0
 """Seconds for which a window is not noted again."""
 _FORGIVEN = 4
@@ -108,26 +112,58 @@ class Pauses:
         self._known[blob, offset] = now, min(pause * 2, _PAUSE_MOST) if again else _PAUSE
 
 
+class Budget:
+    """How much may be noted and not read yet: the kernel hands out READs in their order, and readers are not to wait for long.
+
+    A large READ is taken for one that was noted. What never comes, or to another front end, is forgotten at `_LEAK`.
+    """
+
+    def __init__(self) -> None:
+        self._noted = 0.0
+        self._since = 0.0
+
+    def allows(self, now: float) -> bool:
+        """Whether more may be noted now (in seconds)."""
+        self._noted = max(0.0, self._noted - (now - self._since) * _LEAK)
+        self._since = now
+        return self._noted < _AT_ONCE
+
+    def add(self, size: int) -> None:
+        """So many bytes are noted."""
+        self._noted += size
+
+    def read(self, size: int) -> None:
+        """So many were read."""
+        self._noted -= size
+
+
 class NotingDevice(RangeDevice):
     """A `RangeDevice` that notes where small reads are."""
 
     notes: Notes
     _pauses: Pauses
+    _budget: Budget
 
     @classmethod
     def noting(cls, blobs: Sequence[Mapping[str, object]], row: int, notes: Notes) -> NotingDevice:
         """As `from_spec`."""
         device = cls.from_spec(blobs, row)
         assert isinstance(device, NotingDevice)
-        device.notes, device._pauses = notes, Pauses()
+        device.notes, device._pauses, device._budget = notes, Pauses(), Budget()
         return device
 
     def read_into(self, vec: BlobIoVec, buf: memoryview, pieces: Pieces | None = None) -> int:
         got = super().read_into(vec, buf, pieces)
-        if 0 < got <= _SMALL and pieces is None:
+        if got > _SMALL:
+            self._budget.read(got)
+        elif got and pieces is None:
             blob, start = vec[0].blob, vec[0].uoff + vec[0].offset
             now = time.monotonic()
-            if self._pauses.is_over(blob, start - start % WINDOW, now) and self.notes.are_taken(now):
+            if (
+                self._pauses.is_over(blob, start - start % WINDOW, now)
+                and self._budget.allows(now)
+                and self.notes.are_taken(now)
+            ):
                 self._note(blob, start, now)
         return got
 
@@ -139,10 +175,12 @@ class NotingDevice(RangeDevice):
         near = any(pauses.seconds(blob, other, now) < _NEAR for other in windows if other != window)
         if near and self._is_ready(blob, region, REGION):
             if self.notes.write(blob, region, REGION, now):
+                self._budget.add(REGION)
                 for each in windows:
                     if pauses.is_over(blob, each, now):
                         pauses.begin(blob, each, now)
         elif self._is_ready(blob, window, WINDOW) and self.notes.write(blob, window, WINDOW, now):
+            self._budget.add(WINDOW)
             pauses.begin(blob, window, now)
 
     def _is_ready(self, blob: int, offset: int, size: int) -> bool:
