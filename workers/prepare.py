@@ -14,6 +14,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from nydusd import points
