@@ -20,10 +20,10 @@ import math
 import os
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from nydusd import points
-from nydusd.errors import CacheError, LostWritesError, NydusError, ScarceError, SyncingError, is_scarce
+from nydusd.errors import CacheError, LostWritesError, NydusError, ScarceError, SyncingError
 from nydusd.frontends.attempt import LATER
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
@@ -33,6 +33,7 @@ from nydusd.storage.api.io import ChunkRun
 
 from . import fanotify
 from .device import Blob, OutsideError
+from .group import Group
 from .journal import Journal
 from .known import Known
 from .waiting import Waiting
@@ -71,7 +72,6 @@ class FrontEnd:
         alone: bool = False,
         board: InflightRow | None = None,
     ) -> None:
-        self._group = group
         self._journal = journal
         self._connect = connect
         self._client: Client | None = None
@@ -85,6 +85,7 @@ class FrontEnd:
         self._waiting: dict[int, Waiting] = {}
         self._owners: dict[int, Waiting] = {}
         self._complaints = Complaints("erofs")
+        self._group = Group(group, self._complaints)
         self._known = make_known(lambda text: self._complaints.log("%s", text))
         self._next_ask = self._next_look = self._look_soon = self._next_rest = 0.0
         self._next_try = math.inf
@@ -105,35 +106,20 @@ class FrontEnd:
                 if self._over:
                     return
             if spins:
-                if length := self._read(buffer):
+                if length := self._group.read(buffer):
                     self._take(length)
                     tries = 0
                 else:
                     tries += 1
                     os.sched_yield()
                 continue
-            poll.register(self._group, 0 if self._journal.full else select.POLLIN)
+            poll.register(self._group.fd, 0 if self._journal.full else select.POLLIN)
             if self._client is not None:
                 poll.register(self._client.fileno(), select.POLLIN)
-            if any(ready == self._group for ready, _ in poll.poll(math.ceil(timeout * 1000))):
-                if length := self._read(buffer):
+            if any(ready == self._group.fd for ready, _ in poll.poll(math.ceil(timeout * 1000))):
+                if length := self._group.read(buffer):
                     self._take(length)
                 tries = 0
-
-    def _read(self, buffer: list[memoryview]) -> int:
-        """Read events of the group; gives the bytes that there are.
-
-        For one that it has no file descriptor for the kernel fails this, and has refused its reader already.
-        """
-        try:
-            return os.readv(self._group, buffer)
-        except BlockingIOError:
-            return 0
-        except OSError as e:
-            if not is_scarce(e):
-                raise
-            self._complaints.log("a read failed: an event cannot be taken: %s", e.strerror)
-            return 0
 
     def _take(self, length: int) -> None:
         """Answer the events in the first `length` bytes of the buffer, or have them wait."""
@@ -155,7 +141,7 @@ class FrontEnd:
                     if not blob.has(event.offset, event.length):  # it was doubted meanwhile
                         runs = blob.missing(event.offset, event.length, st.st_size)
             except (KeyError, OSError):
-                self._refuse(
+                self._group.refuse(
                     event.fd, errno.EIO, "an event for a file that is no cache file of an image that is mounted"
                 )
                 os.close(event.fd)
@@ -166,11 +152,11 @@ class FrontEnd:
                 self._put_off(waiting, e)
                 continue
             except NydusError as e:
-                self._refuse(event.fd, self._code(e), str(e))
+                self._group.refuse(event.fd, e.errno, str(e))
                 os.close(event.fd)
                 continue
             if not runs:
-                self._answer(event.fd, 0)
+                self._group.answer(event.fd, 0)
                 os.close(event.fd)
             else:
                 points.reach("fanotify: event looked at")
@@ -205,7 +191,7 @@ class FrontEnd:
         except ScarceError as e:
             self._put_off(waiting, e)
         except NydusError as e:
-            self._end(waiting, self._code(e), str(e))
+            self._end(waiting, e.errno, str(e))
         else:
             if runs:
                 self._wait(waiting, runs)
@@ -306,11 +292,7 @@ class FrontEnd:
 
     def _service(self) -> float:
         """Take in replies and what became due; gives the seconds until it must be called again."""
-        if self._client is not None:
-            for reply in self._client.replies():
-                self._reply(reply.request, reply.errno, reply.slot is not None)
-                if reply.slot is not None:
-                    self._client.release(reply.slot)
+        self._take_replies()
         now = time.monotonic()
         if now >= self._next_try:
             self._next_try = math.inf
@@ -335,12 +317,21 @@ class FrontEnd:
         if now >= self._next_rest:
             self._next_rest = now + _REST
             self._look_around()
+        self._take_replies()  # again: what was asked for here may hide that there are some
         until = [self._next_rest, self._next_try]
         if self._known.waits:
             until.append(self._next_look)
         if self._waiting:
             until.append(self._next_ask)
         return max(0.0, min(until) - now)
+
+    def _take_replies(self) -> None:
+        """Until there is none: what is asked for meanwhile may hide that another has come."""
+        while self._client is not None and (replies := self._client.replies()):
+            for reply in replies:
+                self._reply(reply.request, reply.errno, reply.slot is not None)
+                if reply.slot is not None:
+                    self._client.release(reply.slot)
 
     def _reply(self, request: int, code: int, in_memory: bool) -> None:
         waiting = self._owners.pop(request, None)
@@ -406,18 +397,18 @@ class FrontEnd:
         except ScarceError as e:
             self._put_off(waiting, e)
         except NydusError as e:
-            self._end(waiting, self._code(e), str(e))
+            self._end(waiting, e.errno, str(e))
 
     def _end(self, waiting: Waiting, code: int, why: str = "") -> None:
         """Answer a reader that waited."""
         if code:
-            self._refuse(waiting.number, code, why, waiting.blobs)
+            self._group.refuse(waiting.number, code, why, waiting.blobs)
         else:
             points.reach("fanotify: before an answer")
             if waiting.number not in self._inherited and len(waiting.blobs) == 1:
                 with contextlib.suppress(CacheError):
                     self._known.passes(waiting.blobs[0], waiting.offset, waiting.number)
-            self._answer(waiting.number, 0)
+            self._group.answer(waiting.number, 0)
             self._next_look = min(self._next_look, self._look_soon)
         points.reach("fanotify: answered")
         self._waiting.pop(waiting.number, None)
@@ -432,26 +423,6 @@ class FrontEnd:
         if waiting.number not in self._own_numbers:
             with contextlib.suppress(OSError):
                 os.close(waiting.number)
-
-    # --- answers ----------------------------------------------------------------------------------------------
-
-    def _refuse(self, number: int, code: int, why: str, blobs: Sequence[Blob] = ()) -> None:
-        for blob in blobs:
-            blob.count_error()
-        name = blobs[0].blob_id if len(blobs) == 1 else ""
-        self._complaints.log("a read failed: %s%s", f"blob {name}: " if name and name not in why else "", why)
-        self._answer(number, code)
-
-    def _answer(self, number: int, code: int) -> None:
-        try:
-            fanotify.answer(self._group, number, code)
-        except OSError as e:
-            if e.errno != errno.ENOENT:  # a predecessor had answered it
-                self._complaints.log("the kernel refused an answer: %s", e.strerror)
-
-    @staticmethod
-    def _code(error: NydusError) -> int:
-        return error.errno
 
     # --- now and then -----------------------------------------------------------------------------------------
 
