@@ -152,10 +152,8 @@ def _log_start(options: Options, config: Config) -> None:
     log.info(
         "nydusd %(package_ver)s, commit %(git_commit)s, built %(build_time)s (%(profile)s, %(rustc)s)", build_info()
     )
-    for key in config.unknown_keys:
-        log.warning("%s: unknown configuration key %s is ignored", options.config, key)
-    for warning in config.warnings:
-        log.warning("%s: %s", options.config, warning)
+    for remark in config.remarks:
+        log.warning("%s: %s", options.config, remark)
     if isinstance(options, FuseOptions) and options.bootstrap is None and options.apisock is None:
         log.warning("no --bootstrap and no --apisock: nothing is mounted and nothing can be; give one of them")
     problem = raise_nofile_limit(options.rlimit_nofile)

@@ -334,6 +334,11 @@ class Config(Table, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
     """Settings that were accepted but do not do what they say, to be named in the log."""
 
+    @property
+    def remarks(self) -> list[str]:
+        """Lines for the log of whoever was given the text."""
+        return [*(f"unknown configuration key {key} is ignored" for key in self.unknown_keys), *self.warnings]
+
     def front_end_count(self, most: int) -> int:
         """How many FUSE front ends to run, `most` at most: as configured, else one for each two cores.
 

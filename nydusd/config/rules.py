@@ -74,6 +74,12 @@ def warnings(config: Config) -> Iterator[str]:
     """What was accepted but does not do what it says."""
     if config.cache is not None and config.cache.compressed:
         yield "cache.compressed: ignored, the cache keeps uncompressed data"
+    if config.rafs is not None and config.rafs.prefetch.stream_prefetch:
+        yield "rafs.prefetch.stream_prefetch: ignored, prefetch reads chunks; use prefetch_all for the whole image"
+    if config.overlay is not None:
+        yield "overlay: ignored, images are mounted read-only"
+    if config.external_backends:
+        yield "external_backends: ignored, all blobs are read from `backend`"
     backend = config.backend.chosen() if config.backend is not None else None
     if isinstance(backend, Remote) and backend.proxy.dragonfly_scheduler_endpoint and config.backend is not None:
         path = f"backend.{config.backend.type}.proxy"

@@ -6,6 +6,7 @@ Runs in the supervisor. Clients look into the text of errors, so that keeps the 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from nydusd.supervisor.mount_table import PlaceError
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor
+
+log = logging.getLogger(__name__)
 
 Reply = Callable[[Json], object]
 RAFS = "rafs"
@@ -104,6 +107,8 @@ def _request(raw: Json) -> Request:
         ) from e
     for secret in secret_values(config):
         register_secret(secret)
+    for remark in config.remarks:
+        log.warning("configuration of %s: %s", raw["mountpoint"], remark)
     return Request(raw["mountpoint"], raw["source"], config, paths, raw["config"])
 
 
