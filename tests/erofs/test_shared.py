@@ -362,7 +362,7 @@ def test_a_mark_goes_though_the_next_event_is_always_there(kernel: Kernel, monke
     for name in ("_LOOK", "_LOOK_SOON", "_LOOK_SHARE"):
         monkeypatch.setattr(f"nydusd.frontends.erofs.loop.{name}", 0)
     monkeypatch.setattr("nydusd.frontends.erofs.fanotify.unwatch", lambda _group, fd: unmarked.append(fd))
-    monkeypatch.setattr(front, "_read", read)
+    monkeypatch.setattr(front._group, "read", read)
     front.run()
     assert unmarked and events < 10
 
