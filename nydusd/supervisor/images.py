@@ -62,7 +62,7 @@ class Image:
             for cache in self.caches:
                 cache.users -= 1
             raise
-        self._pace = _pace(config)
+        self._pace = pace_of(config)
         for cache in self.caches:
             cache.paces.append(self._pace)
 
@@ -134,13 +134,15 @@ def metadata_folders(config: Config, run_dir: str) -> list[str]:
     return [run_dir] if work_dir is None else [work_dir, run_dir]
 
 
-def _pace(config: Config) -> Pace:
-    if config.rafs is not None:
-        settings = config.rafs.prefetch
-        return Pace(settings.batch_size, settings.bandwidth_limit, config.rafs.batch_size)
-    if config.cache is not None:  # an image of a singleton has only that
-        return Pace(config.cache.prefetch.batch_size, config.cache.prefetch.bandwidth_limit)
-    return Pace()
+def pace_of(config: Config) -> Pace:
+    """A limit may be in either table, for the reference takes that of `cache.prefetch`: the lower one holds."""
+    tables = [table.prefetch for table in (config.rafs, config.cache) if table is not None]
+    if not tables:
+        return Pace()
+    limit = min((table.bandwidth_limit for table in tables if table.bandwidth_limit), default=0)
+    if config.rafs is None:  # an image of a singleton has only the cache's
+        return Pace(tables[0].batch_size, limit)
+    return Pace(tables[0].batch_size, limit, config.rafs.batch_size)
 
 
 def _cache_config(config: Config, domain: str | None = None) -> CacheConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 import pytest
 
 from nydusd import priority
+from nydusd.config import load_config
 from nydusd.errors import CacheError
 from nydusd.ipc.file_counters import FileCounters
 from nydusd.storage.cache.manager import segments_in
@@ -27,6 +29,7 @@ from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.engine import Engine
+from nydusd.supervisor.images import pace_of
 from nydusd.supervisor.staff import Staff
 from nydusd.supervisor.strays import remove_strays
 from tests.support.discipline import wait_until
@@ -195,6 +198,24 @@ def test_what_was_put_off_and_nobody_waits_for_any_more_is_not_kept() -> None:
         daemon.control({"op": "mount", "until": time.monotonic() - 1, "number": number}, asked.append)
     daemon.control({"op": "mount", "until": time.monotonic() + 60, "number": 100}, asked.append)
     assert len(daemon._put_off) == 1
+
+
+@pytest.mark.parametrize(
+    ("of_rafs", "of_cache", "holds"), [(0, 5000, True), (5000, 0, True), (9000, 5000, True), (0, 0, False)]
+)
+def test_a_limit_of_prefetch_may_be_in_either_table(of_rafs: int, of_cache: int, holds: bool) -> None:
+    rafs = {"prefetch": {"enable": True, "bandwidth_limit": of_rafs}}
+    cache = {
+        "type": "filecache",
+        "filecache": {"work_dir": "/c"},
+        "prefetch": {"enable": True, "bandwidth_limit": of_cache},
+    }
+    backend = {"type": "localfs", "localfs": {"dir": "/b"}}
+    limiter = pace_of(
+        load_config(json.dumps({"version": 2, "backend": backend, "rafs": rafs, "cache": cache}), "c")
+    ).limiter
+    limiter.spend(0.0, 10_500)
+    assert limiter.wait(0.0) == pytest.approx(2.0 if holds else 0.0)
 
 
 def test_a_stop_wakes_a_worker_to_store_what_is_cached_where_all_rest_but_one_that_leaves() -> None:
