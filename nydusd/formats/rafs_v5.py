@@ -187,13 +187,23 @@ class RafsV5:
         return inos
 
     def raw_chunks(self) -> Iterator[RawChunk]:
-        """The chunk infos of every regular file, those of a hard link once."""
+        """The chunk infos of every regular file, those of a hard link once.
+
+        No more of them than the file has room for: a hostile one may give each inode the same array.
+        """
+        left = self._end // CHUNK_INFO_SIZE
         for slot in range(1, self._entries_count + 1):
             at = self._record(slot)
             _, ino, mode, _ = _CHILD.unpack_from(self._buf, at)
             if ino != slot or mode & S_IFMT != S_IFREG:
                 continue
-            yield from self.file_chunks(ino)
+            chunks = self.file_chunks(ino)
+            left -= len(chunks)
+            if left < 0:
+                raise self._bad(
+                    ino, "inode.child_count", f"up to here more chunks than {self._end} bytes have room for"
+                )
+            yield from chunks
 
     def _check_chunk(self, ino: int, chunk: RawChunk) -> None:
         end = chunk.uoff + chunk.usize

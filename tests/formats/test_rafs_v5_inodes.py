@@ -8,6 +8,7 @@ from struct import pack
 import pytest
 
 from nydusd.errors import FormatError
+from nydusd.formats.model import RawChunk
 from nydusd.formats.walk import MAX_DEPTH, walk
 from tests.support.patched import PatchedV5, all_calls
 
@@ -132,6 +133,24 @@ def test_chunk_out_of_its_blob_is_refused(
     with pytest.raises(FormatError) as caught:
         image.extents(ino, 0, 1 << 21)
     assert caught.value.field == field
+
+
+def test_files_that_share_one_array_of_chunks_do_not_list_more_than_the_file_has_room_for(v5: PatchedV5) -> None:
+    """The time to open a blob would be the product of files and chunks."""
+    info = v5.after_name(b"dup/a")
+    many, start = len(v5.data) // 80, len(v5.data) + -len(v5.data) % 8
+    v5.data += bytes(start - len(v5.data)) + v5.data[info : info + 80] * many
+    for path in (b"dup/a", b"dup/b", b"empty"):
+        area = v5.after_name(path)
+        v5.put(v5.record_at(path) + 80, "Q", 4)  # it has xattrs, as long as it is to the array
+        v5.put(v5.record_at(path) + 96, "I", many)
+        v5.put(area, "Q", start - area - 8)
+    listed: list[RawChunk] = []
+    with pytest.raises(FormatError) as caught:
+        listed += v5.open().raw_chunks()
+    assert caught.value.field == "inode.child_count"
+    assert len(listed) * 80 <= len(v5.data)
+    assert len(v5.open().file_chunks(v5.ino(b"empty"))) == many
 
 
 @pytest.mark.parametrize(("at", "field"), [(32, "chunk.blob_index"), (72, "chunk.index")])
