@@ -21,6 +21,8 @@ _FILES = 1_000_000
 """Files that one entry of a list may stand for."""
 _PATIENCE = 60.0
 """Seconds for a list: a hostile one names a million folders, each in the other."""
+_RUNS = 1 << 16
+"""Runs of an answer: the files of a hostile image may share chunks in an order that makes one of each, again and again."""
 
 
 def resolve(_blobs: OpenBlobs, job: Json) -> Json:
@@ -36,18 +38,20 @@ def resolve(_blobs: OpenBlobs, job: Json) -> Json:
     deadline = time.monotonic() + _PATIENCE
     seen: set[int] = set()
     for ino in () if whole else dict.fromkeys(inodes):
-        late = time.monotonic() > deadline
+        late, full = time.monotonic() > deadline, False
         try:
             for file in () if late else walk(image, ino, _FILES):
                 if late := time.monotonic() > deadline:
                     break
                 if file not in seen:
                     seen.add(file)
-                    _add(image, file, runs)
+                    if full := not _add(image, file, runs):
+                        break
         except FormatError as e:
             log.warning("prefetch list: inode %d: %s", ino, str(e))
-        if late:
-            log.warning("prefetch list: cut off after %d files: it takes too long", len(seen))
+        if late or full:
+            why = "it takes too long" if late else f"it has more than {_RUNS} runs of chunks"
+            log.warning("prefetch list: cut off after %d files: %s", len(seen), why)
             break
     return {"whole": whole, "runs": runs}
 
@@ -70,15 +74,19 @@ def _find(image: Bootstrap, paths: list[bytes]) -> list[int]:
     return found
 
 
-def _add(image: Bootstrap, ino: int, runs: list[list[int]]) -> None:
+def _add(image: Bootstrap, ino: int, runs: list[list[int]]) -> bool:
+    """Add the chunks of a file. False if there are more runs than may be: the rest is left out."""
     try:
         size = image.inode(ino).size
         extents = image.extents(ino, 0, size)
     except FormatError as e:
         log.warning("prefetch list: inode %d: %s", ino, str(e))
-        return
+        return True
     for extent in extents:
         if runs and runs[-1][0] == extent.blob and runs[-1][1] + runs[-1][2] == extent.chunk:
             runs[-1][2] += 1
         elif not (runs and runs[-1][0] == extent.blob and runs[-1][1] + runs[-1][2] - 1 == extent.chunk):
+            if len(runs) >= _RUNS:
+                return False
             runs.append([extent.blob, extent.chunk, 1])
+    return True

@@ -86,6 +86,24 @@ def test_list_that_takes_too_long_is_cut_in_the_middle_of_a_folder(
     assert "cut off after 2 files" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["v6-prefetch", "v5-zstd-blake3"])
+def test_list_of_more_runs_than_any_image_has_is_cut(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They go to the supervisor, whom hostile metadata must not keep busy."""
+    with jobs(name, folder) as image:
+        paths = [b"/" + path for path in image.files()]
+        paths = [*paths[::2], *paths[1::2]]  # so that few are neighbours
+        runs = _resolve(image, paths)["runs"]
+        assert len(runs) > 10 and not caplog.text
+        for most in (len(runs), len(runs) - 1, 3):
+            caplog.clear()
+            monkeypatch.setattr("workers.resolve._RUNS", most)
+            cut = _resolve(image, paths)["runs"]
+            assert [run[:2] for run in cut] == [run[:2] for run in runs[:most]]
+            assert caplog.text.count("cut off") == (most < len(runs))
+
+
 @pytest.mark.parametrize("size", [0, 5, 1200, 5000])
 def test_broken_bootstrap_is_a_format_error(size: int, folder: Path) -> None:
     with jobs("v6-prefetch", folder) as image:
