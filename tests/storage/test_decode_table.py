@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import pytest
 
@@ -189,6 +190,28 @@ def test_legacy_stargz_chunks_are_read_by_gzips_worst_case() -> None:
     info = blob_info(ci=ci, compressor=Compressor.GZIP, chunk_count=1, compressed_size=500, uncompressed_size=4096)
     (record,) = records_of(build_from_ci(info, ci, header_for(info), []))
     assert record.csize == gzip_bound(100)
+
+
+@pytest.mark.parametrize("size", [1, 399, 400])
+def test_legacy_stargz_chunk_behind_the_end_of_its_blob_is_refused(size: int) -> None:
+    """Where the data ends is told by the place of the chunk information, too: the two may contradict each other."""
+    ci = pack_v1(0, 0, 5, 100) + pack_v1(400, 4096, 5, 100)
+    info = blob_info(
+        ci=ci,
+        ci_offset=500,
+        features=int(BlobFeature.ALIGNED | BlobFeature.CAP_TAR_TOC),
+        compressor=Compressor.GZIP,
+        chunk_count=2,
+        compressed_size=size,
+        uncompressed_size=8192,
+    )
+    with pytest.raises(FormatError, match=f"chunk 1: stored at 400 of {size} bytes"):
+        build_from_ci(info, ci, header_for(info), [])
+    whole = replace(info, compressed_size=401)
+    assert [record.csize for record in records_of(build_from_ci(whole, ci, header_for(whole), []))] == [
+        gzip_bound(100),
+        1,
+    ]
 
 
 # --- tarfs ---------------------------------------------------------------------------------------------------------

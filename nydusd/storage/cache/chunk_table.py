@@ -90,7 +90,10 @@ def build_from_ci(
     for record in blob_meta.iter_records(info, header, ci, where):
         if legacy:
             coff, uoff, _, usize, flags, ctx, ctx_off, crc = record
-            record = coff, uoff, _stargz_csize(info, coff, usize), usize, flags, ctx, ctx_off, crc
+            csize = _stargz_csize(info, coff, usize)
+            if csize < 1:
+                raise FormatError(where, f"chunk {at // size}", f"stored at {coff} of {info.compressed_size} bytes")
+            record = coff, uoff, csize, usize, flags, ctx, ctx_off, crc
         pack_into(records, at, *record)
         at += size
     if digest_array is not None:
