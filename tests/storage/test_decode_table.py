@@ -67,7 +67,9 @@ def raw_info(**facts: int) -> BlobInfo:
 
 def test_digests_and_crcs_come_from_the_chunk_table() -> None:
     table = from_ci(
-        raw(1, digest=DIGESTS[1], flags=0x10, crc=9), raw(7, blob=3), raw(0, digest=DIGESTS[0], file_offset=8)
+        raw(1, digest=DIGESTS[1], flags=0x10, csize=100, crc=9),
+        raw(7, blob=3),
+        raw(0, digest=DIGESTS[0], file_offset=8),
     )
     first, second = records_of(table)
     assert bytes(table.digests) == b"".join(DIGESTS)
@@ -77,7 +79,7 @@ def test_digests_and_crcs_come_from_the_chunk_table() -> None:
 
 
 def test_unknown_digests_stay_unknown() -> None:
-    table = from_ci(raw(1, digest=bytes(32)), array=None)
+    table = from_ci(raw(1, digest=bytes(32), csize=100), array=None)
     assert [record.flags & ChunkFlag.DIGEST for record in records_of(table)] == [0, 0]
     table = from_ci(array=DIGESTS[0] + bytes(32))
     assert [record.flags & ChunkFlag.DIGEST for record in records_of(table)] == [ChunkFlag.DIGEST, 0]
@@ -88,6 +90,8 @@ def test_unknown_digests_stay_unknown() -> None:
     [
         ([raw(0, usize=99)], None, "chunk 0: 100 bytes at 0 in the blob, 99 at 0 in the bootstrap"),
         ([raw(1, uoff=8192)], None, "chunk 1: 100 bytes at 4096 in the blob, 100 at 8192"),
+        ([raw(1)], None, "chunk 1: stored in 100 bytes at 50 by the blob, 50 at 50 by the bootstrap"),
+        ([raw(0, coff=4096)], None, "chunk 0: stored in 50 bytes at 0 by the blob, 50 at 4096 by"),
         ([raw(2)], None, "chunk 2 of a blob with 2 chunks"),
         ([raw(0), raw(0, digest=b"e" * 32)], None, "digest 6464"),
         ([raw(0)], b"".join(DIGESTS), "digest 6161"),
@@ -107,6 +111,34 @@ def test_crc_of_the_chunk_information_must_be_that_of_the_bootstrap() -> None:
     assert record.crc == 5
     with pytest.raises(FormatError, match="crc 0x5 in the blob, 0x6"):
         build_from_ci(info, ci, header_for(info), [raw(0, flags=0x11, crc=6)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "features", "compressor"),
+    [
+        (4, int(BlobFeature.BATCH), Compressor.ZSTD),
+        (2, int(BlobFeature.ZRAN | BlobFeature.SEPARATE), Compressor.GZIP),
+        (1, int(BlobFeature.IS_CHUNKDICT_GENERATED), Compressor.ZSTD),
+        (0, 0, Compressor.GZIP),
+    ],
+    ids=["batch", "zran", "dictionary", "legacy stargz"],
+)
+def test_place_in_the_stored_blob_counts_only_where_the_chunk_table_has_it(
+    flags: int, features: int, compressor: Compressor
+) -> None:
+    contexts = {4: struct.pack("<II32x", 40, 100), 2: struct.pack("<QQQIIIBB2x", 0, 0, 0, 40, 100, 0, 0, 0)}
+    ci = pack_v2(10, 0, 40, 100, flags, 0) + contexts.get(flags, b"") if flags else pack_v1(10, 0, 40, 100)
+    info = blob_info(
+        ci=ci,
+        features=features | (V2 if flags else 0),
+        compressor=compressor,
+        chunk_count=1,
+        compressed_size=50,
+        uncompressed_size=4096,
+    )
+    header = header_for(info, ctx_count=1 if flags in contexts else 0)
+    (record,) = records_of(build_from_ci(info, ci, header, [raw(0, csize=0, coff=0)]))
+    assert record.coff == 10 and record.csize == 40 and record.flags & ChunkFlag.DIGEST
 
 
 def test_zran_tables_say_where_their_dictionaries_are() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.errors import BackendError, CacheError, FormatError, InternalError, NoSuchBlobError, StaleCacheError
-from nydusd.formats.model import Extent
+from nydusd.formats.model import BlobFeature, Extent
 from nydusd.storage.api.device import BlobDevice
 from nydusd.storage.state import map_file
 from nydusd.storage.state.eviction import punch
@@ -222,6 +222,30 @@ def test_damaged_metadata_in_the_cache_is_fetched_again(
                 assert "fetching it again" in caplog.text
         image.fill_all()
         image.new_daemon()
+
+
+@pytest.mark.parametrize("name", [PLAIN, "v6-encrypt"])
+def test_stored_metadata_with_a_wrong_place_of_a_chunk_is_fetched_again(
+    name: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is sound in itself, and no chunk map says otherwise yet."""
+    with jobs(name, folder) as image:
+        count = image.prepare()["count"]
+        meta = image.spec.meta_path
+        good = meta.read_bytes()
+        damaged = bytearray(good)
+        size, sizes_from = (24, 40) if image.info.features & BlobFeature.CHUNK_INFO_V2 else (16, 44)
+        at = (count - 1) * size + 8
+        place = int.from_bytes(damaged[at : at + 8], "little")
+        later = place + 1 - (1 << sizes_from)  # begins one byte later, and so is one byte shorter
+        damaged[at : at + 8] = later.to_bytes(8, "little")
+        meta.write_bytes(damaged)
+        image.new_daemon()
+        image.prepare()
+        assert "do not belong together; fetching it again" in caplog.text
+        assert meta.read_bytes() == good
+        image.fill_all()
+        assert image.wrong_files() == []
 
 
 def test_damaged_metadata_without_backend_is_an_error_and_recovers(folder: Path) -> None:

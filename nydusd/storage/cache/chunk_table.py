@@ -33,6 +33,7 @@ _ENCRYPTED = int(ChunkFlag.ENCRYPTED)
 _DIGEST = int(ChunkFlag.DIGEST)
 _CRC = int(ChunkFlag.CRC)
 _UNLISTED = int(ChunkFlag.UNLISTED)
+_GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
 
 
 def gzip_bound(usize: int) -> int:
@@ -98,10 +99,11 @@ def build_from_ci(
         at += size
     if digest_array is not None:
         _set_digests(records, digests, digest_array, count, where)
+    compare_stored = not legacy and not info.features & BlobFeature.IS_CHUNKDICT_GENERATED
     listed = bytearray(count)
     for raw in raw_chunks:
         if raw.blob_index == info.index:
-            _merge(records, digests, raw, count, where)
+            _merge(records, digests, raw, count, compare_stored, where)
             listed[raw.index] = 1
     if mark and any(listed):
         chunk = listed.find(0)
@@ -242,35 +244,43 @@ def _set_flag(records: bytearray, chunk: int, flag: int) -> None:
     _U32.pack_into(records, at, _U32.unpack_from(records, at)[0] | flag)
 
 
-def _merge(records: bytearray, digests: bytearray, raw: RawChunk, count: int, where: str) -> None:
+def _merge(records: bytearray, digests: bytearray, raw: RawChunk, count: int, compare_stored: bool, where: str) -> None:
     """Add what the bootstrap's chunk table knows about a chunk: its digest, and its CRC if the record has none.
 
-    Positions of batch chunks are zero in that table, so only uncompressed offset and size are compared.
+    `compare_stored`: its place in the stored blob must be the same in both, too, unless it is of a batch or a zran context:
+    places of batch chunks are zero in that table, those of zran ones are hints.
     """
-    index = raw.index
+    digest, _, raw_flags, raw_csize, raw_usize, raw_coff, raw_uoff, _, index, raw_crc = raw
     if index >= count:
         raise FormatError(where, "chunk table", f"chunk {index} of a blob with {count} chunks")
     at = index * RECORD.size
-    _, uoff, _, usize, flags, _, _, crc = RECORD.unpack_from(records, at)
-    if uoff != raw.uoff or usize != raw.usize:
+    coff, uoff, csize, usize, flags, _, _, crc = RECORD.unpack_from(records, at)
+    if uoff != raw_uoff or usize != raw_usize:
         raise FormatError(
             where,
             f"chunk {index}",
-            f"{usize} bytes at {uoff} in the blob, {raw.usize} at {raw.uoff} in the bootstrap: they do not belong together",
+            f"{usize} bytes at {uoff} in the blob, {raw_usize} at {raw_uoff} in the bootstrap: they do not belong together",
+        )
+    if compare_stored and (coff != raw_coff or csize != raw_csize) and not flags & _GROUPED:
+        raise FormatError(
+            where,
+            f"chunk {index}",
+            f"stored in {csize} bytes at {coff} by the blob, {raw_csize} at {raw_coff} by the bootstrap: "
+            "they do not belong together",
         )
     new = flags
-    if raw.flags & _RAW_CRC:
-        if flags & _CRC and crc != raw.crc:
-            raise FormatError(where, f"chunk {index}", f"crc {crc:#x} in the blob, {raw.crc:#x} in the bootstrap")
+    if raw_flags & _RAW_CRC:
+        if flags & _CRC and crc != raw_crc:
+            raise FormatError(where, f"chunk {index}", f"crc {crc:#x} in the blob, {raw_crc:#x} in the bootstrap")
         new |= _CRC
-        _U32.pack_into(records, at + _CRC_AT, raw.crc)
-    if raw.digest != _NO_DIGEST:
+        _U32.pack_into(records, at + _CRC_AT, raw_crc)
+    if digest != _NO_DIGEST:
         place = slice(index * DIGEST_SIZE, (index + 1) * DIGEST_SIZE)
-        if flags & _DIGEST and digests[place] != raw.digest:
+        if flags & _DIGEST and digests[place] != digest:
             raise FormatError(
-                where, f"chunk {index}", f"digest {digests[place].hex()} elsewhere, {raw.digest.hex()} in the bootstrap"
+                where, f"chunk {index}", f"digest {digests[place].hex()} elsewhere, {digest.hex()} in the bootstrap"
             )
-        digests[place] = raw.digest
+        digests[place] = digest
         new |= _DIGEST
     if new != flags:
         _U32.pack_into(records, at + _FLAGS_AT, new)
