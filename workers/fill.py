@@ -31,6 +31,7 @@ from nydusd.formats.model import ChunkFlag, ChunkRecord
 from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.decode import ChunkDecoder, verify_chunk
+from nydusd.storage.cache.meta_info import BlobMetaInfo
 from nydusd.storage.cache.stored import fetch_range
 from nydusd.storage.state.on_disk import read_disk
 from nydusd.storage.state.segment import READY, Segment
@@ -41,7 +42,8 @@ from workers.cookie import lent, write_pages
 log = logging.getLogger(__name__)
 
 _CORRUPT_MOST = 32
-"""Chunks of a job that may fail one by one, each after two reads. A blob with more is broken: the job ends there."""
+"""Chunks of a job that may fail one by one, each after two reads. A blob with more is broken: the job ends there, or what is
+left of it is fetched once more."""
 
 
 @dataclass(slots=True)
@@ -309,18 +311,22 @@ def _fetch(
                 _fill_run(blob, first, last, source, target)
                 break
             except CorruptChunkError as e:
-                if isinstance(source, _Fetched) and not source.final:
-                    log.warning("%s; fetching it once more", e)
-                    result.corrupt.append(e.chunk)
-                    first = e.chunk + 1
-                    continue
                 if source.again and e.chunk != again:
                     log.warning("%s; reading it once more", e)
                     first = again = e.chunk
                     continue
+                corrupt += 1
+                if isinstance(source, _Fetched) and not source.final:
+                    log.warning("%s; fetching it once more", str(e))
+                    # All of its unit is: to decode that again for each of the others could take minutes.
+                    first = min(BlobMetaInfo(blob.segment).unit(e.chunk).stop, last + 1)
+                    result.corrupt += range(e.chunk, first)
+                    if corrupt == _CORRUPT_MOST:
+                        result.corrupt += [chunk for chunk in wanted if chunk >= first]
+                        return
+                    continue
                 first = e.chunk + 1
                 result.fail([e.chunk], e)
-                corrupt += 1
                 if corrupt == _CORRUPT_MOST:
                     rest = [chunk for chunk in wanted if chunk >= first]
                     why = CorruptChunkError(e.blob_id, first, f"not tried, as {corrupt} chunks before it are corrupt")

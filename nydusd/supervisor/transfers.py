@@ -349,7 +349,7 @@ class Transfers:
             self._next(transfer)
             return
         transfer.used += sum(length for _chunk, _at, length in answer.get("placed", []))
-        corrupt = [] if fill.cancelled else answer.get("corrupt", [])
+        corrupt = set() if fill.cancelled else set(answer.get("corrupt", []))
         if corrupt:
             if transfer.again is None:
                 transfer.again = self._job(transfer, [], fill.priority, bypass=True)

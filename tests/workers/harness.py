@@ -106,8 +106,14 @@ class Jobs:
     def prepare(self) -> Json:
         return prepare(self.open, self._take())
 
-    def fill(self, chunks: Sequence[int], verify: Sequence[int] = (), slot: Json | None = None) -> Json:
-        return fill(self.open, self._take(chunks=list(chunks), verify=list(verify), slot=slot, source=None))
+    def fill(
+        self,
+        chunks: Sequence[int],
+        verify: Sequence[int] = (),
+        slot: Json | None = None,
+        source: Json | None = None,
+    ) -> Json:
+        return fill(self.open, self._take(chunks=list(chunks), verify=list(verify), slot=slot, source=source))
 
     def checkpoint(self) -> Json:
         return checkpoint(self.open, self._take())

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from nydusd.errors import BackendError, CacheError, FormatError, InternalError, NoSuchBlobError, StaleCacheError
-from nydusd.formats.model import BlobFeature, Extent
+from nydusd.formats.model import BlobFeature, ChunkFlag, ChunkRecord, Extent
+from nydusd.ipc.messages import Json
 from nydusd.storage.api.device import BlobDevice
+from nydusd.storage.cache.decode import ChunkDecoder
+from nydusd.storage.cache.meta_info import BlobMetaInfo
 from nydusd.storage.state import map_file
 from nydusd.storage.state.eviction import punch
 from nydusd.storage.state.segment import EMPTY, READY, VERIFY
@@ -26,6 +30,7 @@ PLAIN = "v6-lz4-sha256"
 UNPADDED = "v5-lz4-sha256"
 """Its last chunk ends where the cache file does."""
 _FIBMAP = 1
+_GROUPED = ChunkFlag.BATCH | ChunkFlag.ZRAN
 
 
 def _flip(path: Path, at: int) -> None:
@@ -151,6 +156,61 @@ def test_blob_of_garbage_costs_a_bounded_number_of_reads(folder: Path, caplog: p
         assert len(caplog.records) <= 70
         assert set(image.states()) == {EMPTY}
         assert not any(image.data.read_bytes())
+
+
+@contextlib.contextmanager
+def _fetched(image: Jobs, content: bytes) -> Iterator[Json]:
+    """A blob's bytes as a fetch worker leaves them in shared memory, the first time that they are fetched."""
+    with slot_of(len(content)) as (arena, slot):
+        arena.view(slot["offset"], len(content))[:] = content
+        yield slot | {"coff": 0, "final": False}
+
+
+@pytest.mark.parametrize("name", ["v6-batch", "v6-targz-ref"])
+def test_damaged_unit_that_was_fetched_is_decoded_once_and_not_for_each_of_its_chunks(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[tuple[int, int]] = []
+    real = ChunkDecoder._decode_unit
+
+    def counted(self: ChunkDecoder, record: ChunkRecord, base: int, data: memoryview, contexts: bytes) -> object:
+        decoded.append((record.flags & _GROUPED, record.ctx))
+        return real(self, record, base, data, contexts)
+
+    monkeypatch.setattr(ChunkDecoder, "_decode_unit", counted)
+    with jobs(name, folder) as image:
+        count = image.prepare()["count"]
+        content = bytearray(image.blob.read_bytes())
+        with image.segment() as segment:
+            meta = BlobMetaInfo(segment)
+            unit = max((meta.unit(chunk) for chunk in range(count)), key=len)
+            damaged = segment.record(unit[1])
+            for chunk in unit[1:]:  # metadata that promises other bytes than the unit has
+                segment.digests[32 * chunk] ^= 1
+        with _fetched(image, bytes(content)) as source:
+            answer = image.fill(range(count), source=source)
+        assert len(unit) > 5 and answer["corrupt"] == list(unit[1:]) and not answer["failed"]
+        assert decoded.count((damaged.flags & _GROUPED, damaged.ctx)) == 1
+        assert [chunk for chunk, state in enumerate(image.states()) if state != READY] == list(unit[1:])
+        with image.segment() as segment:
+            for chunk in unit[1:]:
+                segment.digests[32 * chunk] ^= 1
+        with _fetched(image, bytes(content)) as source:
+            answer = image.fill(unit, source=source | {"final": True})
+        assert not answer["corrupt"] and not answer["failed"]
+        assert image.wrong_files() == []
+
+
+def test_garbage_that_was_fetched_is_given_up_after_some_chunks(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with jobs("v6-smallchunk", folder) as image:
+        count = image.prepare()["count"]
+        with _fetched(image, os.urandom(image.blob.stat().st_size)) as source:
+            answer = image.fill(range(count), source=source)
+        assert count > 100 and answer["corrupt"] == list(range(count)) and not answer["failed"]
+        assert len(caplog.records) == 32
+        with _fetched(image, image.blob.read_bytes()) as source:
+            image.fill(answer["corrupt"], source=source | {"final": True})
+        assert image.wrong_files() == []
 
 
 def test_missing_blob_fails_its_chunks_with_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
