@@ -9,12 +9,12 @@ them. It dies with the process: a successor begins a read anew, and counts anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from nydusd.errors import CacheError, EvictedError, StaleCacheError, UnreadableError
 from nydusd.formats.model import Extent
 from nydusd.ipc.messages import LOST, UNREADABLE
+from nydusd.storage.api.device import Pieces
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
 
 LATER = 0.1
@@ -60,7 +60,7 @@ class Attempt:
         self._evictions = self.device.evictions(self.vec)
         return Ask(runs, flags)
 
-    def check(self, pieces: Mapping[tuple[int, int], memoryview]) -> Ask | None:
+    def check(self, pieces: Pieces) -> Ask | None:
         """All that was asked for has come, it is said: in the cache file, or as `pieces`. None: it has, read now.
 
         If nothing was asked for yet, what lacks is. Raises StaleCacheError when it was said too often and is not true,
@@ -101,7 +101,7 @@ class Attempt:
         self.vec = settled
         return changed
 
-    def _absent(self, pieces: Mapping[tuple[int, int], memoryview]) -> list[ChunkRun]:
+    def _absent(self, pieces: Pieces) -> list[ChunkRun]:
         """The runs of which a chunk is neither ready nor among `pieces`."""
         return [
             run

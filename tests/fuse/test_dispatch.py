@@ -23,6 +23,7 @@ from nydusd.frontends.fuse.mount import INODE_BITS, INODE_MAX, Mount
 from nydusd.frontends.fuse.namespace import Namespace, View
 from nydusd.frontends.fuse.ops import FOREVER, Operations
 from nydusd.frontends.fuse.parking import Client
+from nydusd.storage.api.device import Pieces
 from nydusd.storage.api.io import BlobIoVec, ChunkRun, runs_of
 from tests.fuse.tree import CHUNK, Tree, noise, sample
 
@@ -60,9 +61,7 @@ class WholeDevice:
     def refresh(self, vec: BlobIoVec) -> None:
         raise AssertionError("nothing is ever stale")
 
-    def read_into(
-        self, vec: BlobIoVec, buf: memoryview, pieces: dict[tuple[int, int], memoryview] | None = None
-    ) -> int:
+    def read_into(self, vec: BlobIoVec, buf: memoryview, pieces: Pieces | None = None) -> int:
         done = 0
         for _, _, uoff, offset, length, _ in vec:
             buf[done : done + length] = self.tree.blob[uoff + offset : uoff + offset + length]

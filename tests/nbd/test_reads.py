@@ -322,3 +322,29 @@ def test_chunks_reported_but_never_there_are_an_error_and_no_zeros(disk: Disk) -
         asked += disk.serve()
     assert [flags for _, flags in asked] == [0] + 4 * [LOST]
     assert client.got == (errno.EIO, b"")
+
+
+def test_a_read_that_waits_for_more_holds_no_shared_memory(disk: Disk) -> None:
+    """What it would hold, the rest of it may wait for, or that of another reader who holds something, too."""
+    disk.evict(0)
+    disk.evict(1)
+    client = disk.read(4000, 2 * SIZE - 5000)
+    rest = {number: ask for number, ask in disk.asked.items() if ask[0].blob == 71}
+    disk.asked = {number: ask for number, ask in disk.asked.items() if ask[0].blob == 70}
+    disk.serve(in_memory=True)
+    assert client.got is None
+    assert not disk._slots
+    disk.asked = rest
+    disk.serve(in_memory=True)
+    assert client.got == (0, (CONTENT[0] + CONTENT[1])[4000 : 2 * SIZE - 1000])
+
+
+def test_a_read_that_has_to_ask_once_more_holds_no_shared_memory(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk.evict(0)
+    client = disk.read(8192, SIZE)
+    during_the_first_read(monkeypatch, lambda: disk.evict(1))
+    disk.serve(in_memory=True)
+    assert client.got is None
+    assert not disk._slots
+    disk.serve(in_memory=True)
+    assert client.got == (0, (CONTENT[0] + CONTENT[1])[8192 : 8192 + SIZE])

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 from nydusd import points
 from nydusd.errors import ScarceError
 from nydusd.formats.model import Extent
+from nydusd.frontends.arrived import Arrived, Source
 from nydusd.frontends.attempt import LATER, Ask, Attempt
 from nydusd.ipc.killed import is_killed
-from nydusd.ipc.messages import AHEAD, SlotRef
+from nydusd.ipc.messages import AHEAD
+from nydusd.storage.api.device import Pieces
 from nydusd.storage.api.io import ChunkRun
 
 from .journal import Journal
@@ -30,15 +32,13 @@ ASK_AGAIN = 1.0
 """Seconds after which an unanswered request is repeated: the supervisor may have been replaced, and repeating is harmless."""
 
 
-class Client(Protocol):
+class Client(Source, Protocol):
     """What the front end uses of `nydusd.ipc.client.ChunkClient`."""
 
     def fileno(self) -> int: ...
     def request(self, run: ChunkRun, flags: int = 0, number: int | None = None) -> int: ...
     def replies(self) -> list[Reply]: ...
     def cancel(self, request: int) -> None: ...
-    def pieces(self, slot: SlotRef) -> dict[int, memoryview]: ...
-    def release(self, slot: SlotRef) -> None: ...
     def forget_arenas(self) -> None: ...
 
 
@@ -49,6 +49,7 @@ class Parked(Attempt):
     """
 
     __slots__ = (
+        "arrived",
         "deadline",
         "direct",
         "ino",
@@ -58,7 +59,6 @@ class Parked(Attempt):
         "pid",
         "place",
         "slot",
-        "slots",
         "started",
         "unique",
     )
@@ -80,7 +80,7 @@ class Parked(Attempt):
         self.deadline = 0.0
         self.pending: dict[int, tuple[ChunkRun, int]] = {}
         """Unanswered requests: number -> (run with the supervisor's handle, flags)."""
-        self.slots: list[SlotRef] = []
+        self.arrived = Arrived()
         self.interrupted = False
 
 
@@ -158,6 +158,7 @@ class Parking:
     def again(self, read: Parked, ask: Ask | None) -> None:
         """What a read has got was not enough: have it wait once more, for this, or (None) until it is tried again."""
         self.reads[read.unique] = read
+        read.arrived.keep(self._client, read.device, read.vec)
         if self._board is not None and read.slot < 0:
             read.slot = self._board.begin(read.unique, read.ino)
         if ask is not None:
@@ -198,10 +199,7 @@ class Parking:
             self._end(read, code)
 
     def ask_successor(self) -> None:
-        """Another supervisor has taken over, which knows of no request: send them again, at once.
-
-        What the former one gave in shared memory is given up, and asked for anew.
-        """
+        """Another supervisor has taken over, which knows of no request: send them again, at once."""
         if self._client is None:
             return
         for reply in self._client.replies():  # what it had still answered
@@ -209,10 +207,6 @@ class Parking:
         for read in self.reads.values():
             for number, (run, flags) in read.pending.items():
                 self._client.request(run, flags, number)
-            if read.slots:
-                read.slots.clear()
-                self._later.pop(read.unique, None)
-                self._ask(read, read.ask(read.device.runs(read.vec)))
         self._client.forget_arenas()
 
     def service(self) -> float:
@@ -248,28 +242,17 @@ class Parking:
             else:
                 self._end(read, 0)
 
-    def pieces(self, read: Parked) -> dict[tuple[int, int], memoryview]:
+    def pieces(self, read: Parked) -> Pieces:
         """The chunks of a read that came in shared memory. Drop them before `let_go`."""
-        if not read.slots or self._client is None:
-            return {}
-        blobs = {read.device.handle(blob): blob for blob in {extent.blob for extent in read.vec}}
-        found: dict[tuple[int, int], memoryview] = {}
-        for slot in read.slots:
-            if slot.handle in blobs:
-                for chunk, view in self._client.pieces(slot).items():
-                    found[blobs[slot.handle], chunk] = view
-        return found
+        return read.arrived.pieces(self._client, read.device, read.vec)
 
     def let_go(self, read: Parked) -> None:
         """A read is answered: take it off the journal, give the leases of its slots back."""
         points.reach("fuse: miss answered")
         self._journal.drop(read.place)
         points.reach("fuse: miss dropped")
-        for slot in read.slots:
-            assert self._client is not None
-            self._client.release(slot)
+        if read.arrived.give_back(self._client):
             points.reach("fuse: slot given back")
-        read.slots.clear()
 
     def _ask(self, read: Parked, ask: Ask) -> None:
         client = self.client
@@ -292,11 +275,13 @@ class Parking:
         points.reach("fuse: reply came")
         del read.pending[reply.request]
         if reply.slot is not None:
-            read.slots.append(reply.slot)
+            read.arrived.add(reply.slot)
         if reply.errno:
             self._end(read, reply.errno)
         elif not read.pending:
             self._end(read, 0)
+        else:
+            read.arrived.keep(self._client, read.device, read.vec)
 
     def _end_if_killed(self, read: Parked) -> bool:
         if not (read.direct or is_killed(read.pid)):

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from nydusd.errors import EvictedError, NydusError, ScarceError, StaleCacheError, SyncingError, UnreadableError
 from nydusd.formats.model import Extent
+from nydusd.frontends.arrived import Arrived
 from nydusd.frontends.attempt import LATER, Ask, Attempt
 from nydusd.frontends.blobfs.device import RangeDevice
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.fuse.parking import ASK_AGAIN, Client
 from nydusd.ipc.inflight import InflightRow
-from nydusd.ipc.messages import AHEAD, SlotRef
+from nydusd.ipc.messages import AHEAD
+from nydusd.storage.api.device import Pieces
 from nydusd.storage.api.io import ChunkRun
 
 from . import kept
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 class _Waiting(Attempt):
     """A read: what it needs of blobs, what it has asked for, and where it is shown that it waits (`shown`)."""
 
-    __slots__ = ("asked", "connection", "deadline", "pending", "shown", "slots")
+    __slots__ = ("arrived", "asked", "connection", "deadline", "pending", "shown")
 
     def __init__(
         self, connection: Connection, asked: Request, device: RangeDevice, vec: list[Extent], deadline: float
@@ -47,7 +49,7 @@ class _Waiting(Attempt):
         self.deadline = deadline
         self.shown = -1
         self.pending: dict[int, tuple[ChunkRun, int]] = {}
-        self.slots: list[SlotRef] = []
+        self.arrived = Arrived()
 
 
 class Reads:
@@ -100,6 +102,7 @@ class Reads:
         if not self._waiting:
             self._tick = time.monotonic() + ASK_AGAIN
         self._waiting[id(waiting)] = waiting
+        waiting.arrived.keep(self.client, self._device, waiting.vec)
         if self._board is not None and waiting.shown < 0:
             unique = waiting.connection.number * kept.SLOTS + waiting.asked.slot
             waiting.shown = self._board.begin(unique, 0)  # a disk has no inodes
@@ -118,7 +121,7 @@ class Reads:
 
     def _proceed(self, waiting: _Waiting, first: bool = False) -> None:
         """Ask for what a read lacks, or answer it."""
-        pieces = self._pieces(waiting)
+        pieces = waiting.arrived.pieces(self.client, self._device, waiting.vec)
         try:
             if first:
                 missing = self._device.missing(waiting.vec)
@@ -143,7 +146,7 @@ class Reads:
                 self.client.request(run, AHEAD)
         self._device.hints.clear()
 
-    def _put_together(self, waiting: _Waiting, pieces: dict[tuple[int, int], memoryview]) -> memoryview:
+    def _put_together(self, waiting: _Waiting, pieces: Pieces) -> memoryview:
         """The answer. `missing` has just said that all of it is there, and no other look may come between: it would hide that
         something was taken away since. Raises StaleCacheError, EvictedError, UnreadableError.
         """
@@ -157,18 +160,6 @@ class Reads:
                 self._device.read_into(vec, out[at : at + length], pieces or None)
             at += length
         return out
-
-    def _pieces(self, waiting: _Waiting) -> dict[tuple[int, int], memoryview]:
-        """What came in shared memory."""
-        if not waiting.slots or self.client is None:
-            return {}
-        blobs = {self._device.handle(blob): blob for blob in {extent.blob for extent in waiting.vec}}
-        found = {}
-        for slot in waiting.slots:
-            if slot.handle in blobs:  # what is known of the pieces by now may have nothing of that blob in it
-                for chunk, view in self.client.pieces(slot).items():
-                    found[blobs[slot.handle], chunk] = view
-        return found
 
     def _ask(self, waiting: _Waiting, ask: Ask) -> None:
         """Raises ScarceError when there is no line to the supervisor and none can be made now: then this is `unsent`."""
@@ -213,12 +204,14 @@ class Reads:
             return
         del waiting.pending[reply.request]
         if reply.slot is not None:
-            waiting.slots.append(reply.slot)
+            waiting.arrived.add(reply.slot)
         if reply.errno:
             self._fail(waiting, reply.errno, os.strerror(reply.errno))
         elif not waiting.pending:
             del self._waiting[id(waiting)]
             self._proceed(waiting)
+        else:
+            waiting.arrived.keep(client, self._device, waiting.vec)
 
     def _fail(self, waiting: _Waiting, code: int, why: str) -> None:
         self._device.count_errors(waiting.vec)
@@ -241,7 +234,5 @@ class Reads:
             for number in waiting.pending:
                 self._owners.pop(number, None)
                 self.client.cancel(number)
-            for slot in waiting.slots:
-                self.client.release(slot)
         waiting.pending.clear()
-        waiting.slots.clear()
+        waiting.arrived.give_back(self.client)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from nydusd.errors import CorruptChunkError, EvictedError, StaleCacheError, UnreadableError, cache_error, is_scarce
 from nydusd.formats.model import Extent
@@ -37,8 +38,15 @@ _STEP = 1 << 20
 _NOT_CALM = (0, 1)
 """Instead of a segment's `marks`: it is to be asked after each read."""
 
-Pieces = Mapping[tuple[int, int], memoryview]
-"""Chunks that are not in the cache file but at hand in shared memory: (blob index, chunk) -> plain bytes."""
+
+class Plain(Protocol):
+    """Plain bytes of a chunk, addressed as in the whole chunk: all (a memoryview), or those that a read needs."""
+
+    def __getitem__(self, where: slice, /) -> memoryview: ...
+
+
+Pieces = Mapping[tuple[int, int], Plain]
+"""Chunks that are not in the cache file but at hand in memory, by (blob index, chunk)."""
 
 
 class BlobView:
