@@ -60,6 +60,11 @@ class Attempt:
         self._evictions = self.device.evictions(self.vec)
         return Ask(runs, flags)
 
+    def begin_anew(self, device: Chunks) -> None:
+        """Nothing of it was asked for yet of `device`, which has the same blobs."""
+        self.device = device
+        self._asked = False
+
     def check(self, pieces: Pieces) -> Ask | None:
         """All that was asked for has come, it is said: in the cache file, or as `pieces`. None: it has, read now.
 

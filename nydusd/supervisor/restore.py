@@ -82,7 +82,7 @@ class Restore:
 
     def end(self) -> None:
         """All are known: remove what none of them has. Where we stop before that, all stays for the next one."""
-        self._router.unknown = lambda handle: None
+        self._router.unknown = lambda handle: False
         if self._coming:
             return
         try:
@@ -90,17 +90,18 @@ class Restore:
         except (NydusError, OSError) as e:
             log.warning("what no image has stays until the next takeover: %s", e)
 
-    def _wanted(self, handle: int) -> None:
-        """Somebody waits for a blob of this handle: know an image now that has it."""
+    def _wanted(self, handle: int) -> bool:
+        """Somebody waits for a blob of this handle: know an image now that has it. Whether that can only be done later."""
         having = self._by_handle.pop(handle, [])
         for recorded in having:
             try:
                 if recorded.place in self._coming and self._know(recorded):
-                    return
+                    break
             except ScarceError as e:
                 self._by_handle[handle] = having  # who waits asks again
                 log.warning("the image at %s is known again later: %s", recorded.place, e)
-                return
+                return True
+        return False
 
     def _know(self, recorded: Recorded) -> bool:
         image = self._mounts.know(recorded)

@@ -81,8 +81,11 @@ class Router:
         self.evictions = Evictions(fetch, self._all_again, self._reopen)
         self.outages = Outages(deadline)
         self._openings = Openings(fetch, self.outages, self._serve, self._finish, self._spare)
-        self.unknown: Callable[[int], None] = lambda handle: None
-        """Told of a handle that is asked for and that no blob has: it may be one of a killed supervisor's (`restore.py`)."""
+        self.unknown: Callable[[int], bool] = lambda handle: False
+        """Told of a handle that is asked for and that no blob has: it may be one of a killed supervisor's (`restore.py`).
+
+        True: it has nothing to know it with now, and does so when it is asked again.
+        """
         self.backend = {"reads": 0, "read_errors": 0, "read_bytes": 0}
 
     # --- what clients ask -------------------------------------------------------------------------------------
@@ -93,14 +96,15 @@ class Router:
             return
         cache = self._factory.get(handle)
         if cache is None:
-            self.unknown(handle)
+            if self.unknown(handle):
+                return
             cache = self._factory.get(handle)
         if flags & AHEAD:
             if cache is not None and cache.state == "ready" and not cache.uses_slots and first < cache.chunk_map.count:
                 self._launch.read_ahead(cache, first, first)
             return
         if cache is None or count <= 0:
-            self._reply(client, number, errno.EIO, None)
+            self._reply(client, number, errno.ESTALE if cache is None else errno.EIO, None)  # no image has it any more
             return
         if flags & SYNC:
             self.checkpoints.sync(

@@ -255,9 +255,9 @@ def test_an_image_for_which_nothing_is_left_now_is_known_later() -> None:
     router = SimpleNamespace(unknown=None)
     restore = Restore(cast("Mounts", mounts), cast("Router", router), cast("list[Recorded]", records), lambda _: None)
     assert restore.step() and restore.is_scarce
-    router.unknown(ord("c"))
+    assert router.unknown(ord("c")), "whoever waits for it is not to fail"
     assert restore.step() and not restore.is_scarce and known == ["/b"]
-    router.unknown(ord("c"))
+    assert not router.unknown(ord("c"))
     assert known == ["/b", "/c"]
     assert restore.step() and restore.is_scarce
     restore.end()

@@ -36,6 +36,17 @@ def full_disk(world: World, chunk: int = CHUNKS - 1) -> None:
     world.answers.clear()
 
 
+def test_a_handle_that_no_blob_has_is_said_to_be_stale_or_known_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[tuple[int, int]] = []
+    monkeypatch.setattr(world.router, "_reply", lambda _client, number, code, _slot: answers.append((number, code)))
+    world.router.unknown = lambda handle: handle == 4712  # there was no file descriptor for it
+    world.router.request(A, 1, 4711, 0, 1, 0)
+    world.router.request(A, 2, 4712, 0, 1, 0)
+    assert answers == [(1, errno.ESTALE)]
+
+
 def test_many_readers_of_a_chunk_are_one_job(world: World) -> None:
     world.worker("decompress", b"w")
     for number in range(50):

@@ -89,11 +89,11 @@ class Namespace(dict[int, View]):
             view = self._pseudo_view
         elif index in self._images:
             try:
-                view = self._open(self._images[index])
+                view = self._open(index)
             except ScarceError:
                 if not self.let_go():
                     raise
-                view = self._open(self._images[index])
+                view = self._open(index)
         elif index == 0:
             root = self._pseudo.places.get(ROOT)
             view = self._pseudo_view if root is None or root.index is None else self[root.index]
@@ -101,6 +101,11 @@ class Namespace(dict[int, View]):
             raise self.failure or UnmountedError(f"image {index} is not mounted any more")
         self[index] = view
         return view
+
+    @property
+    def is_current(self) -> bool:
+        """Whether no newer table was published than the one that is known here."""
+        return self.shared[0] == self.generation
 
     @property
     def term(self) -> int:
@@ -118,13 +123,12 @@ class Namespace(dict[int, View]):
         """
         generation = self.shared[0]  # before the table is read: one that is newer is read twice, never not at all
         try:
-            rows = json.loads((self._folder / "table.json").read_bytes())["places"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            self.failure = CacheError(f"the table of mounts in {self._folder} cannot be read: {e}")
+            places = self._places()
+        except CacheError as e:
+            self.failure = CacheError(str(e))
             raise self.failure from e
         self.generation, self.failure = generation, None
-        places = tree_of(rows)
-        images = {place.index: place for place in places.values() if place.index is not None}
+        images = _images_of(places)
         before, self._images = self._images, images
         self._pseudo.places = places
         gone = []
@@ -140,6 +144,13 @@ class Namespace(dict[int, View]):
             if view.operations is not None and view.mount is not None:
                 self._cover(images[index], view.operations, view.mount)
         return gone
+
+    def _places(self) -> dict[int, Place]:
+        """The table as it is written now. Raises CacheError when it cannot be read."""
+        try:
+            return tree_of(json.loads((self._folder / "table.json").read_bytes())["places"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise cache_error(f"the table of mounts in {self._folder} cannot be read", e) from e
 
     def trim(self) -> None:
         """Let go of what was looked at of the metadata of all images."""
@@ -162,19 +173,33 @@ class Namespace(dict[int, View]):
         assert operations is not None
         return operations.root_entry()
 
-    def _open(self, place: Place) -> View:
-        assert place.index is not None
+    def _open(self, index: int) -> View:
+        place = self._images[index]
+        while (spec := self._spec(place)) is None:
+            # Unmounted, or mounted anew, since the number was looked at: the table says so before the file is removed.
+            now = _images_of(self._places()).get(index)
+            if now is None:
+                raise UnmountedError(f"image {index} is not mounted any more")
+            if now.revision == place.revision:
+                raise FormatError(str(self._folder), "mount", f"cannot be read: image {index} is not described")
+            self._images[index] = place = now
+        mount = self._open_mount(spec, index)
+        operations = Operations(mount, self._flags, self.root_entry)
+        self._cover(place, operations, mount)
+        return View(mount, operations.table(), operations)
+
+    def _spec(self, place: Place) -> Json | None:
+        """What the supervisor says of an image; None if it says nothing of it. Raises FormatError, ScarceError."""
         path = self._folder / f"{place.index}.{place.revision}.json"
         try:
-            spec = json.loads(path.read_bytes())
+            spec: Json = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
         except (OSError, ValueError) as e:
             if is_scarce(e):
                 raise cache_error(str(path), e) from e
             raise FormatError(str(path), "mount", f"cannot be read: {e}") from e
-        mount = self._open_mount(spec, place.index)
-        operations = Operations(mount, self._flags, self.root_entry)
-        self._cover(place, operations, mount)
-        return View(mount, operations.table(), operations)
+        return spec
 
     def _cover(self, place: Place, operations: Operations, mount: Mount) -> None:
         """Note which folders of an image other mounts stand upon."""
@@ -183,6 +208,11 @@ class Namespace(dict[int, View]):
             _find_covers(place, mount, operations.covers)
         except NydusError as e:
             log.error("mount %s: %s", mount.id, e)
+
+
+def _images_of(places: dict[int, Place]) -> dict[int, Place]:
+    """The mount points, by index of the image."""
+    return {place.index: place for place in places.values() if place.index is not None}
 
 
 def _find_covers(place: Place, mount: Mount, covers: dict[tuple[int, bytes], int]) -> None:

@@ -83,6 +83,11 @@ class Parked(Attempt):
         self.arrived = Arrived()
         self.interrupted = False
 
+    def move(self, mount: Mount) -> None:
+        """It is one of this mount from now on: the same metadata, perhaps other handles of the blobs."""
+        self.mount = mount
+        self.begin_anew(mount.device)
+
 
 class Parking:
     """The parked reads of one front end. `finish(read, errno)` is called when a read's wait is over.

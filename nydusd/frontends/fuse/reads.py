@@ -198,11 +198,14 @@ class Reads:
     def _finish(self, read: Parked, code: int) -> None:
         """The wait of a parked read is over: answer it, or let it wait for chunks that the cache file lost."""
         try:
+            if code == errno.ESTALE and self._goes_on(read):
+                self.parking.again(read, None)
+                return
             if not code and self._retry(read):
                 return
         except Exception as e:
             code = self._complaints.errno_of(e, p.READ, read.ino, read.mount.name)
-        if code and code not in (errno.EINTR, errno.ESTALE):
+        if code and code != errno.EINTR and (code != errno.ESTALE or self._views.knows(read.mount.index)):
             where = read.device.describe(read.vec)
             self._complaints.log("a read failed: %s (%s)", os.strerror(code), where, subject=read.mount.name)
             read.device.count_errors(read.vec)
@@ -211,6 +214,25 @@ class Reads:
             if read.mount.stats is not None:
                 self._tally.count(read.mount.stats, OPERATION[p.READ], read.ino, True)
         self.parking.let_go(read)
+
+    def _goes_on(self, read: Parked) -> bool:
+        """The supervisor does not know the handle of a blob (ESTALE): whether that is because the read's is of an older table.
+
+        An image may have been mounted anew, with the same metadata and another configuration: the read is of that one now.
+        """
+        mount = read.mount
+        if self._views.is_current:
+            if not self._views.knows(mount.index):
+                return False
+            try:
+                mount = self._views[mount.index].mount or mount
+            except ScarceError as e:
+                self._complain(e)
+            else:
+                if mount is read.mount:
+                    return False
+        read.move(mount)
+        return True
 
     def _retry(self, read: Parked) -> bool:
         """Read and answer what was fetched. True when the read is parked once more. Raises CacheError."""
