@@ -128,6 +128,33 @@ def test_a_read_that_waits_for_more_holds_no_shared_memory_and_needs_it_of_no_su
     assert given == 2 * [[bytes(range(90, 100)), bytes(range(20)), 100 * b"5"]]
 
 
+class Hiding(Line):
+    """A line to send on which hides that an answer has come: nothing becomes readable then."""
+
+    def request(self, run: ChunkRun, flags: int = 0, number: int | None = None) -> int:
+        if number is not None:
+            self.answers.append(Reply(number, 0, None))
+        return super().request(run, flags, number)
+
+
+def test_an_answer_that_came_while_a_request_was_repeated_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+
+    def finish(read: Parked, code: int) -> None:
+        parking.let_go(read)
+        ended.append(code)
+
+    parking = Parking(Book(), Hiding, 30.0, finish, print)
+    device = EmptyDevice(sample())
+    vec = [Extent(0, 3, 0, 0, 20, 100)]
+    read = Parked(8, vec, 0, True, Mount("/", device.tree, device), -1, 1, 0)
+    parking.park(read, read.ask([ChunkRun(0, 3, 1)]))
+    later = time.monotonic() + 10
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    parking.service()
+    assert ended == [0]
+
+
 class Unopened(Namespace):
     """Images that cannot be opened; `tried` are those that were to be."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -178,6 +179,27 @@ def during_the_first_read(monkeypatch: pytest.MonkeyPatch, happens: Callable[[],
 def test_what_is_there_is_answered_at_once(disk: Disk) -> None:
     assert disk.read(100, 2 * SIZE - 200).got == (0, (CONTENT[0] + CONTENT[1])[100:-100])
     assert disk.asked == {}
+
+
+def test_an_answer_that_came_while_a_request_was_repeated_is_not_waited_for(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.evict(0)
+    client = disk.read(0, SIZE)
+    assert client.got is None
+    real = disk.request
+
+    def request(run: ChunkRun, flags: int = 0, number: int | None = None) -> int:
+        assert number is not None
+        disk.fill(0)
+        disk._replies.append(Reply(number, 0, None))
+        return real(run, flags, number)
+
+    monkeypatch.setattr(disk, "request", request)
+    later = time.monotonic() + 10
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    disk.reads.service()
+    assert client.got == (0, CONTENT[0])
 
 
 @pytest.mark.parametrize("victim", [0, 1])

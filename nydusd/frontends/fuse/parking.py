@@ -216,12 +216,7 @@ class Parking:
 
     def service(self) -> float:
         """Take in the replies and what became due. Gives the seconds until it must be called again."""
-        client = self._client
-        while client is not None and (
-            replies := client.replies()
-        ):  # what we ask for meanwhile may hide that more has come
-            for reply in replies:
-                self._take(reply)
+        self._take_replies()
         now = time.monotonic()
         if self._later and now >= self._next_try:
             self._try_again()
@@ -230,10 +225,17 @@ class Parking:
             for read in list(self.reads.values()):
                 if now >= read.deadline:
                     self._end(read, errno.ETIMEDOUT)
-                elif not (read.interrupted and self._end_if_killed(read)) and client is not None:
+                elif not (read.interrupted and self._end_if_killed(read)) and self._client is not None:
                     for number, (run, flags) in read.pending.items():
-                        client.request(run, flags, number)
+                        self._client.request(run, flags, number)
+        self._take_replies()  # again: what was asked for here may hide that there are some
         return max(0.0, (min(self._tick, self._next_try) if self._later else self._tick) - now)
+
+    def _take_replies(self) -> None:
+        """Until there is none: what is asked for meanwhile may hide that another has come."""
+        while self._client is not None and (replies := self._client.replies()):
+            for reply in replies:
+                self._take(reply)
 
     def _try_again(self) -> None:
         """Those that lacked something may have it now. Who does not is put off again."""

@@ -176,14 +176,10 @@ class Reads:
 
     def service(self) -> float | None:
         """Take in replies and what became due; gives the seconds until it must be called again, None for never."""
-        while self.client is not None and (replies := self.client.replies()):
-            for reply in replies:
-                self._take(reply, self.client)
+        self._take_replies()
         now = time.monotonic()
         if self._later and now >= self._next_try:
             self._try_again()
-        if not self._waiting:
-            return None
         if now >= self._tick:
             self._tick = now + ASK_AGAIN
             for waiting in list(self._waiting.values()):
@@ -194,7 +190,16 @@ class Reads:
                 elif self.client is not None:
                     for number, (run, flags) in waiting.pending.items():
                         self.client.request(run, flags, number)
+        self._take_replies()  # again: what was asked for here may hide that there are some
+        if not self._waiting:
+            return None
         return max(0.0, (min(self._tick, self._next_try) if self._later else self._tick) - now)
+
+    def _take_replies(self) -> None:
+        """Until there is none: what is asked for meanwhile may hide that another has come."""
+        while self.client is not None and (replies := self.client.replies()):
+            for reply in replies:
+                self._take(reply, self.client)
 
     def _take(self, reply: Reply, client: Client) -> None:
         waiting = self._owners.pop(reply.request, None)
