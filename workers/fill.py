@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ from nydusd.errors import (
     StaleCacheError,
     comes_of_want,
 )
+from nydusd.formats.blob_meta import MAX_CONTEXT_INPUT
 from nydusd.formats.model import ChunkFlag, ChunkRecord
 from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import Json
@@ -178,6 +180,8 @@ class _Backend:
 
     again = True
     """A chunk that is damaged may be read once more."""
+    most = MAX_CONTEXT_INPUT
+    """Bytes that are read at once, as much as any unit has: hostile metadata may put neighbours any distance apart."""
 
     def __init__(self, blob: OpenBlob, result: _Result) -> None:
         self._blob = blob
@@ -206,6 +210,7 @@ class _Fetched:
         self.final = bool(source["final"])
         self._view = arena.view(int(source["offset"]), int(source["length"]))
         self._coff = int(source["coff"])
+        self.most = len(self._view)
 
     def read(self, coff: int, length: int) -> memoryview:
         start = coff - self._coff if length else 0
@@ -304,12 +309,17 @@ def _fetch(
     if not wanted:
         return
     corrupt = 0
-    for first, last in _runs(wanted):
+    runs = deque(_runs(wanted))
+    while runs:
+        first, last = runs.popleft()
         again = -1  # the chunk whose second try this is
         while first <= last:
             try:
-                _fill_run(blob, first, last, source, target)
-                break
+                if _fill_run(blob, first, last, source, target):
+                    break
+                middle = (first + last) // 2
+                runs.appendleft((middle + 1, last))
+                last = middle
             except CorruptChunkError as e:
                 if source.again and e.chunk != again:
                     log.warning("%s; reading it once more", e)
@@ -340,12 +350,14 @@ def _fetch(
                 break
 
 
-def _fill_run(blob: OpenBlob, first: int, last: int, source: _Backend | _Fetched, target: _CacheFile | _Slot) -> None:
-    """One read of the source, decoded and stored chunk by chunk."""
+def _fill_run(blob: OpenBlob, first: int, last: int, source: _Backend | _Fetched, target: _CacheFile | _Slot) -> bool:
+    """One read of the source, decoded and stored chunk by chunk. False, and nothing done, if it would be too long."""
     segment = blob.segment
     decoder = _decoder(blob)
     records = [segment.record(chunk) for chunk in range(first, last + 1)]
     coff, length = fetch_range(records, segment.contexts, 0, last - first)
+    if length > source.most and first < last:
+        return False
     data = source.read(coff, length)
     points.reach("fill: read")
 
@@ -355,3 +367,4 @@ def _fill_run(blob: OpenBlob, first: int, last: int, source: _Backend | _Fetched
     for chunk, plain in decoder.decode_range(records, first, coff, data, digest, segment.contexts):
         if target.wants(chunk):
             target.store(chunk, records[chunk - first], memoryview(plain))
+    return True

@@ -21,7 +21,7 @@ from nydusd.storage.cache.decode import ChunkDecoder
 from nydusd.storage.cache.meta_info import BlobMetaInfo
 from nydusd.storage.state import map_file
 from nydusd.storage.state.eviction import punch
-from nydusd.storage.state.segment import EMPTY, READY, VERIFY
+from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY
 from tests.support.disk import make_ext4, mounted
 from tests.support.scarce import no_fd_left
 from tests.workers.harness import Jobs, jobs, slot_of, small_disk
@@ -156,6 +156,37 @@ def test_blob_of_garbage_costs_a_bounded_number_of_reads(folder: Path, caplog: p
         assert len(caplog.records) <= 70
         assert set(image.states()) == {EMPTY}
         assert not any(image.data.read_bytes())
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_chunks_far_apart_in_a_local_blob_are_not_read_with_all_that_is_between(
+    folder: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with jobs(PLAIN, folder, cached=cached) as image:
+        image.prepare()
+        with image.segment() as segment, open(image.blob, "r+b") as file:
+            plain = sum(segment.record(chunk).usize for chunk in range(10))
+            for chunk, coff in ((3, 1 << 33), (9, 1 << 35)):
+                record = segment.record(chunk)
+                os.pwrite(file.fileno(), os.pread(file.fileno(), record.csize, record.coff), coff)
+                at = chunk * RECORD.size
+                segment.records[at : at + RECORD.size] = RECORD.pack(*record._replace(coff=coff))
+        reader = image.open.get({"handle": 7}).reader()
+        read = type(reader).read
+
+        def measured(self: object, offset: int, size: int) -> bytearray:
+            assert size <= 1 << 25
+            return read(self, offset, size)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(type(reader), "read", measured)
+        with slot_of(plain) as (_, slot):
+            done = image.fill(range(10), slot=None if cached else slot)
+        assert not done["failed"] and not done["unstored"]
+        if cached:
+            assert image.states()[:10] == [READY] * 10
+        else:
+            assert [chunk for chunk, _, _ in done["placed"]] == list(range(10))
+        assert done["reads"] <= 10
 
 
 @contextlib.contextmanager
