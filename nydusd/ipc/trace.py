@@ -4,7 +4,7 @@ One file an image in the run-time folder (tmpfs), `trace.<number>`. Front ends a
 record or group of records with one write to an O_APPEND descriptor, so the order is the same for all of them without a
 lock; `nydusctl trace` reads it. What is read again costs a front end one or two look-ups in a set, and no system call.
 
-Bounded: file and sets stop growing at a limit, then nothing more is noted. What holds after SIGKILL of a front end: its
+Bounded: file and set stop growing at a limit; no more is noted or kept. What holds after SIGKILL of a front end: its
 records stay, its successor notes some reads once more, and the reader of the trace takes the first of each.
 """
 
@@ -76,7 +76,9 @@ class Trace:
                 os.close(fd)
         except OSError:  # a full /run costs the trace, not the read; and there is none any more of what was unmounted
             end = MAX_BYTES
-        self._full = end >= MAX_BYTES or len(self._seen) >= _MAX_SEEN
+        if end >= MAX_BYTES or len(self._seen) >= _MAX_SEEN:
+            self._full = True
+            self._seen.clear()  # nothing is noted any more
 
 
 def read_trace(path: str) -> list[FirstRead]:

@@ -14,6 +14,7 @@ import pytest
 from nydusd.errors import UnmountedError
 from nydusd.formats.model import Extent
 from nydusd.frontends.attempt import LATER
+from nydusd.frontends.fuse import namespace
 from nydusd.frontends.fuse import protocol as p
 from nydusd.frontends.fuse.answers import Answers
 from nydusd.frontends.fuse.complaints import Complaints
@@ -29,7 +30,7 @@ from nydusd.storage.state.segment import remove
 from nydusd.supervisor.mount_table import MountTable
 from tests.fuse.test_dispatch import ALL_FLAGS, WholeDevice, read_in, request
 from tests.fuse.test_waiting import Book, Line
-from tests.fuse.tree import noise, sample
+from tests.fuse.tree import CHUNK, noise, sample
 
 PLACE = (b"image",)
 
@@ -182,3 +183,22 @@ def test_an_image_that_is_unmounted_after_the_table_was_read_is_not_mounted_any_
     world.table.remove(PLACE)
     with pytest.raises(UnmountedError):
         world.views[world.index]
+
+
+def test_what_is_remembered_of_chunks_is_bounded_for_all_images_and_goes_with_what_is_closed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(namespace, "_KNOWN", 3)
+    views = [world.views[world.index]]
+    for place in (b"two", b"three"):
+        index = world.table.add((place,), {"handle": 1})
+        world.views.reload()
+        views.append(world.views[index])
+    node = world.devices[0].tree.find(b"third").ino
+    for view in views:
+        for chunk in range(2):
+            view.learn(node, chunk * CHUNK)
+            assert sum(len(each.known) for each in views) <= 3
+    assert [len(view.known) for view in views] == [0, 1, 2]
+    world.views.let_go(views[2].mount)
+    assert [len(view.known) for view in views] == [0, 0, 2]

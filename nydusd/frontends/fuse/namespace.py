@@ -28,21 +28,57 @@ log = logging.getLogger(__name__)
 Json = dict[str, Any]
 
 
-_KNOWN = 4096
-"""Chunks of an image that a front end remembers, some 200 bytes each."""
+_KNOWN = 16_384
+"""Chunks of all images that a front end remembers, some 200 bytes each."""
+
+Known = dict[tuple[int, int], KnownChunk | None]
+
+
+class Remembered:
+    """What the views of a front end know of chunks, bounded for all together: a node may have hundreds of images."""
+
+    def __init__(self) -> None:
+        self._all: list[Known] = []
+        self._count = 0
+
+    def note(self, known: Known, place: tuple[int, int], chunk: KnownChunk | None) -> None:
+        """One more, of the image that `known` is of. If there are too many, all others are forgotten."""
+        if self._count >= _KNOWN:
+            for each in self._all:
+                each.clear()
+            self._all.clear()
+            self._count = 0
+        if not known:
+            self._all.append(known)
+        self._count += place not in known
+        known[place] = chunk
+
+    def forget(self, known: Known) -> None:
+        """All of an image: what it had open is closed."""
+        if known:
+            self._all = [each for each in self._all if each is not known]
+            self._count -= len(known)
+            known.clear()
 
 
 class View:
     """What answers requests: the handlers by opcode, and the image, None for the pseudo file system."""
 
-    __slots__ = ("chunk_shift", "handlers", "known", "mount", "operations")
+    __slots__ = ("_remembered", "chunk_shift", "handlers", "known", "mount", "operations")
 
-    def __init__(self, mount: Mount | None, handlers: list[Handler], operations: Operations | None = None) -> None:
+    def __init__(
+        self,
+        mount: Mount | None,
+        handlers: list[Handler],
+        operations: Operations | None = None,
+        remembered: Remembered | None = None,
+    ) -> None:
         self.mount = mount
         self.handlers = handlers
         self.operations = operations
         self.chunk_shift = 0 if mount is None else mount.bootstrap.chunk_size.bit_length() - 1
-        self.known: dict[tuple[int, int], KnownChunk | None] = {}
+        self._remembered = remembered or Remembered()
+        self.known: Known = {}
         """Chunks of which a part was read, by node id and place in the file; None where these bytes are not one chunk."""
 
     def learn(self, node: int, offset: int) -> None:
@@ -55,9 +91,11 @@ class View:
         vec = self.mount.bootstrap.extents(ino, place[1] << self.chunk_shift, 1 << self.chunk_shift)
         # In a file with holes, or where tarfs has other chunks, these bytes may be more than one, or a part of one.
         is_one = len(vec) == 1 and not vec[0].offset
-        if len(self.known) >= _KNOWN:
-            self.known.clear()
-        self.known[place] = self.mount.device.known(ino, vec[0]) if is_one else None
+        self._remembered.note(self.known, place, self.mount.device.known(ino, vec[0]) if is_one else None)
+
+    def forget(self) -> None:
+        """What is known of chunks is of no use any more."""
+        self._remembered.forget(self.known)
 
 
 class Namespace(dict[int, View]):
@@ -76,6 +114,7 @@ class Namespace(dict[int, View]):
         self._pseudo = PseudoFs(flags, self.root_entry)
         self._pseudo_view = View(None, self._pseudo.table())
         self._images: dict[int, Place] = {}
+        self._remembered = Remembered()
         self.generation = 0
         self.failure: CacheError | None = None
         """Why the table could not be read when it was tried last: what is known here is of an older one."""
@@ -137,6 +176,7 @@ class Namespace(dict[int, View]):
             if now is None or now.revision != place.revision:
                 view = self.pop(index, None)
                 if view is not None and view.mount is not None:
+                    view.forget()
                     gone.append(view.mount)
         if 0 not in before or 0 not in images:
             self.pop(0, None)  # what stands for the root may have changed; an image of this index was dealt with above
@@ -163,8 +203,11 @@ class Namespace(dict[int, View]):
 
         Whether anything was open, so that there is room for something else now.
         """
-        mounts = [view.mount for view in self.values() if view.mount is not None and view.mount is not but]
-        closed = [mount.device.close() for mount in mounts]
+        closed = []
+        for view in self.values():
+            if view.mount is not None and view.mount is not but:
+                view.forget()
+                closed.append(view.mount.device.close())
         return any(closed)
 
     def root_entry(self, index: int) -> tuple[int, ...]:
@@ -186,7 +229,7 @@ class Namespace(dict[int, View]):
         mount = self._open_mount(spec, index)
         operations = Operations(mount, self._flags, self.root_entry)
         self._cover(place, operations, mount)
-        return View(mount, operations.table(), operations)
+        return View(mount, operations.table(), operations, self._remembered)
 
     def _spec(self, place: Place) -> Json | None:
         """What the supervisor says of an image; None if it says nothing of it. Raises FormatError, ScarceError."""
