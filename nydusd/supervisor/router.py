@@ -124,11 +124,15 @@ class Router:
         self._serve(request)
 
     def cancel(self, client: bytes, number: int) -> None:
-        """The reader is gone. Its jobs go on: the chunks are wanted by somebody, or will be."""
+        """The reader is gone. Its jobs go on: the chunks are wanted by somebody, or will be.
+
+        An answer with shared memory that crosses this on its way is void: nobody may look for it.
+        """
         request = self._requests.pop((client, number), None)
         if request is not None:
             self._detach(request)
-            self._retry_slots()
+        self._slots.withdraw(client, number)
+        self._retry_slots()
 
     def drop_client(self, client: bytes) -> None:
         """A front end has died: nobody waits for its requests, nobody holds its slots."""
@@ -411,7 +415,7 @@ class Router:
                 self._again(request)  # came in shared memory, not held for this one, and was given up meanwhile
                 return
             if absent:
-                slot = self._slots.lease(request.client, cache.handle, absent)
+                slot = self._slots.lease(request.client, cache.handle, absent, request.number)
                 points.reach("supervisor: slot leased")
         del self._requests[request.key]
         self._detach(request)

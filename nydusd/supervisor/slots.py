@@ -38,7 +38,7 @@ class SlotTable:
         self._arena: Arena | None = None
         self._regions: OrderedDict[int, _Region] = OrderedDict()
         self._where: dict[tuple[int, int], _Region] = {}
-        self._leases: dict[int, tuple[bytes, list[_Region]]] = {}
+        self._leases: dict[int, tuple[bytes, int, list[_Region]]] = {}
         self._numbers = count(first_lease)
         self.beside: SlotTable | None = None
         """Another one in the same /dev/shm, which gives what it only keeps when memory is short."""
@@ -147,8 +147,8 @@ class SlotTable:
             self._forget(region)
         return True
 
-    def lease(self, client: bytes, handle: int, chunks: Sequence[int]) -> SlotRef:
-        """Hand chunks to a client until it releases them."""
+    def lease(self, client: bytes, handle: int, chunks: Sequence[int], request: int = 0) -> SlotRef:
+        """Hand chunks to a client until it releases them, or withdraws its request of this number."""
         regions = []
         found = []
         for chunk in chunks:
@@ -159,18 +159,23 @@ class SlotTable:
                 self._regions.move_to_end(region.offset)
             found.append((chunk, *region.chunks[handle, chunk]))
         number = next(self._numbers)
-        self._leases[number] = (client, regions)
+        self._leases[number] = (client, request, regions)
         return SlotRef(number, self._name, handle, found)
 
     def release(self, number: int) -> None:
         """The client has copied the data. Unknown numbers are ignored: a lease ends once."""
-        _, regions = self._leases.pop(number, (b"", []))
+        _, _, regions = self._leases.pop(number, (b"", 0, []))
         for region in regions:
             self.drop(region.offset)
 
     def drop_client(self, client: bytes) -> None:
         """A client has died: its leases end."""
-        for number in [n for n, (owner, _) in self._leases.items() if owner == client]:
+        for number in [n for n, (owner, _, _) in self._leases.items() if owner == client]:
+            self.release(number)
+
+    def withdraw(self, client: bytes, request: int) -> None:
+        """The client uses nothing of what it was given for a request, perhaps as it does not look for answers any more."""
+        for number in [n for n, (owner, of, _) in self._leases.items() if owner == client and of == request]:
             self.release(number)
 
     def _forget(self, region: _Region) -> None:

@@ -155,6 +155,25 @@ def test_an_answer_that_came_while_a_request_was_repeated_is_not_waited_for(monk
     assert ended == [0]
 
 
+def test_a_second_answer_to_a_repeated_request_is_cancelled_after_the_first_one_was_used() -> None:
+    """Nobody looks for it when nothing waits any more."""
+    line = Line()
+    cancelled_in_use: list[list[int]] = []
+
+    def finish(read: Parked, code: int) -> None:
+        cancelled_in_use.append(list(line.cancelled))
+        parking.let_go(read)
+
+    parking = Parking(Book(), lambda: line, 30.0, finish, print)
+    device = EmptyDevice(sample())
+    read = Parked(8, [Extent(0, 0, 0, 0, 1, 1)], 0, True, Mount("/", device.tree, device), -1, 1, 0)
+    parking.park(read, read.ask(device.missing(read.vec)))
+    parking.ask_successor()
+    line.answers = [Reply(1, 0, None)]
+    parking.service()
+    assert (line.asked, cancelled_in_use, line.cancelled) == ([1, 1], [[]], [1])
+
+
 class Unopened(Namespace):
     """Images that cannot be opened; `tried` are those that were to be."""
 

@@ -47,6 +47,17 @@ def test_a_handle_that_no_blob_has_is_said_to_be_stale_or_known_later(
     assert answers == [(1, errno.ESTALE)]
 
 
+def test_what_was_given_for_a_request_that_is_cancelled_is_free_though_nobody_looks_for_the_answer(
+    world: World,
+) -> None:
+    world.worker("decompress", b"w")
+    world.ask(A, 1, world.dummy, 0, 1)
+    world.fill_next()
+    assert codes(world) == [(1, 0)] and world.slots.held() == 1
+    world.router.cancel(A, 1)
+    assert world.slots.held() == 0
+
+
 def test_many_readers_of_a_chunk_are_one_job(world: World) -> None:
     world.worker("decompress", b"w")
     for number in range(50):

@@ -80,6 +80,18 @@ def test_lease_ends_once(slots: SlotTable) -> None:
     assert slots.held() == 0
 
 
+def test_lease_for_a_request_that_is_withdrawn_ends_and_of_others_not(slots: SlotTable) -> None:
+    fill(slots, 0)
+    slots.lease(b"c", 1, [0], 7)
+    slots.lease(b"c", 1, [0], 8)
+    other = slots.lease(b"d", 1, [0], 7)
+    slots.withdraw(b"c", 7)
+    slots.withdraw(b"c", 8)
+    assert slots.held() == 1
+    slots.release(other.lease)
+    assert slots.held() == 0
+
+
 def test_all_or_nothing_is_reserved(slots: SlotTable) -> None:
     held = slots.reserve([2 * PAGE])
     assert held is not None

@@ -150,7 +150,7 @@ class Machine(RuleBasedStateMachine):
                 assert region.offset <= at <= region.offset + region.length - size
                 assert self.slots.arena.view(at, size) == content, f"chunk {chunk} has other bytes"
         held = {offset for offset, _ in self.jobs} | set(self.holds)
-        held |= {region.offset for _, leased in self.slots._leases.values() for region in leased}
+        held |= {region.offset for _, _, leased in self.slots._leases.values() for region in leased}
         assert {region.offset for region in regions if region.holders} == held
         assert len(self.slots._leases) == len(self.leases)
 

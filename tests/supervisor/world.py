@@ -425,7 +425,7 @@ class World:
             self._check_request(request)
             for held in request.held:
                 holders[held] = holders.get(held, 0) + 1
-        for _, regions in self.slots._leases.values():
+        for _, _, regions in self.slots._leases.values():
             for leased in regions:
                 holders[leased.offset] = holders.get(leased.offset, 0) + 1
         for offset, region in self.slots._regions.items():

@@ -58,6 +58,7 @@ class Parked(Attempt):
         "pending",
         "pid",
         "place",
+        "repeated",
         "slot",
         "started",
         "unique",
@@ -80,6 +81,8 @@ class Parked(Attempt):
         self.deadline = 0.0
         self.pending: dict[int, tuple[ChunkRun, int]] = {}
         """Unanswered requests: number -> (run with the supervisor's handle, flags)."""
+        self.repeated: set[int] = set()
+        """Requests that were sent more than once: each may be answered once more."""
         self.arrived = Arrived()
         self.interrupted = False
 
@@ -210,9 +213,14 @@ class Parking:
         for reply in self._client.replies():  # what it had still answered
             self._take(reply)
         for read in self.reads.values():
-            for number, (run, flags) in read.pending.items():
-                self._client.request(run, flags, number)
+            self._repeat(read, self._client)
         self._client.forget_arenas()
+
+    @staticmethod
+    def _repeat(read: Parked, client: Client) -> None:
+        for number, (run, flags) in read.pending.items():
+            client.request(run, flags, number)
+        read.repeated.update(read.pending)
 
     def service(self) -> float:
         """Take in the replies and what became due. Gives the seconds until it must be called again."""
@@ -226,8 +234,7 @@ class Parking:
                 if now >= read.deadline:
                     self._end(read, errno.ETIMEDOUT)
                 elif not (read.interrupted and self._end_if_killed(read)) and self._client is not None:
-                    for number, (run, flags) in read.pending.items():
-                        self._client.request(run, flags, number)
+                    self._repeat(read, self._client)
         self._take_replies()  # again: what was asked for here may hide that there are some
         return max(0.0, (min(self._tick, self._next_try) if self._later else self._tick) - now)
 
@@ -254,12 +261,20 @@ class Parking:
         return read.arrived.pieces(self._client, read.device, read.vec)
 
     def let_go(self, read: Parked) -> None:
-        """A read is answered: take it off the journal, give the leases of its slots back."""
+        """A read is answered: take it off the journal, give the leases of its slots back.
+
+        What comes once more to a repeated request nobody looks for, if no other read waits: that is told last, when nothing
+        of the first answer is used any more.
+        """
         points.reach("fuse: miss answered")
         self._journal.drop(read.place)
         points.reach("fuse: miss dropped")
         if read.arrived.give_back(self._client):
             points.reach("fuse: slot given back")
+        if self._client is not None:
+            for number in read.repeated:
+                self._client.cancel(number)
+        read.repeated.clear()
 
     def _ask(self, read: Parked, ask: Ask) -> None:
         client = self.client
@@ -310,4 +325,5 @@ class Parking:
             del self._owners[number]
             if self._client is not None:
                 self._client.cancel(number)
+        read.repeated.difference_update(read.pending)
         read.pending.clear()

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 class _Waiting(Attempt):
     """A read: what it needs of blobs, what it has asked for, and where it is shown that it waits (`shown`)."""
 
-    __slots__ = ("arrived", "asked", "connection", "deadline", "pending", "shown")
+    __slots__ = ("arrived", "asked", "connection", "deadline", "pending", "repeated", "shown")
 
     def __init__(
         self, connection: Connection, asked: Request, device: RangeDevice, vec: list[Extent], deadline: float
@@ -49,6 +49,8 @@ class _Waiting(Attempt):
         self.deadline = deadline
         self.shown = -1
         self.pending: dict[int, tuple[ChunkRun, int]] = {}
+        self.repeated: set[int] = set()
+        """Requests that were sent more than once: each may be answered once more."""
         self.arrived = Arrived()
 
 
@@ -190,6 +192,7 @@ class Reads:
                 elif self.client is not None:
                     for number, (run, flags) in waiting.pending.items():
                         self.client.request(run, flags, number)
+                    waiting.repeated.update(waiting.pending)
         self._take_replies()  # again: what was asked for here may hide that there are some
         if not self._waiting:
             return None
@@ -239,5 +242,9 @@ class Reads:
             for number in waiting.pending:
                 self._owners.pop(number, None)
                 self.client.cancel(number)
+            # What comes once more to a repeated request is of no use; told last, when nothing of the first answer is used.
+            waiting.arrived.give_back(self.client)
+            for number in waiting.repeated.difference(waiting.pending):
+                self.client.cancel(number)
         waiting.pending.clear()
-        waiting.arrived.give_back(self.client)
+        waiting.repeated.clear()
