@@ -23,7 +23,8 @@ from nydusd.formats import open_bootstrap
 from nydusd.frontends.fuse.session import Session, clear_stale_mount
 from nydusd.ipc.mount_counters import make_counters
 from nydusd.ipc.spec import write_spec
-from nydusd.storage.state.segment import READY, RECORD, Identity, Segment, remove
+from nydusd.storage.state.names import remove
+from nydusd.storage.state.segment import READY, RECORD, Identity, Segment
 from nydusd.supervisor.mount_table import MountTable
 
 SIZE = 256 << 20

@@ -20,7 +20,7 @@ from nydusd.errors import CacheError
 from nydusd.ipc.inflight import make_board
 from nydusd.ipc.mount_counters import make_counters
 from nydusd.ipc.shared_block import map_block
-from nydusd.storage.state.segment import remove
+from nydusd.storage.state.names import remove
 
 if TYPE_CHECKING:
     from nydusd.supervisor.images import Image

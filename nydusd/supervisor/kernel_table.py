@@ -11,7 +11,7 @@ from pathlib import Path
 from nydusd.errors import MountError
 from nydusd.frontends.erofs import table
 from nydusd.frontends.erofs.table import Mounted
-from nydusd.storage.state.segment import inode_of
+from nydusd.storage.state.names import inode_of
 from nydusd.supervisor.kernel_places import remove_unused
 
 

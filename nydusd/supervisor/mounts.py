@@ -22,7 +22,7 @@ from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
-from nydusd.storage.state.segment import remove
+from nydusd.storage.state.names import remove
 from nydusd.supervisor.image_memory import ImageMemory
 from nydusd.supervisor.images import Image, metadata_folders
 from nydusd.supervisor.mount_records import Recorded, record_of

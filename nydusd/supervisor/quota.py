@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.manager import segments_in
 from nydusd.storage.cache.requests import Answer, Job, Priority
-from nydusd.storage.state.segment import inode_of, names
+from nydusd.storage.state.names import inode_of, names
 
 if TYPE_CHECKING:
     from nydusd.config.model import Tuning

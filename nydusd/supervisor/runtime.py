@@ -29,7 +29,7 @@ from nydusd.ipc.killed import is_killed
 from nydusd.ipc.messages import Json
 from nydusd.nursery import place
 from nydusd.storage.state.lock import start_time
-from nydusd.storage.state.segment import names, remove
+from nydusd.storage.state.names import names, remove
 from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.supervisor.ends import end_together
 from nydusd.waits import DEAF, Told

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nydusd.storage.cache.manager import segments_in
-from nydusd.storage.state.segment import is_unfinished, names, remove, remove_unfinished
+from nydusd.storage.state.names import is_unfinished, names, remove, remove_unfinished
 
 if TYPE_CHECKING:
     from nydusd.supervisor.images import Image

@@ -29,7 +29,8 @@ from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Job, Priority
 from nydusd.storage.cache.spec import BlobSpec
-from nydusd.storage.state.segment import EMPTY, RECORD, Identity, Segment, remove
+from nydusd.storage.state.names import remove
+from nydusd.storage.state.segment import EMPTY, RECORD, Identity, Segment
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.runtime import TRIAL, Runtime

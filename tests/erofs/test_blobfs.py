@@ -15,7 +15,7 @@ from bench.run import regular_files
 from nydusd.formats.rafs_v6 import RafsV6
 from nydusd.formats.write.rafs_v6_split import split_devices
 from nydusd.frontends.erofs.session import detach, mount_erofs
-from nydusd.storage.state.segment import remove
+from nydusd.storage.state.names import remove
 from tests.erofs.test_images import V6, differences
 from tests.erofs.test_takeover import is_stopped, segments
 from tests.killing.plan import Plan

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from nydusd.storage.cache.manager import segments_in
-from nydusd.storage.state.segment import SYNCING, Segment, names
+from nydusd.storage.state.names import names
+from nydusd.storage.state.segment import SYNCING, Segment
 from tests.supervisor.lives import state_file
 from tests.support.daemon import wait_for_role
 from tests.support.discipline import cmdline, descendants, discipline, is_running, wait_until

@@ -30,7 +30,8 @@ from nydusd.frontends.erofs.table import File, Mounted, Table
 from nydusd.ipc.client import Reply
 from nydusd.ipc.messages import LOST, SYNC, SlotRef
 from nydusd.storage.api.io import ChunkRun
-from nydusd.storage.state.segment import EMPTY, READY, VERIFY, Identity, Segment, remove
+from nydusd.storage.state.names import remove
+from nydusd.storage.state.segment import EMPTY, READY, VERIFY, Identity, Segment
 from nydusd.supervisor.kernel_images import file_at
 from nydusd.supervisor.kernel_table import KernelTable
 from tests.support.segments import Place, make_segment, segment_name

@@ -14,7 +14,7 @@ import pytest
 
 from nydusd.frontends.erofs import fanotify, left, mount_api, session, table
 from nydusd.storage.cache.manager import segments_in
-from nydusd.storage.state.segment import names
+from nydusd.storage.state.names import names
 from nydusd.supervisor.kernel_images import file_at
 from nydusd.supervisor.selection import choose, choose_without_image
 from nydusd.waits import DEAF

@@ -22,7 +22,8 @@ from nydusd.frontends.fuse.session import Lane, Session
 from nydusd.ipc.arena import Arena
 from nydusd.ipc.messages import ANSWER, ANSWER_BODY, CANCEL, NUMBER, RELEASE, REQUEST, REQUEST_BODY
 from nydusd.ipc.spec import write_spec
-from nydusd.storage.state.segment import EMPTY, READY, RECORD, Identity, Segment, remove
+from nydusd.storage.state.names import remove
+from nydusd.storage.state.segment import EMPTY, READY, RECORD, Identity, Segment
 from nydusd.supervisor.mount_table import MountTable
 from tests.fuse.tree import CHUNK, Tree, sample
 from tests.support.discipline import discipline, is_running, wait_until

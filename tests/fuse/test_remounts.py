@@ -26,7 +26,7 @@ from nydusd.ipc.client import Reply
 from nydusd.ipc.messages import Json
 from nydusd.ipc.shared_number import map_number
 from nydusd.storage.api.io import BlobIoVec, ChunkRun
-from nydusd.storage.state.segment import remove
+from nydusd.storage.state.names import remove
 from nydusd.supervisor.mount_table import MountTable
 from tests.fuse.test_dispatch import ALL_FLAGS, WholeDevice, read_in, request
 from tests.fuse.test_waiting import Book, Line

@@ -11,7 +11,8 @@ import time
 from contextlib import ExitStack
 
 from nydusd.storage.cache.manager import segments_in
-from nydusd.storage.state.segment import Segment, names
+from nydusd.storage.state.names import names
+from nydusd.storage.state.segment import Segment
 from nydusd.supervisor.runtime import TRIAL
 from tests.killing.scene import FILES, SECONDS, Config, Scene, read
 from tests.support.discipline import (

@@ -18,7 +18,8 @@ from nydusd import points
 from nydusd.formats.model import ChunkFlag
 from nydusd.storage.state import map_file
 from nydusd.storage.state.chunk_map import ChunkMap
-from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, inode_of, names
+from nydusd.storage.state.names import inode_of, names
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY
 from tests.support.segments import in_child, join
 from tests.workers.harness import Jobs, jobs
 from workers.evict import evict, survey

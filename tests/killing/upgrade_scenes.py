@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from nydusd.storage.state.segment import names
+from nydusd.storage.state.names import names
 from nydusd.supervisor.runtime import TRIAL
 from tests.killing.scene import SECONDS
 from tests.killing.scenes import HalfRead

@@ -12,18 +12,8 @@ import pytest
 
 from nydusd import points
 from nydusd.errors import FormatError, InternalError, ScarceError
-from nydusd.storage.state.segment import (
-    COUNTER_ROWS,
-    EMPTY,
-    HEADER_SIZE,
-    READY,
-    RECORD,
-    Identity,
-    Segment,
-    boot_id,
-    names,
-    remove,
-)
+from nydusd.storage.state.names import names, remove
+from nydusd.storage.state.segment import COUNTER_ROWS, EMPTY, HEADER_SIZE, READY, RECORD, Identity, Segment, boot_id
 from tests.support.segments import Place, in_child, join, make_segment, segment_name
 
 

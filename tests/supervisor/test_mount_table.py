@@ -13,7 +13,7 @@ import pytest
 from nydusd.errors import CacheError
 from nydusd.frontends.fuse.pseudo import tree_of
 from nydusd.ipc.shared_number import map_number
-from nydusd.storage.state.segment import remove
+from nydusd.storage.state.names import remove
 from nydusd.supervisor import mount_table
 from nydusd.supervisor.mount_table import MountTable, PlaceError, parse_place
 

@@ -24,7 +24,7 @@ from nydusd.config import Config
 from nydusd.errors import MountError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
-from nydusd.storage.state.segment import names
+from nydusd.storage.state.names import names
 from nydusd.supervisor.children import Child, end_all
 from nydusd.supervisor.ends import end_together
 from nydusd.supervisor.family import Family

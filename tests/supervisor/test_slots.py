@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from nydusd.errors import CacheError, ScarceError
-from nydusd.storage.state.segment import remove
+from nydusd.storage.state.names import remove
 from nydusd.supervisor.slots import SlotTable
 
 PAGE = 4096

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from nydusd.ipc.arena import PAGE, Arena
 from nydusd.ipc.messages import SlotRef
-from nydusd.storage.state.segment import remove
+from nydusd.storage.state.names import remove
 from nydusd.supervisor.slots import SlotTable
 
 PAGES = 12

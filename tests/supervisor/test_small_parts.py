@@ -23,7 +23,7 @@ from nydusd.config import load_config
 from nydusd.errors import CacheError
 from nydusd.ipc.file_counters import FileCounters
 from nydusd.storage.cache.manager import segments_in
-from nydusd.storage.state.segment import inode_of, names, remove
+from nydusd.storage.state.names import inode_of, names, remove
 from nydusd.supervisor import handover
 from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.supervisor.children import Child

@@ -25,7 +25,8 @@ from nydusd.storage.cache.manager import CacheConfig, Former
 from nydusd.storage.cache.pace import Pace
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Job, Priority, Request
-from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Identity, Segment, names, remove
+from nydusd.storage.state.names import names, remove
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, VERIFY, Identity, Segment
 from nydusd.supervisor import checkpoints, launch, openings, outages, transfers, uncached
 from nydusd.supervisor import pool as pool_module
 from nydusd.supervisor import router as router_module

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from nydusd import points
-from nydusd.storage.state.segment import EMPTY, RECORD, Identity, Segment, names, remove
+from nydusd.storage.state.names import names, remove
+from nydusd.storage.state.segment import EMPTY, RECORD, Identity, Segment
 
 
 class Place(NamedTuple):

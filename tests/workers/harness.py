@@ -20,7 +20,8 @@ from nydusd.storage.backend import make_backend
 from nydusd.storage.cache.load import extract_bootstrap
 from nydusd.storage.cache.meta_info import BlobMetaInfo
 from nydusd.storage.cache.spec import BlobSpec
-from nydusd.storage.state.segment import Segment, names, remove
+from nydusd.storage.state.names import names, remove
+from nydusd.storage.state.segment import Segment
 from tests.support import oracle
 from tests.support.segments import segment_name
 from workers.blobs import OpenBlobs

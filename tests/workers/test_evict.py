@@ -21,7 +21,8 @@ from nydusd.errors import ScarceError, StaleCacheError
 from nydusd.ipc.messages import Json
 from nydusd.storage.state import gone, map_file
 from nydusd.storage.state.lock import start_time
-from nydusd.storage.state.segment import EMPTY, PENDING, READY, Identity, Segment, inode_of, names, remove
+from nydusd.storage.state.names import inode_of, names, remove
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, Identity, Segment
 from tests.support.segments import die_at, in_child, join, make_segment
 from tests.workers.harness import Jobs, jobs
 from workers.evict import evict, survey

@@ -19,18 +19,8 @@ from nydusd import points
 from nydusd.errors import CacheError, ScarceError
 from nydusd.formats.model import ChunkFlag
 from nydusd.storage.state import doubts, map_file, sharing
-from nydusd.storage.state.segment import (
-    EMPTY,
-    PENDING,
-    READY,
-    RECORD,
-    TAKEN_OVER,
-    VERIFY,
-    Segment,
-    file_of,
-    inode_of,
-    remove,
-)
+from nydusd.storage.state.names import inode_of, remove
+from nydusd.storage.state.segment import EMPTY, PENDING, READY, RECORD, TAKEN_OVER, VERIFY, Segment, file_of
 from tests.workers.harness import Jobs, jobs
 from workers.evict import evict, survey
 

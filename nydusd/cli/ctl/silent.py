@@ -80,7 +80,7 @@ class Record:
         """A picture of all that are in shared memory. Raises OSError."""
         from nydusd.control.enrich import with_states
         from nydusd.storage.cache.manager import segments_in
-        from nydusd.storage.state.segment import names
+        from nydusd.storage.state.names import names
 
         prefix = f"/nydusd.{self.instance}."
         found = segments_in(names(prefix[1:]), prefix)

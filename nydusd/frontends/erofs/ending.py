@@ -10,7 +10,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from nydusd.storage.state.segment import inode_of, remove
+from nydusd.storage.state.names import inode_of, remove
 
 from . import left
 from .table import Table

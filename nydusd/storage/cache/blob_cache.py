@@ -19,7 +19,8 @@ from nydusd.storage.cache.pace import DEFAULT_PACE, Pace
 from nydusd.storage.cache.requests import Job, Request
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.chunk_map import ChunkMap
-from nydusd.storage.state.segment import Segment, inode_of, remove
+from nydusd.storage.state.names import inode_of, remove
+from nydusd.storage.state.segment import Segment
 
 _BACK_OFF, _POISON, _OUTAGE = (0.1, 5.0), (60.0, 3600.0), (0.5, 0.5)
 _PREPARE_FIRST, _PREPARE_MOST = 1.0, 30.0

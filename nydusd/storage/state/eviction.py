@@ -31,7 +31,7 @@ from pathlib import Path
 from nydusd import points
 from nydusd.errors import CacheError, cache_error, is_scarce
 from nydusd.storage.state.gone import remove_if_gone
-from nydusd.storage.state.segment import is_unfinished, remove, remove_unfinished
+from nydusd.storage.state.names import is_unfinished, remove, remove_unfinished
 from nydusd.storage.state.sharing import segments_of
 
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1

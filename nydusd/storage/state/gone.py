@@ -29,11 +29,10 @@ from pathlib import Path
 from nydusd import points
 from nydusd.nursery import place
 from nydusd.storage.state.lock import start_time
-from nydusd.storage.state.segment import inode_of, remove
+from nydusd.storage.state.names import SHM, inode_of, remove
 
 log = logging.getLogger(__name__)
 
-_SHM = Path("/dev/shm")
 _BDI = Path("/sys/class/bdi")
 
 
@@ -53,7 +52,7 @@ def remove_if_gone(name: str, inode: int) -> bool:
         points.reach("gone: lock taken")
         if _lives(root / instance) or _is_read_by_kernel(root / f"{instance}.erofs.json"):
             return False
-        if inode_of(name) != inode or not _is_alone(_SHM / name[1:]):
+        if inode_of(name) != inode or not _is_alone(SHM / name[1:]):
             return False
         log.info("segment %s is removed: nothing is left of its daemon", name)
         remove(name)

@@ -19,7 +19,6 @@ import errno
 import fcntl
 import mmap
 import os
-import re
 import struct
 import sys
 import zlib
@@ -32,7 +31,8 @@ from nydusd import points
 from nydusd.errors import CacheError, FormatError, InternalError, ScarceError, cache_error
 from nydusd.formats.blob_meta import CONTEXT_SIZE
 from nydusd.formats.model import ChunkFlag, ChunkRecord
-from nydusd.storage.state.lock import BlobLock, start_time
+from nydusd.storage.state.lock import BlobLock
+from nydusd.storage.state.names import SHM, inode_of, remove_left, unlink, unlink_lock
 
 MAGIC = b"NYDSEG01"
 HEADER_SIZE = 4096
@@ -74,8 +74,6 @@ _HEAD = struct.Struct("<8sIIQQQQ")
 _CHECK = struct.Struct("<II")
 """1, and the checksum of the header in front of it; zeros in a segment of a release that had none."""
 _GETVERSION = 0x80087601  # FS_IOC_GETVERSION
-_UNFINISHED = re.compile(r"/nydusd\.[^.]+\.[0-9a-f]{16}\.[0-9]+")
-_SHM = Path("/dev/shm")  # where glibc keeps POSIX shared memory: the only way to rename an object
 
 
 def boot_id() -> bytes:
@@ -220,7 +218,7 @@ class Segment:
         contexts_at = digests_at + _align(len(digests))
         touched_at = contexts_at + _align(len(contexts))
         total = touched_at + _align(4 * count)
-        _remove_left(name)
+        remove_left(name)
         temporary = f"{name}.{os.getpid()}"
         try:
             shm = posix_ipc.SharedMemory(temporary, posix_ipc.O_CREX, 0o600)
@@ -232,7 +230,7 @@ class Segment:
             mapping = mmap.mmap(shm.fd, total)
             inode = os.fstat(shm.fd).st_ino
         except OSError as e:
-            _unlink(temporary)
+            unlink(temporary)
             what = f"shared memory {name}: {total} bytes: {e.strerror}"
             if e.errno == errno.ENOSPC:  # it is no disk that has no room
                 raise ScarceError(what, errno.ENOMEM) from e
@@ -272,9 +270,9 @@ class Segment:
         if old_view is not None:
             old_view.retire()
             points.reach("segment: former retired")
-        _unlink_lock(name)
+        unlink_lock(name)
         points.reach("segment: lock of the former removed")
-        os.rename(_SHM / temporary[1:], _SHM / name[1:])
+        os.rename(SHM / temporary[1:], SHM / name[1:])
         points.reach("segment: named")
         return cls(name, mapping, inode)
 
@@ -385,14 +383,6 @@ class Segment:
         self._map.close()
 
 
-def inode_of(name: str) -> int:
-    """The inode of the segment that has this name now, 0 if there is none."""
-    try:
-        return (_SHM / name[1:]).stat().st_ino
-    except FileNotFoundError:
-        return 0
-
-
 def file_of(path: Path) -> tuple[int, int] | None:
     """Device and inode of the data file of which the segment at this path speaks, None if it is none. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -404,57 +394,3 @@ def file_of(path: Path) -> tuple[int, int] | None:
         return None
     magic, _version, _flags, _count, _generation, dev, ino = _HEAD.unpack(head)
     return (dev, ino) if magic == MAGIC else None
-
-
-def is_unfinished(name: str) -> bool:
-    """Whether this is what the segment of a blob is called until it is published. (A semaphore may be called so, too.)"""
-    return _UNFINISHED.fullmatch(name) is not None
-
-
-def remove_unfinished(name: str, *, ended: bool = False) -> None:
-    """Remove a segment that was not published if whoever made it has `ended`, by its pid if that is not known otherwise."""
-    pid = name.rpartition(".")[2]
-    if ended or (pid.isdecimal() and (int(pid) == os.getpid() or not start_time(int(pid)))):
-        (_SHM / name[1:]).unlink(missing_ok=True)
-
-
-def _remove_left(name: str) -> None:
-    """Remove what was left of a segment of this name by workers that were killed over it; others may be at one just now."""
-    for path in _SHM.glob(f"{name[1:]}.*"):
-        remove_unfinished(f"/{path.name}")
-
-
-def _unlink(name: str) -> None:
-    with contextlib.suppress(posix_ipc.ExistentialError):
-        posix_ipc.unlink_shared_memory(name)
-
-
-def _unlink_lock(name: str) -> None:
-    """Remove the semaphore of the segment that has this name now."""
-    with contextlib.suppress(FileNotFoundError, posix_ipc.ExistentialError):
-        posix_ipc.unlink_semaphore(f"{name}.{(_SHM / name[1:]).stat().st_ino}")
-
-
-def remove(name: str) -> None:
-    """Remove a segment's name and its semaphore, or a semaphore by its own name; no error if there is none."""
-    _unlink_lock(name)
-    _unlink(name)
-    with contextlib.suppress(posix_ipc.ExistentialError):
-        posix_ipc.unlink_semaphore(name)
-
-
-def names(prefix: str) -> list[str]:
-    """Names of all segments and semaphores that start with `/prefix`, finished or not: what an earlier run left.
-
-    Raises CacheError when they cannot be listed.
-    """
-    found = set()
-    try:
-        entries = os.listdir(_SHM)
-    except OSError as e:
-        raise cache_error(str(_SHM), e) from e
-    for entry in entries:
-        name = entry.removeprefix("sem.")
-        if name.startswith(prefix):
-            found.add("/" + name)
-    return sorted(found)

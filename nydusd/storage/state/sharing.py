@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nydusd.errors import CacheError, FormatError, ScarceError, cache_error, is_scarce
 from nydusd.formats.model import ChunkFlag
+from nydusd.storage.state.names import SHM
 from nydusd.storage.state.segment import DIGEST_SIZE, READY, RECORD, Segment, boot_id, file_of
 
 if TYPE_CHECKING:
     from nydusd.storage.cache.chunk_table import ChunkTable
 
-_SHM = Path("/dev/shm")
 _KIND = int(ChunkFlag.COMPRESSED | ChunkFlag.ENCRYPTED | ChunkFlag.BATCH | ChunkFlag.ZRAN)
 _UNLISTED = int(ChunkFlag.UNLISTED)
 _PIECE = 1 << 18
@@ -60,16 +59,16 @@ def segments_of(dev: int, ino: int) -> Iterator[Segment]:
 def _names_of(dev: int, ino: int) -> list[str]:
     global _known
     try:
-        with os.scandir(_SHM) as entries:
+        with os.scandir(SHM) as entries:
             here = [(entry.name, entry.inode()) for entry in entries if entry.name.startswith("nydusd.")]
     except OSError as e:
-        raise cache_error(str(_SHM), e) from e
+        raise cache_error(str(SHM), e) from e
     _known = {key: _known[key] if key in _known else _file_of(key[0]) for key in here}
     return [name for (name, _), file in _known.items() if file == (dev, ino)]
 
 
 def _file_of(name: str) -> tuple[int, int] | None:
-    path = _SHM / name
+    path = SHM / name
     try:
         # What another user has put there is believed in nothing.
         return file_of(path) if path.lstat().st_uid in (0, os.geteuid()) else None
