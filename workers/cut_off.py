@@ -19,8 +19,10 @@ import os
 
 from nydusd import points
 from nydusd.errors import CacheError, StaleCacheError
+from nydusd.formats.model import ChunkRecord
 from nydusd.storage.state import map_file
-from nydusd.storage.state.segment import EMPTY, READY, RECORD, Segment
+from nydusd.storage.state.on_disk import is_on_disk
+from nydusd.storage.state.segment import READY, Segment
 from nydusd.storage.state.sharing import segments_of
 
 
@@ -33,17 +35,16 @@ def check(fd: int, segment: Segment, at: int, end: int) -> None:
     size = segment.identity.size
     if end < size and os.fstat(fd).st_size >= size:
         return
-    lost = _lost(fd, segment)
+    lost = _lost(fd, segment, range(at, end))
     with contextlib.suppress(CacheError):  # then of this image alone it is known what is ready
         for other in segments_of(segment.identity.dev, segment.identity.ino):
             if other.inode != segment.inode and other.identity.file == segment.identity.file:
-                lost |= _lost(fd, other)
+                lost |= _lost(fd, other, range(at, end))
     begin = at if end < size else size
     for place in sorted(lost, reverse=True):
-        if not at <= place < end:  # what is there by now is ours, also where it was ready for others
-            if not lost[place]:
-                break
-            begin = min(begin, place)
+        if not lost[place]:
+            break
+        begin = min(begin, place)
     if begin == size:
         return
     with contextlib.suppress(OSError):  # then its disk fails as well
@@ -52,17 +53,39 @@ def check(fd: int, segment: Segment, at: int, end: int) -> None:
     raise StaleCacheError("the cache file was cut off while it was written to")
 
 
-def _lost(fd: int, segment: Segment) -> dict[int, bool]:
-    """By the places of chunks that are ready, whether there is a hole in their ranges. Raises CacheError.
+def _lost(fd: int, segment: Segment, written: range) -> dict[int, bool]:
+    """By the places of chunks that are ready, the last one first and down to one that is whole, whether they have holes.
 
-    Not of those that were taken out meanwhile (`storage/state/eviction.py`): then the epoch was raised before.
+    Not of those that were taken out meanwhile (`storage/state/eviction.py`): then the epoch was raised before. Nor of what was
+    `written`: that is ours, also where it was ready for others. Raises CacheError.
     """
-    places = [(record[1], record[3]) for record in RECORD.iter_unpack(segment.records)]
-    while True:
-        epoch = segment.epoch[0]
-        ready = bytearray(READY if state == READY else EMPTY for state in bytes(segment.state))
-        there = bytearray(ready)
-        map_file.drop_holes(fd, there, places, segment.identity.size)
+    found: dict[int, bool] = {}
+    while not segment.retired:  # another one knows by now what is ready
+        epoch, states = segment.epoch[0], bytes(segment.state)
+        found.clear()
+        chunk = states.rfind(READY)
+        while chunk >= 0:
+            record = segment.record(chunk)
+            if record.usize and record.uoff not in written:
+                # One that is lost is enough to know of a cut: of those below that only the holes are looked for.
+                lost = _has_hole(fd, segment, record) and (bool(found) or not _is_whole(fd, segment, chunk))
+                found[record.uoff] = lost
+                if not lost:
+                    break
+            chunk = states.rfind(READY, 0, chunk)
         if segment.epoch[0] == epoch:
-            rows = zip(places, ready, there, strict=True)
-            return {place: now == EMPTY for (place, length), was, now in rows if was == READY and length}
+            return found
+    return {}
+
+
+def _has_hole(fd: int, segment: Segment, record: ChunkRecord) -> bool:
+    """Raises CacheError."""
+    return map_file.drop_holes(fd, bytearray([READY]), [(record.uoff, record.usize)], segment.identity.size) > 0
+
+
+def _is_whole(fd: int, segment: Segment, chunk: int) -> bool:
+    """Whether a chunk with a hole is what it must be all the same: of zeros, which some file systems do not store."""
+    try:
+        return is_on_disk(fd, segment, chunk)
+    except OSError:
+        return False

@@ -134,6 +134,7 @@ class ApiServer:
             self._advance(client)
         for client in list(self._unread):
             self._serve(client, selectors.EVENT_READ)
+        self._take_replies()  # before who waits for one is told that there is none
         self._expire(time.monotonic())
         # Always, whatever woke us, and last of all: ZeroMQ's fd signals only a change, and sending may swallow one.
         self._take_replies()

@@ -100,7 +100,8 @@ class ErofsOnBlobfs(BlobfsDaemon):
         self._wait_for_blobs(image)
         if self.stopping:
             return
-        self._family.add_later(self._around, _AROUND_LATER)
+        if os.path.exists(self._notes):
+            self._family.add_later(self._around, _AROUND_LATER)
         if self._mounted:
             super()._ready(what)
             return

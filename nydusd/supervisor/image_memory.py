@@ -66,8 +66,7 @@ class ImageMemory:
         Made here: a front end that is asked still when the image is unmounted must not make another after it was removed.
         """
         path = str(self._folder / f"trace.{next(self._serial)}")
-        with contextlib.suppress(OSError):  # a full /run costs the trace
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        make_trace(path)
         return path
 
     def take(self, image: Image) -> None:
@@ -81,3 +80,9 @@ class ImageMemory:
         if image.files is not None:
             for row in range(self._rows):
                 remove(f"{image.files}.{row}")
+
+
+def make_trace(path: str) -> None:
+    """The file, empty if it is not there."""
+    with contextlib.suppress(OSError):  # a full /run costs the trace
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))

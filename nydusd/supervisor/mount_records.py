@@ -19,6 +19,7 @@ from nydusd.ipc.shared_block import map_block
 from nydusd.storage.api.factory import BlobFactory
 from nydusd.storage.api.image import ImageFacts
 from nydusd.storage.cache.manager import Former
+from nydusd.supervisor.image_memory import make_trace
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.mount_table import MountTable, parse_place
 
@@ -91,6 +92,8 @@ class Recorded:
         image.index, image.given = self.index, self.given
         image.mounted_at = self.mounted_at
         image.counters, image.files, image.trace = self._counters, self._files, self._trace
+        if image.trace is not None:
+            make_trace(image.trace)  # a release of before 2026-11-27 left that to front ends
         try:
             self._have_counters(image, rows)
         except NydusError:

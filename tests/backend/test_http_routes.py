@@ -126,6 +126,19 @@ def test_a_host_that_only_redirects_is_up_again_for_all_by_its_first_answer(orig
             assert bytes(another.get_reader(BLOB.id).read(0, 10, how)) == BLOB.data[:10]
 
 
+def test_a_host_that_leads_to_itself_is_up_again_after_an_outage(origin: Faulty) -> None:
+    """Its second hop does not wait for what becomes of the try that the first one was."""
+    timing = dataclasses.replace(QUICK, retries=1, breaker=Policy(limit=2, pause=0.01, longest=0.01, trial=60.0))
+    origin.program(BLOB.path, Reply(500), Reply(500), to(f"{origin.url}/data"))
+    origin.program("/data", good)
+    with registry_backend(origin.host, timing=timing) as backend:
+        reader = backend.get_reader(BLOB.id)
+        with pytest.raises(BackendUnavailableError):
+            reader.read(0, 10)
+        for _ in range(2):
+            assert bytes(reader.read(0, 10)) == BLOB.data[:10]
+
+
 def test_a_mirror_that_only_redirects_is_not_taken_out_by_failures_long_ago(origin: Faulty, other: Faulty) -> None:
     other.program("/v2", Reply(200))
     other.program("/data", good)

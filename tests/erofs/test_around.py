@@ -7,16 +7,24 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from bench.image import build
+from nydusd.formats.model import Extent
 from nydusd.frontends.blobfs.around import NOTE, WINDOW, Around
-from nydusd.frontends.blobfs.notes import REGION, Budget, Notes, Pauses
+from nydusd.frontends.blobfs.device import RangeDevice
+from nydusd.frontends.blobfs.notes import REGION, Budget, Notes, NotingDevice, Pauses
+from nydusd.storage.api.io import ChunkRun
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import is_running, wait_until
+
+if TYPE_CHECKING:
+    from nydusd.storage.api.device import BlobView
 
 _CACHESTAT = 451
 PAGE = 4096
@@ -232,3 +240,45 @@ def test_no_more_is_noted_at_once_than_readers_can_wait_for() -> None:
     budget.read(REGION)
     assert noted(1.0) == 1
     assert noted(2.0) == 2, "what never comes is forgotten"
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "counts"),
+    [(0, WINDOW, False), (WINDOW, WINDOW, False), (WINDOW // 2, WINDOW, True), (0, 2 * WINDOW, True), (0, PAGE, True)],
+)
+def test_what_is_read_around_others_is_not_taken_for_a_sequential_reader(
+    monkeypatch: pytest.MonkeyPatch, start: int, length: int, counts: bool
+) -> None:
+    """For whom more would be fetched."""
+    device = object.__new__(NotingDevice)
+    view = SimpleNamespace(place=5, looked=7)
+    device._views = cast("Sequence[BlobView]", [view])
+    device.hints = [ChunkRun(1, 1, 1)]
+
+    def missing(_self: object, vec: Sequence[Extent], again: bool = False) -> list[ChunkRun]:
+        view.place, view.looked = vec[0].uoff, 8
+        device.hints.append(ChunkRun(1, 2, 1))
+        return [ChunkRun(1, 3, 1)]
+
+    monkeypatch.setattr(RangeDevice, "missing", missing)
+    vec = [Extent(0, 0, 0, start, length // 2, 0), Extent(0, 1, start + length // 2, 0, length - length // 2, 0)]
+    assert device.missing(vec) == [ChunkRun(1, 3, 1)]
+    assert (view.place, len(device.hints)) == ((0, 2) if counts else (5, 1))
+
+
+def test_what_was_noted_long_ago_is_not_read_although_it_came_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that takes its time to be opened."""
+    around = Around("/", ["a", "b"])
+    read: list[int] = []
+    now = 10**12
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now)
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *_: read.append(fd))
+
+    def file(blob: int) -> int:
+        nonlocal now
+        now += blob * 10**9
+        return blob
+
+    monkeypatch.setattr(around, "_file", file)
+    around.read(b"".join(NOTE.pack(blob, 0, WINDOW, now) for blob in (0, 1)))
+    assert read == [0]

@@ -180,6 +180,19 @@ def test_who_holds_what_is_mounted_and_is_not_noted_is_found_unless_that_cannot_
     assert left.take(path) is None, "it has ended"
 
 
+def test_a_noted_holder_that_has_just_been_killed_hides_no_other(tmp_path: Path, mounted: Fds) -> None:
+    path = tmp_path / "left.json"
+    with subprocess.Popen(["sleep", "60"]) as guard, holding(mounted, "nydusd: erofs 0") as copy:
+        left.write(path, [guard.pid], mounted, 3)
+        guard.kill()
+        os.waitid(os.P_PID, guard.pid, os.WEXITED | os.WNOWAIT)  # it is not gone: nobody has asked for its status
+        found = left.take(path)
+        assert found is not None
+        assert [holder.pid for holder in found.noted] == [copy]
+        found.fds.close()
+        left.let_be(found.holders)
+
+
 def test_who_holds_another_journal_or_has_let_go_of_ours_is_not_found(tmp_path: Path, mounted: Fds) -> None:
     path = tmp_path / "left.json"
     others = Fds(mounted.group, create(), mounted.table)

@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,6 @@ from nydusd.ipc.messages import Json
 from nydusd.storage.api.device import BlobDevice
 from nydusd.storage.cache.decode import ChunkDecoder
 from nydusd.storage.cache.meta_info import BlobMetaInfo
-from nydusd.storage.state import map_file
-from nydusd.storage.state.eviction import punch
 from nydusd.storage.state.segment import EMPTY, READY, RECORD, VERIFY
 from tests.support.disk import make_ext4, mounted
 from tests.support.scarce import no_fd_left
@@ -437,7 +435,7 @@ def test_cache_file_changed_is_made_anew_and_never_believed(
         image.fill_all()
         image.checkpoint()
         reader = image.device()
-        extent = _an_extent(image, count - 1)
+        extent = an_extent(image, count - 1)
         assert reader.missing([extent]) == []
         disaster(image)
         if restart == "reopen":
@@ -459,7 +457,7 @@ def test_cache_file_changed_is_made_anew_and_never_believed(
         reader.close()
 
 
-def _an_extent(image: Jobs, chunk: int) -> Extent:
+def an_extent(image: Jobs, chunk: int) -> Extent:
     with image.segment() as segment:
         record = segment.record(chunk)
     return Extent(0, chunk, record.uoff, 0, record.usize, record.usize)
@@ -497,68 +495,6 @@ def test_cache_file_cut_off_in_mid_job_stops_the_job(folder: Path, monkeypatch: 
             image.fill(range(10))
         assert len(writes) == 2
         assert image.data.stat().st_size == 100, "it stays short, so that readers see it"
-
-
-@pytest.mark.parametrize(("name", "last"), [(PLAIN, False), (UNPADDED, True)], ids=["in the middle", "at the end"])
-def test_cache_file_cut_off_while_a_chunk_is_written_behind_that_never_passes_for_whole(
-    name: str, last: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where that chunk gives it back its size."""
-    with jobs(name, folder) as image:
-        count = image.prepare()["count"]
-        with image.segment() as segment:
-            chunks = [chunk for chunk in range(count) if segment.record(chunk).usize > 4096]
-            end = segment.record(chunks[-1])
-            assert not last or end.uoff + end.usize == segment.identity.size
-        kept, gone, victim = chunks[0], chunks[2], chunks[-1] if last else chunks[5]
-        image.fill(chunks[:4])
-        reader, extents = image.device(), {chunk: _an_extent(image, chunk) for chunk in (kept, gone)}
-        assert reader.missing(list(extents.values())) == []
-        whole = image.data.read_bytes()[: extents[gone].uoff]
-        pwrite = os.pwrite
-
-        def cut_before(fd: int, data: memoryview, at: int) -> int:
-            os.truncate(image.data, extents[gone].uoff + 100)
-            return pwrite(fd, data, at)
-
-        monkeypatch.setattr(os, "pwrite", cut_before)
-        with pytest.raises(StaleCacheError, match="cut off"):
-            image.fill([victim])
-        assert image.states()[victim] != READY
-        assert image.data.read_bytes() == whole, "what is lost is read as zeros, or more was taken than that"
-        with memoryview(bytearray(extents[gone].length)) as view:
-            assert reader.read_into([extents[kept]], view[: extents[kept].length]) == extents[kept].length
-            with pytest.raises(StaleCacheError):
-                reader.read_into([extents[gone]], view)
-        reader.close()
-
-
-def test_last_chunk_of_a_cache_file_with_holes_that_are_nobodys_is_stored(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither what is not there, nor what is taken out just now, nor what a disk has lost, was cut off."""
-    with jobs(UNPADDED, folder) as image:
-        count = image.prepare()["count"]
-        with image.segment() as segment:
-            chunks = [chunk for chunk in range(count) if segment.record(chunk).usize > 4096]
-            lost, taken, victim = segment.record(chunks[0]), segment.record(chunks[4]), chunks[-1]
-            image.fill([*chunks[:3], chunks[4]])
-            with open(image.data, "r+b") as file:
-                punch(file.fileno(), [(lost.uoff, lost.usize)])
-            look = map_file.drop_holes
-
-            def take_out(fd: int, state: bytearray, ranges: Iterable[tuple[int, int]], size: int) -> int:
-                if segment.state[chunks[4]] == READY:
-                    segment.state[chunks[4]] = EMPTY
-                    segment.epoch[0] += 1
-                    punch(fd, [(taken.uoff, taken.usize)])
-                return look(fd, state, ranges, size)
-
-            monkeypatch.setattr(map_file, "drop_holes", take_out)
-            size = image.data.stat().st_size
-            assert image.fill([victim])["unstored"] == []
-            assert segment.state[victim] == READY
-        assert image.data.stat().st_size == size
 
 
 def test_longer_cache_file_is_put_aside(folder: Path) -> None:

@@ -80,12 +80,13 @@ class Around:
 
     def read(self, notes: bytes) -> None:
         """Have the kernel read what is noted. What cannot be opened now is passed over."""
-        old = time.monotonic_ns() - _OLD
-        noted = [(blob, offset, size) for blob, offset, size, when in NOTE.iter_unpack(notes) if when > old]
-        for blob, offset, size in dict.fromkeys(noted):
+        noted = {(blob, offset, size): when for blob, offset, size, when in NOTE.iter_unpack(notes)}
+        for (blob, offset, size), when in noted.items():
             for window in range(offset, offset + size, WINDOW):  # in READs between which others' have their turn
                 with contextlib.suppress(OSError):
-                    os.posix_fadvise(self._file(blob), window, WINDOW, os.POSIX_FADV_WILLNEED)
+                    file = self._file(blob)  # which may take its time
+                    if time.monotonic_ns() - when < _OLD:
+                        os.posix_fadvise(file, window, WINDOW, os.POSIX_FADV_WILLNEED)
 
     def _file(self, blob: int) -> int:
         if blob not in self._files:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 
 from nydusd.errors import CacheError
 from nydusd.storage.api.device import Pieces
-from nydusd.storage.api.io import BlobIoVec
+from nydusd.storage.api.io import BlobIoVec, ChunkRun
 from nydusd.storage.state.range_map import RangeMap
 from nydusd.storage.state.segment import READY
 
@@ -151,6 +151,20 @@ class NotingDevice(RangeDevice):
         assert isinstance(device, NotingDevice)
         device.notes, device._pauses, device._budget = notes, Pauses(), Budget()
         return device
+
+    def missing(self, vec: BlobIoVec, again: bool = False) -> list[ChunkRun]:
+        """As of any device. What is read around others is not taken for a sequential reader, for whom more is fetched."""
+        start, length = vec[0].uoff + vec[0].offset, sum(extent.length for extent in vec)
+        if length <= _SMALL or start % WINDOW + length > WINDOW:
+            return super().missing(vec, again)
+        view = self._views[vec[0].blob]
+        known = view.place, view.looked
+        hints = len(self.hints)
+        try:
+            return super().missing(vec, again)
+        finally:
+            view.place, view.looked = known
+            del self.hints[hints:]
 
     def read_into(self, vec: BlobIoVec, buf: memoryview, pieces: Pieces | None = None) -> int:
         got = super().read_into(vec, buf, pieces)

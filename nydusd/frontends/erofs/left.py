@@ -36,6 +36,8 @@ from .session import Fds, top_mount
 log = logging.getLogger(__name__)
 
 _END_SECONDS = 5.0
+_MOMENT = 1.0
+"""Seconds in which a killed process has closed what it held, and has ended."""
 _NAMES = ("anon_inode:[fanotify]", "/memfd:nydusd-journal", "/memfd:nydusd-mounts")
 """What links of /proc/PID/fd to `Fds` begin with."""
 _OURS = (b"nydusd: ",)
@@ -176,8 +178,9 @@ def take(path: Path) -> Left | None:
             let_be(list(living))
             raise
         return Left([*living, *unnoted.values()], fds, generation + 1, list(living.values()))
+    ended = _have_ended(list(living))
     let_be(list(living))
-    if why:
+    if why and not ended:
         raise MountError(f"{path}: what a killed daemon has mounted cannot be taken over: {why}")
     return None if journal is None else _take_unnoted(path, journal, generation + 1)
 
@@ -200,15 +203,17 @@ def _take_unnoted(path: Path, journal: tuple[int, int], generation: int) -> Left
             why = str(e)
         for fd in copies:
             os.close(fd)
-    # Who has ended meanwhile holds nothing. Whoever has not is not to be taken for nobody.
-    ended = select.poll()
-    for pidfd in found.values():
-        ended.register(pidfd, select.POLLIN)
-    lives = len(ended.poll(0)) < len(found)
+    ended = _have_ended(list(found.values()))
     let_be(list(found.values()))
-    if lives:
+    if not ended:
         raise MountError(f"{path}: what a killed daemon has mounted cannot be taken over: {why}")
     return None
+
+
+def _have_ended(pidfds: Sequence[int]) -> bool:
+    """Whether these are gone, or are so in a moment: they hold nothing. Whoever is not is not to be taken for nobody."""
+    until = time.monotonic() + _MOMENT
+    return all(select.select([pidfd], [], [], max(0.0, until - time.monotonic()))[0] for pidfd in pidfds)
 
 
 def _numbers(pid: int) -> list[int]:

@@ -70,14 +70,14 @@ class PrefetchWorker:
     ) -> tuple[BlobCache, Sequence[int]] | None:
         """The next batch: chunks of one blob that nobody has or fetches; None if there is nothing to do now.
 
-        `may` says whether chunks of this blob may be prefetched now; those behind them wait with them.
+        `may` says whether chunks of this blob may be prefetched now; those of the same image behind them wait with them.
         """
         for cache in [cache for cache in self._aside if _can_be_filled(cache, now)]:
             self._queue(cache).extendleft(reversed(self._aside.pop(cache)))
         for pace, runs in list(self._queues.items()):
             while runs and not _limit(runs, now):
                 if not may(runs[0][0]):
-                    return None
+                    break
                 run = runs.popleft()
                 if not _can_be_filled(run[0], now):
                     self._aside.setdefault(run[0], deque()).append(run)

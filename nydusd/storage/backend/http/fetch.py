@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from nydusd.storage.backend.base import ReadHow
 from nydusd.storage.backend.http.answer import Answer
-from nydusd.storage.backend.http.breaker import Policy
+from nydusd.storage.backend.http.breaker import Breaker, Policy
 from nydusd.storage.backend.http.failure import REMEMBERED, RETRIED, Failure, Kind, error_of, of_status
 from nydusd.storage.backend.http.gate import Patience, pass_gate
 from nydusd.storage.backend.http.redirect import MAX_HOPS, life_of, same_origin, target_of
@@ -104,6 +104,8 @@ class Fetch:
         self._route: Route = backend.routes.origin
         self._used_kept = False
         self._host = ""
+        self._let_in_by: Breaker | None = None
+        """Who has let the exchange under way go on."""
         self._blob = backend.breaker_of_blob(blob_id)
 
     def run(self, task: Task, remember: str = "") -> None:
@@ -150,6 +152,7 @@ class Fetch:
         kept = self._kept_url(origin_url) if self._use_kept and task.method == "GET" and not route.base else ""
         self._route, self._used_kept = route, bool(kept)
         url = kept or origin_url
+        self._let_in_by = None
         for hop in range(MAX_HOPS + 1):
             if hop and route.base:
                 route = backend.routes.next(self._passed, first_hop=False) or route
@@ -207,7 +210,9 @@ class Fetch:
         breaker = route.breaker or backend.breaker_of(sent_to)
         if route.is_origin:
             pass_gate(self._blob, self._blob.busy, host_of(sent_to), "this blob ", backend.patience)
-            pass_gate(breaker, breaker.admit, host_of(sent_to), "", backend.patience)
+            if breaker is not self._let_in_by:  # else a host that leads to itself would wait for its own try
+                pass_gate(breaker, breaker.admit, host_of(sent_to), "", backend.patience)
+                self._let_in_by = breaker
         backend.metrics.requests += 1
         sent = time.monotonic()
         try:
