@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.frontends.fuse.journal import NAME
-from tests.support.daemon import Daemon
+from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import wait_until
 from tests.support.mounted import Tree
 
@@ -75,6 +75,7 @@ def test_what_a_front_end_had_taken_is_sent_again_unless_the_policy_is_none(
         args=("--failover-policy", policy),
     )
     with daemon:
+        wait_for_role(daemon, "decompress", 1)
         (worker,) = daemon.pids("decompress")
         os.kill(worker, signal.SIGSTOP)
         reader = Reader(daemon.mountpoint / "a")
