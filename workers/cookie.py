@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from nydusd.errors import CacheError, FormatError
+from nydusd.formats.model import ChunkFlag
 from nydusd.ipc.borrow import borrow
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.chunk_table import ChunkTable
@@ -25,6 +26,7 @@ from workers.blobs import OpenBlobs
 PAGE = 4096
 _PIECE = 1 << 20
 """Bytes of one write."""
+_UNLISTED = int(ChunkFlag.UNLISTED)
 _PADDING_MOST = 64 << 20
 """Bytes between chunks that are filled with zeros at most; a real blob has none."""
 
@@ -65,12 +67,14 @@ def write_pages(fd: int, data: memoryview, offset: int) -> None:
 def survey(fd: int, table: ChunkTable, where: str) -> bytearray:
     """Which chunks are in the kernel's file; what lies between chunks is filled with zeros. Raises FormatError, OSError."""
     state = bytearray([READY]) * table.count
-    records = [(record[1], record[3]) for record in RECORD.iter_unpack(bytes(table.records))]
+    rows = list(RECORD.iter_unpack(bytes(table.records)))
+    records = [(record[1], record[3]) for record in rows]
     for uoff, usize in records:
         if uoff % PAGE and usize:
             raise FormatError(where, "chunk table", f"a chunk begins at {uoff}, which is not a multiple of {PAGE}")
     size = -(-table.uncompressed_size // PAGE) * PAGE
-    for start, length in _between(records, size, where):
+    known = [(record[1], 0 if record[4] & _UNLISTED else record[3]) for record in rows]
+    for start, length in _between(known, size, where):
         if os.lseek(fd, start, os.SEEK_HOLE) < start + length:
             write_pages(fd, memoryview(bytes(length)), start)
     drop_holes(fd, state, ((uoff, -(-usize // PAGE) * PAGE) for uoff, usize in records), size)
@@ -78,8 +82,8 @@ def survey(fd: int, table: ChunkTable, where: str) -> bytearray:
 
 
 def _between(records: Iterable[tuple[int, int]], size: int, where: str) -> list[tuple[int, int]]:
-    """Offset and length of the pages that belong to no chunk. Not where there are chunks of which no image says anything yet
-    (their size is 0): one that is bound later may.
+    """Offset and length of the pages that belong to no chunk. Not where there are chunks of which no image says anything yet:
+    one that is bound later may. Their size is 0, also where the blob itself says one, which nobody vouches for.
     """
     found: list[tuple[int, int]] = []
     end, unknown = 0, False

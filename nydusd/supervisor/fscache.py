@@ -36,6 +36,7 @@ from nydusd.supervisor.fscache_images import (
     Bound,
     BoundImages,
     Told,
+    backend_of,
     domain_of,
     images_in,
     noted,
@@ -161,7 +162,8 @@ class FscacheDaemon(Singleton):
         self._store.hold(self._stored, {"device": device.fd})
         self._poller.register(device.fd, zmq.POLLIN)
         self._sources[device.fd] = self._take_messages
-        if self._bound and not device.restore():
+        # Also where no image could be had: who waits for one of these is told so.
+        if not device.restore() and self._bound:
             log.warning(
                 "this kernel cannot say again what a killed daemon has not answered: such readers wait for a kill"
             )
@@ -231,6 +233,13 @@ class FscacheDaemon(Singleton):
             raise BlobError(f"{place}: an image of this name is bound in this domain")
         if present is not None:
             self._forget(place)
+        kind = backend_of(entry)
+        for other in self._bound.values():
+            if other.domain == domain_of(entry) and backend_of(other.entry) != kind:
+                raise BlobError(
+                    f"{place}: its blobs are in a backend of type {kind}, those of {place_of(other.entry)} in one of type"
+                    f" {backend_of(other.entry)}: give it a domain of its own"
+                )
         if any(cache.is_tarfs for cache in facts.blobs):
             raise BlobError(f"{entry.metadata}: fscache has blocks of 4096 bytes, this image those of a tar")
         image = Image(place, entry.metadata, entry.config, facts, self.factory, domain=domain_of(entry))

@@ -165,6 +165,11 @@ def tables_of(bound: Iterable[Bound], told: Sequence[Told]) -> dict[str, Tables]
     return tables
 
 
+def backend_of(entry: BlobEntry) -> str:
+    """The type of the backend that an image's blobs are in."""
+    return "" if entry.config.backend is None else entry.config.backend.type
+
+
 def domain_of(entry: BlobEntry) -> str:
     """An image that is mounted without a domain has one of its own."""
     return entry.domain_id or entry.id

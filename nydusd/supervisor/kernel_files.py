@@ -264,7 +264,9 @@ class KernelFiles:
             if cache.state == "ready":
                 del self._unopened[number]
                 self._ask(reader)
-            elif cache.state == "failed" and (not cache.unreachable or time.monotonic() >= reader.until):
+            elif cache.state == "failed" and (
+                time.monotonic() >= reader.until or not (cache.unreachable or cache.may_open())
+            ):
                 self._finish(reader, f"blob {cache.spec.info.blob_id} cannot be opened: {cache.reason}")
             else:
                 self._router.open_blob(cache)

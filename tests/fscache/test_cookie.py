@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
 
 from nydusd.errors import CacheError, FormatError
+from nydusd.formats.model import ChunkFlag
 from nydusd.ipc.borrow import borrow
 from nydusd.storage.cache.chunk_table import ChunkTable
 from nydusd.storage.state.segment import EMPTY, READY, RECORD
@@ -23,8 +24,11 @@ def file(tmp_path: Path) -> Iterator[int]:
     os.close(fd)
 
 
-def table(*chunks: tuple[int, int], size: int) -> ChunkTable:
-    records = b"".join(RECORD.pack(0, uoff, 0, usize, 0, 0, 0, 0) for uoff, usize in chunks)
+def table(*chunks: tuple[int, int], size: int, unlisted: Container[int] = ()) -> ChunkTable:
+    flags = [int(ChunkFlag.UNLISTED) if number in unlisted else 0 for number in range(len(chunks))]
+    records = b"".join(
+        RECORD.pack(0, uoff, 0, usize, flag, 0, 0, 0) for (uoff, usize), flag in zip(chunks, flags, strict=True)
+    )
     return ChunkTable(
         count=len(chunks),
         records=bytearray(records),
@@ -70,6 +74,14 @@ def test_pages_of_chunks_that_no_image_describes_yet_stay_holes(file: int) -> No
     chunks = ((0, PAGE), (PAGE, 0), (2 * PAGE, PAGE), (4 * PAGE, PAGE), (5 * PAGE, 0))
     survey(file, table(*chunks, size=6 * PAGE), "blob x")
     assert [page for page in range(6) if os.lseek(file, page * PAGE, os.SEEK_HOLE) > page * PAGE] == [3]
+
+
+def test_pages_beside_a_chunk_that_no_image_lists_stay_holes(file: int) -> None:
+    """It may be longer than the blob itself says, for which nobody vouches."""
+    os.ftruncate(file, 6 * PAGE)
+    chunks = ((0, PAGE), (PAGE, 10), (3 * PAGE, PAGE), (5 * PAGE, PAGE))
+    survey(file, table(*chunks, size=6 * PAGE, unlisted=[1]), "blob x")
+    assert [page for page in range(6) if os.lseek(file, page * PAGE, os.SEEK_HOLE) > page * PAGE] == [4]
 
 
 def test_a_table_that_would_cost_too_much_or_cannot_be_served_is_refused(file: int) -> None:

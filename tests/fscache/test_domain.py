@@ -227,9 +227,10 @@ class World:
         table = daemon._table
         table.bound, table.dropped, table.sharing = daemon._add, daemon._drop, daemon._bound.sharing
 
-    def ask(self, name: str, path: Path, domain: str = "d") -> list[Json]:
+    def ask(self, name: str, path: Path, domain: str = "d", backend: Json | None = None) -> list[Json]:
         """Have an image bound, as the API does; gives where the answer will be."""
         entry = blob_entry(name, path, self.folder / "blobs", self.folder, domain, "fscache")
+        entry["config"] |= backend or {}  # type: ignore[operator]
         answers: list[Json] = []
         blobs.LATER["bind_blob"](self.daemon, {"entry": entry}, answers.append)
         return answers
@@ -248,8 +249,8 @@ class World:
             job.done(job, answer)
         return [job.kind for job in jobs]
 
-    def bind(self, name: str, path: Path, domain: str = "d") -> Json:
-        answers = self.ask(name, path, domain)
+    def bind(self, name: str, path: Path, domain: str = "d", backend: Json | None = None) -> Json:
+        answers = self.ask(name, path, domain, backend)
         while self.jobs:
             self.work()
         (answer,) = answers
@@ -398,6 +399,16 @@ def test_an_image_that_contradicts_another_of_its_domain_is_refused_and_bound_in
         assert part in refused
     assert list(world.daemon._bound) == ["/d/lower"]
     assert world.bind("liar", liar, domain="e") == {"ok": None}
+
+
+def test_images_of_one_domain_have_one_type_of_backend(world: World) -> None:
+    """Else one would be asked for with what is the other's, credentials included."""
+    registry = {"backend_type": "registry", "backend_config": {"host": "h", "repo": "r", "auth": "YTpi"}}
+    assert world.bind("lower", world.folder / "lower.boot") == {"ok": None}
+    refused = world.bind("merged", world.folder / "merged.boot", backend=registry)["error"]["message"]
+    for part in ("type registry", "/d/lower", "type localfs", "a domain of its own"):
+        assert part in refused
+    assert world.bind("merged", world.folder / "merged.boot", "e", registry) == {"ok": None}
 
 
 def test_of_two_that_are_bound_at_once_the_second_is_compared_with_the_first(world: World, liar: Path) -> None:

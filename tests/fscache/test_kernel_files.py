@@ -35,12 +35,13 @@ class World:
         self.asked: list[tuple[object, ...]] = []
         self.let_go: list[object] = []
         self.closed = 0
-        self.busy = False
+        self.busy = self.may_open = False
         self._board = make_board(board, 1)
         self.blob = SimpleNamespace(
             users=1,
             state="new",
             unreachable=False,
+            may_open=lambda: self.may_open,
             reason="no backend",
             spec=SimpleNamespace(cookie=(0, 0)),
             segment=None,
@@ -171,6 +172,18 @@ def test_a_blob_is_opened_and_prefetched_and_its_readers_wait_for_that(world: Wo
     world.files.turn()
     assert not world.files.waits, "what cannot be opened fails its readers at once"
     assert world.shown() == []
+
+
+def test_a_blob_that_could_not_be_opened_is_tried_again_for_who_reads_it_later(world: World) -> None:
+    world.open("blob")
+    world.blob.state, world.may_open = "failed", True
+    world.asked.clear()
+    world.say(READ, struct.pack("=QQ", 0, 4096), number=8)
+    assert [what[0] for what in world.asked] == ["open"]
+    assert world.files.waits
+    world.may_open = False  # it has failed again
+    world.files.turn()
+    assert not world.files.waits
 
 
 def test_the_descriptor_of_a_blob_is_closed_when_no_worker_has_a_job_of_it(world: World) -> None:

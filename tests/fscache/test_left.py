@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import pytest
 from nydusd.cli.options import SingletonOptions
 from nydusd.errors import CacheError, ScarceError
 from nydusd.frontends.fscache.device import CacheDevice
+from nydusd.frontends.fscache.guard import Guard
 from nydusd.frontends.fscache.left import Files, Held
 from nydusd.ipc.spec import write_spec
 from nydusd.storage.state.lock import start_time
@@ -216,4 +219,38 @@ def test_the_former_guard_has_ended_before_the_kernel_says_anything_once_more(
     daemon._serve(daemon._device, (7, 70))
     daemon._bound.clear()
     assert said == ["guard", (7, 70), "restore"]
+    daemon.stop()
+
+
+def test_what_was_not_answered_is_said_once_more_though_no_image_could_be_had(
+    daemon: FscacheDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(daemon._family, "add", lambda _child: None)
+    monkeypatch.setattr(CacheDevice, "restore", lambda _device: said.append("restore"))
+    monkeypatch.setattr(daemon._poller, "register", lambda *_: None)
+    assert daemon._device is not None
+    daemon._serve(daemon._device)
+    assert said == ["restore"]
+    daemon.stop()
+
+
+def test_a_guard_outlives_a_message_that_cannot_be_read(daemon: FscacheDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, kernel:
+        ours.setblocking(False)
+        device = CacheDevice(os.dup(ours.fileno()))
+        kernel.send(b"")
+        reads = 0
+
+        def read(_device: CacheDevice) -> bytes:
+            nonlocal reads
+            reads += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(CacheDevice, "read", read)
+        kernel.send(b"x")
+        Guard(device, daemon._files).serve(0.3)
+        device.close()
+    assert 1 <= reads < 10
     daemon.stop()

@@ -29,6 +29,8 @@ from .left import Files, Held
 
 log = logging.getLogger(__name__)
 
+_PAUSE = 0.1
+"""Seconds until a message that could not be read is read again."""
 _LOOK = 1.0
 """Seconds between looks around."""
 
@@ -48,8 +50,12 @@ class Guard:
         poll.register(self._device.fd, select.POLLIN)
         while (left := until - time.monotonic()) > 0:
             if any(ready & select.POLLIN for _, ready in poll.poll(left * 1000)):
-                while raw := self._device.read():
-                    self._answer(raw)
+                try:
+                    while raw := self._device.read():
+                        self._answer(raw)
+                except OSError as e:  # no room for the file that is to be opened; whoever else waits needs us
+                    log.warning("a message of the kernel cannot be read: %s", e.strerror)
+                    time.sleep(_PAUSE)
 
     def _answer(self, raw: bytes) -> None:
         try:
