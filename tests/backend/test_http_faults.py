@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import logging
 import time
@@ -272,8 +273,9 @@ def test_a_try_that_has_no_time_left_leaves_the_next_one_to_others(server: Fault
         with pytest.raises(BackendTimeoutError):
             read(backend, how=ReadHow(deadline=time.monotonic() + 0.2))
         time.sleep(0.02)
-        with pytest.raises(BackendTimeoutError):
+        with pytest.raises(BackendUnavailableError, match=r"is down .*no time is left") as caught:
             read(backend, how=ReadHow(deadline=time.monotonic() - 1))
+        assert caught.value.errno == errno.EIO
         assert read(backend) == BLOB.data[1000:151_000]
 
 

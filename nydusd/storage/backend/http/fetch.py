@@ -139,6 +139,11 @@ class Fetch:
         origin_url = backend.blob_url(self._blob_id)
         if time.monotonic() >= self._deadline:
             # Before a way is chosen: who is let through to one that is down has to try it.
+            breaker = backend.breaker_of(origin_url)
+            if breaker.is_open():  # it has failed so long, which says more than that time is over
+                raise Failure(
+                    Kind.DOWN, host_of(origin_url), f"is down ({breaker.why()}), and no time is left to ask it"
+                )
             raise Failure(Kind.DEADLINE, host_of(origin_url), "no time left to ask it")
         route = backend.routes.next(self._passed)
         if route is None:
