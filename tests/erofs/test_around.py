@@ -266,6 +266,12 @@ def test_what_is_read_around_others_is_not_taken_for_a_sequential_reader(
     assert (view.place, len(device.hints)) == ((0, 2) if counts else (5, 1))
 
 
+def test_nothing_is_missing_behind_the_end_of_a_blob() -> None:
+    device = object.__new__(NotingDevice)
+    device._views, device._turn = [], 0
+    assert device.missing([]) == []
+
+
 def test_what_was_noted_long_ago_is_not_read_although_it_came_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that takes its time to be opened."""
     around = Around("/", ["a", "b"])

@@ -154,8 +154,8 @@ class NotingDevice(RangeDevice):
 
     def missing(self, vec: BlobIoVec, again: bool = False) -> list[ChunkRun]:
         """As of any device. What is read around others is not taken for a sequential reader, for whom more is fetched."""
-        start, length = vec[0].uoff + vec[0].offset, sum(extent.length for extent in vec)
-        if length <= _SMALL or start % WINDOW + length > WINDOW:
+        length = sum(extent.length for extent in vec)  # 0 behind the end of the blob
+        if length <= _SMALL or (vec[0].uoff + vec[0].offset) % WINDOW + length > WINDOW:
             return super().missing(vec, again)
         view = self._views[vec[0].blob]
         known = view.place, view.looked
