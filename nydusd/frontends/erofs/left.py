@@ -161,16 +161,11 @@ def take(path: Path) -> Left | None:
         raise
     why = ""
     for pidfd, holder in living.items():
-        copies: list[int] = []
         try:
-            for number in holder.numbers:
-                copies.append(copy_of(pidfd, number))
+            fds = _copied(pidfd, holder.numbers)
         except OSError as e:
             why = str(e.strerror)
-            for fd in copies:
-                os.close(fd)
             continue
-        fds = Fds(*copies)
         try:
             unnoted = _unnoted(_number(os.fstat(fds.journal)), [holder.pid for holder in living.values()], _OURS)
         except CacheError:
@@ -190,24 +185,35 @@ def _take_unnoted(path: Path, journal: tuple[int, int], generation: int) -> Left
     found = _unnoted(journal, (), _ALONE)
     why = ""
     for pid, pidfd in found.items():
-        copies: list[int] = []
         try:
             start, numbers = start_time(pid), _numbers(pid)
-            for number in numbers:
-                copies.append(copy_of(pidfd, number))
-            if start > 0 and _number(os.fstat(Fds(*copies).journal)) == journal:
-                others = [other for other in found.values() if other != pidfd]
-                return Left([pidfd, *others], Fds(*copies), generation, [Holder(pid, start, numbers)])
-            why = "it cannot be told who holds it"
+            fds = _copied(pidfd, numbers)
         except (OSError, KeyError) as e:
             why = str(e)
-        for fd in copies:
-            os.close(fd)
+            continue
+        if start > 0 and _number(os.fstat(fds.journal)) == journal:
+            others = [other for other in found.values() if other != pidfd]
+            return Left([pidfd, *others], fds, generation, [Holder(pid, start, numbers)])
+        why = "it cannot be told who holds it"
+        fds.close()
     ended = _have_ended(list(found.values()))
     let_be(list(found.values()))
     if not ended:
         raise MountError(f"{path}: what a killed daemon has mounted cannot be taken over: {why}")
     return None
+
+
+def _copied(pidfd: int, numbers: Sequence[int]) -> Fds:
+    """Copies of what a process has under these numbers. Raises OSError, and then there are none."""
+    copies: list[int] = []
+    try:
+        for number in numbers:
+            copies.append(copy_of(pidfd, number))
+    except OSError:
+        for fd in copies:
+            os.close(fd)
+        raise
+    return Fds(*copies)
 
 
 def _have_ended(pidfds: Sequence[int]) -> bool:
