@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from nydusd import priority
@@ -113,6 +113,15 @@ class ForkServer:
     def ready(self) -> bool:
         """Whether a child is made in milliseconds: else it is waited for."""
         return any(server.is_free for server in self._servers)
+
+    @contextlib.contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """For as long as the block runs a child may wait for a fork server, also while a daemon serves."""
+        waits, self.waits = self.waits, True
+        try:
+            yield
+        finally:
+            self.waits = waits
 
     def spawn(self, module: str, fds: Sequence[int], load: Sequence[str] = ()) -> Process:
         """Have a child run `module`, the first of `fds` being its spec's; it has these fds under the numbers that we have them.

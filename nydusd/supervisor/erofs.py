@@ -293,11 +293,8 @@ class ErofsDaemon(Supervisor):
         In a takeover that is waited for also where the fork server is loading. Raises NydusError when there is no room for it;
         those who hold the group before us go on then.
         """
-        waits, self.fork_server.waits = self.fork_server.waits, True
-        try:
+        with self.fork_server.waited_for():
             self._family.add(self._front_end)
-        finally:
-            self.fork_server.waits = waits
 
     def _have_guard(self) -> None:
         """See to it that a guard of ours is there, whatever its back-off: what else holds the group is about to end.
@@ -311,8 +308,7 @@ class ErofsDaemon(Supervisor):
         if self._guard not in self.children:  # a start that has failed
             self._family.prepare(self._guard)
             self.children.append(self._guard)
-        waits, self.fork_server.waits = self.fork_server.waits, True
-        try:
+        with self.fork_server.waited_for():
             while self._guard.process is None:
                 try:
                     self._family.launch(self._guard)
@@ -322,8 +318,6 @@ class ErofsDaemon(Supervisor):
                         break
                     self._notifier.alive(time.monotonic())
                     self.told.wait(since, _PAUSE)
-        finally:
-            self.fork_server.waits = waits
 
     def _started(self, child: Child) -> None:
         """A guard or a front end is there: note it for a successor."""

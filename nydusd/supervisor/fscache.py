@@ -147,15 +147,13 @@ class FscacheDaemon(Singleton):
         `former`: the guard that had it, which may answer by now. It ends before anything is said once more: what it took
         would be answered without data, or by nobody.
         """
-        waits, self.fork_server.waits = self.fork_server.waits, True  # as long as nobody else holds the device
         try:
-            self._family.add(self._guard)
+            with self.fork_server.waited_for():  # for nobody else may hold the device
+                self._family.add(self._guard)
         except NydusError as e:
             if former is not None:
                 raise
             log.error("%s; trying again", e)
-        finally:
-            self.fork_server.waits = waits
         if former is not None:
             end(former, self.told)
             self._note()  # as its last act it may have removed what was noted, where nothing was mounted any more
