@@ -13,7 +13,7 @@ import os
 from nydusd.codec.crc import crc32c
 from nydusd.codec.digest import digest
 from nydusd.formats.model import ChunkFlag, Digester
-from nydusd.storage.state.segment import Segment
+from nydusd.storage.state.segment import CHECKABLE, Segment
 
 _BLOCK = 4096
 """What direct I/O is aligned to; a file system of larger blocks refuses that."""
@@ -38,10 +38,12 @@ def is_on_disk(fd: int, segment: Segment, chunk: int) -> bool:
     The segment does not say which kind of digest it has: it is one of two, and neither can be that of other bytes.
     """
     record = segment.record(chunk)
+    if not record.flags & CHECKABLE:
+        return False
+    plain = read_disk(fd, record.uoff, record.usize)
+    if len(plain) < record.usize:
+        return False
     if record.flags & ChunkFlag.DIGEST:
-        plain, wanted = read_disk(fd, record.uoff, record.usize), segment.digest(chunk)
-        return len(plain) == record.usize and any(digest(kind, plain) == wanted for kind in Digester)
-    if record.flags & ChunkFlag.CRC:
-        plain = read_disk(fd, record.uoff, record.usize)
-        return len(plain) == record.usize and crc32c(plain) == record.crc
-    return False
+        wanted = segment.digest(chunk)
+        return any(digest(kind, plain) == wanted for kind in Digester)
+    return crc32c(plain) == record.crc
