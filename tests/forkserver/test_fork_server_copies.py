@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -231,6 +232,16 @@ def stop(pid: int) -> None:
     wait_until(lambda: ") T " in Path(f"/proc/{pid}/stat").read_text(), "it is stopped", 60)
 
 
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ForkServer, list[int]]]:
+    """The fork server of a daemon that serves, and the pids of it and its copy, which may be silent for long."""
+    monkeypatch.setattr(client, "_PATIENCE_WITH_COPY", 60.0)
+    with fork_server() as server:
+        pids = wait_for_copy(server)
+        server.waits = False
+        yield server, pids
+
+
 def wait_until_free(server: ForkServer, pid: int) -> None:
     def is_free() -> bool:
         server.tend()
@@ -242,10 +253,7 @@ def wait_until_free(server: ForkServer, pid: int) -> None:
 def test_a_daemon_that_serves_asks_the_copy_of_one_that_is_stopped_for_a_moment_and_kills_neither(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client, "_PATIENCE_WITH_COPY", 60.0)
-    with fork_server() as server:
-        pids = wait_for_copy(server)
-        server.waits = False
+    with serving(monkeypatch) as (server, pids):
         stop(pids[0])
         for status in (3, 4):
             process = spawn_leaving(server, status)
@@ -268,10 +276,7 @@ def test_a_daemon_that_serves_asks_the_copy_of_one_that_is_stopped_for_a_moment_
 def test_a_daemon_that_serves_goes_on_while_both_are_stopped_and_asks_again_when_one_has_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client, "_PATIENCE_WITH_COPY", 60.0)
-    with fork_server() as server:
-        pids = wait_for_copy(server)
-        server.waits = False
+    with serving(monkeypatch) as (server, pids):
         for pid in pids:
             stop(pid)
         for _ in range(10):  # whoever asks again is not kept waiting

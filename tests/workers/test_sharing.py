@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -357,6 +357,15 @@ def test_checkpoint_tells_of_what_others_have_in_the_file(made: Jobs) -> None:
             assert map_file.load(made.spec.map_path, segment.count, segment.identity)[5] == READY
 
 
+def takes_over(made: Jobs, other: Segment, monkeypatch: pytest.MonkeyPatch, reach: Callable[[str], None]) -> None:
+    """A new daemon opens the blob, of which another one has all; `reach` is called at each named point."""
+    other.state[:] = bytes([READY]) * other.count
+    remove(made.prefix)
+    made.generation += 1
+    monkeypatch.setattr(points, "reach", reach)
+    made.prepare()
+
+
 @pytest.mark.parametrize("what", ["doubts", "syncing", "lost", "gone", ""])
 def test_what_was_doubted_while_it_was_taken_over_is_doubted(
     made: Jobs, monkeypatch: pytest.MonkeyPatch, what: str
@@ -373,11 +382,7 @@ def test_what_was_doubted_while_it_was_taken_over_is_doubted(
                 getattr(other, what)[0] += 1
 
     with twin(made) as other:
-        other.state[:] = bytes([READY]) * other.count
-        remove(made.prefix)
-        made.generation += 1
-        monkeypatch.setattr(points, "reach", reach)
-        made.prepare()
+        takes_over(made, other, monkeypatch, reach)
         with made.segment() as segment:
             assert set(segment.state) == {VERIFY if what else READY}
             assert segment.syncing[0] == 0 and segment.doubts[0] == 0
@@ -409,11 +414,7 @@ def test_what_is_doubted_while_it_is_being_published_is_not_left_half_doubted(
             go_on.wait()
 
     with twin(made) as other:
-        other.state[:] = bytes([READY]) * other.count
-        remove(made.prefix)
-        made.generation += 1
-        monkeypatch.setattr(points, "reach", reach)
-        made.prepare()
+        takes_over(made, other, monkeypatch, reach)
         go_on.set()
         other_one.join()
         with made.segment() as segment:
