@@ -251,14 +251,18 @@ def supervisor_and_front_ends(this: Round) -> None:
 
 
 def bunch(this: Round) -> None:
-    """A fork server, then supervisor, front ends and workers."""
+    """Supervisor, fork servers but one, front ends and workers.
+
+    Which one is left is looked up when the supervisor is dead: until then an upgrade of the workers may end the former
+    ones for those that we would kill.
+    """
     daemon = this.daemon
-    keeper = this.keeper_of_the_mount()
-    victims = [(role, daemon.pids(role)) for role in ("fuse", "decompress", "fetch")]
-    this.kill("fork server", [pid for pid in daemon.pids("fork server") if pid != keeper])
+    this.keeper_of_the_mount()
+    victims = [(role, daemon.pids(role)) for role in ("fork server", "fuse", "decompress", "fetch")]
     this.kill_supervisor()
+    spared = this.keeper_of_the_mount()
     for role, pids in victims:
-        this.kill(role, pids)
+        this.kill(role, [pid for pid in pids if pid != spared])
     this.succeed()
 
 
