@@ -83,6 +83,9 @@ def main(argv: list[str]) -> int:
         traceback.print_exc()
         server.answer({"errno": 0, "error": f"{type(e).__name__}: {e}"})  # whoever asks first is told why
         return 1
+    from nydusd import turns  # loads ctypes, which is loaded now
+
+    turns.be_short()
     server.answer({"ready": True})
     task = server.serve()
     if task is None:

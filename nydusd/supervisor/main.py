@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from nydusd import turns
 from nydusd.cli.options import BlobfsOptions, ErofsOptions, FuseOptions, NbdOptions, Options, SingletonOptions
 from nydusd.nursery import client as nursery
 from nydusd.supervisor.family import CannotStartError
@@ -53,6 +54,7 @@ def _run(supervisor: Supervisor) -> int:
     told to end while it waits to take over.
     """
     logging.getLogger().addHandler(supervisor.errors)
+    turns.be_short()
     try:
         supervisor.start()
         supervisor.run(lambda: nursery.start_if_useful(for_one=supervisor.is_looked_after), _load_report)
