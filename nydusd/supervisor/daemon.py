@@ -142,7 +142,7 @@ class Supervisor:
     def _begin(self, rows: int) -> None:
         """What comes first in any daemon; `rows` is the number of front ends."""
         self.told.catch()  # first of all: a signal ends the daemon after its start, or in a wait of that
-        self._runtime.claim(self._take_all, self.fork_server.pids, self.told)
+        self._runtime.claim(self._take_all, lambda: self.fork_server.pids, self.told)
         self.factory.begin(self._runtime.first)
         self._know_mounts(rows)
         if self.handover.waited:

@@ -84,14 +84,15 @@ class Runtime:
     def claim(
         self,
         take: Callable[[Json], Collection[int] | None] = lambda _record: None,
-        ours: Sequence[int] = (),
+        ours: Callable[[], Sequence[int]] = tuple,
         told: Told = DEAF,
     ) -> None:
         """Make the folder ours; end what a dead daemon, or one that was killed, left. Raises MountError when a live one has it.
 
         `take` is given the dead one's record, {} if there is none, and gives the pids of processes that are taken over, None if
-        nothing is: they and what they need stay, and so does the record, until `record` replaces it. `ours`: pids of children
-        that we have: from now on the record names them, so that they are ended before they hold anything if we are killed.
+        nothing is: they and what they need stay, and so does the record, until `record` replaces it. `ours` gives the pids of
+        children that we have, asked when `take` is over, which may be long, and one may be new by then: from now on the record
+        names them, so that they are ended before they hold anything if we are killed.
 
         Raises EndedError when `told` to end while it waits for the end of a process: the record is the dead one's still, and
         what is to be taken is as it was, so the next one does, and waits for, the same.
@@ -119,9 +120,9 @@ class Runtime:
         except OSError as e:
             raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
         if kept is None or "processes" not in record:
-            self.record(ours)
+            self.record(ours())
         else:
-            self._write(record | {"processes": [*record["processes"], *([pid, start_time(pid)] for pid in ours)]})
+            self._write(record | {"processes": [*record["processes"], *([pid, start_time(pid)] for pid in ours())]})
 
     def _clear(self, keep: bool) -> None:
         """Remove what nobody uses any more; unless `keep`, all but the state of blobs."""

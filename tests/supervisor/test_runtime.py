@@ -338,6 +338,30 @@ class TestLine:
         assert not predecessor.has_successor()
 
 
+@pytest.mark.parametrize("former", [True, False])
+def test_who_has_come_while_it_was_waited_for_what_is_taken_over_is_noted_before_it_holds_anything(
+    former: bool,
+) -> None:
+    first, runtime = Runtime("/mnt/image"), Runtime("/mnt/image")
+    ours: list[int] = []
+
+    def take(_record: Json) -> list[int] | None:
+        ours.append(os.getpid())  # the copy of a fork server, which may come at any moment
+        return [] if former else None
+
+    with subprocess.Popen(SLEEPS) as of_the_former:
+        try:
+            first.claim()
+            first.record([of_the_former.pid])
+            first.let_go()
+            runtime.claim(take, lambda: ours)
+            noted = json.loads((runtime.folder / "state.json").read_text())["processes"]
+            assert [os.getpid(), start_time(os.getpid())] in noted[1:]
+        finally:
+            of_the_former.kill()
+            runtime.remove()
+
+
 def test_sockets_come_back() -> None:
     """Those of a daemon that has waited for what it was to take over, and takes nothing over."""
     runtime = Runtime("/mnt/image")
