@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nydusd.formats import open_bootstrap
 from nydusd.formats.blob_id import blob_id_from_path
-from nydusd.formats.model import BlobFeature, Bootstrap
+from nydusd.formats.model import BlobFeature, Bootstrap, Extent
 from nydusd.ipc.arena import PAGE, Arena
 from nydusd.ipc.messages import Json, decode, encode
 from nydusd.storage.api.device import BlobDevice
@@ -28,6 +28,10 @@ from workers.blobs import OpenBlobs
 from workers.checkpoint import checkpoint
 from workers.fill import fill
 from workers.prepare import prepare
+
+PLAIN = "v6-lz4-sha256"
+UNPADDED = "v5-lz4-sha256"
+"""Its last chunk ends where the cache file does."""
 
 
 class Jobs:
@@ -190,6 +194,29 @@ class Jobs:
 
     def close(self) -> None:
         self.open.close()
+
+
+def flip(path: Path, at: int) -> None:
+    """Damage the byte there."""
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 0x55]))
+
+
+def stored_at(image: Jobs, chunk: int) -> tuple[int, int]:
+    """Where the blob has the chunk: offset and size."""
+    with image.segment() as segment:
+        record = segment.record(chunk)
+    return record.coff, record.csize
+
+
+def an_extent(image: Jobs, chunk: int) -> Extent:
+    """All of the chunk."""
+    with image.segment() as segment:
+        record = segment.record(chunk)
+    return Extent(0, chunk, record.uoff, 0, record.usize, record.usize)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,7 @@ from nydusd.errors import StaleCacheError
 from nydusd.storage.state import map_file
 from nydusd.storage.state.eviction import punch
 from nydusd.storage.state.segment import EMPTY, READY
-from tests.workers.harness import jobs
-from tests.workers.test_faults import PLAIN, UNPADDED, an_extent
+from tests.workers.harness import PLAIN, UNPADDED, an_extent, jobs
 from workers import cut_off
 
 
