@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+from pathlib import Path
 
 from nydusd.forkserver.client import ForkServer
 from nydusd.forkserver.process import Process
@@ -63,3 +65,19 @@ def wait_for_copy(server: ForkServer) -> list[int]:
 
     wait_until(is_there, "a fork server and its copy", 60)
     return server.pids
+
+
+def wait_until_gone(server: ForkServer, pid: int) -> None:
+    """The daemon has seen the end of this one."""
+
+    def is_gone() -> bool:
+        server.tend()
+        return pid not in server.pids
+
+    wait_until(is_gone, "the end of a fork server", 60)
+
+
+def stop(pid: int) -> None:
+    """Until SIGCONT."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: ") T " in Path(f"/proc/{pid}/stat").read_text(), "it is stopped", 60)
