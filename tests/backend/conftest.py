@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.storage.backend.registry.backend import RegistryBackend
+from tests.backend.token_hub import NEW, OLD, SECRETS, Hub
 from tests.support.backends import registry_backend
 from tests.support.faulty_server import Faulty, faulty
 from tests.support.s3_server import S3Server, s3_server
@@ -33,3 +34,21 @@ def server() -> Iterator[Faulty]:
 def backend(server: Faulty) -> Iterator[RegistryBackend]:
     with registry_backend(server.host) as backend:
         yield backend
+
+
+@pytest.fixture
+def no_docker_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+
+
+@pytest.fixture
+def no_secret_in_any_log_line(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    caplog.set_level("DEBUG")
+    yield
+    for secret in (*SECRETS, OLD, NEW, "token-number"):
+        assert secret not in caplog.text
+
+
+@pytest.fixture
+def hub(server: Faulty) -> Hub:
+    return Hub(server)

@@ -111,7 +111,7 @@ SEEN = [
     Seen(
         "one failing image delays reads of all images: last tries queue at one a second",
         "what fails is counted for each host; other hosts do not notice",
-        "tests/backend/test_registry_auth.py::test_a_dead_token_server_of_one_mount_is_nothing_to_another",
+        "tests/backend/test_registry_token_servers.py::test_a_dead_token_server_of_one_mount_is_nothing_to_another",
     ),
     Seen(
         "eight readers of one failing chunk: 32 requests, EIO after up to 15 s",
