@@ -6,10 +6,12 @@ import logging
 import os
 import socket
 import stat
+import struct
 from pathlib import Path
 from typing import Self
 
 from nydusd.errors import NydusError
+from nydusd.storage.state.lock import start_time
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ class Listener:
         try:
             if self._path.exists() and not stat.S_ISSOCK(self._path.stat().st_mode):
                 raise OSError("it exists and is not a socket")
+            _warn_of_listener(path, option)
             self._path.unlink(missing_ok=True)
             self._socket.bind(path)
             self._socket.listen(128)
@@ -68,6 +71,18 @@ class Listener:
                 self._path.unlink()
         except OSError:
             pass
+
+
+def _warn_of_listener(path: str, option: str) -> None:
+    """Say who loses the socket: a process that lives, not a daemon that was killed, whose API process may answer still."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as line:
+        try:
+            line.connect(path)
+            pid, _, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        except OSError:
+            return
+    if pid not in (0, os.getpid()) and start_time(pid) > 0:
+        log.warning("%s %s: process %d listens there, and cannot be reached by it any more", option, path, pid)
 
 
 def metrics_socket(address: str) -> socket.socket | None:

@@ -118,7 +118,7 @@ class Runtime:
             self.leave_line()
             points.reach("start: cleared")
         except OSError as e:
-            raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
+            raise _unusable(e, self.folder) from e
         if kept is None or "processes" not in record:
             self.record(ours())
         else:
@@ -150,7 +150,7 @@ class Runtime:
                 f"{self._mountpoint}: another nydusd waits already to take over this mount point"
             ) from None
         except OSError as e:
-            raise MountError(f"run-time folder {e.filename or self.waiting}: {e.strerror}") from e
+            raise _unusable(e, self.waiting) from e
 
     def _place_in_line(self) -> int:
         """The lock of who waits. Who looks whether somebody does, or removes what one has left, holds it for a moment.
@@ -171,7 +171,7 @@ class Runtime:
         except MountError:
             return False
         except OSError as e:
-            raise MountError(f"run-time folder {e.filename or self.folder}: {e.strerror}") from e
+            raise _unusable(e, self.folder) from e
         return True
 
     def has_successor(self) -> bool | None:
@@ -304,6 +304,12 @@ def _locked(path: Path) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _unusable(error: OSError, folder: Path) -> MountError:
+    """What is said when the run-time folder cannot be had."""
+    how = ": run nydusd as root" if isinstance(error, PermissionError) and os.geteuid() else ""
+    return MountError(f"run-time folder {error.filename or folder}: {error.strerror}{how}")
 
 
 def _make_folder(folder: Path) -> None:

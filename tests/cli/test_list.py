@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,25 @@ def test_a_daemon_is_named_with_its_socket_whatever_has_become_of_it() -> None:
         daemon.start()
 
 
+def test_a_daemon_whose_socket_another_one_has_taken_is_not_said_to_answer_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both were started with the same --apisock."""
+    monkeypatch.setenv("NYDUSD_RUNTIME_DIR", str(tmp_path))
+    sock = str(tmp_path / "api.sock")
+    with socket.socket(socket.AF_UNIX) as ours, subprocess.Popen(["sleep", "1000"]) as other:
+        ours.bind(sock)
+        ours.listen()
+        for name, pid in (("a", os.getpid()), ("b", other.pid)):
+            (tmp_path / name).mkdir()
+            record = {"mountpoint": f"/mnt/{name}", "apisock": sock, "processes": [[pid, start_time(pid)]]}
+            write_checked(tmp_path / name / "state.json", record)
+        assert main(["--raw", "list"]) == 0
+        states = {row["mountpoint"]: row["state"] for row in json.loads(capsys.readouterr().out)}
+        other.kill()
+    assert states == {"/mnt/a": "silent", "/mnt/b": "taken"}
+
+
 def test_table_and_daemons_without_an_api(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,3 +90,15 @@ def test_whoever_may_not_look_is_told_who_may(tmp_path: Path) -> None:
         1,
         f"Error: {tmp_path}: Permission denied: run nydusctl as the daemon's user (root)\n",
     )
+
+
+def test_whoever_may_not_look_at_any_daemon_is_not_told_that_there_is_none() -> None:
+    with tempfile.TemporaryDirectory(prefix="nydusd-test-") as folder:
+        os.chmod(folder, 0o755)
+        os.mkdir(f"{folder}/0123", mode=0o700)
+        environment = os.environ | {"NYDUSD_RUNTIME_DIR": folder}
+        done = subprocess.run(
+            LIST, capture_output=True, text=True, user=65534, group=65534, check=False, env=environment
+        )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"Error: {folder}/0123: Permission denied: run nydusctl as the daemon's user (root)\n"

@@ -7,10 +7,12 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +31,6 @@ from nydusd.supervisor.children import Child, end_all
 from nydusd.supervisor.ends import end_together
 from nydusd.supervisor.family import Family
 from nydusd.supervisor.handover import Handover
-from nydusd.supervisor.listener import Listener
 from nydusd.supervisor.runtime import TRIAL, Runtime, end
 from nydusd.supervisor.sockets import Sockets
 from tests.support.discipline import wait_until
@@ -292,6 +293,17 @@ class TestRuntime:
             runtime.claim()
         runtime.remove()
 
+    def test_who_may_not_make_the_folder_is_told_who_may(self) -> None:
+        code = "from nydusd.supervisor.runtime import Runtime; Runtime('/mnt/image').claim()"
+        with tempfile.TemporaryDirectory(prefix="nydusd-test-") as folder:
+            os.chmod(folder, 0o755)
+            environment = os.environ | {"NYDUSD_RUNTIME_DIR": folder}
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(
+                command, capture_output=True, text=True, user=65534, group=65534, check=False, env=environment
+            )
+        assert re.search(f"run-time folder {folder}/.*: Permission denied: run nydusd as root$", done.stderr.strip())
+
     def test_folder_that_is_a_link_is_refused(self, tmp_path: Path) -> None:
         runtime = Runtime("/mnt/image")
         runtime.folder.parent.mkdir()
@@ -425,31 +437,6 @@ def test_a_child_for_which_there_is_no_file_descriptor_is_tried_again_and_ends_n
 def test_endpoint_that_is_too_long_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(MountError, match="NYDUSD_RUNTIME_DIR"):
         Sockets(f"ipc://{tmp_path}/a", f"ipc://{tmp_path}/{'b' * 120}")
-
-
-class TestListener:
-    def test_replaces_a_socket_and_is_the_users_alone(self, tmp_path: Path) -> None:
-        path = tmp_path / "api.sock"
-        old, new = Listener(str(path)), Listener(str(path))
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        old.remove()
-        assert path.exists()
-        new.remove()
-        assert not path.exists()
-
-    def test_spares_what_is_not_a_socket(self, tmp_path: Path) -> None:
-        path = tmp_path / "file"
-        path.write_text("precious")
-        with pytest.raises(NydusError, match="is not a socket"):
-            Listener(str(path))
-        assert path.read_text() == "precious"
-
-    @pytest.mark.parametrize(
-        ("name", "why"), [("missing/api.sock", "its folder does not exist"), ("a" * 200, "long"), ("nul\0", "null")]
-    )
-    def test_that_cannot_be_bound_is_an_error_that_names_it(self, tmp_path: Path, name: str, why: str) -> None:
-        with pytest.raises(NydusError, match=f"--apisock .*{why}"):
-            Listener(str(tmp_path / name))
 
 
 class TestChild:

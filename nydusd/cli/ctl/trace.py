@@ -69,6 +69,8 @@ def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
     rows = [(read, blobs[read.blob] if read.blob < len(blobs) else "", names.get(read.ino)) for read in reads]
     if args.raw:
         yield one_line([_json(*row) for row in rows])
+    elif not rows:
+        yield "nothing was read since the mount"
     else:
         yield table(HEAD, [_row(*row) for row in rows])
 
