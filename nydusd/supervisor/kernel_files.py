@@ -4,16 +4,19 @@ Part of the supervisor of `nydusd singleton --fscache`. OPEN is answered at once
 copy of a metadata file by a worker, and is answered when the workers have written what is missing. They borrow a file's
 descriptor for each job, so it is closed only when no job of it is under way.
 
-What holds after SIGKILL: all descriptors of files are closed, and the kernel opens them anew with its next reads.
+What holds after SIGKILL: all descriptors of files are closed, and the kernel opens them anew with its next reads. One that a
+worker has still, which is stuck in a disk, is not: of it the kernel has READs said that we cannot answer. They are asked for
+again until it is closed, and an OPEN comes before them.
 """
 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nydusd.errors import CacheError, FormatError, StaleCacheError
 from nydusd.frontends.fscache import messages
@@ -36,18 +39,22 @@ _MESSAGES = 64
 """Messages taken from the device before others get their turn."""
 _COPY = 1 << 20
 """Bytes of a metadata file that are copied at once."""
+_SAY_AGAIN = 1.0
+"""Seconds until the kernel is asked to say again what could not be answered."""
 _NOT_FOUND, _EIO = -2, -5
 
 
 @dataclass(eq=False, slots=True)
 class Object:
-    """A file of the kernel's cache, open: of a blob, or of the metadata file `source`. `jobs`: copies under way."""
+    """A file of the kernel's cache, open: of a blob, or of the metadata file `source`. `copied`: READs that
+    workers are at.
+    """
 
     fd: int
     size: int
     cache: BlobCache | None
     source: str
-    jobs: int = 0
+    copied: set[messages.Read] = field(default_factory=set)
 
 
 @dataclass(eq=False, slots=True)
@@ -104,6 +111,9 @@ class KernelFiles:
         self._closing: list[Object] = []
         self._readers: dict[int, Reader] = {}
         self._unopened: dict[int, Reader] = {}
+        self._again: CacheDevice | None = None
+        """What is to say again, when it is `_again_at` (`time.monotonic()`), what was not answered."""
+        self._again_at = math.inf
         self._complaints = Complaints("fscache")
 
     # --- messages ---------------------------------------------------------------------------------------------
@@ -123,7 +133,7 @@ class KernelFiles:
             except FormatError as e:
                 self._complaints.log("%s", e)
                 if (refused := messages.refused(raw)) is not None:
-                    device.opened(refused[0], _EIO)
+                    self._answer_open(device, refused[0], _EIO)
                     os.close(refused[1])
                 continue
             if isinstance(message, messages.Open):
@@ -131,7 +141,19 @@ class KernelFiles:
             elif isinstance(message, messages.Close):
                 self._close(message.object_id)
             else:
-                self._read(message)
+                self._read(device, message)
+
+    def _answer_open(self, device: CacheDevice, number: int, size: int) -> bool:
+        """Say how long a file is, or why there is none. Where the kernel does not take it, somebody may wait for it still."""
+        answered = device.opened(number, size)
+        if not answered:
+            self._say_again(device)
+        return answered
+
+    def _say_again(self, device: CacheDevice) -> None:
+        """Have the kernel say once more what was not answered, in a moment: what it says now may not be answered then, too."""
+        if self._again is None:
+            self._again, self._again_at = device, time.monotonic() + _SAY_AGAIN
 
     def _open(self, device: CacheDevice, message: messages.Open) -> None:
         """The kernel wants a file: say how long it is."""
@@ -140,10 +162,10 @@ class KernelFiles:
         wanted = self._find(message.domain, message.key)
         if wanted is None:
             self._complaints.log("the kernel asks for %s in %s, which is not bound", message.key, message.domain)
-            device.opened(message.number, _NOT_FOUND)
+            self._answer_open(device, message.number, _NOT_FOUND)
             os.close(fd)
             return
-        if not device.opened(message.number, wanted.size):
+        if not self._answer_open(device, message.number, wanted.size):
             os.close(fd)
             return
         self._objects[message.object_id] = Object(fd, wanted.size, wanted.cache, wanted.source)
@@ -188,16 +210,20 @@ class KernelFiles:
             self._hide(reader.shown)
             self._router.cancel(KERNEL, number)
 
-    def _read(self, read: messages.Read) -> None:
+    def _read(self, device: CacheDevice, read: messages.Read) -> None:
         wanted = self._objects.get(read.object_id)
         if wanted is None:
-            self._complaints.log("the kernel reads a file that was never opened (%d)", read.object_id)
+            self._complaints.log("the kernel reads a file that somebody else has open still (%d)", read.object_id)
+            self._say_again(device)
         elif wanted.cache is None:
-            self._copy(wanted, read)
+            if read not in wanted.copied:  # else the kernel says it once more
+                self._copy(wanted, read)
         else:
+            former = self._readers.get(read.number)
+            if former is not None and (former.read, former.object) == (read, wanted):
+                return
+            self._end(read.number)  # another has the number now
             until = time.monotonic() + self._patience
-            if (former := self._readers.get(read.number)) is not None:  # the kernel says it once more
-                self._hide(former.shown)
             reader = Reader(read, wanted, wanted.cache, until, self._show(wanted, read))
             self._readers[read.number] = self._unopened[read.number] = reader
             self._try_opened()
@@ -207,7 +233,7 @@ class KernelFiles:
         shown = self._show(wanted, read)
 
         def copied(_job: Job, answer: Answer) -> None:
-            wanted.jobs -= 1
+            wanted.copied.remove(read)
             self._hide(shown)
             if "error" in answer:
                 self._complaints.log("a read failed: %s", answer["error"])
@@ -216,7 +242,7 @@ class KernelFiles:
         start = read.offset // _COPY * _COPY
         length = -(-(read.offset + read.length) // _COPY) * _COPY - start
         payload = {"path": wanted.source, "size": wanted.size, "offset": start, "length": length}
-        wanted.jobs += 1
+        wanted.copied.add(read)
         job = Job("copy_bootstrap", None, Priority.USER, payload | {"cookie": [self._pid, wanted.fd]}, copied)
         self._fetch.submit(job)
 
@@ -233,7 +259,7 @@ class KernelFiles:
     @property
     def waits(self) -> bool:
         """Whether `turn` must be called again before long, whatever happens."""
-        return bool(self._unopened or self._closing)
+        return bool(self._unopened or self._closing or self._again)
 
     def turn(self) -> None:
         """Called in each turn of the loop."""
@@ -241,6 +267,9 @@ class KernelFiles:
             self._try_opened()
         if self._closing:
             self._close_idle()
+        if self._again is not None and time.monotonic() >= self._again_at:
+            device, self._again, self._again_at = self._again, None, math.inf
+            device.restore()
 
     def close(self) -> None:
         """Close all files."""
@@ -250,7 +279,7 @@ class KernelFiles:
     def _close_idle(self) -> None:
         for closed in list(self._closing):
             cache = closed.cache
-            if closed.jobs or (cache is not None and (self._fetch.has(cache) or self._decompress.has(cache))):
+            if closed.copied or (cache is not None and (self._fetch.has(cache) or self._decompress.has(cache))):
                 continue
             self._closing.remove(closed)
             os.close(closed.fd)

@@ -16,6 +16,7 @@ from nydusd.frontends.fscache.device import CacheDevice
 from nydusd.ipc.inflight import InflightRow, make_board, waiting
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.storage.cache.requests import Job
+from nydusd.supervisor import kernel_files
 from nydusd.supervisor.kernel_files import KERNEL, KernelFiles, Wanted
 from tests.support.segments import segment_name
 
@@ -98,11 +99,15 @@ class World:
 
     def open(self, key: str, domain: str = "d", object_id: int = 1) -> tuple[int, str]:
         """OPEN of a file: our descriptor of it, and the answer."""
+        fd = self.say_open(key, domain, object_id)
+        return fd, self.kernel.recv(100).decode()
+
+    def say_open(self, key: str, domain: str = "d", object_id: int = 1) -> int:
         fd = os.open(self.folder / key, os.O_RDWR | os.O_CREAT)
         volume = f"erofs,{domain}\0".encode()
         body = struct.pack("=IIII", len(volume), len(key), fd, 0) + volume + key.encode()
         self.say(OPEN, body, object_id=object_id)
-        return fd, self.kernel.recv(100).decode()
+        return fd
 
 
 @pytest.fixture
@@ -111,6 +116,11 @@ def world(tmp_path: Path) -> Iterator[World]:
         made = World(tmp_path, board)
         yield made
         made.close()
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_files, "_SAY_AGAIN", 0.0)
 
 
 def is_open(fd: int) -> bool:
@@ -208,3 +218,59 @@ def test_a_blob_that_the_kernel_opens_anew_goes_on_with_the_new_file(world: Worl
     world.say(CLOSE, object_id=1)
     world.files.turn()
     assert (is_open(first), world.blob.spec.cookie) == (False, (os.getpid(), second))
+
+
+def test_a_read_of_what_a_predecessor_has_open_still_is_asked_for_until_it_can_be_answered(
+    world: World, at_once: None
+) -> None:
+    """A worker of the one before is stuck in a disk, and has the file: no OPEN comes until it has ended."""
+    for _ in range(2):
+        world.say(READ, struct.pack("=QQ", 0, 4096), number=8, object_id=5)
+        world.say(READ, struct.pack("=QQ", 4096, 4096), number=9, object_id=5)
+        assert world.files.waits
+        world.files.turn()
+        assert world.kernel.recv(100) == b"restore"
+        assert not world.files.waits, "once for all that was said"
+    world.open("image", object_id=6)
+    world.say(READ, struct.pack("=QQ", 0, 4096), number=8, object_id=6)
+    assert (len(world.jobs), world.files.waits) == (1, False)
+
+
+def test_the_kernel_is_asked_again_after_a_pause_only(world: World) -> None:
+    world.kernel.setblocking(False)
+    world.say(READ, struct.pack("=QQ", 0, 4096), object_id=5)
+    world.files.turn()
+    with pytest.raises(BlockingIOError):
+        world.kernel.recv(100)
+    assert world.files.waits
+
+
+def test_an_open_whose_answer_the_kernel_does_not_take_is_asked_for_again(
+    world: World, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had no memory for the answer: whoever mounts waits until there is one."""
+    for key in ("blob", "stranger"):
+        with monkeypatch.context() as patch:
+            patch.setattr(CacheDevice, "opened", lambda *_: False)
+            fd = world.say_open(key)
+        assert not is_open(fd), "else the kernel could not open it anew"
+        world.files.turn()
+        assert world.kernel.recv(100) == b"restore"
+    assert world.open("blob")[1] == f"copen 7,{1 << 20}"
+
+
+def test_what_is_said_again_while_it_is_answered_is_done_once(world: World) -> None:
+    world.open("image", object_id=1)
+    world.open("blob", object_id=2)
+    for _ in range(2):
+        world.say(READ, struct.pack("=QQ", 0, 4096), number=8, object_id=1)
+        world.say(READ, struct.pack("=QQ", 0, 4096), number=9, object_id=2)
+    assert (len(world.jobs), len(world.shown())) == (1, 2)
+    assert ("cancel", KERNEL, 9) not in world.asked
+    world.say(READ, struct.pack("=QQ", 4096, 4096), number=9, object_id=2)
+    assert ("cancel", KERNEL, 9) in world.asked, "its reader was killed, and the number is another's"
+    assert len(world.shown()) == 2
+    (job,) = world.jobs
+    job.done(job, {})
+    world.say(READ, struct.pack("=QQ", 0, 4096), number=8, object_id=1)
+    assert len(world.jobs) == 2, "the kernel did not take the answer"

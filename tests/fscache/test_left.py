@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -253,4 +254,26 @@ def test_a_guard_outlives_a_message_that_cannot_be_read(daemon: FscacheDaemon, m
         Guard(device, daemon._files).serve(0.3)
         device.close()
     assert 1 <= reads < 10
+    daemon.stop()
+
+
+def test_a_guard_asks_again_for_what_somebody_has_open_who_is_stuck(daemon: FscacheDaemon) -> None:
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, kernel:
+        ours.setblocking(False)
+        kernel.settimeout(10)
+        device = CacheDevice(os.dup(ours.fileno()))
+        guard = Guard(device, daemon._files)
+        for _ in range(3):
+            guard.serve(0.0)
+            assert kernel.recv(100) == b"restore"
+            kernel.send(struct.pack("=IIIIQQ", 7, 2, 32, 5, 0, 4096))
+            guard.serve(0.1)
+        guard.serve(0.0)
+        assert kernel.recv(100) == b"restore"
+        guard.serve(0.1)
+        kernel.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            kernel.recv(100)
+        device.close()
     daemon.stop()

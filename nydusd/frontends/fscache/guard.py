@@ -42,9 +42,14 @@ class Guard:
         self._device = device
         self._files = files
         self._open: dict[int, int] = {}
+        self._unanswered = True
+        """Whether the kernel may have said what nobody has answered. What somebody has open who is stuck, we cannot."""
 
     def serve(self, seconds: float) -> None:
-        """Answer what the kernel says for so long."""
+        """Answer what the kernel says for so long; first what it has said and what was not answered."""
+        if self._unanswered:
+            self._unanswered = False
+            self._device.restore()
         until = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self._device.fd, select.POLLIN)
@@ -62,19 +67,23 @@ class Guard:
             message = messages.parse(raw)
         except FormatError:
             if (refused := messages.refused(raw)) is not None:
-                self._device.opened(refused[0], -5)
+                self._unanswered |= not self._device.opened(refused[0], -5)
                 os.close(refused[1])
             return
         if isinstance(message, messages.Open):
             held = _noted(self._files)
             size = -2 if held is None else held.sizes.get(f"{message.domain}/{message.key}", -2)
-            if self._device.opened(message.number, size) and size >= 0:
+            answered = self._device.opened(message.number, size)
+            self._unanswered |= not answered
+            if answered and size >= 0:
                 self._open[message.object_id] = message.fd
             else:
                 os.close(message.fd)
         elif isinstance(message, messages.Read):
             if message.object_id in self._open:
                 completed(self._open[message.object_id], message.number)
+            else:
+                self._unanswered = True
         elif message.object_id in self._open:
             os.close(self._open.pop(message.object_id))
 
@@ -104,7 +113,6 @@ def main(argv: list[str]) -> int:
             continue
         if guard is None:
             guard = Guard(device, files)
-            device.restore()
         guard.serve(_LOOK)
     return 0
 

@@ -30,6 +30,7 @@ from tests.fscache.guest.world import (
     Reader,
     Store,
     bind,
+    copies_of_open_files,
     daemon,
     drop_page_cache,
     entry,
@@ -183,6 +184,28 @@ def readers_live_through_a_kill_of_the_supervisor_and_of_the_guard() -> None:
     reader.finish()
     drop_page_cache()
     same(FIRST, WORK / "first")
+
+
+def readers_of_what_a_stuck_worker_of_the_former_daemon_has_open_are_served_when_it_has_ended() -> None:
+    """We are that worker: the kernel opens no file anew that we have open, too."""
+    daemon.be_there()
+    bind("stuck", SECOND, "stuck")
+    place = mount("stuck", "stuck")
+    for pid in daemon.pids("fetch") + daemon.pids("decompress"):
+        os.kill(pid, signal.SIGSTOP)
+    reader = Reader(SECOND, place)
+    wait("a reader whom nobody answers", reader.waits)
+    copies = copies_of_open_files()
+    assert copies
+    daemon.end(signal.SIGKILL)
+    before = len(daemon.log.read_bytes())
+    daemon.start()
+    wait("a read that it cannot answer", lambda: b"somebody else has open still" in daemon.log.read_bytes()[before:])
+    for fd in copies:
+        os.close(fd)
+    reader.finish()
+    unmount(place)
+    assert request("DELETE", "/api/v2/blobs?domain_id=stuck&blob_id=stuck")[0] == 204
 
 
 def an_image_that_was_bound_before_the_kill_is_bound_after_it() -> None:
@@ -353,6 +376,7 @@ CHECKS = (
     what_cannot_be_bound_or_mounted_is_refused,
     images_of_a_domain_share_a_blob_of_which_one_lists_more_and_a_liar_is_refused,
     readers_live_through_a_kill_of_the_supervisor_and_of_the_guard,
+    readers_of_what_a_stuck_worker_of_the_former_daemon_has_open_are_served_when_it_has_ended,
     an_image_that_was_bound_before_the_kill_is_bound_after_it,
     a_dropped_image_is_served_while_it_is_mounted_and_culled_when_it_is_not,
     a_full_cache_fails_reads_and_serves_them_when_there_is_room,

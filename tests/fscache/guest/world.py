@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from nydusd.ipc.borrow import borrow
 from tests.support import manifest
 from tests.support.blob_entry import blob_entry
 from tests.support.oracle import Image
@@ -156,6 +157,17 @@ def processes() -> Iterator[tuple[int, str]]:
                     int(name),
                     Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"),
                 )
+
+
+def copies_of_open_files() -> list[int]:
+    """The kernel's files that processes have open, opened by us, too."""
+    copies = []
+    for pid, _ in processes():
+        with contextlib.suppress(OSError):
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{number}") == "anon_inode:[cachefiles]":
+                    copies.append(borrow(pid, int(number), lambda: True))
+    return copies
 
 
 def entry(name: str, what: Image, domain: str = DOMAIN) -> bytes:
