@@ -2,12 +2,13 @@
 `list_image`, for those of which there is no copy: which blobs have no chunk that the image's chunk table lacks.
 
 Both run in a fetch worker: they parse what others wrote, and take ten microseconds a file. The copy goes into a file without
-a name that the supervisor has open: after SIGKILL in the middle nothing stays.
+a name, which is sent to the supervisor when all of it is on its disk: after SIGKILL in the middle nothing stays.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 
 from nydusd.errors import CacheError
 from nydusd.formats import open_bootstrap
@@ -20,8 +21,8 @@ from workers.blobs import OpenBlobs, map_bootstrap
 
 
 def split_image(_blobs: OpenBlobs, job: Json) -> Json:
-    """Job: image (plain data), file (pid and number of an fd), least, most. Answer: `cuts`, None if it is not to be split, and
-    `listed`.
+    """Job: image (plain data), folder, line (pid and number of a socket), least, most. Answer: `cuts`, None if it is not to be
+    split, and `listed`. Where there are cuts, the copy, a file in the folder's file system, was sent on the line before.
     """
     facts = ImageFacts.from_json(job["image"])
     view = map_bootstrap(facts.bootstrap)
@@ -32,15 +33,15 @@ def split_image(_blobs: OpenBlobs, job: Json) -> Json:
     if found is None:
         return {"cuts": None}
     try:
-        pid, number = map(int, job["file"])
-        fd = borrow(pid, number, lambda: os.getppid() == pid)  # the supervisor that has given us the job
-        try:
-            os.ftruncate(fd, 0)
-            with open(fd, "wb", closefd=False) as out:
-                out.write(found.metadata)
+        fd = os.open(job["folder"], os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as out:
+            out.write(found.metadata)
+            out.flush()
             os.fdatasync(fd)  # nobody would hear that its disk has not taken it, and the kernel would read zeros
-        finally:
-            os.close(fd)
+            pid, number = map(int, job["line"])
+            # The supervisor that has given us the job.
+            with socket.socket(fileno=borrow(pid, number, lambda: os.getppid() == pid)) as line:
+                socket.send_fds(line, [b"\0"], [fd])
     except OSError as e:
         raise CacheError(f"a copy of {facts.bootstrap} for the kernel: {e.strerror}", e.errno) from e
     return {"cuts": found.cuts, "listed": found.listed}

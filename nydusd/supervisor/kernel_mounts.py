@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nydusd import points
@@ -23,8 +24,7 @@ from nydusd.errors import MountError, NydusError
 from nydusd.frontends.erofs import mount_api
 from nydusd.frontends.erofs.session import Fds, is_mounted, is_seen, make, unmount_erofs
 from nydusd.frontends.erofs.table import Mounted
-from nydusd.ipc.messages import Json
-from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.supervisor.kernel_copy import make_copy
 from nydusd.supervisor.kernel_images import check, files_of, is_fillable, is_of, ranges_of
 from nydusd.supervisor.kernel_listed import Listing
 from nydusd.supervisor.kernel_places import is_inside, open_folder, path_of
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LEAST, _MOST = 4 << 20, 512
-"""Bytes of a range of a blob, and ranges of an image."""
 _LOOK = 2.0
 """Seconds between looks whether mounts are there still."""
 
@@ -184,25 +182,12 @@ class KernelMounts:
             self._mount(coming, image.metadata.bootstrap, [])
             return
         try:
-            file = os.open(str(image.caches[0].spec.work_dir), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            make_copy(self._fetch, image, partial(self._mount, coming))
         except OSError as e:
             log.warning("%s: no copy of the metadata can be made: %s", image.source, e.strerror)
             self._mount(coming, image.metadata.bootstrap, None)
-            return
-
-        def split(_job: Job, answer: Answer) -> None:
-            try:
-                if "error" in answer:
-                    log.warning("%s: its blobs are watched as a whole: %s", image.source, answer["error"])
-                cuts, listed = answer.get("cuts"), answer.get("listed")
-                copy = image.metadata.bootstrap if cuts is None else f"/proc/self/fd/{file}"
-                self._mount(coming, copy, cuts, listed or ())
-            finally:
-                os.close(file)
-
-        payload: Json = {"image": image.metadata.to_json(), "file": [os.getpid(), file], "least": _LEAST, "most": _MOST}
-        self._submitted = True
-        self._fetch.submit(Job("split_image", None, Priority.USER, payload, split))
+        else:
+            self._submitted = True
 
     def _mount(
         self, coming: _Coming, bootstrap: str, cuts: list[list[int]] | None, listed: Sequence[bool] = ()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +25,12 @@ from tests.erofs.test_images import differences
 from tests.image.build import image as image_tool
 from tests.support.daemon import Daemon, image_config, wait_for_role
 from tests.support.discipline import discipline, mounts_under, wait_until
+from tests.support.disk import Disk
 from tests.support.oracle import Image, image
 from tests.support.trees import random_tree
 
+_FREEZE, _THAW = 0xC0045877, 0xC0045878
+"""ioctl(2) on a folder: FIFREEZE, FITHAW."""
 SMALL, OTHER = image("v6-zstd-blake3"), image("v6-smallchunk")
 
 
@@ -92,6 +99,37 @@ def test_the_front_end_knows_what_is_cached_of_every_blob_before_somebody_reads_
 
     wait_until(lambda: len(known()) == 2, "both segments to be mapped", 60)
     assert not any(path.stat().st_blocks for path in many.cache.glob("*.blob.data")), "nothing is there of either"
+
+
+@contextlib.contextmanager
+def standing_still(folder: Path) -> Iterator[None]:
+    """Whoever writes to the disk of a folder waits."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, _FREEZE, 0)
+        try:
+            yield
+        finally:
+            fcntl.ioctl(fd, _THAW, 0)
+    finally:
+        os.close(fd)
+
+
+def test_a_disk_that_stands_still_while_an_image_is_mounted_holds_up_nobody_else() -> None:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="nydusd-k-"))
+        disk = stack.enter_context(Disk(Path(folder)))
+        many, pool = stack.enter_context(Many()), stack.enter_context(ThreadPoolExecutor())
+        many.cache = disk.path / "cache"
+        assert many.put("/a")[0] == 204
+        assert differences(SMALL, many.at("/a")) == []
+        with standing_still(disk.path):
+            answer = pool.submit(many.put, "/b")
+            with pytest.raises(TimeoutError):
+                answer.result(2)
+            assert many.request("GET", "/api/v1/nydusd/mounts", seconds=5)[0] == 200
+        assert answer.result(60)[0] == 204
+        assert differences(SMALL, many.at("/b")) == []
 
 
 def test_an_image_goes_into_a_folder_of_another_and_not_below_what_it_would_hide(many: Many) -> None:
