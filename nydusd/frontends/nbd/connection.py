@@ -5,8 +5,9 @@ outlives us (`kept.py`): it is there wholly or not at all. A reply is written to
 socket by splice(2), so that the kernel itself keeps the count of what was sent. The successor answers what was taken and not
 answered, and goes on in the middle of a reply: an image is read-only, so the rest of it is the same bytes, computed once more.
 
-What a client may cost is bounded: as long as too many bytes wait to be taken by it, or too many of its reads are under way,
-nothing more is read from its socket. A client that breaks the protocol is disconnected.
+What a client may cost is bounded, and what all of them do (`room.py`): a read for whose reply there is no room is put off, and
+meanwhile, or while too many are under way, nothing more is read from the socket. A client that breaks the protocol is
+disconnected.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from nydusd import points
 from . import kept, protocol
 from .kept import Kept, Sending
 from .protocol import Export, ProtocolError, Request
+from .room import Room
 
 log = logging.getLogger(__name__)
 
 _SKIP_SIZE = 64 << 10
-_UNSENT_MOST = 64 << 20
-"""Bytes of replies that a client has not taken, or that its reads under way will give."""
 
 
 class Connection:
-    """`read(connection, request)` begins a read, which `answer` ends. `pipe`: its ends, empty or as a predecessor left it."""
+    """`read(connection, request)` begins a read, which `answer` ends. `pipe`: its ends, empty or as a predecessor left it.
+
+    `room`: what all share.
+    """
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class Connection:
         known: Kept,
         export: Export,
         read: Callable[[Connection, Request], None],
+        room: Room,
     ) -> None:
         self.number = number
         self.sock = sock
@@ -54,7 +58,11 @@ class Connection:
         self._kept = known
         self._export = export
         self._read = read
-        self._unsent = 0
+        self._room_of_all = room
+        self.held = 0
+        """Bytes of replies that the client has not taken, or that its reads under way will give."""
+        self._put_off: deque[Request] = deque()
+        """Reads that were taken and not begun: there was no room."""
         self._under_way = 0
         """Commands that were taken and whose replies are not ready."""
         self._ready: deque[tuple[Request, int, memoryview | None]] = deque()
@@ -108,7 +116,7 @@ class Connection:
             return False
         if phase != kept.SERVING:
             return self._reply is None
-        return self._under_way + len(self._ready) < kept.SLOTS - 1 and self._unsent < _UNSENT_MOST
+        return self._under_way + len(self._ready) < kept.SLOTS - 1 and not self._put_off
 
     @property
     def wants_output(self) -> bool:
@@ -138,16 +146,33 @@ class Connection:
 
     def reserve(self, length: int) -> None:
         """A read of so many bytes is under way."""
-        self._unsent += length
+        self._hold(length)
 
     def answer(self, asked: Request, code: int, data: memoryview | None) -> None:
         """End a read that was reserved."""
-        self._unsent -= asked.length
+        self._hold(-asked.length)
         self._answer(asked, code, data)
+
+    def _hold(self, more: int) -> None:
+        self.held += more
+        self._room_of_all.used += more
+
+    @property
+    def is_put_off(self) -> bool:
+        """Whether a read waits for room."""
+        return bool(self._put_off)
+
+    def go_on(self) -> bool:
+        """Begin a read that was put off, if there is room for it now; whether there was."""
+        if not self._put_off or not self._room_of_all.has(self.held, self._put_off[0].length):
+            return False
+        self._read(self, self._put_off.popleft())
+        return True
 
     def close(self) -> None:
         """For the client at once, whoever else has its socket."""
         self.closed = True
+        self._hold(-self.held)
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
@@ -261,8 +286,10 @@ class Connection:
             self._answer(asked, known.code(slot), None)
         elif code or asked.kind in (protocol.FLUSH, protocol.CACHE):
             self._answer(asked, code, None)
+        elif slot == self._resumed or (not self._put_off and self._room_of_all.has(self.held, asked.length)):
+            self._read(self, asked)  # what a predecessor has begun to send at once: all else waits for it
         else:
-            self._read(self, asked)
+            self._put_off.append(asked)
 
     # --- replies out ------------------------------------------------------------------------------------------
 
@@ -270,7 +297,7 @@ class Connection:
         self._under_way -= 1
         if asked.slot != self._resumed:
             self._ready.append((asked, code, data))
-            self._unsent += 0 if data is None else len(data)
+            self._hold(0 if data is None else len(data))
             return
         self._resumed = None
         at, piece, _ = self._kept.sending
@@ -282,7 +309,7 @@ class Connection:
             self._failed = True
         else:
             self._reply = self._views(asked, code, data)
-        self._unsent += 0 if data is None else len(data)
+        self._hold(0 if data is None else len(data))
 
     @staticmethod
     def _views(asked: Request, code: int, data: memoryview | None) -> list[memoryview]:
@@ -334,7 +361,7 @@ class Connection:
             self._kept.sending = Sending(0, 0, kept.NOTHING)
         else:
             assert self._reply is not None
-            self._unsent -= sum(len(view) for view in self._reply[1:])
+            self._hold(-sum(len(view) for view in self._reply[1:]))
             self._kept.free(what - 1)
             points.reach("nbd: slot free")
             self._kept.sending = Sending(0, 0, kept.NOTHING)

@@ -39,6 +39,7 @@ from .kept import NUMBER, SIZE, Kept
 from .layout import Layout
 from .protocol import Export, ProtocolError
 from .reads import Reads
+from .room import Room
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +62,14 @@ class Server:
         self._known = known
         self._export = export
         self._reads = reads
+        self._room = Room()
         self._connections: dict[int, Connection] = {}
 
     def add(self, number: int, fds: Sequence[int]) -> None:
         """Serve a client: its socket, and both ends of its pipe."""
         sock = socket.socket(fileno=fds[0])
         known = Kept(self._known[number * SIZE : (number + 1) * SIZE])
-        connection = Connection(number, sock, (fds[1], fds[2]), known, self._export, self._reads.begin)
+        connection = Connection(number, sock, (fds[1], fds[2]), known, self._export, self._reads.begin, self._room)
         self._connections[sock.fileno()] = connection
         self._guarded(connection, connection.resume)
 
@@ -78,6 +80,8 @@ class Server:
         registered: set[int] = set()
         while not self._orphaned or self._connections:
             timeout = self._reads.service()
+            if self._begin_put_off():
+                continue  # what came meanwhile, and what they wait for
             if self._reads.client is not None and client is None:
                 client = self._reads.client.fileno()
                 poll.register(client, select.POLLIN)
@@ -101,6 +105,11 @@ class Server:
                     self._serve(self._connections[ready], events)
             for connection in [each for each in self._connections.values() if each.partial]:
                 self._guarded(connection, connection.receive)
+
+    def _begin_put_off(self) -> bool:
+        """Begin a read that was put off, of who holds least first; whether there was room for one."""
+        waiting = sorted((each for each in self._connections.values() if each.is_put_off), key=lambda each: each.held)
+        return any(each.go_on() for each in waiting)
 
     def _take_clients(self) -> None:
         """Those whom the supervisor has let in."""
