@@ -115,6 +115,13 @@ def own(role: str) -> list[int]:
     return [pid for pid in descendants(os.getpid()) if is_running(pid) and cmdline(pid).startswith(f"nydusd: {role}")]
 
 
+def another(role: str, former: int) -> int:
+    """The process of a role that comes in the place of this one."""
+    wait_until(lambda: own(role) not in ([], [former]) and former not in own(role), f"another {role}", 60)
+    (pid,) = own(role)
+    return pid
+
+
 def test_a_reader_waits_through_the_death_of_any_process(tree: Tree, hub: Hub) -> None:
     held = Held(tree, hub)
     with held.mounted:
@@ -288,6 +295,30 @@ def test_whoever_serves_alone_may_die_of_anything_and_who_is_last_clears_away(
         wait_until(lambda: not own("erofs") and not own("guard"), "the end of who has stayed", 60)
         notes = [path for path in discipline.runtime.glob("*.erofs.json") if str(guard) in path.read_text()]
         assert notes == []
+
+
+def test_who_serves_alone_has_a_guard_again_where_that_was_killed(tree: Tree, hub: Hub, expect_log: Expect) -> None:
+    """One after the other may be killed, however often: somebody holds the group, and nobody reads a hole."""
+    expect_log("a read failed: .*nobody has fetched it in time")
+    held = Held(tree, hub, read_deadline=1.0)
+    with held.mounted:
+        held.right(held.read(NAMES[0]), NAMES[0])
+        serves, guard = held.one("erofs"), held.one("guard")
+        absent = os.open(held.daemon.mountpoint / NAMES[1], os.O_RDONLY)
+        held.daemon.kill_supervisor()
+        for _ in range(3):
+            os.kill(serves, signal.SIGKILL)
+            with pytest.raises(OSError) as failure:
+                os.pread(absent, CHUNK, 0)
+            assert failure.value.errno == errno.EIO
+            serves = another("erofs", serves)
+            os.kill(guard, signal.SIGKILL)
+            guard = another("guard", guard)
+        held.daemon.start()
+        assert os.pread(absent, CHUNK, 0) == tree.contents[NAMES[1]]
+        os.close(absent)
+        assert (len(own("erofs")), len(own("guard"))) == (1, 1), "the others were ended"
+        assert guard not in own("guard")
 
 
 @contextmanager

@@ -180,6 +180,19 @@ def test_who_holds_what_is_mounted_and_is_not_noted_is_found_unless_that_cannot_
     assert left.take(path) is None, "it has ended"
 
 
+def test_all_who_hold_what_is_mounted_are_ended_with_what_they_start(tmp_path: Path, mounted: Fds) -> None:
+    """A copy that serves, and the guard that it has made: either may be about to start another."""
+    path = tmp_path / "left.json"
+    with holding(mounted, "nydusd: erofs 0") as copy, holding(mounted, "nydusd: guard") as guard:
+        left.write(path, [], mounted, 3)
+        found = left.take(path)
+        assert found is not None
+        assert {holder.pid for holder in found.noted} == {copy, guard}
+        assert len(found.holders) == len(found.noted)
+        found.fds.close()
+        left.let_be(found.holders)
+
+
 def test_a_noted_holder_that_has_just_been_killed_hides_no_other(tmp_path: Path, mounted: Fds) -> None:
     path = tmp_path / "left.json"
     with subprocess.Popen(["sleep", "60"]) as guard, holding(mounted, "nydusd: erofs 0") as copy:

@@ -8,8 +8,9 @@ for `patience` seconds, a copy of the guard becomes a front end: what is cached 
 on, whatever becomes of that one, and starts another when it ends. It ends when no file system is left, and clears away what
 the daemon has left (`ending.py`).
 
-What holds after SIGKILL: the copy serves on and holds the same; it clears away then. The next daemon finds it by what it holds
-(`left.take`). Whoever ends a guard so as to take its place ends its copy with it: they are a process group (`left.end`).
+What holds after SIGKILL: the copy serves on and holds the same, and soon has a guard again, a copy of itself; whoever is last
+clears away. The next daemon finds them by what they hold (`left.take`). Whoever ends one so as to take its place ends what it
+has started with it: who starts another is the first of a process group (`left.end`).
 
 The spec: `group`, `journal`, `table` (fds), `left` (path of the file that names us), `patience` (seconds), `supervisor` (its
 pid), and `successor`: the spec of the front end that its copy may become.
@@ -31,6 +32,7 @@ from nydusd.errors import NydusError
 from nydusd.frontends.fuse.complaints import Complaints
 from nydusd.frontends.guard import begin_guard
 from nydusd.ipc.messages import Json
+from nydusd.proctitle import set_title
 
 from . import table
 from .ending import clear_away
@@ -46,12 +48,17 @@ _PAUSE_MOST = 32.0
 
 def main(argv: list[str]) -> int:
     """Hold on until nobody can read any more. Raises InternalError when the spec cannot be read."""
-    guard = _Guard(begin_guard(argv))
+    spec = begin_guard(argv)
+    _hold_on(_Guard(spec, _Successor(spec, os.getpid())))
+    return 0
+
+
+def _hold_on(guard: _Guard) -> None:
     complaints = Complaints("guard")
     while True:
         try:
             if guard.is_over():
-                return 0
+                return
         except Exception as e:  # whatever it is: who reads would read holes if this were the last one to hold the group
             complaints.log("it holds on, after an unexpected error", error=e)
             time.sleep(_LOOK)
@@ -60,10 +67,10 @@ def main(argv: list[str]) -> int:
 class _Guard:
     """What the guard knows from one look around to the next."""
 
-    def __init__(self, spec: Json) -> None:
+    def __init__(self, spec: Json, successor: _Successor) -> None:
         self._spec = spec
         self._table = int(spec["table"])
-        self._successor = _Successor(spec["successor"], Path(spec["left"]))
+        self._successor = successor
         self._files: dict[str, int] = {}
         self._alone_since: float | None = None
 
@@ -76,7 +83,7 @@ class _Guard:
         orphaned = os.getppid() != int(self._spec["supervisor"])
         if orphaned and not known.alive():
             self._successor.end()
-            clear_away(known, Path(self._spec["left"]), os.getpid())
+            clear_away(known, Path(self._spec["left"]), self._successor.named)
             return True
         if self._successor.lives() or not orphaned or not _is_idle(int(self._spec["journal"])):
             self._alone_since = None
@@ -100,19 +107,20 @@ class _Guard:
 
 
 class _Successor:
-    """The copy of the guard that serves when nobody else does. `spec`: of the front end that it becomes.
+    """The copy of the guard that serves when nobody else does. `spec`: the guard's; `named`: the pid of the one that was noted.
 
     A copy, and no other program: it needs nothing but memory, and is of the release that has made what it serves, whatever
     is on the disk by now.
     """
 
-    def __init__(self, spec: Json, note: Path) -> None:
-        self._spec = spec | {"alone": True}
-        self._note = note
+    def __init__(self, spec: Json, named: int, *, has_begun: bool = False) -> None:
+        self._guards = spec
+        self._spec = spec["successor"] | {"alone": True}
+        self.named = named
         self._pid = 0
         self._pause = 0.0
         self._next = 0.0
-        self.has_begun = False
+        self.has_begun = has_begun
 
     def lives(self) -> bool:
         """Whether there is one; of one that has ended it is noted how."""
@@ -135,6 +143,7 @@ class _Successor:
         self._pause = min(_PAUSE_MOST, self._pause * 2 or _LOOK)
         self._next = now + self._pause
         guard = os.getpid()
+        _lead()
         pid = os.fork()
         if not pid:
             self._serve(guard)
@@ -147,9 +156,9 @@ class _Successor:
         try:
             # First, and by this: its fd must not be closed once numbers of events are occupied.
             logs.setup_child(self._spec["log"], "erofs 0")
-            serve(self._spec)
+            serve(self._spec, _Spare(self._guards, guard, self.named).look)
             if os.getppid() != guard:
-                clear_away(table.read(int(self._spec["table"])), self._note, guard)
+                clear_away(table.read(int(self._spec["table"])), Path(self._guards["left"]), self.named)
             status = 0
         except NydusError as e:
             log.error("it serves no more: %s", e)
@@ -164,6 +173,51 @@ class _Successor:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
             self._pid = 0
+
+
+class _Spare:
+    """The guard of a copy that serves, where `guard` (its pid), which has started that, was killed: a copy of the copy."""
+
+    def __init__(self, spec: Json, guard: int, named: int) -> None:
+        self._spec = spec
+        self._guard = guard
+        self._named = named
+        self._pid = 0
+
+    def look(self) -> None:
+        """Called now and then: see to it that there is a guard."""
+        if os.getppid() == self._guard or (self._pid and not os.waitpid(self._pid, os.WNOHANG)[0]):
+            return
+        self._pid = 0
+        try:
+            _lead()
+            pid = os.fork()
+        except OSError as e:
+            log.warning("the guard was killed, and there is no room for another: %s", e.strerror)
+            return
+        if not pid:
+            self._hold_on()
+        self._pid = pid
+
+    def _hold_on(self) -> None:
+        """Be the guard. Nobody takes events here: numbers of those that the other one has taken may be occupied or not."""
+        status = 1
+        try:
+            logs.setup_child(self._spec["successor"]["log"], "guard")
+            set_title("guard")
+            log.warning("the guard was killed: this is another one")
+            _hold_on(_Guard(self._spec, _Successor(self._spec, self._named, has_begun=True)))
+            status = 0
+        except BaseException:
+            log.exception("it holds on no more")
+        finally:
+            os._exit(status)
+
+
+def _lead() -> None:
+    """Be the first of a process group, before another is started, which then is ended with us."""
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
 
 
 def _is_idle(journal: int) -> bool:

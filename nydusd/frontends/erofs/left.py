@@ -183,6 +183,8 @@ def take(path: Path) -> Left | None:
 def _take_unnoted(path: Path, journal: tuple[int, int], generation: int) -> Left | None:
     """The same from who holds this journal and is not noted. Raises MountError, CacheError."""
     found = _unnoted(journal, (), _ALONE)
+    noted: dict[int, Holder] = {}
+    taken: Fds | None = None
     why = ""
     for pid, pidfd in found.items():
         try:
@@ -191,11 +193,18 @@ def _take_unnoted(path: Path, journal: tuple[int, int], generation: int) -> Left
         except (OSError, KeyError) as e:
             why = str(e)
             continue
-        if start > 0 and _number(os.fstat(fds.journal)) == journal:
-            others = [other for other in found.values() if other != pidfd]
-            return Left([pidfd, *others], fds, generation, [Holder(pid, start, numbers)])
-        why = "it cannot be told who holds it"
-        fds.close()
+        if start <= 0 or _number(os.fstat(fds.journal)) != journal:
+            why = "it cannot be told who holds it"
+            fds.close()
+            continue
+        noted[pidfd] = Holder(pid, start, numbers)
+        if taken is None:
+            taken = fds
+        else:
+            fds.close()
+    if taken is not None:
+        others = [other for other in found.values() if other not in noted]
+        return Left([*noted, *others], taken, generation, list(noted.values()))
     ended = _have_ended(list(found.values()))
     let_be(list(found.values()))
     if not ended:

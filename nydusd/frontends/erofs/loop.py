@@ -57,6 +57,7 @@ class FrontEnd:
 
     `make_known(complain)` gives what is mounted; `orphaned()`: whether the supervisor is gone; `alone`: it stays so, and
     what is missing cannot be fetched. A reader waits `patience` seconds at most. `board`: where it is shown meanwhile.
+    `look` is called every `_REST`.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class FrontEnd:
         patience: float = 30.0,
         alone: bool = False,
         board: InflightRow | None = None,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         self._journal = journal
         self._connect = connect
         self._client: Client | None = None
         self._orphaned = orphaned
+        self._look = look
         self._inherited = {kept.event.fd for kept in journal.left}
         """Numbers that stand for no file here."""
         self._own_numbers = self._inherited - inherited
@@ -432,7 +435,9 @@ class FrontEnd:
         known = self._known.table
         if (known.ended or self._orphaned()) and not known.alive():
             self._over = True
-        elif known.ended and not self._alone:
+            return
+        self._look()
+        if known.ended and not self._alone:
             self._alone = True
             for waiting in list(self._waiting.values()):
                 self._end(waiting, errno.EIO, "the daemon was stopped")

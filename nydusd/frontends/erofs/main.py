@@ -42,8 +42,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def serve(spec: Json) -> None:
-    """The same by its spec, in a process that logs already: a number of an event may be that of its log. Raises NydusError."""
+def serve(spec: Json, look: Callable[[], None] = lambda: None) -> None:
+    """The same by its spec, in a process that logs already: a number of an event may be that of its log. `look` is called every
+    two seconds. Raises NydusError.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_title("erofs 0")
     journal = Journal(int(spec["journal"]), crashed=bool(spec.get("crashed")))
@@ -67,6 +69,7 @@ def serve(spec: Json) -> None:
         patience=float(spec["read_deadline"]),
         alone=bool(spec.get("alone")),
         board=open_row(spec.get("inflight"), int(spec["index"])),
+        look=look,
     )
     # Events make no reference cycles: what is alive now stays, and looking for garbage would only cost.
     gc.collect()
