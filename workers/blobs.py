@@ -20,8 +20,11 @@ from nydusd.storage.backend.base import BlobBackend, BlobReader
 from nydusd.storage.cache.spec import BlobSpec
 from nydusd.storage.state.segment import Segment
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ENOBUFS)
-"""Why a disk takes nothing: then reads go on without it."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FAILING = (errno.EIO, errno.EROFS, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA, errno.EREMOTEIO, errno.ETIMEDOUT)
+_AWAY = (errno.ENODEV, errno.ENXIO, errno.ENOLINK, errno.ESTALE, errno.ENOTCONN, errno.ECONNABORTED, errno.EHOSTDOWN)
+NO_ROOM = (*_FULL, *_FAILING, *_AWAY, errno.ENOBUFS)
+"""Why a disk takes nothing: then reads go on without it. ENOBUFS is ours: another process keeps the file to itself."""
 _LIMIT = 256
 """Blobs kept open at most; one unused for longer is closed, and opened again when needed."""
 
@@ -103,6 +106,7 @@ class OpenBlob:
         except FileNotFoundError:
             wrong = "was replaced or deleted"
         except OSError as e:
+            self.close()  # it may be open and not have been compared
             raise CacheError(f"cache file {path}: {e.strerror}", e.errno) from e
         else:
             if (st.st_dev, st.st_ino) == (identity.dev, identity.ino) and st.st_size >= identity.size:

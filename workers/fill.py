@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from nydusd import points
 from nydusd.errors import (
     BackendError,
+    CacheError,
     CorruptChunkError,
     InternalError,
     NydusError,
@@ -66,6 +67,15 @@ class _Result:
         """These chunks have failed, of one cause: one line in the log."""
         log.error("%s", error)
         self.failed += [(chunk, error.errno, str(error)) for chunk in chunks]
+
+    def has_no_room(self, chunks: Iterable[int], error: OSError | CacheError) -> bool:
+        """These chunks are to come past the cache file, if the error says that its disk takes nothing: whether it does."""
+        code = error.errno if isinstance(error, OSError) else error.cause_errno
+        if code not in NO_ROOM:
+            return False
+        self.unstored += chunks
+        self.why_unstored = os.strerror(code)
+        return True
 
     def answer(self) -> Json:
         return {
@@ -116,11 +126,9 @@ class _CacheFile:
         try:
             points.reach("fill: before the write")
             self._write(data, record.uoff)
-        except OSError as e:
-            if e.errno not in NO_ROOM:
+        except (OSError, CacheError) as e:
+            if not self._result.has_no_room([chunk], e):
                 raise
-            self._result.unstored.append(chunk)
-            self._result.why_unstored = e.strerror or str(e)
             return
         points.reach("fill: written")
         _mark(self._segment, chunk, doubts)
@@ -231,7 +239,12 @@ def fill(blobs: OpenBlobs, job: Json) -> Json:
     if blob.spec.cookie is not None:
         with lent(blob.spec.cookie) as fd:
             return _fill(blobs, blob, job, _Cookie(fd, blob, result), result)
-    target = _CacheFile(blob, result)
+    try:
+        target = _CacheFile(blob, result)
+    except CacheError as e:
+        if not result.has_no_room(job["chunks"], e):
+            raise
+        return result.answer()
     for chunk in job["verify"]:
         _adopt(blob, chunk)
     return _fill(blobs, blob, job, target, result)

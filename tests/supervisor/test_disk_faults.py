@@ -87,6 +87,17 @@ def test_disk_that_is_read_only_from_the_start_costs_no_read(tree: Tree, disk: D
         assert list(daemon.cache.iterdir()) == []
 
 
+def test_disk_that_becomes_read_only_before_a_worker_has_the_cache_file_open_costs_no_read(
+    tree: Tree, disk: Disk
+) -> None:
+    """As ext4 does of itself at an error: a worker that was just started cannot open the file for writing."""
+    with daemon_on(tree, disk.path) as daemon:
+        wait_until(lambda: "chunks are in the cache" in daemon.log.read_text(), "the blob to be open", 60)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk.path)], check=True)
+        right(daemon, tree)
+        assert says_uncached(daemon)
+
+
 def test_disk_that_stands_still_keeps_nobody_who_reads_from_another_while_an_image_is_unmounted(
     tree: Tree, tmp_path: Path
 ) -> None:

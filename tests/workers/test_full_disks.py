@@ -11,7 +11,7 @@ import pytest
 from nydusd.errors import CacheError
 from nydusd.storage.state.segment import EMPTY, READY, VERIFY
 from tests.support.scarce import no_fd_left
-from tests.workers.harness import PLAIN, jobs, slot_of, small_disk
+from tests.workers.harness import PLAIN, UNPADDED, jobs, slot_of, small_disk
 
 
 def test_chunk_that_cannot_be_looked_at_for_want_of_a_file_descriptor_is_not_taken_for_absent(folder: Path) -> None:
@@ -88,6 +88,32 @@ def test_write_errors_leave_the_chunk_unmarked(folder: Path, monkeypatch: pytest
         monkeypatch.undo()
         image.fill_all()
         assert image.wrong_files() == []
+
+
+@pytest.mark.parametrize("call", ["open", "stat", "fstat", "lseek", "pwrite"])
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EUCLEAN, errno.ESTALE], ids=errno.errorcode.get)
+def test_chunks_come_past_a_cache_file_whose_disk_fails_whatever_is_asked_of_it(
+    call: str, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only EIO, and not only of a write: a file system that is shut down fails stat(2), too."""
+    with jobs(UNPADDED, folder) as image:
+        last = image.prepare()["count"] - 1  # after that one it is looked for holes
+        image.fill([last - 1])
+        image.open.let_go()
+        asked = getattr(os, call)
+
+        def fails(what: object, *more: object, **how: object) -> object:
+            if what == image.data or (
+                isinstance(what, int) and os.readlink(f"/proc/self/fd/{what}") == str(image.data)
+            ):
+                raise OSError(code, os.strerror(code))
+            return asked(what, *more, **how)
+
+        monkeypatch.setattr(os, call, fails)
+        done = image.fill([last])
+        monkeypatch.undo()
+        assert done["unstored"] == [last] and done["why_unstored"] == os.strerror(code) and done["failed"] == []
+        assert image.states()[last] == EMPTY
 
 
 def test_data_that_may_be_lost_is_checked_before_it_is_used_again(
