@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from nydusd.storage.cache import prefetch
 from nydusd.storage.cache.pace import Limiter
 from tests.supervisor.world import CHUNKS, World
 
@@ -111,6 +112,25 @@ def test_looking_for_work_does_not_go_through_the_list_of_a_blob_that_is_not_ope
         assert world.prefetch.idle()
     finally:
         world.close()
+
+
+def test_many_chunks_of_which_none_is_to_be_fetched_are_looked_at_piece_by_piece(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hostile blob has sixteen million of them, and who is served by the same daemon must not wait for that."""
+    monkeypatch.setattr(prefetch, "_LOOK_MOST", 4)
+    for chunk in range(10):
+        world.plain.chunk_map.set_ready(chunk)
+    for chunk in range(3):
+        world.prefetch.want(world.plain, chunk, 1)
+    world.prefetch.want(world.plain, 0, 12)
+    world.worker("decompress", b"w")
+    for _ in range(3):
+        world.pump()
+        assert not world.sent and not world.prefetch.idle()
+        assert world.prefetch.wait(world.clock.now) == 0, "it is gone on with"
+    assert drain(world) == [10, 11]
+    assert world.prefetch.idle() and world.prefetch.wait(world.clock.now) is None
 
 
 def test_rate_is_kept_and_users_do_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from nydusd.storage.state.segment import EMPTY, VERIFY
 
 _PAUSE_FIRST, _PAUSE_MOST = 1.0, 60.0
 _GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
+_LOOK_MOST = 8192
+"""Chunks that are looked at before others have their turn: of millions, none may be there to be fetched."""
 
 
 _Run = tuple[BlobCache, int, int]
@@ -30,6 +32,7 @@ class PrefetchWorker:
     def __init__(self) -> None:
         self._queues: dict[Pace, deque[_Run]] = {}
         self._aside: dict[BlobCache, deque[_Run]] = {}
+        self._looks_on = False
         self.requests = 0
         self.bytes = 0
 
@@ -60,6 +63,8 @@ class PrefetchWorker:
 
     def wait(self, now: float) -> float | None:
         """Seconds until `take` may give more by the passing of time alone; None if only an event can bring that."""
+        if self._looks_on:
+            return 0.0
         until = [now + wait for runs in self._queues.values() if runs and (wait := _limit(runs, now))]
         until += [cache.retry_at for cache in self._aside if cache.state == "failed"]
         until += [max(cache.no_room_until, cache.prefetch_at) for cache in self._aside if cache.state == "ready"]
@@ -68,10 +73,11 @@ class PrefetchWorker:
     def take(
         self, now: float, may: Callable[[BlobCache], bool] = lambda _: True
     ) -> tuple[BlobCache, Sequence[int]] | None:
-        """The next batch: chunks of one blob that nobody has or fetches; None if there is nothing to do now.
+        """The next batch: chunks of one blob that nobody has or fetches; None if there is nothing to do now, or not known yet.
 
         `may` says whether chunks of this blob may be prefetched now; those of the same image behind them wait with them.
         """
+        self._looks_on, left = False, _LOOK_MOST
         for cache in [cache for cache in self._aside if _can_be_filled(cache, now)]:
             self._queue(cache).extendleft(reversed(self._aside.pop(cache)))
         for pace, runs in list(self._queues.items()):
@@ -82,21 +88,29 @@ class PrefetchWorker:
                 if not _can_be_filled(run[0], now):
                     self._aside.setdefault(run[0], deque()).append(run)
                     continue
-                batch = self._batch(run, runs, now)
+                batch, looked = self._batch(run, runs, now, left)
                 if batch:
                     return run[0], batch
+                left -= max(looked, 1)
+                if left <= 0:
+                    self._looks_on = True
+                    return None
             if not runs:
                 del self._queues[pace]
         return None
 
-    def _batch(self, run: _Run, runs: deque[_Run], now: float) -> list[int]:
-        """The first chunks of a run that are missing; what is left of the run goes back to the front of its queue."""
+    def _batch(self, run: _Run, runs: deque[_Run], now: float, most: int) -> tuple[list[int], int]:
+        """The first chunks of a run that are missing; what is left of the run goes back to the front of its queue.
+
+        And how many were looked at, `most` or fewer.
+        """
         cache, chunk, count = run
         end = cache.meta.count if count < 0 else min(chunk + count, cache.meta.count)
+        begin, stop = chunk, min(end, chunk + most)
         batch: list[int] = []
         size = stored = 0
         state = cache.chunk_map.states()
-        while chunk < end and size < cache.pace.batch_size:
+        while chunk < stop and size < cache.pace.batch_size:
             if state[chunk] in (EMPTY, VERIFY) and cache.meta.is_listed(chunk):
                 record = cache.meta.record(chunk)
                 batch.append(chunk)
@@ -113,7 +127,7 @@ class PrefetchWorker:
             self.requests += 1
             self.bytes += size
             cache.pace.limiter.spend(now, stored)
-        return batch
+        return batch, chunk - begin
 
 
 def _limit(runs: deque[_Run], now: float) -> float:
