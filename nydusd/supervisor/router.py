@@ -245,8 +245,13 @@ class Router:
         self._all_again(requests)
 
     def may_close(self, cache: BlobCache) -> bool:
-        """Whether nothing of a blob that no image uses is under way any more. Has its map stored before it says so."""
+        """Whether nothing of a blob that no image uses is under way any more. Has its map stored before it says so.
+
+        A job that is void counts, too: who opens the file next may do so by a table that contradicts the one it is written by.
+        """
         if cache.state == "preparing" or cache.checkpointing or cache.jobs:
+            return False
+        if any(pool.has(cache) for pool in (self._fetch, self._decompress)):
             return False
         if any(request.cache is cache for request in self._requests.values()):
             return False

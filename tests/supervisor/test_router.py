@@ -25,6 +25,19 @@ def test_a_handle_that_no_blob_has_is_said_to_be_stale_or_known_later(
     assert answers == [(1, errno.ESTALE)]
 
 
+def test_a_blob_is_not_closed_while_a_worker_writes_to_its_file_though_nobody_waits_for_that(world: World) -> None:
+    """Else the next image could have the file by a table that contradicts the one by which that worker writes."""
+    world.worker("decompress", b"w")
+    world.ask(A, 1, world.plain, 0, 1)
+    world.pump()
+    world.open.pop((A, 1))
+    world.router.cancel(A, 1)
+    world.router.forget(world.plain)
+    assert not world.plain.jobs and not world.router.may_close(world.plain)
+    world.filled(b"w")
+    assert world.router.may_close(world.plain)
+
+
 def test_what_was_given_for_a_request_that_is_cancelled_is_free_though_nobody_looks_for_the_answer(
     world: World,
 ) -> None:
