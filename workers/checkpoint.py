@@ -41,10 +41,8 @@ def checkpoint(blobs: OpenBlobs, job: Json) -> Json:
 
 
 def forget_deleted(_blobs: OpenBlobs, job: Json) -> Json:
-    """Job: maps, of blobs that were closed. Removes the records of those that somebody has deleted."""
-    for path in job["maps"]:
-        map_file.forget_deleted(Path(path))
-    return {}
+    """Job: maps, of blobs that were closed. Removes the records of those that somebody has deleted. Answer: `gone`, those."""
+    return {"gone": [path for path in job["maps"] if not map_file.forget_deleted(Path(path))]}
 
 
 def _checkpoint(blob: OpenBlob, fd: int) -> Json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -188,12 +189,45 @@ def test_record_without_map_claims_nothing(cache: Cache) -> None:
 
 def test_record_goes_when_its_map_was_deleted_and_not_before(cache: Cache) -> None:
     cache.checkpoint([1, 2])
-    forget_deleted(cache.path)
+    assert forget_deleted(cache.path)
     assert cache.believed() == [1, 2]
     cache.path.unlink()
-    forget_deleted(cache.path)
+    assert not forget_deleted(cache.path)
     assert not cache.record.exists()
-    forget_deleted(cache.path)
+    assert not forget_deleted(cache.path)
+
+
+def test_what_was_set_aside_goes_with_what_it_was_of(cache: Cache) -> None:
+    """It may be as large as a layer, and whoever collects garbage does not know these names."""
+    cache.checkpoint([1, 2])
+    data = cache.path.with_suffix("")
+    kept = [path.with_name(f"{path.name}.bad") for path in (cache.path, data)]
+    for path in kept:
+        path.touch()
+    assert forget_deleted(cache.path)
+    assert [path.exists() for path in kept] == [True, True]
+    cache.path.unlink()
+    assert not forget_deleted(cache.path)
+    assert [path.exists() for path in kept] == [False, True], "somebody may have the data file still"
+    data.unlink()
+    assert not forget_deleted(cache.path)
+    assert [path.exists() for path in kept] == [False, False]
+
+
+def test_what_cannot_be_looked_at_is_looked_at_again(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    exists = Path.exists
+
+    def fails(path: Path) -> bool:
+        if path == cache.path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return exists(path)
+
+    cache.checkpoint([1, 2])
+    cache.path.unlink()
+    monkeypatch.setattr(Path, "exists", fails)
+    assert forget_deleted(cache.path)
+    monkeypatch.undo()
+    assert cache.record.exists()
 
 
 def test_record_torn_or_flipped_anywhere_is_no_record(cache: Cache) -> None:

@@ -22,8 +22,11 @@ class BlobFactory:
         self._handles = count(1)
         self._by_handle: dict[int, BlobCache] = {}
         self._by_file: dict[Path, list[BlobCache]] = {}
-        self.left: set[Path] = set()
-        """Chunk maps of blobs that are closed, whose records are to go if they were deleted: that may wait for a disk."""
+        self.left: dict[Path, float] = {}
+        """Chunk maps of blobs that are closed, whose records are to go when they are deleted: that may wait for a disk.
+
+        And when it is to be looked whether they were (monotonic seconds).
+        """
 
     def new_blob_cache(
         self,
@@ -53,7 +56,7 @@ class BlobFactory:
         cache = manager.get_blob_cache(info, image, bootstrap, path_id, extracted, former)
         self._by_handle[cache.handle] = cache
         if cache.caches:
-            self.left.discard(cache.spec.map_path)
+            self.left.pop(cache.spec.map_path, None)
         if (path := cache.spec.data_path) is not None:
             cache.kin = self._by_file.setdefault(path, [])
             cache.kin.append(cache)
@@ -80,7 +83,7 @@ class BlobFactory:
             del self._by_handle[cache.handle]
             cache.kin.remove(cache)
             if cache.caches and not cache.kin:
-                self.left.add(cache.spec.map_path)
+                self.left[cache.spec.map_path] = 0.0
             if (path := cache.spec.data_path) is not None and not cache.kin:
                 del self._by_file[path]
         return dropped

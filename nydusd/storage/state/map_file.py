@@ -62,9 +62,14 @@ def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".nydusd.tmp")
 
 
+def _aside(path: Path) -> Path:
+    """What a map or data file is renamed to that must not be believed."""
+    return path.with_name(path.name + ".bad")
+
+
 def set_aside(path: Path, why: str) -> None:
     """Rename a map that must not be believed to `*.bad`."""
-    bad = path.with_name(path.name + ".bad")
+    bad = _aside(path)
     log.warning("chunk map %s: %s; renamed to %s, starting empty", path, why, bad.name)
     try:
         os.replace(path, bad)
@@ -72,18 +77,23 @@ def set_aside(path: Path, why: str) -> None:
         log.warning("chunk map %s cannot be renamed: %s", path, e.strerror)
 
 
-def forget_deleted(path: Path) -> None:
-    """Remove the record of a map that somebody has deleted. Never raises: a record without a map says nothing.
+def forget_deleted(path: Path) -> bool:
+    """Remove the record of a map that somebody has deleted; whether the map may be there still. Never raises.
 
-    A garbage collector knows the names of the reference's files only.
+    A garbage collector knows the names of the reference's files only. So what was set aside goes, too, with what it was of.
     """
+    data = path.with_suffix("")
+    left = [record_path(path), _temporary(path), _aside(path)]
     try:
-        if not path.exists():
-            for left in (record_path(path), _temporary(path)):
-                if left.exists():  # to remove what is not there waits for a disk that stands still, too
-                    left.unlink(missing_ok=True)
+        if path.exists():
+            return True
+        for file in left if data.exists() else (*left, _aside(data)):
+            if file.exists():  # to remove what is not there waits for a disk that stands still, too
+                file.unlink(missing_ok=True)
     except OSError as e:
-        log.warning("%s cannot be removed: %s", record_path(path), e.strerror)
+        log.warning("what is left of %s cannot be removed: %s", path, e.strerror)
+        return True
+    return False
 
 
 def forget_layout(path: Path) -> None:

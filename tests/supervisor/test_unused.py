@@ -1,0 +1,126 @@
+"""Blobs that no image uses any more, and what is left of those whose chunk maps somebody deletes afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from nydusd.storage.api.factory import BlobFactory
+from nydusd.storage.cache.blob_cache import BlobCache
+from nydusd.storage.cache.manager import CacheConfig
+from nydusd.storage.cache.prefetch import PrefetchWorker
+from nydusd.storage.cache.requests import Job
+from nydusd.supervisor import unused
+from nydusd.supervisor.pool import WorkerPool
+from nydusd.supervisor.router import Router
+from nydusd.supervisor.unused import Unused
+from tests.supervisor.world import Clock
+from tests.support.blobs import blob_info
+from workers.blobs import OpenBlobs
+from workers.checkpoint import forget_deleted
+
+
+class Daemon:
+    """What `Unused` needs of one: `mount` uses a blob, `umount` ends that, and `turn` is a turn of the loop.
+
+    `asked` is what a worker was asked to look at and `work` has it done.
+    """
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self._folder = folder
+        self.clock = Clock()
+        patch.setattr(unused, "time", self.clock)
+        self.factory = BlobFactory("unused", str(folder))
+        self.asked: list[Job] = []
+        self._unused = Unused(self.factory, PrefetchWorker())
+
+    def mount(self) -> BlobCache:
+        config = CacheConfig("localfs", {}, str(self._folder), always_verify=False)
+        return self.factory.new_blob_cache(config, blob_info(chunk_count=3), "image", "bootstrap", "b", extracted=False)
+
+    def umount(self, cache: BlobCache) -> None:
+        self._unused.let_go(cache)
+
+    def turn(self) -> None:
+        self._unused.collect(cast(Router, self), cast(WorkerPool, self))
+
+    def work(self) -> None:
+        job = self.asked.pop()
+        job.done(job, forget_deleted(OpenBlobs(), job.payload))
+
+    def may_close(self, _cache: BlobCache) -> bool:
+        return True
+
+    def closed(self, _cache: BlobCache) -> None:
+        pass
+
+    def submit(self, job: Job) -> None:
+        self.asked.append(job)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Daemon:
+    return Daemon(tmp_path, monkeypatch)
+
+
+def stored(cache: BlobCache) -> tuple[Path, Path]:
+    """A stored map and its record."""
+    record = cache.spec.map_path.with_name(f"{cache.spec.map_path.name}.nydusd")
+    for path in (cache.spec.map_path, record):
+        path.touch()
+    return cache.spec.map_path, record
+
+
+def test_record_goes_whenever_its_map_is_deleted_after_the_umount(daemon: Daemon) -> None:
+    cache = daemon.mount()
+    stored_map, record = stored(cache)
+    daemon.umount(cache)
+    daemon.turn()
+    daemon.work()
+    assert record.exists()
+    stored_map.unlink()  # after it was looked at
+    daemon.turn()
+    assert not daemon.asked, "a worker is not kept busy with it"
+    daemon.clock.now += unused._AGAIN
+    daemon.turn()
+    daemon.work()
+    assert not record.exists()
+    daemon.clock.now += unused._AGAIN
+    daemon.turn()
+    assert not daemon.asked and not daemon.factory.left and daemon._unused._look_at == math.inf
+
+
+def test_record_of_a_map_that_was_deleted_while_nobody_had_looked_again_goes_with_the_daemon(daemon: Daemon) -> None:
+    cache = daemon.mount()
+    stored_map, record = stored(cache)
+    daemon.umount(cache)
+    daemon.turn()
+    daemon.work()
+    stored_map.unlink()
+    daemon.factory.close()
+    assert not record.exists()
+
+
+@pytest.mark.parametrize("when", ["before the look", "after it"])
+def test_what_was_used_again_meanwhile_is_looked_at_as_if_for_the_first_time(daemon: Daemon, when: str) -> None:
+    cache = daemon.mount()
+    daemon.umount(cache)
+    daemon.turn()
+
+    def again() -> None:
+        cache = daemon.mount()
+        stored(cache)[0].unlink()
+        daemon.umount(cache)
+        daemon.turn()
+
+    steps: list[Callable[[], None]] = [again, daemon.work] if when == "before the look" else [daemon.work, again]
+    for step in steps:
+        step()
+    daemon.turn()
+    assert [job.payload["maps"] for job in daemon.asked] == [[str(cache.spec.map_path)]]
+    daemon.work()
+    assert list(daemon._folder.iterdir()) == []
