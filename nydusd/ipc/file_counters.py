@@ -1,6 +1,7 @@
 """What a front end counts of each file of a mount, if the image's configuration asks for that.
 
-It is one growing table in POSIX shared memory for each mount and front end.
+It is one growing table in POSIX shared memory for each mount and front end. The supervisor makes them, empty, and removes them
+with the image: a front end that is asked still when that is gone must not make another.
 
 Its one writer appends a row at the first access to a file, and adds to it from then on; readers sum the rows of all front ends.
 A row is complete before the table's length says so. One field of a row is the reader's: how many reads it has told of. After
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 import posix_ipc
 
-from nydusd.errors import CacheError
+from nydusd.errors import CacheError, cache_error
 from nydusd.ipc.mount_counters import OPS, READ, size_class
 
 INO, FIRST, READS, TOLD, FOPS, BYTES = range(6)
@@ -32,15 +33,28 @@ _FIRST_ROWS = 170
 Row = list[int]
 
 
+def make_tables(prefix: str, rows: int) -> None:
+    """The tables of one mount for so many front ends, empty where they are not there.
+
+    Raises CacheError, ScarceError when no file descriptor is left.
+    """
+    for row in range(rows):
+        name = f"{prefix}.{row}"
+        try:
+            posix_ipc.SharedMemory(name, posix_ipc.O_CREAT, 0o600).close_fd()
+        except (OSError, posix_ipc.Error) as e:
+            raise cache_error(f"shared memory {name}", e) from e
+
+
 class FileCounters:
-    """The table of one front end for one mount; made if it is not there."""
+    """The table of one front end for one mount."""
 
     def __init__(self, name: str) -> None:
-        """Raises CacheError when shared memory is full."""
+        """Raises CacheError when there is none, or shared memory is full, ScarceError when it cannot be opened now."""
         try:
-            self._shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREAT, 0o600)
+            self._shm = posix_ipc.SharedMemory(name)
         except (OSError, posix_ipc.Error) as e:
-            raise CacheError(f"shared memory {name}: {e}") from e
+            raise cache_error(f"shared memory {name}", e) from e
         self._name = name
         self._full = False
         size = os.fstat(self._shm.fd).st_size

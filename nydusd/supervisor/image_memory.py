@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nydusd.errors import CacheError
+from nydusd.ipc.file_counters import make_tables
 from nydusd.ipc.inflight import make_board
 from nydusd.ipc.mount_counters import make_counters
 from nydusd.ipc.shared_block import map_block
@@ -48,17 +49,23 @@ class ImageMemory:
         return make_board(self.board_name, self._rows)
 
     def give(self, image: Image) -> None:
-        """Make what an image is to have. Raises CacheError, and then it has none of it."""
+        """Make what an image is to have. Raises CacheError: what there is then, `take` removes."""
         serial = next(self._serial)
         name = f"{self._prefix}count.{serial}"
         image.block = make_counters(name, self._rows)
         image.counters, image.files = name, f"{self._prefix}files.{serial}"
+        self._have_tables(image)
         image.trace = self._trace()
 
     def pass_on(self, old: Image, new: Image) -> None:
-        """Have an image count on where the one counts whose place it is to take; its trace begins anew."""
+        """Have an image count on where the one counts whose place it is to take; its trace begins anew. Raises CacheError."""
         new.counters, new.block, new.files = old.counters, old.block, old.files
+        self._have_tables(new)
         new.trace = self._trace()
+
+    def _have_tables(self, image: Image) -> None:
+        if image.files is not None and image.counts_files:
+            make_tables(image.files, self._rows)
 
     def _trace(self) -> str:
         """An empty file for an image's trace of first reads, of its own: the next image there begins anew.

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from nydusd.errors import CacheError, ConfigError, NydusError, ScarceError
+from nydusd.ipc.file_counters import make_tables
 from nydusd.ipc.messages import Json
 from nydusd.ipc.mount_counters import make_counters
 from nydusd.ipc.shared_block import map_block
@@ -114,6 +115,14 @@ class Recorded:
         except CacheError as e:
             log.error("the image at %s is counted from 0 again: %s", self.place, e)
             image.block = make_counters(image.counters, rows)
+        if image.files is None or not image.counts_files:
+            return
+        try:
+            make_tables(image.files, rows)  # a release of before 2026-11-27 left that to front ends
+        except ScarceError:
+            raise
+        except CacheError as e:
+            log.error("the image at %s: %s; accesses to its files are not counted", self.place, e)
 
 
 def readable(table: MountTable, given: Config, needed: str | None) -> list[Recorded]:

@@ -262,12 +262,20 @@ class Mounts:
         If the metadata is the same, open files go on with it; else they are of an image that is gone.
         """
 
+        def discard(new: Image) -> None:
+            new.counters = new.files = None  # the old one's
+            self._release(new)
+
         def inspected(facts: ImageFacts) -> None:
             old = self._mounted(request.place)
             if facts.identity != old.metadata.identity:
                 self.table.check_unused(request.names)
             new = Image(request.place, request.source, request.config, facts, self._factory)
-            self.memory.pass_on(old, new)
+            try:
+                self.memory.pass_on(old, new)
+            except CacheError:
+                discard(new)
+                raise
 
             def shown(error: NydusError | None) -> None:
                 self._under_way.discard(request.place)
@@ -277,8 +285,7 @@ class Mounts:
                     self._replace(request, old, new)
                 except NydusError as e:
                     if self.images.get(request.place) is not new:
-                        new.counters = new.files = None
-                        self._release(new)
+                        discard(new)
                     done(e)
                 else:
                     done(None)

@@ -21,7 +21,7 @@ import pytest
 from nydusd import priority
 from nydusd.config import load_config
 from nydusd.errors import CacheError
-from nydusd.ipc.file_counters import FileCounters
+from nydusd.ipc.file_counters import FileCounters, files, make_tables
 from nydusd.storage.cache.manager import segments_in
 from nydusd.storage.state.names import inode_of, names, remove
 from nydusd.supervisor import handover
@@ -29,6 +29,7 @@ from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.daemon import Supervisor
 from nydusd.supervisor.engine import Engine
+from nydusd.supervisor.image_memory import ImageMemory
 from nydusd.supervisor.images import pace_of
 from nydusd.supervisor.staff import Staff
 from nydusd.supervisor.strays import remove_strays
@@ -161,6 +162,7 @@ def test_what_killed_workers_have_left_of_segments_in_use_is_removed_and_nothing
 
 def test_counters_for_which_there_is_no_room_leave_no_file_descriptor_open(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"/nydusd.full{os.getpid()}.files.1.0"
+    make_tables(name.removesuffix(".0"), 1)
 
     def full(*_: int) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -171,6 +173,38 @@ def test_counters_for_which_there_is_no_room_leave_no_file_descriptor_open(monke
         FileCounters(name)
     remove(name)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_front_end_that_is_late_makes_no_counters_of_files_of_an_image_that_is_gone(tmp_path: Path) -> None:
+    """It has read what the supervisor says of the image before the umount, and nobody would remove what it makes."""
+    prefix = f"/nydusd.late{os.getpid()}."
+    old, new, silent = (
+        cast("Image", SimpleNamespace(counters=None, files=None, trace=None, block=None, counts_files=counts))
+        for counts in (False, True, False)
+    )
+    memory = ImageMemory(tmp_path, prefix, 2, 1, anew=True)
+    try:
+        others = names(prefix[1:])
+        for image in (old, silent):
+            memory.give(image)
+        assert not [name for name in names(prefix[1:]) if ".files." in name], "nobody has asked for these"
+        memory.pass_on(old, new)
+        assert new.files is not None
+        tables = [f"{new.files}.{row}" for row in range(2)]
+        assert files(tables) == {}
+        counters = FileCounters(tables[1])
+        counters.count_read(4711, 100)
+        counters.close()
+        assert files(tables)["4711"]["data_read"] == 100
+        for image in (new, silent):
+            memory.take(image)
+        assert names(prefix[1:]) == others
+        with pytest.raises(CacheError):
+            FileCounters(tables[0])
+        assert names(prefix[1:]) == others
+    finally:
+        for name in names(prefix[1:]):
+            remove(name)
 
 
 def test_a_worker_that_is_to_leave_and_waits_for_a_disk_is_killed_once_in_a_while() -> None:
