@@ -17,12 +17,13 @@ import math
 import os
 import time
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import zmq
 
 from nydusd.config.blob_entry import BlobEntry
-from nydusd.errors import CacheError, NydusError
+from nydusd.errors import CacheError, NydusError, ScarceError
 from nydusd.frontends.fscache.device import PATH, BusyError, CacheDevice
 from nydusd.frontends.fscache.left import Files, Held, Taken
 from nydusd.ipc.inflight import open_row
@@ -40,6 +41,7 @@ from nydusd.supervisor.fscache_images import (
     domain_of,
     images_in,
     noted,
+    patiently,
     place_of,
     read_noted,
     tables_of,
@@ -171,9 +173,13 @@ class FscacheDaemon(Singleton):
         if self._device is not None or self.handover.waiting:
             super().take_sent(sent)
             return
+        try:
+            images = self._files.images()
+            self._recall(images_in(sent.state) if images is None else images)
+        except ScarceError:  # who sends it may do so again
+            os.close(sent.fd)
+            raise
         self._device, self._family.inherited = CacheDevice(sent.fd), True
-        images = self._files.images()
-        self._recall(images_in(sent.state) if images is None else images)
         self._serve(self._device)
 
     def session_device(self) -> int:
@@ -196,20 +202,25 @@ class FscacheDaemon(Singleton):
     # --- images -----------------------------------------------------------------------------------------------
 
     def _bind_told(self, images: Sequence[Told]) -> None:
-        """Bind images without asking workers. Raises NydusError for one that cannot be, unless a predecessor was told of it."""
+        """Bind images without asking workers. Raises NydusError for one that cannot be, unless a predecessor was told of it.
+
+        ScarceError for that one, too, if it cannot be now.
+        """
         tables, trusted = tables_of(self._bound.values(), images), True
         for told in images:
             self._notifier.alive(time.monotonic())  # one table after the other: so long nobody else is served
             entry, facts, domain = told.entry, told.facts, tables[domain_of(told.entry)]
             try:
-                adds = told.adds if told.adds is not None and trusted else domain.additions(facts)
+                adds = told.adds if trusted else None
+                if adds is None:
+                    adds = patiently(partial(domain.additions, facts))
                 if told.dropped:
-                    self._add(entry, facts, adds)
+                    patiently(partial(self._add, entry, facts, adds))
                     self._bound[place_of(entry)].dropped = True
                 else:
-                    self._table.bind(entry, facts, adds)
+                    patiently(partial(self._table.bind, entry, facts, adds))
             except NydusError as e:
-                if not told.kept:
+                if not told.kept or isinstance(e, ScarceError):
                     raise
                 trusted = False  # what the others add may be said without it
                 log.warning("an image of the daemon before is lost: %s", e)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from nydusd.config.blob_entry import BlobEntry, parse_blob_entry
-from nydusd.errors import NydusError
+from nydusd.errors import NydusError, ScarceError, comes_of_want
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.domain import Tables
 from nydusd.storage.api.image import ImageFacts, inspect
@@ -25,6 +27,10 @@ from nydusd.supervisor.images import Image
 from nydusd.supervisor.kernel_files import Wanted
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_PATIENCE = 5.0
+"""Seconds for which what is lacking to know an image again is waited for."""
 
 
 @dataclass(eq=False, slots=True)
@@ -128,7 +134,8 @@ def read_noted(images: Sequence[Json], folder: str) -> list[Told]:
     """The images of a predecessor, in the order in which it has bound them. One that is not there any more is left out.
 
     What an image adds depends on those before it. So where one of these is gone, or is another file now, or where a former
-    release has noted it, tables are compared from there on. An extracted bootstrap is kept in `folder`.
+    release has noted it, tables are compared from there on. An extracted bootstrap is kept in `folder`. Raises ScarceError when
+    one cannot be looked at for want of file descriptors or memory: it is there all the same.
     """
     from nydusd.config import secret_values
     from nydusd.logs import register_secret
@@ -140,14 +147,30 @@ def read_noted(images: Sequence[Json], folder: str) -> list[Told]:
             entry = parse_blob_entry(raw["entry"], "kept blob entry")
             for secret in secret_values(entry.config):
                 register_secret(secret)
-            facts = inspect(entry.metadata, [folder])
+            facts = patiently(partial(inspect, entry.metadata, [folder]))
             trusted = trusted and raw.get("identity") == facts.identity and isinstance(raw.get("adds"), list)
             adds = {str(blob_id) for blob_id in raw["adds"]} if trusted else None
             found.append(Told(entry, facts, adds, bool(raw.get("dropped")), kept=True))
+        except ScarceError:
+            raise
         except (NydusError, KeyError, TypeError, AttributeError) as e:
             trusted = False
             log.warning("an image of the daemon before is lost: %s", e)
     return found
+
+
+def patiently(step: Callable[[], _T]) -> _T:
+    """Do what may be done again where it fails for want of file descriptors or memory. Raises ScarceError after 5 s of that."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return step()
+        except NydusError as e:
+            if not comes_of_want(e):
+                raise
+            if time.monotonic() > deadline:
+                raise ScarceError(str(e)) from e
+        time.sleep(0.1)
 
 
 def tables_of(bound: Iterable[Bound], told: Sequence[Told]) -> dict[str, Tables]:

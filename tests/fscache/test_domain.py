@@ -7,6 +7,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typing import Any, cast
 import pytest
 
 from nydusd.cli.options import SingletonOptions
-from nydusd.errors import FormatError
+from nydusd.errors import FormatError, ScarceError
 from nydusd.formats import open_bootstrap
 from nydusd.formats.model import RawChunk
 from nydusd.ipc.messages import Json
@@ -25,9 +26,11 @@ from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Job
 from nydusd.supervisor import blobs
 from nydusd.supervisor.fscache import FscacheDaemon
+from nydusd.supervisor.fscache_images import read_noted
 from tests.image.build import image
 from tests.support.blob_entry import blob_entry
 from tests.support.fork_server import fork_server
+from tests.support.scarce import no_fd_left
 from workers.blobs import OpenBlobs
 from workers.inspect import compare_tables, inspect_image
 from workers.prepare import _raw_chunks, prepare
@@ -366,6 +369,46 @@ def test_a_successor_knows_what_each_image_adds_and_compares_only_what_is_not_as
     assert f"an image of the daemon before is lost: {tmp_path}/merged.boot" in caplog.text
     assert adds_of(same) == {"/d/lower": set(), "/e/other": set()}, "what another has listed must not be missing"
     assert read == []
+
+
+def test_an_image_for_which_no_file_descriptor_is_left_at_a_takeover_is_waited_for_and_never_lost(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("merged", "lower"):
+        world.bind(name, world.folder / f"{name}.boot")
+    images = world.daemon.session_state()["images"]
+    expected = adds_of(world)
+    with ExitStack() as lacking:
+        lacking.enter_context(no_fd_left(os.getpid()))
+        monkeypatch.setattr("nydusd.supervisor.fscache_images.time.sleep", lambda _seconds: lacking.close())
+        told = read_noted(images, str(world.folder))
+    assert [image.entry.id for image in told] == ["merged", "lower"]
+    same, read = successor(world, images, monkeypatch)
+    assert (adds_of(same), read) == (expected, [])
+    monkeypatch.setattr("nydusd.supervisor.fscache_images._PATIENCE", 0.0)
+    monkeypatch.setattr("nydusd.supervisor.fscache_images.time.sleep", lambda _seconds: None)
+    with no_fd_left(os.getpid()), pytest.raises(ScarceError, match="Too many open files"):
+        read_noted(images, str(world.folder))
+    assert "is lost" not in caplog.text
+
+
+def test_an_image_that_cannot_be_bound_for_want_of_a_file_descriptor_is_not_lost_either(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.bind("merged", world.folder / "merged.boot")
+    told = read_noted(world.daemon.session_state()["images"], str(world.folder))
+    same, _ = successor(world, [], monkeypatch)
+
+    def lacks(_image: object) -> None:
+        raise ScarceError("shared memory: Too many open files")
+
+    monkeypatch.setattr("nydusd.supervisor.fscache_images._PATIENCE", 0.0)
+    monkeypatch.setattr(same.daemon.mounts, "bind", lacks)
+    with pytest.raises(ScarceError):
+        same.daemon._bind_told(told)
+    monkeypatch.setattr(same.daemon.mounts, "bind", lambda _image: None)
+    same.daemon._bind_told(told)
+    assert adds_of(same) == adds_of(world) and "is lost" not in caplog.text
 
 
 def test_a_liar_that_has_taken_the_place_of_an_image_is_not_bound_again(

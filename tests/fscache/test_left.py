@@ -112,6 +112,27 @@ def test_what_was_noted_of_images_is_preferred_to_what_was_sent_with_the_device(
     daemon.stop()
 
 
+def test_what_was_noted_of_images_and_cannot_be_read_now_is_not_taken_for_nothing(
+    daemon: FscacheDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who sends the device may do so again."""
+    served: list[object] = []
+    monkeypatch.setattr(daemon, "_serve", served.append)
+    monkeypatch.setattr(daemon, "_recall", served.append)
+    assert daemon._device is not None
+    daemon._device.close()
+    daemon._device = None
+    message = sent([])
+    with no_fd_left(os.getpid()), pytest.raises(ScarceError):
+        daemon.take_sent(message)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(message.fd)
+    assert not served
+    daemon.take_sent(sent([]))
+    assert served == [IMAGES, daemon._device]
+    daemon.stop()
+
+
 def test_a_successor_that_waited_takes_the_device_from_the_guard_and_what_was_sent_when_there_is_none(
     daemon: FscacheDaemon,
 ) -> None:

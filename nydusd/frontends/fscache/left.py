@@ -8,7 +8,6 @@ a guard in the place of one that was killed, and not named it yet, leaves that t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -109,9 +108,17 @@ class Files(NamedTuple):
         return Taken(device, held.holder, self.images())
 
     def images(self) -> list[Json] | None:
-        """Those that are noted, None if nothing is. What cannot be read costs the images, not the device."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        """Those that are noted, None if nothing is. What cannot be read costs the images, not the device.
+
+        Raises ScarceError when it cannot be read now.
+        """
+        try:
             return list(json.loads(self.told.read_bytes())["images"])
+        except OSError as e:
+            if is_scarce(e):
+                raise ScarceError(f"{self.told}: {e.strerror}", e.errno) from e
+        except (ValueError, KeyError, TypeError):
+            pass
         return None
 
     def remove(self) -> None:

@@ -6,7 +6,6 @@ of chunks (`workers/prepare.py`). Run by a worker before an image is bound, and 
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -15,7 +14,7 @@ from struct import Struct
 from nydusd.errors import FormatError
 from nydusd.formats import open_bootstrap
 from nydusd.formats.model import BlobFeature, BlobInfo, RawChunk
-from nydusd.storage.api.image import ImageFacts
+from nydusd.storage.api.image import ImageFacts, mapped
 
 _KIND = (
     BlobFeature.ALIGNED
@@ -174,11 +173,7 @@ def _contradiction(new: ImageFacts, info: BlobInfo, domain: str, why: str) -> Fo
 
 def _chunks_of(facts: ImageFacts) -> Iterator[RawChunk]:
     """The chunk table of an image. Raises FormatError."""
-    try:
-        with open(facts.bootstrap, "rb") as f:
-            view = memoryview(mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ))
-    except (OSError, ValueError) as e:
-        raise FormatError(facts.bootstrap, "bootstrap", f"cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    view = mapped(facts.bootstrap)
     return open_bootstrap(view, facts.bootstrap, facts.path_id, extracted=facts.extracted).raw_chunks()
 
 

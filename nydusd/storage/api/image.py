@@ -71,9 +71,7 @@ def inspect(source: str, folders: Sequence[str]) -> ImageFacts:
     """
     path_id = blob_id_from_path(source)
     path, extracted, identity = _metadata(source, path_id, folders)
-    with open(path, "rb") as f:
-        mapping = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
-    view = memoryview(mapping)
+    view = mapped(path)
     bootstrap = open_bootstrap(view, path, path_id, extracted=extracted)
     bootstrap.inode(bootstrap.root_ino)
     return ImageFacts(
@@ -90,11 +88,18 @@ def inspect(source: str, folders: Sequence[str]) -> ImageFacts:
     )
 
 
+def mapped(path: str) -> memoryview:
+    """The bytes of a metadata file. Raises FormatError."""
+    try:
+        with open(path, "rb") as f:
+            return memoryview(mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ))
+    except (OSError, ValueError) as e:  # ValueError: it is empty
+        raise FormatError(path, "bootstrap", f"cannot be read: {getattr(e, 'strerror', None) or e}") from e
+
+
 def is_folder(facts: ImageFacts, path: Sequence[bytes]) -> bool:
     """Whether the image has a folder at this path. Raises FormatError when the metadata on the way is broken."""
-    with open(facts.bootstrap, "rb") as f:
-        view = memoryview(mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ))
-    image = open_bootstrap(view, facts.bootstrap, facts.path_id, extracted=facts.extracted)
+    image = open_bootstrap(mapped(facts.bootstrap), facts.bootstrap, facts.path_id, extracted=facts.extracted)
     ino: int | None = image.root_ino
     for name in path:
         if ino is None or image.inode(ino).mode & S_IFMT != S_IFDIR:
