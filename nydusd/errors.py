@@ -179,6 +179,13 @@ def cache_error(what: str, error: Exception) -> CacheError:
     return (ScarceError if is_scarce(error) else CacheError)(f"{what}: {error}", number)
 
 
+def shared_memory_error(what: str, error: Exception) -> CacheError:
+    """The same for what is to be made in shared memory: there is room for it when others have given back theirs."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == _errno.ENOSPC):
+        return ScarceError(f"{what}: {error}", _errno.ENOMEM)
+    return cache_error(what, error)
+
+
 class MountError(NydusError):
     """mount(2), umount(2) or the FUSE hand-shake failed."""
 

@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import posix_ipc
@@ -264,3 +264,20 @@ def test_lock_is_not_taken_by_who_cannot_leave_a_record(segment: Segment, monkey
     with segment.lock():
         assert _value(segment) == 0
     assert _value(segment) == 1
+
+
+@pytest.mark.parametrize("lack", [lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), MemoryError])
+def test_lock_for_which_shared_memory_has_no_room_can_be_had_later(
+    lack: Callable[[], Exception], segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers wait for that, as they do where there is none for the segment, instead of getting an error."""
+
+    def full(*_: object) -> None:
+        raise lack()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(posix_ipc, "Semaphore", full)
+        with pytest.raises(ScarceError):
+            segment.lock()
+    with segment.lock():
+        pass

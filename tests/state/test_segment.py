@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import posix_ipc
 import pytest
 
 from nydusd import points
@@ -124,6 +125,17 @@ def test_full_shared_memory_is_a_want_that_may_end_and_leaves_nothing(
         make_segment(name, 10)
     assert caught.value.cause_errno == errno.ENOMEM, "no disk is full"
     assert names(name[1:]) == []
+
+
+def test_segment_for_which_shared_memory_has_no_inode_can_be_made_later(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(posix_ipc, "SharedMemory", full)
+    with pytest.raises(ScarceError, match="No space left"):
+        make_segment(name, 3)
 
 
 def test_more_than_shared_memory_has_is_an_error(name: str) -> None:

@@ -178,6 +178,7 @@ def test_supervisor_without_a_file_descriptor_keeps_readers_waiting_and_tells_cl
         assert read(daemon.mountpoint / "one" / NAMES[0]) == tree.contents[NAMES[0]]
         processes = {role: daemon.pids(role) for role in ("fuse", "fetch", "decompress", "api")}
         late = threading.Thread(target=lambda: found.append(read(daemon.mountpoint / "two" / NAMES[0])))
+        wait_until(lambda: list((tmp_path / "two").glob("*.blob.data")) != [], "the blob to be opened there", 60)
         (data,) = (tmp_path / "two").glob("*.blob.data")
         with no_fd_left(daemon.pid):
             data.unlink()  # so that it has to be opened anew

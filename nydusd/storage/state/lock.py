@@ -25,7 +25,7 @@ from types import TracebackType
 import posix_ipc
 
 from nydusd import points
-from nydusd.errors import CacheError, ScarceError, cache_error, is_scarce
+from nydusd.errors import CacheError, ScarceError, is_scarce, shared_memory_error
 
 PATIENCE = 0.05
 """Seconds to wait for the semaphore before its owner is looked at."""
@@ -91,8 +91,8 @@ class BlobLock:
         flags = posix_ipc.O_CREAT if create else 0
         try:
             self._sem = posix_ipc.Semaphore(name, flags, 0o600, 1) if create else posix_ipc.Semaphore(name)
-        except (OSError, posix_ipc.Error) as e:
-            raise cache_error(f"semaphore {name}", e) from e
+        except (OSError, MemoryError, posix_ipc.Error) as e:
+            raise shared_memory_error(f"semaphore {name}", e) from e
 
     def __enter__(self) -> BlobLock:
         last, since = None, 0.0

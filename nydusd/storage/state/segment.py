@@ -15,7 +15,6 @@ segment from this one (`inherit`).
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import mmap
 import os
@@ -28,7 +27,7 @@ from pathlib import Path
 import posix_ipc
 
 from nydusd import points
-from nydusd.errors import CacheError, FormatError, InternalError, ScarceError, cache_error
+from nydusd.errors import FormatError, InternalError, cache_error, shared_memory_error
 from nydusd.formats.blob_meta import CONTEXT_SIZE
 from nydusd.formats.model import ChunkFlag, ChunkRecord
 from nydusd.storage.state.lock import BlobLock
@@ -223,7 +222,7 @@ class Segment:
         try:
             shm = posix_ipc.SharedMemory(temporary, posix_ipc.O_CREX, 0o600)
         except (OSError, posix_ipc.Error) as e:
-            raise CacheError(f"shared memory {name}: {e}") from e
+            raise shared_memory_error(f"shared memory {name}", e) from e
         try:
             os.posix_fallocate(shm.fd, 0, total)
             points.reach("segment: allocated")
@@ -231,10 +230,7 @@ class Segment:
             inode = os.fstat(shm.fd).st_ino
         except OSError as e:
             unlink(temporary)
-            what = f"shared memory {name}: {total} bytes: {e.strerror}"
-            if e.errno == errno.ENOSPC:  # it is no disk that has no room
-                raise ScarceError(what, errno.ENOMEM) from e
-            raise CacheError(what, e.errno) from e
+            raise shared_memory_error(f"shared memory {name}: {total} bytes", e) from e
         finally:
             shm.close_fd()
         _HEADER.pack_into(
