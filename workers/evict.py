@@ -22,6 +22,7 @@ from nydusd.ipc.messages import Json
 from nydusd.storage.state import map_file
 from nydusd.storage.state.eviction import punch, used_by_others
 from nydusd.storage.state.segment import READY, Segment
+from nydusd.storage.state.temporary import is_still
 from workers.blobs import OpenBlobs
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,9 @@ def _remove(folder: Path, blob_id: str, strays: Mapping[str, int], pids: Collect
         return False
     try:
         map_file.lock(fd)
-        user = used_by_others(str(path), pids, strays)
+        if not is_still(path, fd):
+            return False
+        user = used_by_others(fd, pids, strays)
         if user:
             log.info("cache file %s stays: it is used by %s", path, user)
             return False
@@ -194,7 +197,7 @@ def evict(blobs: OpenBlobs, job: Json) -> Json:
         map_file.lock(fd)
         if not segment.is_current() or not segment.identity.is_of(fd):
             raise StaleCacheError(f"cache file {path} was replaced")
-        user = used_by_others(str(path), job["pids"], job["strays"], job["covered"])
+        user = used_by_others(fd, job["pids"], job["strays"], job["covered"])
         if user:
             return {"kept": user}
         points.reach("evict: data file locked")

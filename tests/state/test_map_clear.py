@@ -75,6 +75,16 @@ def test_no_map_stays_none(tmp_path: Path) -> None:
     assert not record_path(cache.path).exists()
 
 
+def test_what_is_taken_out_is_not_believed_unchecked_where_another_daemon_makes_the_map_anew(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, [1, 2])
+    foreign = cache.path.read_bytes()
+    cache.path.unlink()
+    assert cache.clear([1]) == 0
+    cache.path.write_bytes(foreign)  # it has fetched both, it says
+    assert cache.bits() == [1, 2]
+    assert cache.ready() == []
+
+
 def test_later_checkpoint_claims_what_was_brought_back_only(tmp_path: Path) -> None:
     cache = Cache(tmp_path, [1, 2, 3])
     cache.clear([2, 3])

@@ -88,6 +88,19 @@ def other_daemon(made: Jobs, *, mapped: bool = True) -> Iterator[str]:
         remove(name)
 
 
+def replace_when_locked(data: Path, aside: Path, patch: pytest.MonkeyPatch) -> None:
+    """As soon as somebody has the lock of a data file, another file has its name, and it has another."""
+    lock = map_file.lock
+
+    def locked(fd: int) -> None:
+        lock(fd)
+        if not aside.exists():
+            data.rename(aside)
+            data.write_bytes(b"new")
+
+    patch.setattr(map_file, "lock", locked)
+
+
 def test_segment_that_a_killed_worker_has_not_published_is_nobodys(filled: Jobs) -> None:
     """Whichever process has its pid now: who makes one has the lock of the data file."""
     name, me = f"/nydusd.{os.getpid():012x}.{0:016x}", os.getpid()
@@ -265,6 +278,16 @@ class TestEvict:
             take_out(filled, [0])
         assert filled.data.stat().st_blocks == before
 
+    def test_blob_that_another_daemon_uses_stays_whatever_has_its_name_by_now(
+        self, filled: Jobs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its readers have that file open, and not the new one."""
+        before, aside = filled.data.stat().st_blocks, filled.data.with_name("aside")
+        replace_when_locked(filled.data, aside, monkeypatch)
+        with other_daemon(filled) as name:
+            assert take_out(filled, [0]) == {"kept": name}
+        assert aside.stat().st_blocks == before
+
     def test_segment_that_was_replaced_takes_nothing_out(self, filled: Jobs) -> None:
         """A worker of a daemon that was killed, while its successor has begun."""
         before = filled.data.stat().st_blocks
@@ -321,6 +344,15 @@ class TestSurvey:
         used = filled.data.stat().st_blocks * 512
         answer = self.ask(filled, used)
         assert answer == {"used": used, "removed": [], "freed": 0, "victims": {}}
+
+    def test_file_that_has_taken_the_place_of_an_unused_one_stays(
+        self, filled: Jobs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who has made it has it locked, and is about to use it."""
+        data = self.other(filled, "gone", 100)
+        replace_when_locked(data, filled.folder / "aside", monkeypatch)
+        assert self.ask(filled, filled.data.stat().st_blocks * 512)["removed"] == []
+        assert data.read_bytes() == b"new" and data.with_name(f"{data.name}.chunk_map").exists()
 
     def test_unused_blobs_go_first_the_least_recently_used_of_them_before_others(self, filled: Jobs) -> None:
         used = filled.data.stat().st_blocks * 512

@@ -47,8 +47,8 @@ def punch(fd: int, ranges: Sequence[tuple[int, int]]) -> None:
         points.reach("evict: one hole punched")
 
 
-def used_by_others(path: str, own: Collection[int], strays: Mapping[str, int], covered: Mapping[str, int] = {}) -> str:
-    """Who uses a data file, beside the segments that are `covered`: a segment's name or a pid, "" if nobody does.
+def used_by_others(fd: int, own: Collection[int], strays: Mapping[str, int], covered: Mapping[str, int] = {}) -> str:
+    """Who uses an open data file, beside the segments that are `covered`: a segment's name or a pid, "" if nobody does.
 
     Segments are told by name and inode: one that was opened anew meanwhile is another. `strays` were left by an earlier life of
     our own daemon, and no image of it uses them now: they end here, lest somebody believe them later. So do those of daemons
@@ -56,9 +56,9 @@ def used_by_others(path: str, own: Collection[int], strays: Mapping[str, int], c
     pids of our own daemon; those that it has started since are told by their parent, which is also this worker's. Raises
     CacheError, ScarceError when somebody may use it who cannot be seen now.
 
-    The caller holds the data file's lock: no daemon of this implementation begins to use the file meanwhile.
+    The caller holds that file's lock: no daemon of this implementation begins to use the file meanwhile.
     """
-    facts = os.stat(path)
+    facts = os.fstat(fd)
     # None of them is open while it is asked whether anybody has it open.
     for name, inode in [(segment.name, segment.inode) for segment in segments_of(facts.st_dev, facts.st_ino)]:
         if covered.get(name) == inode:

@@ -211,6 +211,8 @@ def clear(path: Path, chunks: Iterable[int], count: int, identity: Identity) -> 
     gone = _pack(chunks, count)
     try:
         if not path.exists():
+            if record_path(path).exists():  # somebody has deleted the map, and another may make one that claims these
+                forget_layout(path)
             return 0
         fd, raw = _open_locked(path, count)
         try:
