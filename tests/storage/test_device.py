@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -152,6 +153,29 @@ def test_failing_disk_is_an_error_of_ours(blob: Blob, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "preadv", fails)
     with pytest.raises(CacheError, match="cache file at 0: Input/output error"):
         read_of(blob.device, [extent_of(0)])
+
+
+@pytest.mark.parametrize("call", ["open", "fstat"])
+def test_file_of_which_its_disk_says_nothing_is_not_there_and_not_kept_open(
+    blob: Blob, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a file system that was shut down: what is asked for then comes past it."""
+    vec = [_extent(0)]
+    blob.segments[0].state[0] = READY
+    before = len(os.listdir("/proc/self/fd"))
+    asked = getattr(os, call)
+
+    def fails(what: object, *more: int) -> object:
+        if str(blob.paths[0]) in (str(what), isinstance(what, int) and os.readlink(f"/proc/self/fd/{what}")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return asked(what, *more)
+
+    monkeypatch.setattr(os, call, fails)
+    for _ in range(3):
+        assert blob.device.missing(vec) == [ChunkRun(0, 0, 1)]
+    monkeypatch.undo()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert blob.device.missing(vec) == []
 
 
 def test_old_pair_is_read_until_it_is_refreshed(blob: Blob) -> None:

@@ -104,12 +104,14 @@ class BlobView:
         if self.data_path is not None and segment.identity.ino:
             try:
                 self.fd = os.open(self.data_path, os.O_RDONLY | os.O_CLOEXEC)
+                is_the_same = segment.identity.is_of(self.fd)
             except OSError as e:
                 segment.close()
+                self.close()
                 if is_scarce(e):
                     raise cache_error(f"blob {self.blob_id}: cache file", e) from e
                 return False
-            if not segment.identity.is_of(self.fd):
+            if not is_the_same:
                 segment.close()
                 self.close()
                 return False
