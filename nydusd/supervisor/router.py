@@ -258,7 +258,8 @@ class Router:
         return not self.checkpoints.store(cache)
 
     def closed(self, cache: BlobCache) -> None:
-        """A blob that nobody uses was closed: no worker keeps it open for nothing."""
+        """A blob that nobody uses was closed: no worker keeps it open for nothing, and nothing of it is fetched ahead."""
+        self._prefetch.cancel(cache)
         for pool in (self._fetch, self._decompress):
             pool.forget(cache)
 
@@ -394,7 +395,7 @@ class Router:
         requests = {request: None for chunk in job.chunks for request in cache.waiters.get(chunk, ())}
         if not requests:  # what nobody has asked for yet may be tried again as soon as somebody does
             log.debug("blob %s chunks %d…%d: %s", name, first, last, answer["error"])
-            if job.priority is Priority.PREFETCH:
+            if job.priority is Priority.PREFETCH and cache.users > 0:
                 self._prefetch.put_back(cache, first, last, answer["retry_after"], time.monotonic())
         complained, lacks = False, answer.get("type") == ScarceError.__name__
         for request in requests:

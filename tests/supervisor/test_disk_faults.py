@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -21,6 +24,8 @@ from tests.support.disk import GOOD, NO_READS, NO_WRITES, Disk, make_ext4, mount
 from tests.support.mounted import Tree
 
 NAMES = [f"{number:02}" for number in range(6)]
+_SHUTDOWN = 0x8004587D
+"""EXT4_IOC_SHUTDOWN."""
 Expect = Callable[..., None]
 
 
@@ -96,6 +101,25 @@ def test_disk_that_becomes_read_only_before_a_worker_has_the_cache_file_open_cos
         subprocess.run(["mount", "-o", "remount,ro", str(disk.path)], check=True)
         right(daemon, tree)
         assert says_uncached(daemon)
+
+
+def test_disk_that_is_shut_down_costs_no_read(tree: Tree, disk: Disk, expect_log: Expect) -> None:
+    """As ext4 and XFS do of themselves: from then on files cannot even be opened."""
+    expect_log("cache file", "fetching it again")
+    with daemon_on(tree, disk.path) as daemon:
+        for name in NAMES[:3]:
+            assert read(daemon.mountpoint / name) == tree.contents[name]
+        folder = os.open(disk.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(folder, _SHUTDOWN, (2).to_bytes(4, "little"))  # without writing what it has
+        finally:
+            os.close(folder)
+        right(daemon, tree)
+        right(daemon, tree)
+        assert says_uncached(daemon)
+        for pid in [*daemon.pids("fuse"), *daemon.pids("fetch"), *daemon.pids("decompress")]:
+            os.kill(pid, signal.SIGKILL)
+        right(daemon, tree)
 
 
 def test_disk_that_stands_still_keeps_nobody_who_reads_from_another_while_an_image_is_unmounted(

@@ -18,7 +18,7 @@ from nydusd.supervisor import unused
 from nydusd.supervisor.pool import WorkerPool
 from nydusd.supervisor.router import Router
 from nydusd.supervisor.unused import Unused
-from tests.supervisor.world import Clock
+from tests.supervisor.world import Clock, World
 from tests.support.blobs import blob_info
 from workers.blobs import OpenBlobs
 from workers.checkpoint import forget_deleted
@@ -124,3 +124,23 @@ def test_what_was_used_again_meanwhile_is_looked_at_as_if_for_the_first_time(dae
     assert [job.payload["maps"] for job in daemon.asked] == [[str(cache.spec.map_path)]]
     daemon.work()
     assert list(daemon._folder.iterdir()) == []
+
+
+def test_what_is_fetched_ahead_of_a_blob_whose_registry_is_not_there_ends_with_its_last_user(world: World) -> None:
+    """Its job is under way at the umount, and comes back to be done again later: when there is no blob any more."""
+    leaving = Unused(world.factory, world.prefetch)
+    world.worker("fetch", b"f")
+    world.prefetch.want(world.far, 0, 2)
+    world.worker("decompress", b"w")
+    world.pump()
+    leaving.let_go(world.far)
+    leaving.collect(world.router, world.fetch)
+    world.out(b"f")
+    leaving.collect(world.router, world.fetch)
+    world.pump()
+    world.done(b"f", {"gone": []})
+    assert world.factory.get(world.far.handle) is None
+    world.blobs.remove(world.far)
+    world.clock.now += 60
+    world.pump()
+    assert world.prefetch.idle() and world.prefetch.wait(world.clock.now) is None
