@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def remove_strays(prefix: str, folder: Path, images: Collection[Image], segments: Collection[str]) -> None:
-    """Remove what begins with `prefix`, belongs to none of the images and is none of the segments; and traces in `folder`.
+    """Remove what begins with `prefix`, belongs to none of the images and is none of the segments; and in `folder` traces, and
+    what is kept of blobs.
 
     And what workers that were killed have left unfinished of those segments.
     """
@@ -36,4 +37,8 @@ def remove_strays(prefix: str, folder: Path, images: Collection[Image], segments
     traces = {image.trace for image in images}
     for path in folder.glob("trace.*"):
         if str(path) not in traces:
+            path.unlink(missing_ok=True)
+    metadata = {cache.spec.meta_path.name for image in images for cache in image.caches}
+    for path in folder.glob("*.blob.meta"):
+        if path.name not in metadata:
             path.unlink(missing_ok=True)

@@ -133,7 +133,10 @@ def test_counters_of_a_second_supervisor_are_not_taken_for_the_segment_of_a_blob
 def test_what_killed_workers_have_left_of_segments_in_use_is_removed_and_nothing_else(tmp_path: Path) -> None:
     prefix = f"/nydusd.{os.getpid():012x}."
     segment, count, files = f"{prefix}a8fc3f9b7cab084d", f"{prefix}count.4294967297", f"{prefix}files.4294967297"
-    image = cast("Image", SimpleNamespace(counters=count, files=files, trace=str(tmp_path / "trace.1")))
+    cache = SimpleNamespace(spec=SimpleNamespace(meta_path=Path("/cache/b.blob.meta")))
+    image = cast("Image", SimpleNamespace(counters=count, files=files, trace=str(tmp_path / "trace.1"), caches=[cache]))
+    for name in ("a.blob.meta", "b.blob.meta"):
+        (tmp_path / name).touch()
 
     def die_over(point: str) -> None:
         die_at(point)
@@ -155,6 +158,7 @@ def test_what_killed_workers_have_left_of_segments_in_use_is_removed_and_nothing
         assert len(here()) == len(kept) + 1
         remove_strays(prefix, tmp_path, [image], [segment])
         assert here() == kept
+        assert [path.name for path in tmp_path.iterdir()] == ["b.blob.meta"]
     finally:
         for name in names(prefix[1:]):
             remove(name)

@@ -38,9 +38,11 @@ class Daemon:
         self.asked: list[Job] = []
         self._unused = Unused(self.factory, PrefetchWorker())
 
-    def mount(self) -> BlobCache:
-        config = CacheConfig("localfs", {}, str(self._folder), always_verify=False)
-        return self.factory.new_blob_cache(config, blob_info(chunk_count=3), "image", "bootstrap", "b", extracted=False)
+    def mount(self, image: str = "image", work_dir: Path | str | None = "") -> BlobCache:
+        """`work_dir`: the folder, if none is given."""
+        folder = str(self._folder) if work_dir == "" else None if work_dir is None else str(work_dir)
+        config = CacheConfig("localfs", {}, folder, always_verify=False)
+        return self.factory.new_blob_cache(config, blob_info(chunk_count=3), image, "bootstrap", "b", extracted=False)
 
     def umount(self, cache: BlobCache) -> None:
         self._unused.let_go(cache)
@@ -124,6 +126,20 @@ def test_what_was_used_again_meanwhile_is_looked_at_as_if_for_the_first_time(dae
     assert [job.payload["maps"] for job in daemon.asked] == [[str(cache.spec.map_path)]]
     daemon.work()
     assert list(daemon._folder.iterdir()) == []
+
+
+def test_what_is_kept_of_a_blob_in_the_run_time_folder_goes_with_its_last_user(daemon: Daemon, tmp_path: Path) -> None:
+    """It is in memory, and a daemon may mount thousands of images."""
+    (tmp_path / "cache").mkdir()
+    one, other = (daemon.mount(image, work_dir) for image, work_dir in (("one", None), ("other", tmp_path / "cache")))
+    kept = tmp_path / one.spec.meta_path.name
+    for path in (kept, other.spec.meta_path):
+        path.touch()
+    for cache, is_left in ((one, True), (other, False)):  # the other may have found no room in its cache folder
+        daemon.umount(cache)
+        daemon.turn()
+        assert kept.exists() is is_left
+    assert other.spec.meta_path.exists()
 
 
 def test_what_is_fetched_ahead_of_a_blob_whose_registry_is_not_there_ends_with_its_last_user(world: World) -> None:

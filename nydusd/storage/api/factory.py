@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator
 from itertools import count
 from pathlib import Path
@@ -86,7 +87,15 @@ class BlobFactory:
                 self.left[cache.spec.map_path] = 0.0
             if (path := cache.spec.data_path) is not None and not cache.kin:
                 del self._by_file[path]
+        self._remove_metadata(dropped)
         return dropped
+
+    def _remove_metadata(self, dropped: Collection[BlobCache]) -> None:
+        """Remove what was kept of these blobs in the run-time folder, for want of a cache folder with room: it is in memory."""
+        names = {cache.spec.meta_path.name for cache in dropped}
+        for name in names.difference(cache.spec.meta_path.name for cache in self._by_handle.values()):
+            with contextlib.suppress(OSError):
+                (Path(self._run_dir) / name).unlink(missing_ok=True)
 
     def close(self, spared: Collection[str] = ()) -> None:
         """Unmap all segments, and remove all but the `spared` ones; and what only we know of cache files that are gone."""
