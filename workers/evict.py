@@ -10,6 +10,7 @@ What holds after SIGKILL: files of a blob are removed map first, so the rest is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -182,9 +183,20 @@ def _room_of(segment: Segment, chunk: int, alone: bool) -> tuple[int, int]:
     return record.uoff, end - record.uoff
 
 
+def _can_give_back(fd: int, size: int) -> bool:
+    """Whether its file system punches holes: one behind the end of the file changes nothing. Raises CacheError."""
+    try:
+        punch(fd, [(-(-size // _BLOCK) * _BLOCK, _BLOCK)])
+    except CacheError as e:
+        if e.cause_errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    return True
+
+
 def evict(blobs: OpenBlobs, job: Json) -> Json:
     """Take job["chunks"] out of the cache file. Job: covered (in which segments they are claimed), strays, pids. Answer: stored
-    (chunks in the map), evicted, bytes; or kept (who else uses the file), and nothing was done.
+    (chunks in the map), evicted, bytes; or kept (who else uses the file, or what it is on), and nothing was done.
     """
     blob = blobs.get(job)
     path, segment = blob.spec.data_path, blob.segment
@@ -200,6 +212,8 @@ def evict(blobs: OpenBlobs, job: Json) -> Json:
         user = used_by_others(fd, job["pids"], job["strays"], job["covered"])
         if user:
             return {"kept": user}
+        if not _can_give_back(fd, segment.identity.size):
+            return {"kept": "a file system without holes"}
         points.reach("evict: data file locked")
         stored = map_file.clear(blob.spec.map_path, job["chunks"], segment.count, segment.identity)
         points.reach("evict: map cleared")

@@ -103,7 +103,7 @@ class Evictions:
                 user.stored = answer.get("stored", -1) if user is cache else -1
         name = cache.spec.info.blob_id
         if "kept" in answer:
-            log.info("blob %s: nothing is taken out: %s uses it, too", name, answer["kept"])
+            log.info("blob %s: nothing is taken out because of %s", name, answer["kept"])
         if "error" in answer:
             log.warning("blob %s: making room: %s", name, answer["error"])
         if answer.get("type") == "StaleCacheError" and not job.cancelled:

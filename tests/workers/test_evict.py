@@ -288,6 +288,20 @@ class TestEvict:
             assert take_out(filled, [0]) == {"kept": name}
         assert aside.stat().st_blocks == before
 
+    def test_what_cannot_be_given_back_stays_cached(self, tmp_path: Path) -> None:
+        """It would be fetched again and again, and the folder be as full as before."""
+        subprocess.run(["mount", "-t", "ramfs", "none", str(tmp_path)], check=True)
+        try:
+            with jobs(NAME, tmp_path) as made:
+                made.prepare()
+                made.fill_all()
+                made.checkpoint()
+                every = stored(made)
+                assert take_out(made, [0, 1]) == {"kept": "a file system without holes"}
+                assert stored(made) == every
+        finally:
+            subprocess.run(["umount", str(tmp_path)], check=True)
+
     def test_segment_that_was_replaced_takes_nothing_out(self, filled: Jobs) -> None:
         """A worker of a daemon that was killed, while its successor has begun."""
         before = filled.data.stat().st_blocks
