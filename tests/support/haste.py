@@ -24,5 +24,9 @@ def in_haste() -> Iterator[None]:
 
 
 def not_in_haste(pid: int) -> None:
-    """A process that we have just started: it is none of ours."""
-    os.setpriority(os.PRIO_PROCESS, pid, _USUAL)
+    """A process that this thread has just started: the haste is none of its business.
+
+    Without haste it is left alone: it may be about to take a priority of its own, and we see it when we get our turn.
+    """
+    if os.getpriority(os.PRIO_PROCESS, 0) == _HASTE:
+        os.setpriority(os.PRIO_PROCESS, pid, _USUAL)
