@@ -31,6 +31,8 @@ _PATIENCE = 5.0
 """Seconds that a fork server may take to answer: it takes a few milliseconds."""
 _PATIENCE_WITH_COPY = 1.0
 """The same when another can be asked at once."""
+_PATIENCE_WITH_ALL = 0.5
+"""The same of all that there are, before another is loaded beside them: whichever is there first makes the next child."""
 _MOMENT = 0.05
 """The same before the loop of a daemon that serves goes on without an answer; twice as long after each time in vain."""
 _FIRST_PATIENCE = 20.0
@@ -58,7 +60,9 @@ class ForkServer:
         """
         self.stub = stub
         self._servers: list[Server] = []
-        """The one that is asked, and its copy."""
+        """The one that is asked, and its copy; and one that is loaded beside them."""
+        self._spare: Server | None = None
+        """That one, which takes the place of all others when it is ready, and is not needed when one of them answers."""
         self._copying: socket.socket | None = None
         """Our end of the line to the copy that was asked for."""
         self.held: list[int] = []
@@ -177,7 +181,15 @@ class ForkServer:
         """Seconds that it may take for an answer."""
         if not server.ready:
             return _FIRST_PATIENCE
-        return _PATIENCE if len(self._servers) == 1 else _PATIENCE_WITH_COPY
+        others = any(other.ready for other in self._servers if other is not server)
+        return _PATIENCE_WITH_COPY if others else _PATIENCE
+
+    @property
+    def _silent_until(self) -> float:
+        """When another is loaded beside those that there are (`time.monotonic()`): none of them answers."""
+        if not all(server.ready for server in self._servers):
+            return math.inf
+        return max(max(server.owes_since for server in self._servers) + _PATIENCE_WITH_ALL, self._next_start)
 
     def hold(self, fds: Sequence[int]) -> None:
         """Have it hold copies of these fds, under our numbers, for a supervisor to come; each one that takes its place, too."""
@@ -226,9 +238,9 @@ class ForkServer:
         if not self._servers:
             return self._next_start
         late = self._next_try if any(server.is_late for server in self._servers) else math.inf
-        late = min(late, *(server.owes_since + self._patience(server) for server in self._servers))
+        late = min(late, self._silent_until, *map(self._hangs_at, self._servers))
         if not self._servers[0].ready:
-            return min(late, self._servers[0].since + _FIRST_PATIENCE)
+            return late
         return min(late, self._next_copy if self._unguarded or self._wants_copy else math.inf)
 
     def tend(self) -> bool:
@@ -256,18 +268,40 @@ class ForkServer:
                 server.catch_up()
                 if server.holds:
                     self.started()
+        self._choose()
         for server in list(self._servers):
-            loads = not server.ready and server is self._servers[0]
-            if now > (server.since + _FIRST_PATIENCE if loads else server.owes_since + self._patience(server)):
+            if now > self._hangs_at(server):
                 log.warning("the fork server (pid %d) hangs", server.process.pid)
                 self._drop(server, _MOMENT)
         if not self._servers:
             if now >= self._next_start:
                 self._start()
+        elif now >= self._silent_until:
+            log.warning("no fork server answers; loading another")
+            self._start()
+            self._spare = self._servers[-1]
         elif now >= self._next_copy and self._unguarded:
             self._have_guarded()
         elif now >= self._next_copy and self._wants_copy and self._servers[0].ready:
             self._ask_for_copy()
+
+    def _hangs_at(self, server: Server) -> float:
+        """When it has been silent for too long (`time.monotonic()`)."""
+        return server.owes_since + self._patience(server) if server.ready else server.since + _FIRST_PATIENCE
+
+    def _choose(self) -> None:
+        """Between the one that was loaded because all others were silent, and those."""
+        spare = self._spare
+        if spare is None:
+            return
+        others = [server for server in self._servers if server is not spare]
+        if any(server.is_free for server in others):
+            self._drop(spare, _MOMENT)
+        elif spare.ready or not others:
+            self._spare = None
+            for server in others:
+                log.warning("the fork server (pid %d) hangs", server.process.pid)
+                self._drop(server, _MOMENT)
 
     @property
     def _wants_copy(self) -> bool:
@@ -282,6 +316,7 @@ class ForkServer:
         """Have the processes of this one be the other's, and the other's this one's."""
         self._servers, other._servers = other._servers, self._servers
         self._copying, other._copying = other._copying, self._copying
+        self._spare, other._spare = other._spare, self._spare
         for server in self._servers:
             self._redirect(server)
 
@@ -312,6 +347,8 @@ class ForkServer:
         """Without it: its copy takes its place, if there is one. Its end is waited for so long."""
         first = server is self._servers[0]
         self._servers.remove(server)
+        if server is self._spare:
+            self._spare = None
         if not server.ready and (server.process.poll() or 0) > 0:  # it has failed, and was not killed
             self._interval = min(2 * self._interval, _INTERVAL_NO_ROOM)
             self._next_start = time.monotonic() + self._interval

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -81,3 +82,13 @@ def stop(pid: int) -> None:
     """Until SIGCONT."""
     os.kill(pid, signal.SIGSTOP)
     wait_until(lambda: ") T " in Path(f"/proc/{pid}/stat").read_text(), "it is stopped", 60)
+
+
+def open_in(pid: int, like: int) -> list[int]:
+    """The numbers under which a process has this file of ours open."""
+    wanted, found = os.fstat(like), []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), wanted):
+                found.append(int(name))
+    return sorted(found)

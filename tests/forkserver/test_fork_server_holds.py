@@ -20,7 +20,7 @@ import pytest
 from nydusd.forkserver.fresh import FreshServer
 from nydusd.forkserver.process import Process
 from nydusd.supervisor.family import Family
-from tests.forkserver.spawned import spawn, stop, wait_for_copy, wait_until_gone
+from tests.forkserver.spawned import open_in, spawn, stop, wait_for_copy, wait_until_gone
 from tests.support.discipline import wait_until
 from tests.support.fork_server import fork_server
 
@@ -46,16 +46,6 @@ def test_what_it_is_to_hold_is_held_under_our_numbers_by_whoever_takes_its_place
     finally:
         os.close(reader)
         os.close(writer)
-
-
-def open_in(pid: int, like: int) -> list[int]:
-    """The numbers under which a process has this file of ours open."""
-    wanted, found = os.fstat(like), []
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), wanted):
-                found.append(int(name))
-    return sorted(found)
 
 
 def test_what_its_line_has_no_room_for_it_is_told_later_and_is_not_killed_for() -> None:

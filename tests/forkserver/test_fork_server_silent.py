@@ -16,7 +16,7 @@ import pytest
 from nydusd.forkserver import client
 from nydusd.forkserver.client import ForkServer, LoadingError
 from nydusd.forkserver.process import Process
-from tests.forkserver.spawned import spawn, spawn_leaving, stop, wait_for_copy, wait_until_gone
+from tests.forkserver.spawned import open_in, spawn, spawn_leaving, stop, wait_for_copy, wait_until_gone
 from tests.support.discipline import wait_until
 from tests.support.fork_server import fork_server
 
@@ -44,7 +44,8 @@ def test_one_that_is_stopped_while_it_loads_is_waited_for_though_its_line_is_ful
 @contextmanager
 def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ForkServer, list[int]]]:
     """The fork server of a daemon that serves, and the pids of it and its copy, which may be silent for long."""
-    monkeypatch.setattr(client, "_PATIENCE_WITH_COPY", 60.0)
+    for name in ("_PATIENCE", "_PATIENCE_WITH_COPY", "_PATIENCE_WITH_ALL"):
+        monkeypatch.setattr(client, name, 60.0)
     with fork_server() as server:
         pids = wait_for_copy(server)
         server.waits = False
@@ -100,6 +101,68 @@ def test_a_daemon_that_serves_goes_on_while_both_are_stopped_and_asks_again_when
         assert process.wait(10) == 3
         process.close()
         assert server.pids == pids
+
+
+def ask_in_vain(server: ForkServer, pids: list[int]) -> None:
+    """All fork servers are stopped, and each of them is asked for a child."""
+    for pid in pids:
+        stop(pid)
+    with pytest.raises(LoadingError):
+        spawn_leaving(server, 3)
+
+
+def test_where_all_are_silent_another_is_loaded_and_takes_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before they are given up: somebody waits for what the child does."""
+    reader, writer = os.pipe()
+    with open(reader, "rb"), open(writer, "wb"), serving(monkeypatch) as (server, pids):
+        server.hold([reader])
+        ask_in_vain(server, pids)
+        monkeypatch.setattr(client, "_PATIENCE_WITH_ALL", 0.1)
+        assert server.due() < math.inf
+        known: list[list[int]] = []
+        server.started = lambda: known.append(server.pids)
+
+        def another_is_ready() -> bool:
+            server.tend()
+            return server.ready
+
+        wait_until(another_is_ready, "another fork server", 60)
+        assert not set(server.pids) & set(pids)
+        (another,) = server.pids
+        assert [*pids, another] in known, "who takes over from us finds all three"
+        process = spawn_leaving(server, 3)
+        assert process.wait(10) == 3
+        process.close()
+        assert open_in(another, reader) == [reader]
+        assert wait_for_copy(server)[0] == another
+
+
+def test_the_one_that_is_loaded_beside_silent_ones_is_ended_when_one_of_these_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(monkeypatch) as (server, pids):
+        ask_in_vain(server, pids)
+        monkeypatch.setattr(client, "_PATIENCE_WITH_ALL", 0.1)
+
+        def is_loaded_beside() -> bool:
+            server.tend()
+            return len(server.pids) == 3
+
+        wait_until(is_loaded_beside, "another fork server")
+        another = Process(server.pids[2])
+        another.send_signal(signal.SIGSTOP)
+        os.kill(pids[1], signal.SIGCONT)
+        assert another.wait(0) is None
+
+        def one_has_answered() -> bool:
+            server.tend()
+            return server.ready
+
+        wait_until(one_has_answered, "an answer", 60)
+        assert server.pids == pids
+        assert another.wait(10) == -signal.SIGKILL
+        another.close()
+        os.kill(pids[0], signal.SIGCONT)
 
 
 def test_a_daemon_that_serves_ends_one_that_goes_on_to_be_silent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,15 @@ client._PATIENCE = client._PATIENCE_WITH_COPY = 600.0
 from nydusd.cli.nydusd import main
 sys.exit(main(sys.argv[1:]))
 """
-"""A `nydusd` that ends no fork server for being silent: who waits for one waits longer than a test may take."""
+"""A `nydusd` that ends no fork server for being silent alone: who waits for one waits longer than a test may take."""
+PATIENT_WITH_ALL = PATIENT.replace(" = 600.0", " = client._PATIENCE_WITH_ALL = 600.0")
+"""And loads none beside those that are silent."""
 
 
 def test_readers_are_served_while_all_fork_servers_are_stopped_and_a_worker_is_missing(tmp_path: Path) -> None:
     config = config_for(IMAGE, tmp_path / "cache", amplify_io=0, nydusd={"decompress_workers": 2})
     with not_started(IMAGE.bootstrap, IMAGE.blobs, tmp_path / "cache", config) as daemon:
-        daemon.command = [sys.executable, "-c", PATIENT, *daemon.command[3:]]
+        daemon.command = [sys.executable, "-c", PATIENT_WITH_ALL, *daemon.command[3:]]
         daemon.start()
         wait_until(lambda: len(daemon.pids("fork server")) == 2, "a fork server and its copy", 60)
         servers, (killed, *_) = daemon.pids("fork server"), daemon.pids("decompress")
@@ -39,4 +41,20 @@ def test_readers_are_served_while_all_fork_servers_are_stopped_and_a_worker_is_m
             os.kill(pid, signal.SIGCONT)
         wait_until(lambda: len(daemon.pids("decompress")) == 2, "another worker", 60)
         assert daemon.pids("fork server") == servers
+        assert wrong(daemon) == []
+
+
+def test_a_read_is_served_while_all_fork_servers_are_stopped_and_no_worker_is_left(tmp_path: Path) -> None:
+    config = config_for(IMAGE, tmp_path / "cache", amplify_io=0, nydusd={"decompress_workers": 1})
+    with not_started(IMAGE.bootstrap, IMAGE.blobs, tmp_path / "cache", config) as daemon:
+        daemon.command = [sys.executable, "-c", PATIENT, *daemon.command[3:]]
+        daemon.start()
+        wait_until(lambda: len(daemon.pids("fork server")) == 2, "a fork server and its copy", 60)
+        servers, (killed,) = daemon.pids("fork server"), daemon.pids("decompress")
+        for pid in servers:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(killed, signal.SIGKILL)
+        assert read_direct(daemon.mountpoint / ONE_CHUNK) == TRUTH[ONE_CHUNK.encode()]
+        wait_until(lambda: len(daemon.pids("fork server")) == 2, "a fork server and its copy", 60)
+        assert not set(daemon.pids("fork server")) & set(servers)
         assert wrong(daemon) == []
