@@ -52,6 +52,9 @@ _EXPENDABLE = ("around",)
 _END_PATIENCE = 2.0
 """Seconds that children may take to end; there is nothing that they could lose."""
 
+_ANSWER_PATIENCE = 1.0
+"""Seconds that the API process may take for its last answer when all is left to the next one, for whom readers wait."""
+
 
 class CannotStartError(NydusError):
     """What children are to run does not run: the daemon that has just been started is of no use."""
@@ -415,7 +418,7 @@ class Family:
         priority.leave(child.pid for child in gone if child.pid)
         for child in gone:
             if child.role != "api":
-                child.send(signal.SIGTERM)
+                child.send(signal.SIGKILL)  # it may be stopped, and readers wait for the next one
         if keep_fork_server:
             if self.fork_server.held:
                 self.fork_server.let_go()
@@ -425,7 +428,8 @@ class Family:
             os.close(self._lifeline_end)
             for child in self.children:
                 if child.role == "api" and child.process is not None:
-                    child.process.wait(_END_PATIENCE)
+                    child.process.wait(_ANSWER_PATIENCE)
+                    child.send(signal.SIGKILL)
         else:
             self.fork_server.close()
         end_all(gone, _END_PATIENCE)

@@ -27,6 +27,15 @@ TRUTH = oracle.truth(IMAGE.name)
 
 READER = "import sys; f = open(sys.argv[1], 'rb'); input(); print(len(f.read()))"
 
+PATIENT = """
+import sys
+from nydusd.supervisor import family
+family._END_PATIENCE = 600.0
+from nydusd.cli.nydusd import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""A `nydusd` that gives its children longer to end than a test may take."""
+
 
 @contextmanager
 def left_to(keeper: Keeper, folder: Path) -> Iterator[Daemon]:
@@ -118,6 +127,18 @@ class TestUpgrade:
                     assert state_of(daemon) == "RUNNING"
                 readers.go_on(100)
             assert list(discipline.runtime.glob("*.next*")) == []
+
+    def test_does_not_wait_for_workers_that_are_stopped(self, keeper: Keeper, tmp_path: Path) -> None:
+        """Whom it would kill later anyway: readers wait for the next one."""
+        config = config_for(IMAGE, tmp_path / "cache")
+        daemon = Daemon(IMAGE.bootstrap, IMAGE.blobs, config=config, args=keeper.args)
+        daemon.command = [sys.executable, "-c", PATIENT, *daemon.command[3:]]
+        with daemon:
+            keeper.save(daemon)
+            workers = [*daemon.pids("fetch"), *daemon.pids("decompress")]
+            upgrade(daemon, keeper, lambda: [os.kill(pid, signal.SIGSTOP) for pid in workers])
+            assert not any(map(is_running, workers))
+            assert wrong(daemon) == []
 
     def test_one_that_is_killed_while_it_waits_costs_nothing_and_the_next_may_come(
         self, keeper: Keeper, tmp_path: Path
