@@ -136,7 +136,12 @@ class TestUpgrade:
         with daemon:
             keeper.save(daemon)
             workers = [*daemon.pids("fetch"), *daemon.pids("decompress")]
-            upgrade(daemon, keeper, lambda: [os.kill(pid, signal.SIGSTOP) for pid in workers])
+
+            def stop_workers() -> None:
+                for pid in workers:
+                    os.kill(pid, signal.SIGSTOP)
+
+            upgrade(daemon, keeper, stop_workers)
             assert not any(map(is_running, workers))
             assert wrong(daemon) == []
 
