@@ -198,27 +198,42 @@ class Nursery:
         return None, False
 
     def _bear(self, stub: int, wire: socket.socket, fds: list[int]) -> Birth | None:
-        child = os.fork()
+        """Raises OSError where there is no room for another process: before there is one, for a copy has nobody to tell."""
+        kept = wire.dup()
+        try:
+            room = os.dup(kept.fileno())
+            try:
+                child = os.fork()
+            finally:
+                os.close(room)  # for the pidfd
+        except OSError:
+            kept.close()
+            raise
         if child == 0:
-            own = socket.socket(fileno=os.dup(wire.fileno()))
-            birth = Birth(stub, own, *map(os.dup, fds))
+            given = fds.copy()
+            fds.clear()  # they are the daemon's now
             self.close()
-            return birth
+            return Birth(stub, kept, *given)
         pidfd = os.pidfd_open(child)
-        self._daemons[pidfd] = child, wire.dup()
+        self._daemons[pidfd] = child, kept
         self._poll.register(pidfd, select.POLLIN)
         return None
 
     def _have_seats_kept(self) -> Seats | None:
         """Have a copy keep the seats; what it is to be, in the copy. Where there is no room for it, it is tried again."""
         try:
-            child = os.fork()
+            lifeline = os.dup(self._lifeline)
         except OSError:
             return None
+        try:
+            child = os.fork()
+        except OSError:
+            os.close(lifeline)
+            return None
         if child == 0:
-            lifeline = os.dup(self._lifeline)
             self.close()
             return Seats(lifeline)
+        os.close(lifeline)  # so there is room for another
         self._seats = child, os.pidfd_open(child)
         self._poll.register(self._seats[1], select.POLLIN)
         return None

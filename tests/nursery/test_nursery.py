@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -108,6 +109,22 @@ def test_one_that_hangs_costs_a_start_some_time_and_makes_no_second_daemon_later
             wait_until(lambda: len(daemons_of(nursery)) == 1, "the end of the copy that came too late", 60)
         wait_until(lambda: not daemons_of(nursery), "the end of the copies", 60)
         assert wrong(daemon) == []
+
+
+def test_where_it_has_no_fd_left_a_daemon_begins_by_itself_or_as_any_copy_does(nursery: int) -> None:
+    """Whichever is the first that it lacks: no copy of it goes on as another nursery, none is left unburied."""
+    numbers = {int(name) for name in os.listdir(f"/proc/{nursery}/fd")}
+    free = [number for number in range(100) if number not in numbers]
+    before = resource.prlimit(nursery, resource.RLIMIT_NOFILE)
+    copies = []
+    for room in range(6, 14):
+        resource.prlimit(nursery, resource.RLIMIT_NOFILE, (free[room], before[1]))
+        with Another(bootstrap=None) as daemon:
+            copies.append(daemon.is_copy())
+            assert nurseries() == [nursery]
+        wait_until(lambda: not daemons_of(nursery), "the end of the copies", 60)
+    assert set(copies) == {False, True}
+    assert sorted(copies) == copies
 
 
 def test_on_sigusr1_it_and_what_keeps_the_seats_log_their_stacks_and_go_on(nursery: int) -> None:
