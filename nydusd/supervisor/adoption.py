@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import stat
 import time
 from collections.abc import Collection, Sequence
@@ -359,6 +360,8 @@ def _lane(
                     return lane
         if time.monotonic() >= until or all(keeper.poll() is not None for keeper in keepers):
             raise why
+        for keeper in keepers:
+            keeper.send_signal(signal.SIGCONT)  # one that somebody has stopped takes nothing from its line
         told.wait(since, _LOOK_SECONDS)
 
 

@@ -262,6 +262,21 @@ class TestKilledSupervisor:
             assert read_direct(daemon.mountpoint / path) == TRUTH[path.encode()]
         assert wrong(daemon) == []
 
+    def test_and_all_front_ends_while_a_new_fork_server_is_stopped_cost_no_read(self, daemon: Daemon) -> None:
+        """What it is to hold lies in its line: it is stopped before it has loaded what comes first."""
+        stop_workers(daemon)
+        before = fork_servers(daemon)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: noted_keepers(daemon) - set(before) != set(), "another one", 60)
+        (another,) = noted_keepers(daemon) - set(before)
+        os.kill(another, signal.SIGSTOP)
+        with blocked_reader(daemon.mountpoint / ONE_CHUNK) as reader:
+            kill_with_front_ends(daemon)
+            daemon.start()
+            assert reader.wait(10) == 0
+        assert wrong(daemon) == []
+
     def test_and_all_others_leave_a_dead_mount_that_is_made_anew(self, daemon: Daemon, expect_log: ExpectLog) -> None:
         expect_log("detached a dead FUSE mount")
         others = fork_servers(daemon) + daemon.pids("fuse")
