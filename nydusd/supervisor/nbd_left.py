@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import signal
 import socket
 import time
 from collections import Counter
@@ -129,6 +130,9 @@ def take(note: Note, record: Json, told: Told) -> Left | None:
             log.info(
                 "waiting for %s to take the clients that it was given, %g s at most", _named(there), _KEEPER_SECONDS
             )
+        for pid in there:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)  # one that somebody has stopped does not load
         told.wait(since, _LOOK_SECONDS)
     try:
         memory = _copy(holders, f"{MEMORY}:{note.memory}")
@@ -251,6 +255,8 @@ def _clients(memory: int, holders: Sequence[_Holder]) -> dict[int, tuple[socket.
                     os.close(fd)
         if not missing or time.monotonic() >= until:
             return found
+        for holder in holders:
+            holder.process.send_signal(signal.SIGCONT)  # one that somebody has stopped takes nothing from its line
         time.sleep(_LOOK_SECONDS)
         for holder in holders:
             holder.look()

@@ -164,6 +164,42 @@ def test_a_burst_of_clients_while_the_fork_servers_take_nothing_costs_nobody_any
             reads_anywhere(last, disk, 12)
 
 
+def test_a_client_whom_only_fork_servers_are_to_hold_that_are_stopped_outlives_all_others(
+    export: Export, disk: bytes
+) -> None:
+    """It lies in their lines."""
+    wait_for_role(export, "fork server", 2)
+    keepers = export.pids("fork server")
+    with serving(export) as first:
+        wait_until(lambda: hold(keepers, export, 1), "both hold the client", 60)
+        for pid in keepers:
+            os.kill(pid, signal.SIGSTOP)
+        with serving(export) as last:
+            served_by = front_end(export)
+            export.kill_supervisor()
+            end(served_by)
+            assert [pid for pid in keepers if is_running(pid)] == keepers
+            export.start()
+            reads_anywhere(first, disk, 13)
+            reads_anywhere(last, disk, 14)
+
+
+def test_clients_outlive_all_but_a_fork_server_that_was_stopped_while_it_loaded(export: Export, disk: bytes) -> None:
+    wait_for_role(export, "fork server", 2)
+    with serving(export) as wire:
+        before = export.pids("fork server")
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: bool(set(export.pids("fork server")) - set(before)), "another fork server", 60)
+        (another,) = set(export.pids("fork server")) - set(before)
+        os.kill(another, signal.SIGSTOP)
+        served_by = front_end(export)
+        export.kill_supervisor()
+        end(served_by)
+        export.start()
+        reads_anywhere(wire, disk, 15)
+
+
 def test_the_next_supervisor_may_be_killed_at_any_step(export: Export, disk: bytes, plan: Plan) -> None:
     with serving(export) as wire:
         export.kill_supervisor()
