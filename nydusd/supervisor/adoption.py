@@ -155,7 +155,7 @@ def record_of(session: Session, what: str, children: Sequence[Child], fork_serve
             "index": child.index,
             "generation": child.generation,
             "pid": child.pid,
-            "start": start_time(child.pid),
+            "start": start_time(child.pid) if child.adopted is None else child.adopted.process.start,
             "commit": child.commit,
             "lanes": lanes if child.adopted is None else msgspec.to_builtins(child.adopted.lanes),
         }
@@ -331,7 +331,7 @@ def _end_strangers(record: _Record, known: Sequence[int], told: Told) -> None:
     Again until there is none, for a fork server may just have made one.
     """
     while strangers := _strangers(record, known):
-        end_together([(stranger.pid, start_time(stranger.pid)) for stranger in strangers], told)
+        end_together([(stranger.pid, stranger.start) for stranger in strangers], told)
         for stranger in strangers:
             stranger.close()
 

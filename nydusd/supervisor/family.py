@@ -257,10 +257,10 @@ class Family:
                 self._parameters = parameters(self._options, self._config)
             self._have_held(self.session)
             more |= record_of(self.session, self._parameters, self.children, self.fork_server)
-        ended = (child.pid for child in self.children if child.role not in _HOLDING + _EXPENDABLE)
-        pids = [*self.fork_server.pids, *ended]
-        pids += self.others()
-        self._runtime.record([pid for pid in pids if pid], more)
+        ended = [child for child in self.children if child.role not in _HOLDING + _EXPENDABLE]
+        pids = [*self.fork_server.pids, *(child.pid for child in ended if child.adopted is None), *self.others()]
+        adopted = [(each.process.pid, each.process.start) for child in ended if (each := child.adopted) is not None]
+        self._runtime.record([pid for pid in pids if pid], more, adopted)
 
     def _for_operator(self) -> Json:
         """How `nydusctl` finds this record, and what else of us, when we do not answer."""

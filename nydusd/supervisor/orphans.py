@@ -15,6 +15,8 @@ class Orphan(Process):
 
     def __init__(self, pid: int, start: int) -> None:
         super().__init__(pid)
+        self.start = start
+        """As it was noted: once it has ended, its pid may be another's, which none but its parent keeps from that."""
         if start_time(pid) != start:  # from now on the number cannot become another's
             self.close()
             raise ProcessLookupError(f"process {pid} is another one")

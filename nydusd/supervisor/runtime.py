@@ -257,14 +257,16 @@ class Runtime:
         except (OSError, ValueError):
             return {}
 
-    def record(self, children: Iterable[int], more: Json | None = None) -> None:
+    def record(
+        self, children: Iterable[int], more: Json | None = None, adopted: Iterable[tuple[int, int]] = ()
+    ) -> None:
         """Write down who we are, which children we have (pids), and what a successor must know `more` to take them over.
 
-        A folder that is full costs the record, no more.
+        `adopted`: pids and start times of who is not our child. A folder that is full costs the record, no more.
         """
         pids = [os.getpid(), *children]
         record: Json = {"version": 0, "mountpoint": self._mountpoint, "term": self.term}
-        record["processes"] = [[pid, start_time(pid)] for pid in pids]
+        record["processes"] = [*([pid, start_time(pid)] for pid in pids), *map(list, adopted)]
         self._write(record | (more or {}))
 
     def _write(self, record: Json) -> None:

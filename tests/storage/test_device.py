@@ -160,7 +160,7 @@ def test_file_of_which_its_disk_says_nothing_is_not_there_and_not_kept_open(
     blob: Blob, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a file system that was shut down: what is asked for then comes past it."""
-    vec = [_extent(0)]
+    vec = [extent_of(0)]
     blob.segments[0].state[0] = READY
     before = len(os.listdir("/proc/self/fd"))
     asked = getattr(os, call)

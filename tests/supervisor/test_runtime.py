@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -24,13 +25,16 @@ import zmq
 from nydusd.cli.options import FuseOptions
 from nydusd.config import Config
 from nydusd.errors import MountError, NydusError
+from nydusd.frontends.fuse.session import Negotiated, Session
 from nydusd.ipc.messages import Json
 from nydusd.storage.state.lock import start_time
 from nydusd.storage.state.names import names
+from nydusd.supervisor.adoption import FrontEnd, record_of
 from nydusd.supervisor.children import Child, end_all
 from nydusd.supervisor.ends import end_together
 from nydusd.supervisor.family import Family
 from nydusd.supervisor.handover import Handover
+from nydusd.supervisor.orphans import Orphan
 from nydusd.supervisor.runtime import TRIAL, Runtime, end
 from nydusd.supervisor.sockets import Sockets
 from tests.support.discipline import wait_until
@@ -408,6 +412,32 @@ def test_workers_of_two_supervisors_have_different_names_and_front_ends_have_not
             names.append({child.identity for child in children})
             family.close()
         assert names[0] & names[1] == {b"fuse-0-0"}
+
+
+def test_a_front_end_that_was_taken_over_is_noted_as_it_was_found_though_its_number_is_anothers_by_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is not our child: its number is free when it has ended, and not when we have seen that."""
+    runtime = Runtime("/mnt/image")
+    runtime.claim()
+    with fork_server() as server, subprocess.Popen(SLEEPS) as process:
+        family = Family(FuseOptions(mountpoint="/mnt/image"), Config(), server, runtime, zmq.Poller())
+        pid, start = process.pid, start_time(process.pid)
+        child = Child("fuse", 0, "none")
+        family.adopt(child, FrontEnd(0, 1, "", Orphan(pid, start), []))
+        process.kill()
+        process.wait()
+        for module in ("runtime", "adoption", "family"):
+            monkeypatch.setattr(f"nydusd.supervisor.{module}.start_time", lambda of: 7 if of == pid else start_time(of))
+        family.remember()
+        noted = json.loads((runtime.folder / "state.json").read_bytes())["processes"]
+        assert [row for row in noted if row[0] == pid] == [[pid, start]]
+        session = SimpleNamespace(lanes=[], negotiated=Negotiated(7, 0, 0), device="0:0")
+        (row, *_) = record_of(cast("Session", session), "", family.children, server)["holders"]
+        assert (row["pid"], row["start"]) == (pid, start)
+        family.end()
+        family.close()
+    runtime.remove()
 
 
 def test_a_child_for_which_there_is_no_file_descriptor_is_tried_again_and_ends_no_supervisor(
