@@ -33,6 +33,8 @@ _PATIENCE_WITH_COPY = 1.0
 """The same when another can be asked at once."""
 _PATIENCE_WITH_ALL = 0.5
 """The same of all that there are, before another is loaded beside them: whichever is there first makes the next child."""
+_PATIENCE_STOPPED = 0.5
+"""The same of one that is stopped, before another is started in its place."""
 _MOMENT = 0.05
 """The same before the loop of a daemon that serves goes on without an answer; twice as long after each time in vain."""
 _FIRST_PATIENCE = 20.0
@@ -413,10 +415,10 @@ class ForkServer:
 
     def _ask(self, server: Server, request: bytes, fds: Sequence[int]) -> dict[str, Any] | None:
         """Its answer; None if there is none in time."""
-        since, told = time.monotonic(), self.told if self.waits else DEAF
+        since = time.monotonic()
         try:
             number = server.ask(request, fds, self._patience(server) if self.waits else 0)
-            while told.wait(since, self._patience(server) if self.waits else self._moment, server.line.fileno()):
+            while self._has_said(server, since):
                 packet = server.line.recv(PACKET_MAX)
                 if not packet:
                     return None
@@ -426,6 +428,16 @@ class ForkServer:
             return None
         except OSError:  # a time-out is one, too
             return None
+
+    def _has_said(self, server: Server, since: float) -> bool:
+        """Whether there is anything to hear in time. A child that may wait does not wait for one that somebody has stopped."""
+        if not self.waits:
+            return DEAF.wait(since, self._moment, server.line.fileno())
+        until = time.monotonic() + self._patience(server)
+        while not self.told.wait(since, min(_PATIENCE_STOPPED, until - time.monotonic()), server.line.fileno()):
+            if time.monotonic() >= until or server.process.is_stopped():
+                return False
+        return True
 
     def _hear(self, server: Server) -> None:
         """Take what it has to say unasked."""

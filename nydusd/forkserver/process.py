@@ -42,6 +42,12 @@ class Process:
             self._ends(seconds)
         return self.poll()
 
+    def is_stopped(self) -> bool:
+        """Whether somebody has stopped it (SIGSTOP, a debugger). False if it has ended."""
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/stat", "rb") as stat:
+            return self.poll() is None and stat.read().rpartition(b") ")[2][:1] in (b"T", b"t")
+        return False
+
     def send_signal(self, number: signal.Signals) -> None:
         """Nothing happens if it has ended."""
         if self.poll() is None:

@@ -26,6 +26,7 @@ def test_one_that_is_stopped_while_it_loads_is_waited_for_though_its_line_is_ful
 ) -> None:
     """Longer than for one that has loaded."""
     monkeypatch.setattr(client, "_PATIENCE", 0.1)
+    monkeypatch.setattr(client, "_PATIENCE_STOPPED", 60.0)
     reader, writer = os.pipe()
     with open(reader, "rb"), open(writer, "wb"), fork_server() as server:
         pid = server.pid
@@ -39,6 +40,18 @@ def test_one_that_is_stopped_while_it_loads_is_waited_for_though_its_line_is_ful
         assert process.wait(10) == 0
         process.close()
         assert server.pid == pid
+
+
+def test_a_child_that_may_wait_does_not_wait_for_one_that_stays_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as long as for one that loads: a daemon that takes over has readers waiting."""
+    monkeypatch.setattr(client, "_FIRST_PATIENCE", 600.0)
+    with fork_server() as server:
+        pid = server.pid
+        stop(pid)
+        process, _ = spawn(server)
+        assert process.wait(10) == 0
+        process.close()
+        assert server.pid != pid
 
 
 @contextmanager

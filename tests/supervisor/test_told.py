@@ -23,7 +23,9 @@ TRUTH = oracle.truth(IMAGE.name)
 OTHER = "sizes/300K-text"
 STOPS_FORK_SERVER = """
 import os, signal, sys
+from nydusd.forkserver import client
 from nydusd.forkserver.client import ForkServer
+client._PATIENCE_STOPPED = 600.0
 whole = ForkServer._start
 def start(self):
     whole(self)
@@ -32,7 +34,7 @@ ForkServer._start = start
 from nydusd.cli.nydusd import main
 sys.exit(main(sys.argv[1:]))
 """
-"""A `nydusd` whose fork servers hang from the beginning."""
+"""A `nydusd` whose fork servers hang from the beginning: it does not see that they are stopped."""
 
 
 @pytest.fixture
