@@ -176,6 +176,7 @@ def test_a_client_whom_only_fork_servers_are_to_hold_that_are_stopped_outlives_a
             os.kill(pid, signal.SIGSTOP)
         with serving(export) as last:
             served_by = front_end(export)
+            export.get("/api/v1/daemon")  # so it has told them: it gives a client to the front end first
             export.kill_supervisor()
             end(served_by)
             assert [pid for pid in keepers if is_running(pid)] == keepers
