@@ -195,6 +195,7 @@ def test_clients_outlive_all_but_a_fork_server_that_was_stopped_while_it_loaded(
         (another,) = set(export.pids("fork server")) - set(before)
         os.kill(another, signal.SIGSTOP)
         served_by = front_end(export)
+        export.get("/api/v1/daemon")  # so all that it is to hold lies in its line
         export.kill_supervisor()
         end(served_by)
         export.start()
