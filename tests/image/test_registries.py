@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import socket
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from nydusd.image.errors import ImageError
 from nydusd.image.oci.convert import find_manifest
 from nydusd.image.oci.history import new_history
 from nydusd.image.oci.layout import Layout
-from nydusd.image.oci.model import OCI_MANIFEST, packed
+from nydusd.image.oci.model import OCI_MANIFEST, descriptors, packed
 from nydusd.image.oci.names import image_name
 from tests.image.build import image, refused
 from tests.image.test_convert import layers, source_layout
@@ -224,6 +226,76 @@ def test_a_storage_server_is_told_no_credentials_and_names_no_token_server(tmp_p
     assert "status 401" in text
     assert {request.path for request in storage.requests} == {"/it"}
     assert all("authorization" not in request.headers for request in storage.requests)
+
+
+BOMB = gzip.compress(bytes(256 << 20))
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (Reply(200, {"Content-Encoding": "gzip"}, BOMB), "a manifest of more than 4194304 bytes"),
+        (Reply(404, {"Content-Encoding": "gzip"}, BOMB), "status 404: there is nothing of that name"),
+        (Reply(401, {"Content-Encoding": "gzip"}, BOMB), "it wants credentials"),
+        (Reply(307, {"Location": "http://["}), "it sends us to no usable URL"),
+        (Reply(307, {"Location": "file:///etc/passwd"}), "it sends us to no usable URL"),
+        (Reply(307, {"Location": "/v2/app/manifests/1"}), "status 307"),
+        (Reply(429, {"Retry-After": "86400"}), "status 429: too many requests"),
+    ],
+)
+def test_hostile_registry_ends_the_command_with_the_reason(
+    tmp_path: Path, docker: Path, reply: Reply, expected: str
+) -> None:
+    """Not with a traceback, a wait or all memory."""
+    with faulty() as server:
+        server.default = lambda request: reply
+        tracemalloc.start()
+        text = refused("convert", f"{server.host}/app:1", tmp_path / "out", "--plain-http")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert expected in text and peak < 64 << 20
+
+
+def test_storage_server_that_says_when_to_come_again_is_not_waited_for(tmp_path: Path, docker: Path) -> None:
+    with serving(source_layout(tmp_path, small_layers(1))) as (registry, digests), faulty() as storage:
+        registry.handlers[f"/v2/app/blobs/{digests[0]}"] = lambda request: Reply(307, {"Location": f"{storage.url}/it"})
+        storage.default = lambda request: Reply(503, {"Retry-After": "3600"})
+        text = refused("convert", f"{registry.host}/app:1", tmp_path / "out", "--plain-http")
+    assert f"blob {digests[0]}: status 503" in text and len(storage.requests) == 1
+
+
+def test_blob_that_is_longer_than_its_manifest_says_is_not_read_on(tmp_path: Path, docker: Path) -> None:
+    with serving(source_layout(tmp_path, small_layers(1))) as (server, digests):
+        server.handlers[f"/v2/app/blobs/{digests[0]}"] = lambda request: Reply(200, {}, bytes(64 << 20))
+        text = refused("convert", f"{server.host}/app:1", tmp_path / "out", "--plain-http")
+    assert f"blob {digests[0]} is longer than its manifest says" in text
+
+
+@pytest.mark.parametrize("size", [-1, True, 1 << 63, int("9" * 4000)])
+def test_sizes_that_cannot_be_are_refused(size: int) -> None:
+    with pytest.raises(ImageError, match=r"layers: a size of .* bytes"):
+        descriptors([{"digest": DIGEST, "size": size}], "layers")
+
+
+def test_config_that_is_too_long_is_not_fetched(tmp_path: Path) -> None:
+    source_layout(tmp_path, small_layers(1))
+    layout = Layout(tmp_path / "oci", "latest")
+    manifest = find_manifest(layout, "linux/amd64")
+    config = manifest["config"]
+    assert isinstance(config, dict)
+    layout.tag(packed({**manifest, "config": {**config, "size": 5 << 20}}), OCI_MANIFEST)
+    assert "config: 5242880 bytes" in refused("convert", f"{tmp_path / 'oci'}:latest", tmp_path / "out")
+
+
+def test_pipes_and_endless_files_in_a_layout_are_refused(tmp_path: Path) -> None:
+    folder = Path(source_layout(tmp_path, small_layers(1))).parent / "oci"
+    index = folder / "index.json"
+    with open(index, "r+b") as file:
+        file.truncate(1 << 40)
+    assert f"{index}: more than 4194304 bytes" in refused("convert", f"{folder}:latest", tmp_path / "out")
+    index.unlink()
+    os.mkfifo(index)
+    assert f"{index}: cannot be read: no regular file" in refused("convert", f"{folder}:latest", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

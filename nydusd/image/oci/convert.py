@@ -28,6 +28,7 @@ from nydusd.image.merge import MergeOptions, merge
 from nydusd.image.oci.history import new_history
 from nydusd.image.oci.model import (
     INDEXES,
+    MAX_JSON,
     NYDUS_BLOB,
     OCI_CONFIG,
     OCI_LAYER_GZIP,
@@ -112,7 +113,7 @@ def find_manifest(source: Store, platform: str = "") -> Json:
         chosen = [one for one in choices if _platform(one) == wanted]
         if not chosen:
             have = ", ".join(sorted(_platform(one) for one in choices))
-            raise ImageError(f"the image has no manifest for {wanted}, only for: {have}")
+            raise ImageError(f"the image has no manifest for {wanted}, only for: {have[:1000]}")
         found = parse(source.manifest_of(chosen[0]), "manifest")
     return found
 
@@ -131,6 +132,8 @@ class _Conversion:
         manifest = find_manifest(self._source, self._options.platform)
         layers = descriptors(manifest.get("layers"), "manifest: layers")
         config_at = descriptor(manifest.get("config"), "manifest: config")
+        if int(str(config_at["size"])) > MAX_JSON:
+            raise ImageError(f"manifest: config: {config_at['size']} bytes; at most {MAX_JSON} are read")
         config_file = self._work / "config"
         self._source.fetch(config_at, str(config_file))
         config = parse(config_file.read_bytes(), "config")

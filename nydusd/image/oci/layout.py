@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from nydusd.image.errors import ImageError
-from nydusd.image.oci.model import OCI_INDEX, OCI_MANIFEST, descriptors, digest_of, packed, parse
+from nydusd.image.oci.model import MAX_JSON, OCI_INDEX, OCI_MANIFEST, descriptors, digest_of, packed, parse
 from nydusd.image.output import os_failure, save, write_file
 
 _REF = "org.opencontainers.image.ref.name"
@@ -28,9 +30,13 @@ class Layout:
 
     def _read(self, path: Path) -> bytes:
         try:
-            return path.read_bytes()
+            with _opened(path) as file:
+                data = file.read(MAX_JSON + 1)
         except OSError as error:
-            raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+            raise ImageError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if len(data) > MAX_JSON:
+            raise ImageError(f"{path}: more than {MAX_JSON} bytes, which is no manifest and no index")
+        return data
 
     def _index(self) -> list[dict[str, object]]:
         path = self._folder / "index.json"
@@ -87,11 +93,21 @@ class Layout:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             while piece := file.read(_COPY):
                 yield piece
     except OSError as error:
-        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ImageError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file of a layout, which anybody may have packed. Raises `OSError` for a pipe or device: it may give bytes for ever."""
+    # O_NONBLOCK: opening a named pipe would wait for its writer.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("no regular file")
+    return file
 
 
 def _name(descriptor: Mapping[str, object]) -> str:

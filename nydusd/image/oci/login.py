@@ -14,6 +14,7 @@ import urllib3
 
 from nydusd.image.errors import ImageError
 from nydusd.image.oci.names import ImageName
+from nydusd.image.oci.reply import Reply, whole
 from nydusd.image.oci.trouble import reason
 from nydusd.storage.backend.registry.challenge import parse_challenges
 from nydusd.storage.backend.registry.credentials import Credentials, CredentialSource
@@ -78,13 +79,16 @@ class Login:
             raise ImageError(f"{why}: it has no TLS, so that the credentials were not sent")
         raise ImageError(f"{why}: docker's credentials for {self._name.host} are not taken; {_LOG_IN}")
 
-    def _ask(self, realm: str, form: dict[str, str], credentials: Credentials) -> urllib3.BaseHTTPResponse:
+    def _ask(self, realm: str, form: dict[str, str], credentials: Credentials) -> Reply:
         """An identity token (of a login by a browser, or from a credential helper) is exchanged by POST."""
         if credentials.identity:
             fields = form | {"grant_type": "refresh_token", "client_id": "nydus-image"}
             body = urlencode(fields | {"refresh_token": credentials.identity})
             headers = {"Content-Type": "application/x-www-form-urlencoded"}
-            return self._http.request("POST", realm, headers=headers, body=body, redirect=False)
+            return self._send("POST", realm, headers, body)
         headers = {"Authorization": f"Basic {credentials.basic}"} if credentials.basic else {}
         url = f"{realm}{'&' if urlsplit(realm).query else '?'}{urlencode(form)}"
-        return self._http.request("GET", url, headers=headers, redirect=False)
+        return self._send("GET", url, headers)
+
+    def _send(self, method: str, url: str, headers: dict[str, str], body: str | None = None) -> Reply:
+        return whole(self._http.request(method, url, headers=headers, body=body, preload_content=False, redirect=False))

@@ -84,6 +84,8 @@ def descriptor(value: object, what: str) -> Json:
         or not isinstance(value.get("size"), int)
     ):
         raise ImageError(f"{what}: a descriptor with digest and size is expected, but it is {str(value)[:120]}")
+    if isinstance(value["size"], bool) or not 0 <= value["size"] < 1 << 63:
+        raise ImageError(f"{what}: a size of {value['size']!r:.40} bytes; 0 to 2^63 are possible")
     if not _DIGEST.fullmatch(value["digest"]):
         raise ImageError(f"{what}: digest {value['digest'][:100]!r}; sha256: and 64 hexadecimal digits are expected")
     return value

@@ -6,8 +6,9 @@ import json
 import re
 import ssl
 
-import urllib3
 from urllib3 import exceptions
+
+from nydusd.image.oci.reply import Reply
 
 _CODE = re.compile(r"[A-Z][A-Z_]{1,40}")
 
@@ -37,7 +38,7 @@ def reason(error: exceptions.HTTPError) -> str:
     return type(cause).__name__
 
 
-def refusal(answer: urllib3.BaseHTTPResponse, host: str, *, push: bool, plain_http: bool) -> str:
+def refusal(answer: Reply, host: str, *, push: bool, plain_http: bool) -> str:
     """What a status that is none of the good ones says: the number, the registry's own words for it, and what to try."""
     status = answer.status
     hint = ""
@@ -59,11 +60,10 @@ def refusal(answer: urllib3.BaseHTTPResponse, host: str, *, push: bool, plain_ht
     return f"status {status}{f' ({codes})' if codes else ''}{f': {hint}' if hint else ''}"
 
 
-def _codes(answer: urllib3.BaseHTTPResponse) -> str:
+def _codes(answer: Reply) -> str:
     """The registry's names for what is wrong, as the distribution API defines them; never its free text."""
     try:
-        data = answer.read(64 << 10) or answer.data  # the latter if it has been read
-        codes = [one["code"] for one in json.loads(data)["errors"][:3]]
-    except (ValueError, LookupError, TypeError, RecursionError, exceptions.HTTPError):
+        codes = [one["code"] for one in json.loads(answer.data)["errors"][:3]]
+    except (ValueError, LookupError, TypeError, RecursionError):
         return ""
     return ", ".join(code for code in codes if isinstance(code, str) and _CODE.fullmatch(code))
