@@ -18,6 +18,8 @@ _Z_BLOCK = 5
 _OK, _STREAM_END, _BUFFER_ERROR = 0, 1, -5
 _AT_BORDER, _LAST_BLOCK = 0x80, 0x40
 _OUT = 1 << 18
+_NEAR_IN, _NEAR_OUT = 256, 16 << 10
+"""Bytes of the stream, and of output, within which two borders are as good as more. A block may have 10 bits and no output."""
 
 
 class Border(NamedTuple):
@@ -51,8 +53,8 @@ class _Stream(ctypes.Structure):
 
 
 class GzipIndex:
-    """`for plain in GzipIndex().inflate(pieces): ...`; afterwards `borders` has the begins of all blocks, and the end of
-    each member, in order."""
+    """`for plain in GzipIndex().inflate(pieces): ...`; afterwards `borders` has the begins of blocks, and ends of
+    members, in order: all but those that stand closely between others. The first and the last are among them."""
 
     def __init__(self) -> None:
         name = ctypes.util.find_library("z") or "libz.so.1"
@@ -136,4 +138,12 @@ class GzipIndex:
         border = Border(self._in, self._out, piece[position - 1] if position else 0, bits, self._member)
         if self.borders and self.borders[-1].in_offset == border.in_offset and self.borders[-1].bits == bits:
             return
-        self.borders.append(border)
+        before = self.borders[-2] if len(self.borders) > 1 else None
+        if (
+            before is not None
+            and border.in_offset - before.in_offset < _NEAR_IN
+            and border.out_offset - before.out_offset < _NEAR_OUT
+        ):
+            self.borders[-1] = border
+        else:
+            self.borders.append(border)

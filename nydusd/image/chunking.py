@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import marshal
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from struct import Struct
 from typing import NamedTuple, Self
@@ -96,17 +96,25 @@ def pieces_of(node: Node, chunk_size: int, small: int, path: bytes = b"") -> Ite
         if size:
             yield Piece(path, segments, 0, size, size, changed, size < small)
         return
+    first = 0
     for offset in range(0, size, chunk_size):
         length = min(chunk_size, size - offset)
-        part = None if segments is None else tuple(_cut(segments, offset, length))
+        part = None
+        if segments is not None:
+            # They are in order: those before this piece are not looked at again.
+            while first < len(segments) and segments[first][0] + segments[first][1] <= offset:
+                first += 1
+            part = tuple(_cut(segments, first, offset, length))
         yield Piece(path, part, offset, length, size, changed, size <= chunk_size and size < small)
 
 
-def _cut(segments: Iterable[Segment], offset: int, size: int) -> Iterator[Segment]:
-    for start, length, at in segments:
+def _cut(segments: Sequence[Segment], first: int, offset: int, size: int) -> Iterator[Segment]:
+    for index in range(first, len(segments)):
+        start, length, at = segments[index]
         begin, end = max(start, offset), min(start + length, offset + size)
-        if begin < end:
-            yield begin, end - begin, at + begin - start
+        if begin >= end:
+            return
+        yield begin, end - begin, at + begin - start
 
 
 def tasks_of(pieces: Iterable[Piece]) -> Iterator[Task]:

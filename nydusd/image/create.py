@@ -242,6 +242,7 @@ class _Build:
             order.sort(key=tar_position)
             first = 0
         total = sum(node.size for node in order)
+        _check_counts(order, options.chunk_size)
         known, settings = self._known, self._settings
         if isinstance(writer, TarfsWriter):
             writer.add_all(order)
@@ -277,6 +278,21 @@ class _Build:
         return total
 
 
+def _check_counts(order: Sequence[Node], chunk_size: int) -> None:
+    """No file has more chunks than a blob, nor have all sparse files of a tar, which cost the tar nothing."""
+    sparse = 0
+    for node in order:
+        chunks = -(-node.size // chunk_size)
+        if chunks > _MAX_FILE_CHUNKS:
+            raise SourceError(node.path, f"{node.size} bytes are more than {_MAX_FILE_CHUNKS} chunks: take larger ones")
+        if node.segments is not None and len(node.segments) != 1:
+            sparse += chunks
+            if sparse > _MAX_FILE_CHUNKS:
+                raise SourceError(
+                    node.path, f"the sparse files up to it have more than {_MAX_FILE_CHUNKS} chunks: take larger ones"
+                )
+
+
 class _Feed:
     """The pieces of all files in order; remembers whose they are, so that `settle` can hand each its chunk."""
 
@@ -291,10 +307,6 @@ class _Feed:
     def __iter__(self) -> Iterator[Piece]:
         folder, prefix = None, b""
         for node in self._order:
-            if node.size > self._chunk_size * _MAX_FILE_CHUNKS:
-                raise SourceError(
-                    node.path, f"{node.size} bytes are more than {_MAX_FILE_CHUNKS} chunks: take larger ones"
-                )
             if node.parent is not folder:
                 folder, path = node.parent, node.path
                 prefix = path[: len(path) - len(node.name)]

@@ -170,6 +170,16 @@ def test_contexts_of_any_gzip_stream_give_the_plain_bytes(sizes: list[int], cut:
         assert ctx.in_offset <= coff and coff + csize <= ctx.in_offset + ctx.in_len
 
 
+def test_blocks_without_number_in_a_gzip_stream_are_not_all_noted() -> None:
+    """Each of 10 bits and without output."""
+    unit = sum(0b010 << 10 * place for place in range(4)).to_bytes(5, "little")
+    layer = gzip.compress(b"", mtime=0)[:10] + unit * 5000 + b"\x03\0" + bytes(8)
+    index = GzipIndex()
+    assert b"".join(index.inflate(iter([layer]))) == b"" == gzip.decompress(layer)
+    assert len(index.borders) < 500
+    assert [border.in_offset for border in (index.borders[0], index.borders[-1])] == [10, len(layer)]
+
+
 def test_damaged_gzip_stream_is_an_error() -> None:
     layer = bytearray(gzip.compress(os.urandom(50_000)))
     layer[20_000] ^= 0xFF

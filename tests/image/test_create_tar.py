@@ -11,16 +11,19 @@ import subprocess
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from nydusd.errors import NydusError
+from nydusd.image.chunking import pieces_of
 from nydusd.image.create import create as make_image
+from nydusd.image.node import Node, Segment
 from nydusd.image.options import BuildOptions, Source
-from tests.image.build import create, image, rows
+from nydusd.image.tar.spool import TarFile
+from tests.image.build import create, image, refused, rows
 from tests.support import manifest
 from tests.support.manifest import Row
 
@@ -290,14 +293,26 @@ def _patched(data: bytes, at: int, new: bytes) -> bytes:
     return bytes(block)
 
 
-def sparse_1_0(text: bytes, size: int) -> bytes:
+def sparse_1_0(text: bytes, size: int, name: str = "thin") -> bytes:
     headers = {
         "GNU.sparse.major": "1",
         "GNU.sparse.minor": "0",
-        "GNU.sparse.name": "thin",
+        "GNU.sparse.name": name,
         "GNU.sparse.realsize": str(size),
     }
     return tar_of(file("x", text.ljust(512, b"\0") + b"data", pax_headers=headers))
+
+
+def sparse_gnu(*pieces: tuple[int, int]) -> bytes:
+    """A sparse file of GNU tar's old form: 600 bytes, of which the tar has 4."""
+    data = tar_of(file("thin", b"data"), form=tarfile.GNU_FORMAT)
+    sparse = b"".join(
+        (at | 1 << 95).to_bytes(12, "big") + (length % (1 << 96)).to_bytes(12, "big")
+        if length < 0
+        else b"%011o\0%011o\0" % (at, length)
+        for at, length in pieces
+    )
+    return _patched(_patched(_patched(data, 386, sparse), 483, b"%011o\0" % 600), 156, b"S")
 
 
 HOSTILE: list[tuple[str, Callable[[], bytes], str]] = [
@@ -352,6 +367,23 @@ HOSTILE: list[tuple[str, Callable[[], bytes], str]] = [
     ("pieces overlap", lambda: sparse_1_0(b"2\n0\n2\n1\n2\n", 5), "thin: sparse map: 2 bytes at 1 of 5"),
     ("piece beyond", lambda: sparse_1_0(b"1\n4\n4\n", 5), "thin: sparse map: 4 bytes at 4 of 5"),
     ("piece not stored", lambda: sparse_1_0(b"1\n0\n90\n", 100), "thin: sparse map: 90 bytes at 0 of 100, 4 of them"),
+    (
+        "piece of negative length",
+        lambda: sparse_gnu((0, 4), (4, -4), (0, 4)),
+        "thin: sparse map: -4 bytes at 4 of 600",
+    ),
+    (
+        "sparse files without end",
+        lambda: sparse_1_0(b"0\n", 1 << 43, "a") + sparse_1_0(b"0\n", 1 << 43, "b") + sparse_1_0(b"0\n", 1 << 21),
+        "thin: the sparse files up to it have more than 16777216 chunks",
+    ),
+    (
+        "deep by symlinks",
+        lambda: tar_of(
+            folder("a/" * 1500), link("s", "a/" * 1500), folder("s/" + "b/" * 546), file("s/" + "b/" * 547 + "f")
+        ),
+        "f: it is more than 2047 levels deep",
+    ),
     ("gzip cut", lambda: gzip.compress(tar_of(file("x", os.urandom(3000))))[:-20], "the gzip stream ends too early"),
     ("gzip damaged", lambda: gzip.compress(os.urandom(3000))[:20] + bytes(2990), "gzip stream"),
     ("gzip and more", lambda: gzip.compress(tar_of(file("x"))) + b"x", "bytes behind the gzip stream"),
@@ -382,6 +414,70 @@ def test_hostile_tar_is_refused_by_name_and_leaves_nothing(
     with pytest.raises(NydusError, match=re.escape(message)):
         make_image(options)
     assert list(out.iterdir()) == []
+
+
+def test_folder_at_the_deepest_level_can_be_read(tmp_path: Path) -> None:
+    found = contents(tmp_path, tar_of(folder("a/" * 1500), link("s", "a/" * 1500), folder("s/" + "b/" * 547)))
+    assert max(path.count("/") for path in found) == 2046
+
+
+def test_map_of_many_pieces_is_gone_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk image: as many pieces as chunks."""
+    looked = 0
+
+    class Segments(tuple[Segment, ...]):
+        def __getitem__(self, index: int) -> Segment:  # type: ignore[override]
+            nonlocal looked
+            looked += 1
+            return super().__getitem__(index)
+
+        def __iter__(self) -> Iterator[Segment]:
+            return (self[index] for index in range(len(self)))
+
+    node = Node(b"disk", None, 0o100644)
+    node.size, node.segments = 4096 * 3000, Segments((4096 * n + 100, 10, 10 * n) for n in range(3000))
+    assert [piece.segments for piece in pieces_of(node, 4096, 0)] == [
+        ((4096 * n + 100, 10, 10 * n),) for n in range(3000)
+    ]
+    assert looked < 10 * 3000
+
+
+def test_layer_of_tiny_gzip_members_is_not_copied_for_each_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isal import isal_zlib
+
+    given = 0
+    new = isal_zlib.decompressobj
+
+    class Counted:
+        def __init__(self, bits: int) -> None:
+            self._stream = new(bits)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._stream, name)
+
+        def decompress(self, data: bytes, most: int) -> bytes:
+            nonlocal given
+            given += len(data)
+            return bytes(self._stream.decompress(data, most))
+
+    monkeypatch.setattr(isal_zlib, "decompressobj", Counted)
+    plain = tar_of(file("x", bytes(range(256)) * 40))
+    layer = b"".join(gzip.compress(plain[at : at + 1]) for at in range(len(plain)))
+    (tmp_path / "layer").write_bytes(layer)
+    with TarFile(tmp_path / "layer", tmp_path) as tar:
+        assert os.pread(tar.fd, tar.size + 1, 0) == plain
+    assert len(layer) > 200_000 and given < len(layer) * 500
+
+
+def test_attribute_whose_name_has_a_nul_is_refused(tmp_path: Path) -> None:
+    data = odd_attributes("file").replace(b"SCHILY.xattr.user.odd=", b"SCHILY.xattr.user.o\0d=")
+    for version in ("5", "6"):
+        (tmp_path / "layer.tar").write_bytes(data)
+        where = ("-B", tmp_path / "boot", "-D", tmp_path)
+        text = refused("create", "-t", "tar-rafs", "-v", version, *where, tmp_path / "layer.tar")
+        assert text.startswith("file: attribute b'user.o\\x00d': a name of ")
 
 
 def test_bomb_of_zeros_needs_no_disk(tmp_path: Path) -> None:

@@ -162,8 +162,9 @@ def pack_xattrs(xattrs: Mapping[bytes, bytes], where: str) -> bytes:
     entries = bytearray(12)
     for name in sorted(xattrs):
         value = xattrs[name]
-        if len(name) > MAX_NAME:
-            raise FormatError(where, f"attribute {name!r}", f"a name of {len(name)} bytes; at most {MAX_NAME} fit")
+        if len(name) > MAX_NAME or b"\0" in name:
+            rule = f"a name of {len(name)} bytes; at most {MAX_NAME} without NUL fit"
+            raise FormatError(where, f"attribute {name[:MAX_NAME]!r}", rule)
         if len(value) > MAX_XATTR_VALUE:
             raise FormatError(where, f"attribute {name!r}", f"{len(value)} bytes; at most {MAX_XATTR_VALUE} fit")
         prefix, index = _xattr_prefix(name, where)

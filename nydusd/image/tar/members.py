@@ -243,7 +243,7 @@ class _Reader:
         segments = []
         end = 0
         for offset, length in pairs:
-            if offset < end or offset + length > size or length > stored:
+            if offset < end or not 0 <= length <= stored or offset + length > size:
                 raise ImageError(f"{shown}: sparse map: {length} bytes at {offset} of {size}, {stored} of them stored")
             if length:
                 segments.append((offset, length, position))

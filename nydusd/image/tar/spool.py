@@ -19,6 +19,8 @@ from nydusd.image.output import os_failure
 
 _PIECE = 1 << 20
 _HOLE = 4096
+_GZIP_BITE = 16 << 10
+"""How much of a gzip stream is inflated at once: the end of each member copies what is left of it, and a member may be tiny."""
 _ZSTD_BITE = 1024
 """How much of a zstd stream is inflated at once: the library gives all that comes of it in one piece, at most 32 MiB."""
 _MAX_SIZE = 1 << 44
@@ -112,6 +114,12 @@ def _inflater(begin: bytes, where: str) -> Inflate | None:
     return None
 
 
+def _bites(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+    for piece in pieces:
+        for at in range(0, len(piece), size):
+            yield piece[at : at + size]
+
+
 def _gunzip(pieces: Iterator[bytes], where: str) -> Iterator[bytes]:
     """The plain bytes of any number of gzip members, a piece at a time. Zeros behind the last one are padding."""
     from isal import isal_zlib
@@ -120,7 +128,7 @@ def _gunzip(pieces: Iterator[bytes], where: str) -> Iterator[bytes]:
     stream = isal_zlib.decompressobj(31)
     started = False
     try:
-        for piece in pieces:
+        for piece in _bites(pieces, _GZIP_BITE):
             while piece:
                 if not started:
                     piece = piece.lstrip(b"\0")
@@ -148,15 +156,13 @@ def _unzstd(pieces: Iterator[bytes], where: str) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
     frame = None
     try:
-        for piece in pieces:
-            for at in range(0, len(piece), _ZSTD_BITE):
-                rest = piece[at : at + _ZSTD_BITE]
-                while rest:
-                    frame = frame or decompressor.decompressobj()
-                    yield frame.decompress(rest)
-                    rest = frame.unused_data
-                    if frame.eof:
-                        frame = None
+        for rest in _bites(pieces, _ZSTD_BITE):
+            while rest:
+                frame = frame or decompressor.decompressobj()
+                yield frame.decompress(rest)
+                rest = frame.unused_data
+                if frame.eof:
+                    frame = None
     except zstandard.ZstdError as error:
         raise ImageError(f"{where}: the zstd stream is damaged: {error}") from error
     if frame is not None:

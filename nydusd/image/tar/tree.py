@@ -30,6 +30,8 @@ _STARGZ = (b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"
 """Files of estargz layers that are about the layer, not in the image."""
 _MAX_PATH = 4095
 _MAX_LINKS = 40
+_MAX_DEPTH = 2047
+"""Deepest folder: readers follow no deeper ones. Names are not that long, but symlinks on the way add to them."""
 
 
 def read_tree(fd: int, size: int, where: str, *, owners: bool, stargz: bool = False) -> Node:
@@ -163,6 +165,8 @@ class _Tree:
                     raise self._bad(owner, "the symlinks on the way to it make a path that is too long")
             elif child.is_folder:
                 way.append(child)
+                if len(way) > _MAX_DEPTH:
+                    raise self._bad(owner, f"it is more than {_MAX_DEPTH} levels deep")
             elif make:
                 raise self._bad(owner, f"{show(child.path)} is on the way to it and no folder")
             else:
