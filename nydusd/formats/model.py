@@ -205,6 +205,10 @@ TARFS_GRID = 1 << 20
 """A tarfs blob has no chunk table: ours cuts the tar into pieces of this size, the last one shorter."""
 
 
+NAME_LEAST = 12
+"""Bytes that a name takes in metadata, at least. Hostile folders may share the blocks that their entries are in."""
+
+
 class Bootstrap(Protocol):
     """A parsed bootstrap: a view on its bytes. Nothing per file is kept in memory; every call reads the bytes anew.
 
@@ -218,6 +222,8 @@ class Bootstrap(Protocol):
     flags: int
     has_xattr: bool
     blobs: Sequence[BlobInfo]
+    length: int
+    """Bytes of the metadata: what may be in it at most, as nothing in it is there for two (`NAME_LEAST`)."""
 
     def inode(self, ino: int) -> Inode: ...
     def lookup(self, parent: int, name: bytes) -> int | None: ...

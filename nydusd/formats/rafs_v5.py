@@ -53,7 +53,7 @@ class RafsV5:
         """Raises `FormatError` when the superblock, a table or the root directory breaks the format."""
         self._buf = buf
         self._where = where
-        self._end = len(buf)
+        self._end = self.length = len(buf)
         self._super = sb = read_super(buf, where)
         self.blobs: Sequence[BlobInfo] = read_blobs(buf, where, sb, path_id, extracted=extracted)
         self.chunk_size = sb.chunk_size
@@ -162,6 +162,10 @@ class RafsV5:
         """The stored digest of an inode."""
         at = self._record(ino)
         return bytes(self._buf[at : at + 32])
+
+    def chunk_infos(self, ino: int) -> int:
+        """How many chunk infos a regular file has."""
+        return (self._nodes.get(ino) or self._load(ino)).number
 
     def file_chunks(self, ino: int) -> list[RawChunk]:
         """The chunk infos of a regular file, in order."""

@@ -83,7 +83,7 @@ class RafsV6:
         """Raises `FormatError` when the superblock, a table or the root directory breaks the format."""
         self._buf = buf
         self._where = where
-        self._end = len(buf)
+        self._end = self.length = len(buf)
         self._super = sb = read_super(buf, where)
         self.blobs: Sequence[BlobInfo] = read_blobs(buf, where, sb, path_id, extracted=extracted)
         self.chunk_size = sb.chunk_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 
 from nydusd.errors import FormatError
-from nydusd.formats.model import Bootstrap, DirEntry
+from nydusd.formats.model import NAME_LEAST, Bootstrap, DirEntry
 from nydusd.formats.superblock import S_IFDIR, S_IFMT, S_IFREG
 
 MAX_DEPTH = 2048
@@ -58,6 +58,7 @@ def paths_of(bootstrap: Bootstrap, inodes: Set[int]) -> dict[int, bytes]:
 
     Ends as soon as all are found. Raises what `walk` raises.
     """
+    limit = bootstrap.length // NAME_LEAST
     names: dict[int, bytes] = {}
     stack: list[tuple[bytes, Iterator[DirEntry]]] = [(b"/", bootstrap.readdir(bootstrap.root_ino, 0))]
     directories = {bootstrap.root_ino}
@@ -69,6 +70,9 @@ def paths_of(bootstrap: Bootstrap, inodes: Set[int]) -> dict[int, bytes]:
             continue
         if entry.name in (b".", b".."):
             continue
+        limit -= 1
+        if limit < 0:
+            raise FormatError("bootstrap", "tree", "more entries than there is room for: folders share them")
         if entry.ino in inodes:
             names.setdefault(entry.ino, folder + entry.name)
         if bootstrap.inode(entry.ino).mode & S_IFMT == S_IFDIR:

@@ -11,13 +11,18 @@ from pathlib import Path
 
 from nydusd.errors import FormatError
 from nydusd.formats import toc
-from nydusd.formats.model import BlobFeature, BlobInfo, Bootstrap, RawChunk
+from nydusd.formats.chunk_info import CHUNK_INFO_SIZE
+from nydusd.formats.model import NAME_LEAST, BlobFeature, BlobInfo, Bootstrap, RawChunk
 from nydusd.formats.rafs_v5 import RafsV5
 from nydusd.formats.rafs_v6 import RafsV6
+from nydusd.image.errors import ImageError
 from nydusd.image.node import Node
 
 _MAX_DEPTH = 2048
 _NO_DIGEST = bytes(32)
+_ADDRESS_SIZE = 8
+_LONGEST_PREFIX = len("system.posix_acl_default")
+"""Of the names of attributes v6 stores what follows a prefix."""
 
 
 def tree_of(bootstrap: Bootstrap, where: str) -> Node:
@@ -34,6 +39,7 @@ class _Loader:
         self._bootstrap = bootstrap
         self._where = where
         self._nodes: dict[int, Node] = {}
+        self._left = bootstrap.length
         self._table: dict[tuple[int, int], RawChunk] = {}
         if isinstance(bootstrap, RafsV6):
             self._table = {(chunk.blob_index, chunk.index): chunk for chunk in bootstrap.raw_chunks()}
@@ -49,6 +55,7 @@ class _Loader:
             for entry in bootstrap.readdir(ino, 0):
                 if entry.name in (b".", b".."):
                     continue
+                self._take(NAME_LEAST, entry.ino)
                 node = self._nodes.get(entry.ino)
                 if node is None:
                     node = self._node(entry.ino, entry.name, folder)
@@ -59,9 +66,19 @@ class _Loader:
                 folder.children[entry.name] = node
         return root
 
+    def _take(self, size: int, ino: int) -> None:
+        """Count what is kept of the metadata: nothing in it is for two, but a hostile image may say so of all that it has."""
+        self._left -= size
+        if self._left < 0:
+            raise FormatError(
+                self._where, "tree", f"inode {ino}: up to here more than {self._bootstrap.length} bytes have room for"
+            )
+
     def _node(self, ino: int, name: bytes, folder: Node | None) -> Node:
         bootstrap = self._bootstrap
         inode = bootstrap.inode(ino)
+        xattrs = bootstrap.xattrs(ino)
+        self._take(sum(4 + max(0, len(key) - _LONGEST_PREFIX) + len(value) for key, value in xattrs.items()), ino)
         node = Node(
             name,
             folder,
@@ -71,19 +88,21 @@ class _Loader:
             mtime=inode.mtime - (1 << 64) if inode.mtime >> 63 else inode.mtime,
             mtime_ns=inode.mtime_ns,
             rdev=inode.rdev,
-            xattrs=bootstrap.xattrs(ino),
+            xattrs=xattrs,
         )
         if node.is_file:
             node.size = inode.size
             node.set_chunks(self._chunks(ino, inode.size))
         elif node.is_symlink:
             node.target = bootstrap.readlink(ino)
+            self._take(len(node.target), ino)
         self._nodes[ino] = node
         return node
 
     def _chunks(self, ino: int, size: int) -> list[RawChunk]:
         bootstrap = self._bootstrap
         if isinstance(bootstrap, RafsV5):
+            self._take(CHUNK_INFO_SIZE * bootstrap.chunk_infos(ino), ino)
             chunks = bootstrap.file_chunks(ino)
             step = bootstrap.chunk_size
             if any(chunk.file_offset != index * step for index, chunk in enumerate(chunks)):
@@ -92,6 +111,7 @@ class _Loader:
                 )
             return chunks
         assert isinstance(bootstrap, RafsV6)
+        self._take(_ADDRESS_SIZE * -(-size // bootstrap.chunk_size), ino)
         return [
             self._chunk(ino, address, size, position) for position, address in enumerate(bootstrap.chunk_addresses(ino))
         ]
@@ -125,9 +145,13 @@ def standalone(info: BlobInfo, blobs: Path | None) -> BlobInfo:
     info = replace(info, compressed_size=size)
     if not info.features & BlobFeature.HAS_TOC:
         return info
-    with open(path, "rb") as file:
-        file.seek(size - toc.tail_size(size))
-        digest, length = toc_summary(file.read(), size, str(path))
+    try:
+        with open(path, "rb") as file:
+            file.seek(size - toc.tail_size(size))
+            tail = file.read(toc.TAIL_SIZE)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+    digest, length = toc_summary(tail, size, str(path))
     return replace(info, toc_size=length, toc_digest=digest)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from nydusd.formats.model import Bootstrap, Inode
+from nydusd.formats.model import NAME_LEAST, Bootstrap, Inode
 from nydusd.image.errors import ImageError, show
 from nydusd.image.output import Output
 from nydusd.image.reader import ImageReader
@@ -73,6 +73,7 @@ def write_tar(reader: ImageReader, out: Sink) -> int:
 
 def paths(bootstrap: Bootstrap) -> Iterator[tuple[bytes, int]]:
     """Path and number of every name: each folder followed by what is in it. Raises `ImageError` for a tree that is none."""
+    left = bootstrap.length // NAME_LEAST
     yield b"./", bootstrap.root_ino
     seen = {bootstrap.root_ino}
     open_folders = [(b"", bootstrap.readdir(bootstrap.root_ino, 0))]
@@ -83,6 +84,11 @@ def paths(bootstrap: Bootstrap) -> Iterator[tuple[bytes, int]]:
             open_folders.pop()
         elif entry.name not in (b".", b".."):
             path = prefix + entry.name
+            left -= 1
+            if left < 0:
+                raise ImageError(
+                    f"{show(path)}: more names up to it than the metadata has room for: folders share them"
+                )
             if not stat.S_ISDIR(bootstrap.inode(entry.ino).mode):
                 yield path, entry.ino
                 continue

@@ -50,6 +50,7 @@ class Tree:
         self.blob = bytearray()
         self.blobs: Sequence[BlobInfo] = []
         self.has_xattr = False
+        self.length = 0
         self.inode_count = 1
         self._next = 1  # on purpose: 1 is FUSE's root, not ours
         root = self.nodes[root_ino] = Node(root_ino, stat.S_IFDIR | 0o751, parent=root_ino, nlink=2)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
 
+from nydusd.errors import FormatError
+from nydusd.formats.rafs_v6 import RafsV6
+from nydusd.formats.walk import paths_of
+from nydusd.formats.write.rafs_v6_split import are_listed
+from nydusd.image.errors import ImageError
 from nydusd.image.reader import load_metadata
+from nydusd.image.unpack import paths
 from tests.image.build import create, image, refused
 from tests.support import oracle
+from tests.support.patched import PatchedV5
 
 NAMES = [one.name for one in oracle.images() if ":" not in one.name]
 
@@ -35,6 +43,67 @@ def test_every_kind_of_damage_is_found(tree: Path, tmp_path: Path) -> None:
     assert "inode.digest" in refused("check", bootstrap)
     bootstrap.write_bytes(data[:-8])
     assert str(bootstrap) in refused("check", bootstrap)
+
+
+def shared_entries(tmp_path: Path) -> Path:
+    """Metadata of which 150 folders have the entries of one: 90,000 names in a file of 200 KB."""
+    tree = tmp_path / "tree"
+    (tree / "all").mkdir(parents=True)
+    for number in range(600):
+        (tree / "all" / f"{number:03}{'n' * 30}").write_bytes(b"x")
+    for number in range(150):
+        (tree / f"{number:03}").mkdir()
+    bootstrap = create(tree, tmp_path)
+    data = bytearray(bootstrap.read_bytes())
+    image = RafsV6(memoryview(bytes(data)), "tree")
+    meta = int.from_bytes(data[1024 + 40 : 1024 + 44], "little") * 4096
+
+    def at(name: bytes) -> int:
+        ino = image.lookup(image.root_ino, name)
+        assert ino is not None
+        return meta + 32 * ino
+
+    blocks = data[at(b"all") + 16 : at(b"all") + 20]
+    first = int.from_bytes(blocks, "little") * 4096
+    (nid,) = struct.unpack_from("<Q", data, first + 24)
+    assert data[first + 8] == data[first + 20] - 1, "'.' is the first name"
+    for number in range(150):
+        struct.pack_into("<H", data, at(b"%03d" % number), 1)
+        struct.pack_into("<Q", data, at(b"%03d" % number) + 8, 6 * 4096)
+        data[at(b"%03d" % number) + 16 : at(b"%03d" % number) + 20] = blocks
+    # An entry that is no '.' may be in any of them.
+    struct.pack_into("<Q", data, first, nid)
+    data[first + int.from_bytes(data[first + 8 : first + 10], "little")] = ord("-")
+    bootstrap.write_bytes(data)
+    return bootstrap
+
+
+def test_names_in_no_proportion_to_the_metadata_are_refused(tmp_path: Path) -> None:
+    """They are a product: some megabytes would fill any memory."""
+    bootstrap = shared_entries(tmp_path)
+    assert "tree: inode" in (text := refused("check", bootstrap)) and "have room for" in text
+    _, parsed = load_metadata(bootstrap)
+    assert isinstance(parsed, RafsV6)
+    with pytest.raises(ImageError, match="more names up to it than the metadata has room for"):
+        list(paths(parsed))
+    with pytest.raises(FormatError, match="more entries than there is room for"):
+        paths_of(parsed, {1 << 40})
+    with pytest.raises(FormatError, match="more entries below inode"):
+        are_listed(memoryview(bootstrap.read_bytes()), parsed, "tree")
+
+
+def test_attributes_in_no_proportion_to_the_metadata_are_refused(tmp_path: Path) -> None:
+    v5 = PatchedV5()
+    for path in (b"dup/a", b"dup/b", b"sizes/1048577"):
+        area = v5.after_name(path)
+        size = len(v5.data) - 8 - area - 8 & ~7
+        v5.put(v5.record_at(path) + 80, "Q", 4)
+        v5.put(v5.record_at(path) + 64, "Q", 0)
+        v5.put(v5.record_at(path) + 96, "I", 0)
+        v5.put(area, "Q", size)
+        v5.data[area + 8 : area + 19] = (size - 4).to_bytes(4, "little") + b"user.x\0"
+    (tmp_path / "boot").write_bytes(v5.data)
+    assert "bytes have room for" in refused("check", tmp_path / "boot")
 
 
 def test_check_names_the_blobs_in_its_summary(tree: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from nydusd.errors import FormatError
+from nydusd.formats.model import NAME_LEAST
 from nydusd.formats.rafs_v6 import RafsV6
 from nydusd.formats.rafs_v6_super import SLOT_SIZE, SLOTS_OFFSET, V6Super, read_super
 from nydusd.formats.walk import walk
@@ -92,10 +93,16 @@ def _references(
     """Of each file, where its chunks are told of, and their addresses; of each blob, from where to where chunks are read."""
     arrays = []
     ends: list[dict[int, int]] = [{} for _ in image.blobs]
-    for ino in walk(image, image.root_ino, 2 * top.inodes + 2, where):
+    room = image.length // _CHUNK.size
+    for ino in walk(image, image.root_ino, min(2 * top.inodes + 2, image.length // NAME_LEAST), where):
         size = image.inode(ino).size
         if not size:
             continue
+        room -= -(-size // top.chunk_size)
+        if room < 0:
+            raise FormatError(
+                where, "inode.size", f"inode {ino}: more chunk addresses than there is room for: files share them"
+            )
         arrays.append((image.places(ino), addresses := image.chunk_addresses(ino)))
         left = size
         for blob, _, start in addresses:

@@ -27,6 +27,7 @@ class BlobFolder:
     root_ino = 1
     flags = 0
     has_xattr = False
+    length = 0
 
     def __init__(self, where: str, blobs: Sequence[BlobInfo], device: RangeDevice) -> None:
         self._where = where
