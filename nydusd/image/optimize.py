@@ -67,7 +67,10 @@ def parse_wanted(data: bytes, where: str) -> list[Wanted]:
         path = entry.get("path") if isinstance(entry, dict) else None
         if not isinstance(path, str):
             raise ConfigError(f"{where}: files[{number}].path must be a string")
-        name = os.fsencode(path)
+        try:
+            name = os.fsencode(path)
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{where}: files[{number}].path: {path[:200]!r} is no text") from error
         if not name.startswith(b"/"):
             log.warning("%s: files[%d]: %s is no absolute path: left out", where, number, show(name))
             continue

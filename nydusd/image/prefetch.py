@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 
 
 _TAKEN = -1
+_MAX_PATH = 4096
 
 
 class PrefetchPolicy(Enum):
@@ -29,6 +30,9 @@ def parse_list(lines: Iterable[bytes]) -> list[bytes]:
     for line in lines:
         text = line.strip()
         if not text:
+            continue
+        if len(text) > _MAX_PATH:
+            log.warning("prefetch list: %s: a path of %d bytes: left out", show(text[:200]), len(text))
             continue
         if not text.startswith(b"/"):
             log.warning("prefetch list: %s is no absolute path: left out", show(text))

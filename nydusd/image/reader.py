@@ -30,6 +30,8 @@ _RUN_BYTES = 1 << 20
 
 
 _HEAD = 4096
+_MAX_METADATA = 4 << 30
+"""It is read into memory. 4 million files need about 1 GiB."""
 
 
 def load_metadata(path: Path) -> tuple[bytes, Bootstrap]:
@@ -42,6 +44,8 @@ def load_metadata(path: Path) -> tuple[bytes, Bootstrap]:
             size = os.fstat(file.fileno()).st_size
             head = file.read(_HEAD)
             inlined = detect(memoryview(head)) is BootstrapKind.BLOB
+            if not inlined and size > _MAX_METADATA:
+                raise ImageError(f"{path}: metadata of {size} bytes; at most {_MAX_METADATA} are read")
             if not inlined:
                 data = head + file.read()
             else:
@@ -104,14 +108,20 @@ class BlobReader:
 
     def _load(self, first: int) -> None:
         """Decode a chunk and those behind it that come with it: of its batch or context, or stored next to it."""
-        records = [self.record(first)]
+        begin = self.record(first)
+        records = [begin]
+        low, high, plain_bytes = begin.coff, begin.coff + begin.csize, begin.usize
         while first + len(records) < self.table.count:
             follower = self.record(first + len(records))
-            begin = records[0]
+            # Neighbours may be far apart in a hostile blob, and a few stored bytes may be much.
+            low, high = min(low, follower.coff), max(high, follower.coff + follower.csize)
+            plain_bytes += follower.usize
+            if plain_bytes > _KEPT_BYTES:
+                break
             if begin.flags & _GROUPED:
                 if not follower.flags & _GROUPED or follower.ctx != begin.ctx:
                     break
-            elif follower.flags & _GROUPED or follower.coff + follower.csize - begin.coff > _RUN_BYTES:
+            elif follower.flags & _GROUPED or high - low > _RUN_BYTES:
                 break
             records.append(follower)
         offset, length = fetch_range(records, self.table.contexts, 0, len(records) - 1)

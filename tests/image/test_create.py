@@ -223,6 +223,8 @@ def test_lines_of_the_list_that_say_nothing_new_are_left_out_with_a_warning(capl
         "prefetch list: /a/b/c is below an earlier path: left out",
         "prefetch list: a is no absolute path: left out",
     ]
+    assert parse_list([b"/" + b"a/" * 2048, b"/a" * 2048]) == [b"/a" * 2048]
+    assert caplog.records[-1].message.endswith(": a path of 4097 bytes: left out")
 
 
 def test_whiteouts_are_left_out_as_the_specification_says(tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from nydusd.errors import FormatError
+from nydusd.formats.chunk_info import CHUNK_INFO
+from nydusd.formats.rafs_v5 import RafsV5
 from nydusd.formats.rafs_v6 import RafsV6
 from nydusd.formats.walk import paths_of
 from nydusd.formats.write.rafs_v6_split import are_listed
@@ -104,6 +107,48 @@ def test_attributes_in_no_proportion_to_the_metadata_are_refused(tmp_path: Path)
         v5.data[area + 8 : area + 19] = (size - 4).to_bytes(4, "little") + b"user.x\0"
     (tmp_path / "boot").write_bytes(v5.data)
     assert "bytes have room for" in refused("check", tmp_path / "boot")
+
+
+def test_neighbours_that_are_far_apart_in_a_blob_are_not_read_at_once(tree: Path, tmp_path: Path) -> None:
+    """Between them may be what no memory holds."""
+    bootstrap = create(tree, tmp_path, "-v", "5", "--compressor", "none")
+    (blob,) = (tmp_path / "blobs").iterdir()
+    data = bytearray(bootstrap.read_bytes())
+    image = RafsV5(memoryview(bytes(data)), "tree")
+    first = next(chunk for chunk in image.raw_chunks() if chunk.index == 0)
+    stored = CHUNK_INFO.pack(*first)
+    far = CHUNK_INFO.pack(*first._replace(coff=1 << 39))
+    assert data.count(stored) == 1
+    data = data.replace(stored, far)
+    (table,) = struct.unpack_from("<Q", data, 72)
+    struct.pack_into("<Q", data, table + 16, 1 << 40)
+    bootstrap.write_bytes(data)
+    with open(blob, "r+b") as file:
+        file.truncate(1 << 40)
+    assert f"blob {blob.name} chunk 0: " in refused("check", bootstrap, "-D", tmp_path / "blobs")
+
+
+def test_what_a_few_stored_bytes_stand_for_is_not_all_kept(tmp_path: Path) -> None:
+    """Ten chunks of 16 MiB are stored in a few kilobytes."""
+    (tmp_path / "tree").mkdir()
+    with open(tmp_path / "tree" / "file", "wb") as file:
+        for number in range(10):
+            file.write(b"%d" % number)
+            file.truncate(file.seek((number + 1) << 24))
+    bootstrap = create(tmp_path / "tree", tmp_path, "--chunk-size", "0x1000000")
+    tracemalloc.start()
+    text = image("check", bootstrap, "-D", tmp_path / "blobs")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "10 chunks read and verified" in text and peak < 110 << 20
+
+
+def test_metadata_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
+    bootstrap = tmp_path / "boot"
+    bootstrap.write_bytes(PatchedV5().data)
+    with open(bootstrap, "r+b") as file:
+        file.truncate(1 << 42)
+    assert f"{bootstrap}: metadata of {1 << 42} bytes; at most" in refused("check", bootstrap)
 
 
 def test_check_names_the_blobs_in_its_summary(tree: Path, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 
 from bench.erofs import erofs_mount
 from nydusd.cli.nydusctl import main as nydusctl
+from nydusd.errors import ConfigError
 from nydusd.formats.model import BlobFeature
+from nydusd.image.optimize import parse_wanted
 from nydusd.image.reader import load_metadata
 from tests.image.build import create, image, refused, rows
 from tests.support import manifest, oracle
@@ -29,6 +31,12 @@ def optimize(bootstrap: Path, blobs: Path, wanted: bytes, *more: str) -> Path:
     image("optimize", bootstrap, "--prefetch-files", listed, *where, *more)
     listed.unlink()
     return target
+
+
+def test_path_that_is_no_text_is_named() -> None:
+    data = json.dumps({"version": "v1", "files": [{"path": "/a"}, {"path": "/\ud800"}]})
+    with pytest.raises(ConfigError, match=r"list: files\[1\]\.path: '/\\ud800' is no text"):
+        parse_wanted(data.encode(), "list")
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,13 @@ def test_image_is_read_from_a_backend_of_a_file_and_of_a_daemons_configuration(t
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+@pytest.mark.parametrize("text", [b"\xff", b"[" * 100_000, b"[]"])
+def test_backend_file_that_is_no_json_object_is_refused(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "backend.json").write_bytes(text)
+    way = ("--backend-type", "localfs", "--backend-config-file", tmp_path / "backend.json")
+    assert "--backend-config: " in refused("unpack", "-B", tmp_path / "boot", *way, "--output", tmp_path / "tar")
+
+
 def _optimized(tmp_path: Path, name: str) -> tuple[str | Path, ...]:
     (tmp_path / "wanted").write_bytes(b"/text-300000\n")
     return "-p", tmp_path / "wanted", "--output-blob-dir", tmp_path / "blobs", "-O", tmp_path / name

@@ -88,14 +88,14 @@ def _json_config(args: argparse.Namespace) -> dict[str, object]:
     text = args.backend_config
     if args.backend_config_file is not None:
         try:
-            text = args.backend_config_file.read_text()
+            text = args.backend_config_file.read_bytes()
         except OSError as error:
             raise ConfigError(f"--backend-config-file: {args.backend_config_file}: {error.strerror}") from error
     if text is None:
         raise ConfigError("--backend-type needs --backend-config or --backend-config-file")
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("--backend-config: no valid JSON") from error
     if not isinstance(config, dict):
         raise ConfigError("--backend-config: must be a JSON object")
