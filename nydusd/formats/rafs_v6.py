@@ -227,6 +227,19 @@ class RafsV6:
                 raise FormatError(
                     self._where, "chunk_table.blob_index", f"{chunk.blob_index} must be below {len(self.blobs)}"
                 )
+            most_chunks, most_bytes, _ = self._limits[chunk.blob_index]
+            if chunk.index >= most_chunks:
+                raise FormatError(
+                    self._where,
+                    "chunk_table.index",
+                    f"{chunk.index} must be below the {most_chunks} chunks of blob {chunk.blob_index}",
+                )
+            if chunk.uoff % self._block or chunk.uoff + chunk.usize > most_bytes:
+                raise FormatError(
+                    self._where,
+                    "chunk_table.uncompressed_offset",
+                    f"{chunk.uoff} + {chunk.usize} must be a block's begin, and within the blob's {most_bytes} bytes",
+                )
             yield chunk
 
     def superblock_facts(self) -> dict[str, object]:

@@ -376,8 +376,21 @@ def test_tarfs_tail_of_a_whole_number_of_chunks_is_a_whole_chunk(tarfs: PatchedV
     assert sum(piece.length for piece in tarfs.open().extents(ino, (1 << 20) + 5, 1 << 30)) == (1 << 20) - 5
 
 
-def test_chunk_table_record_of_an_unknown_blob_is_refused(v6: PatchedV6) -> None:
-    v6.put(v6.get(EXT + 24, "Q") + 32, "I", 1)
+@pytest.mark.parametrize(
+    ("at", "form", "value", "field"),
+    [
+        (32, "I", 1, "blob_index"),
+        (72, "I", 318, "index"),
+        (72, "I", 0xFFFFFFFF, "index"),
+        (56, "Q", 4097, "uncompressed_offset"),
+        (56, "Q", 1 << 43, "uncompressed_offset"),
+    ],
+)
+def test_chunk_table_record_out_of_its_blob_is_refused(
+    v6: PatchedV6, at: int, form: str, value: int, field: str
+) -> None:
+    """Builders write new metadata by it."""
+    v6.put(v6.get(EXT + 24, "Q") + at, form, value)
     with pytest.raises(FormatError) as caught:
         list(v6.open().raw_chunks())
-    assert caught.value.field == "chunk_table.blob_index"
+    assert caught.value.field == f"chunk_table.{field}"
