@@ -18,6 +18,8 @@ from nydusd.storage.backend.base import BlobBackend
 from nydusd.storage.backend.keys import Keys
 from nydusd.storage.backend.oss import sign_v1
 from tests.support import oss_server as oss
+from tests.support.faulty_server import Reply as FaultyReply
+from tests.support.faulty_server import faulty
 from tests.support.object_server import Reply, names_are_local, object_server
 from tests.support.oss_server import OssServer, oss_server
 
@@ -111,6 +113,22 @@ def test_a_clock_that_is_right_is_not_blamed_for_a_refusal(server: OssServer) ->
     with backend(server.config()) as made, pytest.raises(CredentialsRejectedError):
         made.get_reader("b1").read(0, 1)
     assert server.server.statuses == [403]
+
+
+def test_a_clock_that_nobody_has_is_not_believed() -> None:
+    """Requests could not be signed any more by such a time."""
+    with names_are_local(oss.DOMAIN), faulty() as server:
+        server.default = lambda request: FaultyReply(403, {"Date": "Fri, 31 Dec 9999 23:59:59 -2359"})
+        config: dict[str, object] = {
+            "scheme": "http",
+            "endpoint": f"{oss.DOMAIN}:{server.port}",
+            "bucket_name": "b",
+            "access_key_id": "ID",
+            "access_key_secret": "SECRET",
+        }
+        with backend(config) as made, pytest.raises(CredentialsRejectedError):
+            made.get_reader("b1").read(0, 1)
+        assert server.count() == 1
 
 
 def test_session_tokens_and_their_renewal(server: OssServer, tmp_path: Path) -> None:

@@ -239,6 +239,7 @@ def test_usual_ids_are_accepted(blob_id: str) -> None:
         ({"dir": 5}, "'dir' is 5"),
         ({"blob_file": ["x"]}, "'blob_file' is"),
         ({"dir": "a\0b"}, "must be a path"),
+        ({"dir": "a", "alt_dirs": ["a\0b"]}, "must be a list of folder names"),
         ({"dir": "/x", "alt_dirs": "/y"}, "'alt_dirs' is '/y'"),
         ({"dir": "/x", "alt_dirs": [""]}, "list of folder names"),
         ({"dir": "/x", "alt_dirs": [1]}, "list of folder names"),

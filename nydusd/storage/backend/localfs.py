@@ -34,7 +34,9 @@ class LocalFs(BlobBackend):
     def from_config(cls, config: Mapping[str, object]) -> LocalFs:
         """Take the keys blob_file, dir and alt_dirs; others (readahead, readahead_sec) had a meaning once."""
         alt_dirs = config.get("alt_dirs") or ()
-        if not isinstance(alt_dirs, list | tuple) or not all(isinstance(name, str) and name for name in alt_dirs):
+        if not isinstance(alt_dirs, list | tuple) or not all(
+            isinstance(name, str) and name and "\0" not in name for name in alt_dirs
+        ):
             raise ConfigError(f"backend localfs: 'alt_dirs' is {alt_dirs!r}; it must be a list of folder names")
         return cls(_text(config, "blob_file"), _text(config, "dir"), tuple(alt_dirs))
 

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 MAX_SKEW = 60.0
 """Seconds by which our clock may differ from the server's before a refused signature is blamed on it."""
 
+_NO_CLOCK = float(1 << 33)
+"""Seconds since 1970 at which no server is: the year 2242. Signatures have dates that end with the year 9999."""
+
 _HOST = r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])"
 _ENDPOINT = re.compile(rf"({_HOST})(?::([0-9]{{1,5}}))?/?", re.ASCII)
 _BUCKET = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,253}[A-Za-z0-9])?", re.ASCII)
@@ -72,7 +75,7 @@ class ObjectStore(HttpBackend):
         except (ValueError, OverflowError, TypeError, IndexError):
             return False
         difference = server - self._now()
-        if abs(difference) <= MAX_SKEW:
+        if abs(difference) <= MAX_SKEW or not 0 <= server < _NO_CLOCK:
             return False
         self._clock_offset += difference
         log.warning(
