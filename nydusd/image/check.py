@@ -43,10 +43,10 @@ def check(reader: ImageReader, where: str, say: Callable[[str], None] | None = N
     if data:
         for index in range(len(bootstrap.blobs)):
             blob = reader.blob(index)
-            for chunk in range(blob.table.count):
-                if blob.record(chunk).usize:
-                    blob.plain(chunk)
-                    chunks += 1
+            for chunk in blob.described():
+                blob.plain(chunk)
+                chunks += 1
+            reader.let_go(index)
     return Checked(count, chunks)
 
 

@@ -47,10 +47,9 @@ def export_block(reader: ImageReader, target: Path, *, verity: bool = False) -> 
                     f"blob {blob.blob_id}: its place in a disk image, {begin}, is not behind what is before it"
                 )
             opened = reader.blob(blob.index)
-            for chunk in range(opened.table.count):
-                record = opened.record(chunk)
-                if record.usize:
-                    out.put(begin + record.uoff, opened.plain(chunk))
+            for chunk in opened.described():
+                out.put(begin + opened.record(chunk).uoff, opened.plain(chunk))
+            reader.let_go(blob.index)
             size = begin + -(-blob.uncompressed_size // block) * block
         out.extend(size)
         found = None

@@ -27,6 +27,8 @@ from nydusd.storage.state.segment import RECORD
 _GROUPED = ChunkFlag.BATCH | ChunkFlag.ZRAN
 _KEPT_BYTES = 32 << 20
 _RUN_BYTES = 1 << 20
+_RUN_CHUNKS = 4096
+"""Chunks that nothing describes have no bytes, and a blob may have any number of them."""
 
 
 _HEAD = 4096
@@ -87,6 +89,12 @@ class BlobReader:
     def digest(self, chunk: int) -> bytes:
         return bytes(self.table.digests[32 * chunk : 32 * chunk + 32])
 
+    def described(self) -> Iterator[int]:
+        """The chunks that have bytes, in order."""
+        for chunk, (_, _, _, usize, *_) in enumerate(RECORD.iter_unpack(self.table.records)):
+            if usize:
+                yield chunk
+
     def plain(self, chunk: int) -> bytes:
         """The bytes of a chunk. Raises `CorruptChunkError` for what is not what the image promises."""
         found = self._kept.get(chunk)
@@ -111,7 +119,7 @@ class BlobReader:
         begin = self.record(first)
         records = [begin]
         low, high, plain_bytes = begin.coff, begin.coff + begin.csize, begin.usize
-        while first + len(records) < self.table.count:
+        while first + len(records) < self.table.count and len(records) < _RUN_CHUNKS:
             follower = self.record(first + len(records))
             # Neighbours may be far apart in a hostile blob, and a few stored bytes may be much.
             low, high = min(low, follower.coff), max(high, follower.coff + follower.csize)
@@ -162,6 +170,10 @@ class ImageReader:
                 raise ImageError("the data of the image is needed: name its blobs (--blob-dir or a backend)")
             found = self._blobs[index] = BlobReader(self.bootstrap, self.bootstrap.blobs[index], self._backend)
         return found
+
+    def let_go(self, index: int) -> None:
+        """What is known of a blob is not needed any more: it may be much, for each of them."""
+        self._blobs.pop(index, None)
 
     def content(self, ino: int) -> Iterator[bytes]:
         """The bytes of a regular file, in pieces."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import struct
 import tracemalloc
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nydusd.codec.compress import Buffer
 from nydusd.errors import FormatError
 from nydusd.formats.chunk_info import CHUNK_INFO
+from nydusd.formats.model import ChunkRecord
 from nydusd.formats.rafs_v5 import RafsV5
 from nydusd.formats.rafs_v6 import RafsV6
 from nydusd.formats.walk import paths_of
@@ -18,6 +22,7 @@ from nydusd.formats.write.rafs_v6_split import are_listed
 from nydusd.image.errors import ImageError
 from nydusd.image.reader import load_metadata
 from nydusd.image.unpack import paths
+from nydusd.storage.cache.decode import ChunkDecoder
 from tests.image.build import create, image, refused
 from tests.support import oracle
 from tests.support.patched import PatchedV5
@@ -141,6 +146,24 @@ def test_what_a_few_stored_bytes_stand_for_is_not_all_kept(tmp_path: Path) -> No
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert "10 chunks read and verified" in text and peak < 110 << 20
+
+
+def test_chunks_that_nothing_describes_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blob may claim 16 million of them: they have no bytes to be decoded."""
+    v5 = PatchedV5()
+    v5.put(v5.get(72, "Q"), "I", 1 << 16)
+    (tmp_path / "boot").write_bytes(v5.data)
+    longest = 0
+    decode = ChunkDecoder.decode_range
+
+    def counted(self: ChunkDecoder, records: Sequence[ChunkRecord], *args: Any) -> Iterator[tuple[int, Buffer]]:
+        nonlocal longest
+        longest = max(longest, len(records))
+        return decode(self, records, *args)
+
+    monkeypatch.setattr(ChunkDecoder, "decode_range", counted)
+    assert "318 chunks read" in image("check", tmp_path / "boot", "-D", oracle.image("v5-zstd-blake3").blobs)
+    assert 0 < longest <= 4096
 
 
 def test_metadata_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
