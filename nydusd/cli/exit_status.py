@@ -16,6 +16,9 @@ def exit_status(work: Callable[[], object], shown: Callable[[str], str]) -> int:
     except NydusError as error:
         print(f"Error: {shown(str(error))}", file=sys.stderr)
         return error.exit_code
+    except MemoryError:
+        print("Error: it needs more memory than there is", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -384,6 +384,11 @@ HOSTILE: list[tuple[str, Callable[[], bytes], str]] = [
         ),
         "f: it is more than 2047 levels deep",
     ),
+    (
+        "long ways of symlinks",
+        lambda: tar_of(folder("a"), link("s", "a/../" * 800 + "a"), *(file(f"s/{number}") for number in range(900))),
+        "the symlinks on the ways to it and to the members before it are too many steps",
+    ),
     ("gzip cut", lambda: gzip.compress(tar_of(file("x", os.urandom(3000))))[:-20], "the gzip stream ends too early"),
     ("gzip damaged", lambda: gzip.compress(os.urandom(3000))[:20] + bytes(2990), "gzip stream"),
     ("gzip and more", lambda: gzip.compress(tar_of(file("x"))) + b"x", "bytes behind the gzip stream"),

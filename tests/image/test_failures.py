@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from nydusd.cli.exit_status import exit_status
 from tests.image.build import HERE, create, image, refused
 from tests.image.test_convert import source_layout
 from tests.support.disk import NO_READS, Disk
@@ -193,3 +194,8 @@ def test_file_that_its_owner_hid_is_named_to_who_may_not_read_it(tmp_path: Path)
     done = subprocess.run([*few, *command], cwd=HERE, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "Error: folder/secret: cannot be read: Permission denied\n")
     assert files(out) == []
+
+
+def test_too_little_memory_is_told_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(lambda: bytearray(1 << 62), str) == 1
+    assert capsys.readouterr().err == "Error: it needs more memory than there is\n"

@@ -30,6 +30,8 @@ _STARGZ = (b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"
 """Files of estargz layers that are about the layer, not in the image."""
 _MAX_PATH = 4095
 _MAX_LINKS = 40
+_FOLLOWED, _FOLLOWED_BY_EACH = 1_000_000, 64
+"""Steps of symlinks' targets that are gone in all, and more for each member: a short tar must not take hours."""
 _MAX_DEPTH = 2047
 """Deepest folder: readers follow no deeper ones. Names are not that long, but symlinks on the way add to them."""
 
@@ -54,9 +56,11 @@ class _Tree:
         self._left_out = left_out
         self._owners = owners
         self._root = _implied(b"", None)
+        self._may_follow = _FOLLOWED
 
     def read(self, fd: int, size: int) -> Node:
         for member in members(fd, size, self._where):
+            self._may_follow += _FOLLOWED_BY_EACH
             self._add(member)
         return self._root
 
@@ -160,7 +164,13 @@ class _Tree:
                     raise self._bad(owner, "more than 40 symlinks on the way to it")
                 if child.target.startswith(b"/"):
                     way = way[:1]
-                todo += child.target.split(b"/")[::-1]
+                steps = child.target.split(b"/")
+                self._may_follow -= len(steps)
+                if self._may_follow < 0:
+                    raise self._bad(
+                        owner, "the symlinks on the ways to it and to the members before it are too many steps"
+                    )
+                todo += steps[::-1]
                 if len(todo) > 1 << 14:
                     raise self._bad(owner, "the symlinks on the way to it make a path that is too long")
             elif child.is_folder:
