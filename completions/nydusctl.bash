@@ -31,21 +31,21 @@ _nydusctl() {
     esac
     case "$path" in
         '') COMPREPLY=($(compgen -W '-h --help -S --sock -V --version -r --raw set metrics list info mount umount cache workers top trace bugreport' -- "$cur")) ;;
-        '/set') COMPREPLY=($(compgen -W '-h --help log-level' -- "$cur")) ;;
-        '/set/log-level') COMPREPLY=($(compgen -W '-h --help off error warn info debug trace' -- "$cur")) ;;
-        '/metrics') COMPREPLY=($(compgen -W '-h --help backend cache fsstats' -- "$cur")) ;;
-        '/metrics/backend') COMPREPLY=($(compgen -W '-h --help -m --mountpoint -I --interval' -- "$cur")) ;;
-        '/metrics/cache') COMPREPLY=($(compgen -W '-h --help -m --mountpoint' -- "$cur")) ;;
-        '/metrics/fsstats') COMPREPLY=($(compgen -W '-h --help -m --mountpoint' -- "$cur")) ;;
-        '/list') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
-        '/info') COMPREPLY=($(compgen -W '-h --help' -- "$cur")) ;;
-        '/mount') COMPREPLY=($(compgen -W '-h --help -s --source -c --config -m --mountpoint -t --type' -- "$cur")) ;;
-        '/umount') COMPREPLY=($(compgen -W '-h --help -m --mountpoint' -- "$cur")) ;;
-        '/cache') COMPREPLY=($(compgen -W '-h --help --to --map --png --blob gc' -- "$cur")) ;;
-        '/workers') COMPREPLY=($(compgen -W '-h --help upgrade scale' -- "$cur")) ;;
-        '/top') COMPREPLY=($(compgen -W '-h --help -i --interval -n --turns' -- "$cur")) ;;
-        '/trace') COMPREPLY=($(compgen -W '-h --help -m --mountpoint --prefetch-list --prefetch-ranges' -- "$cur")) ;;
-        '/bugreport') COMPREPLY=($(compgen -W '-h --help -o --output' -- "$cur")) ;;
+        '/set') COMPREPLY=($(compgen -W '-h --help -r --raw log-level' -- "$cur")) ;;
+        '/set/log-level') COMPREPLY=($(compgen -W '-h --help -r --raw off error warn info debug trace' -- "$cur")) ;;
+        '/metrics') COMPREPLY=($(compgen -W '-h --help -r --raw backend cache fsstats' -- "$cur")) ;;
+        '/metrics/backend') COMPREPLY=($(compgen -W '-h --help -r --raw -m --mountpoint -I --interval' -- "$cur")) ;;
+        '/metrics/cache') COMPREPLY=($(compgen -W '-h --help -r --raw -m --mountpoint' -- "$cur")) ;;
+        '/metrics/fsstats') COMPREPLY=($(compgen -W '-h --help -r --raw -m --mountpoint' -- "$cur")) ;;
+        '/list') COMPREPLY=($(compgen -W '-h --help -r --raw' -- "$cur")) ;;
+        '/info') COMPREPLY=($(compgen -W '-h --help -r --raw' -- "$cur")) ;;
+        '/mount') COMPREPLY=($(compgen -W '-h --help -r --raw -s --source -c --config -m --mountpoint -t --type' -- "$cur")) ;;
+        '/umount') COMPREPLY=($(compgen -W '-h --help -r --raw -m --mountpoint' -- "$cur")) ;;
+        '/cache') COMPREPLY=($(compgen -W '-h --help -r --raw --to --map --png --blob gc' -- "$cur")) ;;
+        '/workers') COMPREPLY=($(compgen -W '-h --help -r --raw upgrade scale' -- "$cur")) ;;
+        '/top') COMPREPLY=($(compgen -W '-h --help -r --raw -i --interval -n --turns' -- "$cur")) ;;
+        '/trace') COMPREPLY=($(compgen -W '-h --help -r --raw -m --mountpoint --prefetch-list --prefetch-ranges' -- "$cur")) ;;
+        '/bugreport') COMPREPLY=($(compgen -W '-h --help -r --raw -o --output' -- "$cur")) ;;
     esac
 }
 complete -F _nydusctl nydusctl

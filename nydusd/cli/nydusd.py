@@ -34,11 +34,9 @@ def main(argv: Sequence[str] | None = None, fork_server: ForkServer | None = Non
     try:
         return _main(sys.argv[1:] if argv is None else argv, fork_server)
     except VersionAsked:
-        sys.stdout.write(version_text("nydusd"))
-        return 0
+        return _show(version_text("nydusd"))
     except HelpAsked as help_asked:
-        sys.stdout.write(str(help_asked))
-        return 0
+        return _show(str(help_asked))
     except NydusError as error:
         from nydusd.logs import clean
 
@@ -159,6 +157,17 @@ def _log_start(options: Options, config: Config) -> None:
     problem = raise_nofile_limit(options.rlimit_nofile)
     if problem is not None:
         log.warning("%s", problem)
+
+
+def _show(text: str) -> int:
+    """Print what was asked for; the exit status."""
+    from nydusd.cli.exit_status import exit_status, writing
+
+    def work() -> None:
+        with writing():
+            print(text, end="")
+
+    return exit_status(work, str)
 
 
 def _print_traceback(error: Exception) -> None:

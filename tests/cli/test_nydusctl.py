@@ -222,8 +222,9 @@ def test_metrics_of_one_image_of_several(
 def test_raw_is_the_answer_on_one_line(
     args: list[str], op: str, api: ApiProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (line,) = ctl(api, "--raw", *args, capsys=capsys).splitlines()
-    assert json.loads(line) == ANSWERS[op]
+    for asked in (["--raw", *args], [*args, "-r"], [args[0], "--raw", *args[1:]], ["-r", *args, "--raw"]):
+        (line,) = ctl(api, *asked, capsys=capsys).splitlines()
+        assert json.loads(line) == ANSWERS[op]
 
 
 def test_set_log_level(api: ApiProcess, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,13 +379,46 @@ def test_wrong_arguments(args: list[str], capsys: pytest.CaptureFixture[str]) ->
 def test_wrong_interval(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["-S", "x", "metrics", "backend", "-I", seconds])
-    assert "invalid" in capsys.readouterr().err
+    assert "must be seconds from 0.1 to 86400" in capsys.readouterr().err
 
 
-def test_reader_of_the_output_that_has_left_is_no_traceback(api: ApiProcess) -> None:
+@pytest.mark.parametrize("size", ["", "x", "1X", "K", "-1", "1" * 5000])
+def test_wrong_size(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["-S", "x", "cache", "gc", "--to", size])
+    assert (ended.value.code, "--to: must be a number of bytes" in capsys.readouterr().err) == (2, True)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("module", "args"),
+    [("nydusctl", ["info"]), ("nydusctl", ["-h"]), ("nydusctl", ["-V"]), ("nydusd", ["--help"]), ("nydusd", ["-V"])],
+)
+def test_output_that_cannot_be_written_is_no_traceback(
+    module: str, args: list[str], unbuffered: str, api: ApiProcess
+) -> None:
+    command = [sys.executable, "-m", f"nydusd.cli.{module}", *args]
+    if module == "nydusd":
+        command = [sys.executable, "-c", "import sys; from nydusd.cli.nydusd import main; sys.exit(main())", *args]
+    elif args == ["info"]:
+        command[3:] = ["-S", api.path, "info"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     out, pipe = os.pipe()
     os.close(out)
-    command = [sys.executable, "-m", "nydusd.cli.nydusctl", "-S", api.path, "info"]
-    done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, timeout=60, check=False)
+    done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, env=environment, timeout=60, check=False)
     os.close(pipe)
-    assert (done.returncode, done.stderr) == (1, b"")
+    assert (done.returncode, done.stderr) == (1, b""), "its reader has left"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, b"Error: standard output: No space left on device\n")
+
+
+def test_what_is_not_unicode_or_not_of_the_locale_is_no_traceback(api: ApiProcess, answers: Answers) -> None:
+    command = [sys.executable, "-m", "nydusd.cli.nydusctl", "-S", api.path]
+    answers.by_op["umount"] = {}
+    assert subprocess.run([*command, "umount", "-m", b"/\xff"], timeout=60, check=False).returncode == 0
+    assert api.supervisor.asked == [{"op": "umount", "mountpoint": "/\ufffd"}]
+    answers.by_op["daemon"] = {"backend_collection": {"/\u00e4": {}}}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run([*command, "info"], capture_output=True, env=environment, timeout=60, check=False)
+    assert (shown.returncode, b"/\\xe4" in shown.stdout) == (0, True)

@@ -40,9 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bytes(text: str) -> int:
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in _UNITS else (text, "")
-    if not (number.isascii() and number.isdigit()):
-        raise ValueError(text)
+    unit = text[-1:].upper() if text[-1:].upper() in _UNITS else ""
+    number = text.removesuffix(text[-1:]) if unit else text
+    if not (number.isascii() and number.isdigit() and len(number) < 20):
+        raise argparse.ArgumentTypeError(f"must be a number of bytes, or one with K, M, G or T, but is {text[:32]!r}")
     return int(number) * _UNITS[unit]
 
 

@@ -17,6 +17,11 @@ _PATIENCE: Final = 30.0
 _MAX_ANSWER: Final = 64 << 20
 
 
+def _encoded(query: Mapping[str, str]) -> str:
+    """An argument that is not valid Unicode is sent as the bytes that it is."""
+    return urlencode(query, errors="surrogateescape")
+
+
 class RequestFailed(NydusError):
     """The API could not be reached, or it answered with an error."""
 
@@ -58,7 +63,7 @@ class Api:
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> Json:
         """The JSON object at a path. Raises `RequestFailed`."""
-        return self._object(f"GET {path}", self._request("GET", f"{path}?{urlencode(query)}" if query else path, None))
+        return self._object(f"GET {path}", self._request("GET", f"{path}?{_encoded(query)}" if query else path, None))
 
     @staticmethod
     def _object(asked: str, answer: bytes) -> Json:
@@ -77,11 +82,11 @@ class Api:
 
     def post(self, path: str, query: Mapping[str, str], body: Json) -> None:
         """Send a JSON object to a path. Raises `RequestFailed`."""
-        self._request("POST", f"{path}?{urlencode(query)}", json.dumps(body).encode())
+        self._request("POST", f"{path}?{_encoded(query)}", json.dumps(body).encode())
 
     def delete(self, path: str, query: Mapping[str, str]) -> None:
         """Raises `RequestFailed`."""
-        self._request("DELETE", f"{path}?{urlencode(query)}", None)
+        self._request("DELETE", f"{path}?{_encoded(query)}", None)
 
     def _request(self, method: str, target: str, body: bytes | None) -> bytes:
         connection = _UnixConnection(self._path, self._patience)

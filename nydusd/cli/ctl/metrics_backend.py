@@ -9,22 +9,19 @@ from collections.abc import Iterator
 from nydusd.cli.ctl.connection import Api
 from nydusd.cli.ctl.image import add_mountpoint, metrics_of
 from nydusd.cli.ctl.text import SIZE_CLASSES, list_at, number_at, one_line, pairs, table, text_at
-from nydusd.cli.ctl.verb import Verb
+from nydusd.cli.ctl.verb import Seconds, Verb
 
 PATH = "/api/v1/metrics/backend"
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0.1 <= seconds <= 86400:
-        raise ValueError(text)
-    return seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mountpoint(parser)
     parser.add_argument(
-        "-I", "--interval", type=_seconds, metavar="SECONDS", help="print what happened in each interval, until Ctrl-C"
+        "-I",
+        "--interval",
+        type=Seconds(86400),
+        metavar="SECONDS",
+        help="print what happened in each interval, until Ctrl-C",
     )
 
 

@@ -27,7 +27,7 @@ from nydusd.cli.ctl.text import (
     table_at,
     text_at,
 )
-from nydusd.cli.ctl.verb import Verb
+from nydusd.cli.ctl.verb import Seconds, Verb
 from nydusd.cli.ctl.workers import ALONE, state_of
 from nydusd.cli.ctl.workers import PATH as WORKERS
 
@@ -40,15 +40,10 @@ _MAX_BACKENDS = 64
 """Images whose backends are asked for each turn: on a node with hundreds, the rest would make the tool the load."""
 
 
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0.1 <= seconds <= 3600:
-        raise ValueError(text)
-    return seconds
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-i", "--interval", type=_seconds, default=2.0, metavar="SECONDS", help="length of a turn (2)")
+    parser.add_argument(
+        "-i", "--interval", type=Seconds(3600), default=2.0, metavar="SECONDS", help="length of a turn (2)"
+    )
     parser.add_argument("-n", "--turns", type=int, default=0, metavar="N", help="end after so many turns (0: never)")
 
 

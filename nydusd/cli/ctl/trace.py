@@ -22,6 +22,7 @@ from nydusd.cli.ctl.connection import Api
 from nydusd.cli.ctl.image import add_mountpoint
 from nydusd.cli.ctl.text import list_at, one_line, printable, table, text_at
 from nydusd.cli.ctl.verb import Verb
+from nydusd.cli.exit_status import writing
 from nydusd.errors import NydusError
 from nydusd.formats import open_bootstrap
 from nydusd.formats.model import Bootstrap
@@ -131,10 +132,8 @@ def _list(inodes: Iterable[int], names: dict[int, bytes]) -> Iterator[str]:
         if b"\n" in name or name != name.strip():
             print(f"left out, a list cannot hold it: {_shown(name)}", file=sys.stderr)
         else:
-            # As its bytes: a list is not text.
-            sys.stdout.flush()
-            sys.stdout.buffer.write(name + b"\n")
-            sys.stdout.buffer.flush()
+            with writing():
+                sys.stdout.buffer.write(name + b"\n")  # as its bytes: a list is not text
     yield from ()
 
 

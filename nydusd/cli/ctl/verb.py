@@ -13,6 +13,22 @@ def no_arguments(_: argparse.ArgumentParser) -> None:
     """For verbs without arguments."""
 
 
+class Seconds:
+    """An argparse type: a time of at least 0.1 s."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def __call__(self, text: str) -> float:
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = 0.0
+        if not 0.1 <= seconds <= self._most:
+            raise argparse.ArgumentTypeError(f"must be seconds from 0.1 to {self._most}, but is {text[:32]!r}")
+        return seconds
+
+
 class Verb(NamedTuple):
     """`words` select it (`metrics`, `cache`). `run` yields texts to print and raises `NydusError`.
 
