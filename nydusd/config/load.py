@@ -14,7 +14,7 @@ import msgspec
 
 from nydusd.config.file import read_named_file
 from nydusd.config.legacy import read_v1, v1_path
-from nydusd.config.model import Backend, Cache, Config, FileCache, LocalFs, Rafs, Remote
+from nydusd.config.model import Backend, Cache, Config, FileCache, LocalFs, Rafs, Registry, Remote
 from nydusd.config.node import bare_config, node_defaults
 from nydusd.config.parse import BadKey, TableReader, kind_of
 from nydusd.config.rules import check, check_auth, warnings
@@ -108,6 +108,19 @@ def with_settings(config: Config, values: Mapping[str, str]) -> Config:
     except BadKey as error:
         raise ConfigError(f"{error.path}: {error.problem}") from None
     return changed
+
+
+def settings_of(config: Config) -> dict[str, str]:
+    """What a configuration itself says of those that can be set at run time."""
+    backend = config.backend
+    table = None if backend is None else backend.chosen()
+    if not isinstance(table, Remote):
+        return {}
+    proxy = table.proxy
+    found = {"proxy_url": proxy.url, "dragonfly_scheduler_endpoint": proxy.dragonfly_scheduler_endpoint}
+    if isinstance(table, Registry):
+        found["registry_auth"] = table.auth or ""
+    return {key: value for key, value in found.items() if value}
 
 
 def _parse_json(text: str, where: str) -> dict[str, object]:

@@ -26,9 +26,11 @@ from nydusd.redact import MASK, redact_url
 from nydusd.storage.api.image import identity_of
 from nydusd.supervisor import handover
 from nydusd.supervisor.checked import read_checked, write_checked
+from nydusd.supervisor.mount_table import known_place
 from nydusd.version import GIT_COMMIT
 
 if TYPE_CHECKING:
+    from nydusd.config import Config
     from nydusd.supervisor.daemon import Supervisor
     from nydusd.supervisor.images import Image
 
@@ -188,14 +190,46 @@ def _set_config(daemon: Supervisor, request: Json) -> None:
     if not set(values) <= set(SETTINGS):
         raise NydusError("ResponsePayloadType")
     _keep_out_of_logs(values)
-    image = daemon.images.get(name) or daemon.images.get(f"/{name}")
-    if image is not None:
-        try:
+    try:
+        meant = [image for image in daemon.images.values() if _is_of(name, image.place)]
+        if daemon.blobs is not None and not name.strip("/"):
+            meant = list(daemon.images.values())  # images of a singleton have one id together, as in the reference
+        for image in meant:
             image.configure(values)
-        except ConfigError as e:
-            raise NydusError(f"Other({json.dumps(str(e), ensure_ascii=False)})") from e
+    except ConfigError as e:
+        raise NydusError(f"Other({json.dumps(str(e), ensure_ascii=False)})") from e
     daemon.settings.setdefault(name, {}).update(values)
     remember(daemon)
+
+
+def _is_of(name: str, place: str) -> bool:
+    """Whether what is set for `name` is so for the image at `place`, however that is spelled."""
+    return known_place(f"/{name}") == known_place(f"/{place}")
+
+
+def as_set(daemon: Supervisor, place: str, config: Config, *, counts: bool) -> Config:
+    """How an image of this configuration is fetched at `place`: with what was set for that, where it does not say it itself.
+
+    `counts`: what it says holds from now on, also for a successor: it is about to be mounted.
+    """
+    from nydusd.config import settings_of, with_settings
+
+    said = settings_of(config)
+    overruled = False
+    for name, values in daemon.settings.items():
+        if not _is_of(name, place):
+            continue
+        newer = {key: value for key, value in said.items() if values.get(key, value) != value}
+        if counts and newer:
+            values.update(newer)
+            overruled = True
+        try:
+            config = with_settings(config, {key: value for key, value in values.items() if key not in said})
+        except ConfigError as e:  # nothing was mounted there that would have refused it
+            log.warning("what was set for %s is not used: %s", name, e)
+    if overruled:
+        remember(daemon)
+    return config
 
 
 def _keep_out_of_logs(values: Mapping[str, str]) -> None:
@@ -243,7 +277,7 @@ def recall(daemon: Supervisor) -> Callable[[Image], None]:
 
     def recalled(image: Image) -> None:
         for name, values in settings.items():
-            if image.place in (name, f"/{name}") and not (newer and image.given):
+            if _is_of(name, image.place) and not (newer and image.given):
                 with contextlib.suppress(ConfigError):  # as it was when it was set
                     image.configure(values)
 

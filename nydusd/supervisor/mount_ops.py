@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from nydusd.errors import ConfigError, NydusError, UnsupportedError
 from nydusd.ipc.messages import Json
+from nydusd.supervisor import control_ops
 from nydusd.supervisor.control_ops import NotHereError
 from nydusd.supervisor.mount_request import Request
 from nydusd.supervisor.mount_table import PlaceError
@@ -71,7 +72,10 @@ def _begin(
 
     _check_daemon(daemon)
     try:
-        start(_request(request), done)
+        wanted = _request(request)
+        taken = start == daemon.mounts.mount and wanted.place in daemon.images
+        wanted.config = control_ops.as_set(daemon, wanted.place, wanted.config, counts=not taken)
+        start(wanted, done)
     except NydusError as e:
         raise _refused(e) from e
 

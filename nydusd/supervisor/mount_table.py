@@ -55,6 +55,14 @@ def parse_place(text: str) -> tuple[str, tuple[bytes, ...]]:
     return "/" + os.fsdecode(b"/".join(names)), names
 
 
+def known_place(text: str) -> str:
+    """The spelling by which an image is known that somebody asks for; any other text as it is."""
+    try:
+        return parse_place(text)[0]
+    except PlaceError:
+        return text
+
+
 class _Place:
     """A folder in the tree of mount points. `index` is that of the image mounted on it, or None."""
 

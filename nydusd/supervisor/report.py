@@ -9,17 +9,12 @@ from nydusd.errors import ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.storage.cache.blob_cache import BlobCache
 from nydusd.supervisor import blobs, control_ops, metrics_ops, mount_ops, view
+from nydusd.supervisor.mount_table import PlaceError, known_place
 
 if TYPE_CHECKING:
     from nydusd.supervisor.daemon import Supervisor
     from nydusd.supervisor.images import Image
     from nydusd.supervisor.mount_records import Recorded
-
-
-class NotFoundError(NydusError):
-    """The API was asked for something that is not there."""
-
-    rest_status = 404
 
 
 def answer(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) -> None:
@@ -69,9 +64,9 @@ def _daemon(daemon: Supervisor, _request: Json) -> Json:
 
 
 def _backend(daemon: Supervisor, request: Json) -> Json:
-    image = daemon.images.get(str(request.get("mountpoint")))
+    image = daemon.images.get(known_place(str(request.get("mountpoint"))))
     if image is None:
-        raise NotFoundError(f"no image is mounted at {request.get('mountpoint')!r}")
+        raise PlaceError("object or filesystem doesn't exist")
     return dict(image.facts)
 
 

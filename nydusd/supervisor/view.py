@@ -14,6 +14,7 @@ from nydusd import logs
 from nydusd.errors import NydusError
 from nydusd.ipc.inflight import waiting
 from nydusd.ipc.messages import Json
+from nydusd.supervisor.mount_table import known_place
 from nydusd.supervisor.outages import awaited
 from nydusd.supervisor.uncached import told
 from nydusd.version import GIT_COMMIT, build_info
@@ -103,7 +104,7 @@ def _chunks(daemon: Supervisor, request: Json) -> Json:
 
 def _trace(daemon: Supervisor, request: Json) -> Json:
     """For each image, or the one asked for: where its trace lies, and what is needed to put names to its inodes."""
-    wanted = request.get("mountpoint")
+    wanted = None if request.get("mountpoint") is None else known_place(str(request["mountpoint"]))
     return {
         "images": [
             {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.supervisor.lives import crash
-from tests.support.daemon import wait_for_role
+from tests.support.daemon import Daemon, wait_for_role
 from tests.support.discipline import descendants, wait_until
 from tests.support.fault_table import CREDENTIALS, METADATA, rows_of
 from tests.support.faulty_server import Reply, faulty
@@ -111,6 +111,47 @@ def test_image_whose_credentials_become_those_of_the_command_line_is_read_on(
                 crash(daemon)
                 file.write_text(json.dumps(config))
                 daemon.start()
+
+
+def test_credentials_that_are_set_for_a_mount_point_hold_until_a_mount_brings_others(
+    tree: Tree, hub: Hub, tmp_path: Path
+) -> None:
+    """They may be set before anything is mounted there; what a mount or remount brings is newer, also for a successor."""
+    newer = "dXNlcjphbm90aGVyLXBhc3N3b3Jk"  # user:another-password
+    with Mounted(tree, {"host": hub.server.host}, args=("--virtual-mountpoint", "/one")) as mounted:
+        daemon = mounted.daemon
+
+        def config(auth: str | None, folder: str) -> str:
+            text = json.loads((daemon.folder / "config.json").read_text())
+            text["backend"]["registry"]["auth"] = auth
+            text["cache"]["filecache"]["work_dir"] = str(tmp_path / folder)
+            return json.dumps(text)
+
+        def is_right(name: str) -> bool:
+            return (daemon.mountpoint / "two" / name).read_bytes() == tree.contents[name]
+
+        set_before = json.dumps({"registry_auth": AUTH}).encode()
+        assert daemon.request("PUT", "/api/v1/config?id=/two/", set_before)[0] == 204
+        assert daemon.mount("/two", tree.bootstrap, tmp_path, config=config(None, "a")) == (204, "")
+        assert is_right(NAMES[0])
+        assert daemon.mount("/two/", tree.bootstrap, tmp_path, config=config(None, "a")) == (204, ""), "once more"
+        start_again(daemon)
+        assert is_right(NAMES[1]), "what was set is known"
+        for number, method in enumerate(("POST", "PUT")):
+            hub.users, auth = ({newer}, newer) if method == "POST" else ({AUTH}, AUTH)
+            hub.good.clear()
+            if method == "POST":
+                assert daemon.umount("/two") == (204, "")
+            assert daemon.mount("/two", tree.bootstrap, tmp_path, method, config=config(auth, method)) == (204, "")
+            assert is_right(NAMES[0])
+            start_again(daemon)
+            hub.good.clear()
+            assert is_right(NAMES[number + 1]), f"{method}: what it brought is known"
+
+
+def start_again(daemon: Daemon) -> None:
+    crash(daemon)
+    daemon.start()
 
 
 def test_metadata_that_could_not_be_had_is_asked_for_again(

@@ -149,6 +149,20 @@ def test_steering_is_refused_as_by_the_reference(daemon: Daemon) -> None:
         assert (found, json.loads(body)["message"]) == (status, message)
 
 
+def test_any_spelling_of_a_mount_point_is_one(daemon: Daemon) -> None:
+    facts = daemon.get("/api/v1/daemon/backend?mountpoint=/")
+    for place in ("//", "/.", "%2F"):
+        assert daemon.get(f"/api/v1/daemon/backend?mountpoint={place}") == facts
+        trace = daemon.get(f"/api/v1/nydusd/trace?mountpoint={place}")
+        assert isinstance(trace, dict) and [image["mountpoint"] for image in trace["images"]] == ["/"]
+    for place in ("/x", "x", "", "/%00", "/.."):
+        status, body = daemon.request("GET", f"/api/v1/daemon/backend?mountpoint={place}")
+        assert (status, json.loads(body)["message"]) == (
+            500,
+            'FsBackendInfo(Metrics(Daemon(Other("object or filesystem doesn\'t exist"))))',
+        )
+
+
 def test_settings_are_told_without_secrets(daemon: Daemon) -> None:
     for path in ("config", "config?id=/", "config?id=/none"):
         assert daemon.get(f"/api/v1/{path}") == {}, "nothing was set"
