@@ -129,7 +129,8 @@ def _check_backend(backend: Backend) -> None:
 
 
 def _check_remote(path: str, table: Remote) -> None:
-    _check_url(f"{path}.proxy.url", table.proxy.url)
+    url = table.proxy.url  # as of the reference, its scheme may be left out
+    _check_url(f"{path}.proxy.url", f"http://{url}" if url and "://" not in url else url)
     _check_url(f"{path}.proxy.ping_url", table.proxy.ping_url)
     for number, mirror in enumerate(table.mirrors):
         _not_empty(f"{path}.mirrors[{number}].host", mirror.host)

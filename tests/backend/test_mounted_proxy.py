@@ -65,6 +65,15 @@ def test_all_bytes_come_by_the_proxy_until_it_dies(tree: Tree, origin: Faulty) -
             assert mounted.wrong_in_cache() == []
 
 
+def test_a_proxy_may_be_named_without_a_scheme(tree: Tree, origin: Faulty) -> None:
+    Hub(tree, origin).open_to_all = True
+    blocked = "registry.invalid:5000"  # no name server knows it
+    with forward_proxy({blocked: origin.host}) as proxy:
+        settings = {"url": proxy.url.removeprefix("http://"), "fallback": False}
+        with Mounted(tree, {"host": blocked, "proxy": settings}) as mounted:
+            assert all(mounted.is_right(name) for name in NAMES)
+
+
 def test_what_a_proxy_gives_instead_of_the_blob_comes_from_the_origin(tree: Tree, origin: Faulty) -> None:
     assert rows_of(PROXY) == ["proxy that answers 200 with a page"]
     Hub(tree, origin)

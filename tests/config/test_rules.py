@@ -103,6 +103,10 @@ BROKEN: list[tuple[dict[str, object], str]] = [
         "backend.registry.proxy.url: must be an http:// or https:// URL, or empty",
     ),
     (
+        backend("registry", **REGISTRY, proxy={"url": "/var/run/proxy.sock"}),
+        "backend.registry.proxy.url: must be an http:// or https:// URL, or empty",
+    ),
+    (
         backend("registry", **REGISTRY, proxy={"ping_url": "p/ing"}),
         "backend.registry.proxy.ping_url: must be an http:// or https:// URL, or empty",
     ),

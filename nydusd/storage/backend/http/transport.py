@@ -139,7 +139,8 @@ class Transport:
         self._skip_verify = skip_verify
         self._ca_files = ca_cert_files
         self._context: ssl.SSLContext | None = None
-        self._proxy_url = proxy_url
+        # Clients write it with or without a scheme.
+        self._proxy_url = proxy_url if "://" in proxy_url or not proxy_url else f"http://{proxy_url}"
         self._classes = _pool_classes(self._exchange, Resolver(), unix_socket)
         self._managers: dict[bool, PoolManager] = {}
         if ca_cert_files and not skip_verify:
