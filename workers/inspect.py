@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.domain import additions
-from nydusd.storage.api.image import ImageFacts, inspect, is_folder
+from nydusd.storage.api.image import ImageFacts, inspect, is_folder, make_folder
 from workers.blobs import OpenBlobs
 
 
 def inspect_image(_blobs: OpenBlobs, job: Json) -> Json:
-    """Job: source, folders (where an extracted bootstrap may be kept). Answer: `image`, as plain data."""
+    """Job: source, folders (as of `metadata_folders`). Answer: `image`, as plain data."""
+    for folder in job["folders"][:-1]:
+        make_folder(folder)
     return {"image": inspect(job["source"], job["folders"]).to_json()}
 
 

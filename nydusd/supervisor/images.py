@@ -129,7 +129,10 @@ class Image:
 
 
 def metadata_folders(config: Config, run_dir: str) -> list[str]:
-    """Where metadata that is extracted from a blob may be kept. Raises ConfigError for a configuration without a backend."""
+    """Where metadata that is extracted from a blob may be kept: the cache folder, if there is one, and our own.
+
+    Raises ConfigError for a configuration without a backend.
+    """
     work_dir = _cache_config(config).work_dir
     return [run_dir] if work_dir is None else [work_dir, run_dir]
 

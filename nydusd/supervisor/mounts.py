@@ -19,7 +19,7 @@ from nydusd import points
 from nydusd.errors import CacheError, NydusError, ScarceError
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.factory import BlobFactory
-from nydusd.storage.api.image import ImageFacts, inspect
+from nydusd.storage.api.image import ImageFacts, inspect, make_folder
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.names import remove
@@ -84,6 +84,8 @@ class Mounts:
     def mount_first(self, request: Request) -> Image:
         """Mount the image of the command line, before there are workers. Raises NydusError."""
         folders = metadata_folders(request.config, str(self._folder))
+        for folder in folders[:-1]:
+            make_folder(folder)
         return self._add(request, inspect(request.source, folders))
 
     def know(self, recorded: Recorded) -> Image | None:

@@ -123,12 +123,30 @@ def test_wrong_mounts_are_refused_in_the_known_words_and_harm_nothing(daemon: Da
         status, message = daemon.mount("/b", source, FIRST.blobs)
         assert status == 500
         assert why in message
+    for folder in (tmp_path / "bad", tmp_path / "bad" / "below", "/proc/none/of/it", "nul\0", "x" * 300):
+        config = json.dumps(image_config(FIRST.blobs, Path(folder)))
+        status, message = daemon.mount("/b", FIRST.bootstrap, FIRST.blobs, config=config)
+        assert (status, "cache folder" in message) == (500, True), "every read would fail"
     status, message = daemon.mount("/b", FIRST.bootstrap, FIRST.blobs, prefetch_files=["a"])
     assert (status, "prefetch_files" in message) == (500, True)
     status, why = daemon.mount("/b", FIRST.bootstrap, FIRST.blobs, fs_type="passthrough_fs")
     assert status == 501 and "use fs_type rafs, or a bind mount for a folder of the host" in why
     assert os.listdir(daemon.mountpoint) == ["a"]
     assert_right(daemon, "/a", FIRST)
+
+
+def test_a_cache_folder_that_can_be_none_ends_the_start(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "c.json").write_text(json.dumps(image_config(FIRST.blobs, tmp_path / "file")))
+    options = ["-M", str(tmp_path / "mnt"), "-B", str(FIRST.bootstrap), "-C", str(tmp_path / "c.json")]
+    command = [sys.executable, "-m", "nydusd", "fuse", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1,
+        f"Error: cache folder {tmp_path}/file: cannot be made: File exists",
+    )
+    assert not os.path.ismount(tmp_path / "mnt")
 
 
 def test_a_mount_inside_an_image_takes_the_place_of_its_folder(daemon: Daemon) -> None:

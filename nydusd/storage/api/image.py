@@ -8,6 +8,7 @@ bootstrap is either there and whole, or not there (a temporary file may stay, wh
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import logging
 import mmap
@@ -34,6 +35,11 @@ log = logging.getLogger(__name__)
 _DEVICES = Struct("<H")
 _DEVICES_AT = 1024 + 86
 _FILLER = b"x" * 64
+_NO_FOLDER = (
+    *(errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
+    *(errno.EACCES, errno.EPERM),
+)
+"""Why a folder cannot be made, if it is the path that is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +160,17 @@ def name_device(content: bytes, blob_id: str) -> bytes:
                 + content[at + len(_FILLER) :]
             )
     return content
+
+
+def make_folder(folder: str) -> None:
+    """Have a cache folder. Raises CacheError for a path that can be none, not for a disk that takes nothing now."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except ValueError as e:
+        raise CacheError(f"cache folder {folder!r}: not a path", errno.EINVAL) from e
+    except OSError as e:
+        if e.errno in _NO_FOLDER:
+            raise CacheError(f"cache folder {folder}: cannot be made: {e.strerror}", e.errno) from e
 
 
 def _store(content: bytes, name: str, folders: Sequence[str]) -> str:
