@@ -100,7 +100,7 @@ FAMILIES: Final = (
     Family("nydusd_cache_whole_hits", "gauge", "reads", _IMAGE, "Always 0: they are in the partial hits.", kept=True),
     Family("nydusd_cache_total_requests", "gauge", "reads", _IMAGE, "Reads of the cache, ever.", kept=True),
     Family("nydusd_cache_entries_count", "gauge", "chunks", _IMAGE, "Chunks that are ready.", kept=True),
-    Family("nydusd_cache_prefetch_data_bytes", "gauge", "bytes", _IMAGE, "Bytes prefetched, ever.", kept=True),
+    Family("nydusd_cache_prefetch_data_bytes", "gauge", "bytes", _IMAGE, "Stored bytes prefetched, ever.", kept=True),
     Family("nydusd_cache_prefetch_requests_count", "gauge", "requests", _IMAGE, "Prefetch requests.", kept=True),
     Family("nydusd_cache_prefetch_workers", "gauge", "workers", _IMAGE, "Workers that may prefetch.", kept=True),
     Family(

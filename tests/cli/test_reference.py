@@ -88,7 +88,7 @@ def bash(*words: str) -> set[str]:
     [
         (["nydusctl", "wor"], {"workers"}),
         (["nydusctl", "-S", "info", "me"], {"metrics"}),  # the socket's name is no command
-        (["nydusctl", "-S", "x", "metrics", ""], {"backend", "cache", "fsstats", "-h", "--help"}),
+        (["nydusctl", "-S", "x", "metrics", ""], {"backend", "cache", "fsstats", "-h", "--help", "-r", "--raw"}),
         (["nydusctl", "-S", "x", "cache", "--p"], {"--png"}),
         (["nydusctl", "--sock", "setup.c"], {"setup.cfg"}),
         (["nydusctl", "-S", "x", "set", "log-level", "de"], {"debug"}),

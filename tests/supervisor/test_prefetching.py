@@ -62,7 +62,23 @@ def test_all_is_fetched_when_asked_for(tmp_path: Path) -> None:
         before = daemon.backend_reads()
         assert wrong(daemon) == []
         assert daemon.backend_reads() == before
-        assert prefetching.metrics()["prefetch_data_amount"] > 0
+
+
+@pytest.mark.parametrize("name", [IMAGE.name, "v6-batch", "v6-targz-ref"])
+def test_amount_that_is_told_is_what_the_backend_was_asked_for(name: str, tmp_path: Path) -> None:
+    prefetching = Prefetching(oracle.image(name), tmp_path, {"enable": True, "prefetch_all": True})
+    with prefetching.daemon as daemon:
+        wait_until(lambda: bool(prefetching.metrics()["data_all_ready"]), "all chunks", 20)
+
+        def read() -> int:
+            found = daemon.get("/api/v1/metrics/backend")
+            assert isinstance(found, dict) and isinstance(found["read_amount_total"], int)
+            return found["read_amount_total"]
+
+        amount = prefetching.metrics()["prefetch_data_amount"]
+        wait_until(lambda: read() >= amount > 0, "the last job to be counted", 20)
+        # Two jobs may read what lies between two zran contexts.
+        assert amount <= read() <= (amount if name != "v6-targz-ref" else amount * 1.01)
 
 
 def test_table_of_the_image_is_fetched_and_no_more(tmp_path: Path) -> None:

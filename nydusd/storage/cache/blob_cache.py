@@ -29,7 +29,7 @@ _REACH_FIRST, _REACH_MOST = 0.1, 4.0
 
 @dataclass(slots=True)
 class PrefetchCounts:
-    """What was fetched of a blob before anybody asked: `began` and `ended` are seconds since 1970, 0 for never."""
+    """What was fetched of a blob before anybody asked: `bytes` are stored ones, times seconds since 1970 (0: never)."""
 
     requests: int = 0
     chunks: int = 0

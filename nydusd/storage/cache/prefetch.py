@@ -17,6 +17,7 @@ from nydusd.storage.cache.pace import Pace
 from nydusd.storage.state.segment import EMPTY, VERIFY
 
 _PAUSE_FIRST, _PAUSE_MOST = 1.0, 60.0
+_ANY_LENGTH = 1 << 63
 _GROUPED = int(ChunkFlag.BATCH | ChunkFlag.ZRAN)
 _LOOK_MOST = 8192
 """Chunks that are looked at before others have their turn: of millions, none may be there to be fetched."""
@@ -123,7 +124,7 @@ class PrefetchWorker:
         if batch:
             cache.prefetch.requests += 1
             cache.prefetch.chunks += len(batch)
-            cache.prefetch.bytes += size
+            cache.prefetch.bytes += sum(cache.meta.span(part)[1] for part in cache.meta.ranges(batch, _ANY_LENGTH, 0))
             self.requests += 1
             self.bytes += size
             cache.pace.limiter.spend(now, stored)
