@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nydusd.supervisor.control_ops import recall, remember
+from nydusd.supervisor.control_ops import OPS, recall, remember
 
 
 def daemon(folder: Path, *, given: bool) -> Any:
@@ -18,7 +18,7 @@ def daemon(folder: Path, *, given: bool) -> Any:
     image = SimpleNamespace(place="/x", given=given, configure=configured.append)
     options = SimpleNamespace(config=str(folder / "config.json"))
     return SimpleNamespace(
-        run_dir=str(folder), options=options, settings={}, images={"/x": image}, configured=configured
+        run_dir=str(folder), options=options, settings={}, images={"/x": image}, configured=configured, blobs=None
     )
 
 
@@ -50,3 +50,27 @@ def test_what_was_set_holds_while_the_file_is_the_same(tmp_path: Path) -> None:
     next_one = daemon(tmp_path, given=True)
     recall(next_one)(next_one.images["/x"])
     assert next_one.configured == [{"proxy_url": "http://one"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "alone", "of_singleton"),
+    [
+        ("/x", 1, 1),
+        ("x", 1, 1),
+        ("/x/", 1, 1),
+        ("//x", 1, 1),
+        ("/", 0, 1),
+        ("", 0, 1),
+        (None, 0, 1),
+        ("/y", 0, 0),
+        ("xx", 0, 0),
+    ],
+)
+def test_images_are_meant_by_their_mount_point_and_all_of_a_singleton_by_the_root(
+    tmp_path: Path, name: str | None, alone: int, of_singleton: int
+) -> None:
+    for blobs, times in ((None, alone), (object(), of_singleton)):
+        told = daemon(tmp_path, given=False)
+        told.blobs = blobs
+        OPS["set_config"](told, {"id": name, "values": {"proxy_url": "http://one"}})
+        assert told.configured == [{"proxy_url": "http://one"}] * times
