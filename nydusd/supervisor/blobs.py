@@ -9,6 +9,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nydusd.config.blob_entry import BlobEntry, parse_blob_entry
@@ -16,6 +17,7 @@ from nydusd.errors import ConfigError, NydusError
 from nydusd.ipc.messages import Json
 from nydusd.storage.api.image import ImageFacts
 from nydusd.storage.cache.requests import Answer, Job, Priority
+from nydusd.supervisor import control_ops
 from nydusd.supervisor.control_ops import NotHereError
 
 if TYPE_CHECKING:
@@ -142,6 +144,7 @@ def _bind(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) ->
     """Have a worker look at the image, then add it."""
     from nydusd.config import secret_values
     from nydusd.logs import register_secret
+    from nydusd.supervisor.fscache_images import place_of
 
     table = _table(daemon)
     try:
@@ -155,6 +158,7 @@ def _bind(daemon: Supervisor, request: Json, reply: Callable[[Json], object]) ->
         reply({"ok": None})
         return
     table.check_new(entry)
+    entry = replace(entry, config=control_ops.as_set(daemon, place_of(entry), entry.config, counts=True))
 
     def ask(kind: str, payload: Json, then: Callable[[Answer], None]) -> None:
         def done(_job: Job, answer: Answer) -> None:

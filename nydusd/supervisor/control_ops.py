@@ -191,20 +191,22 @@ def _set_config(daemon: Supervisor, request: Json) -> None:
         raise NydusError("ResponsePayloadType")
     _keep_out_of_logs(values)
     try:
-        meant = [image for image in daemon.images.values() if _is_of(name, image.place)]
-        if daemon.blobs is not None and not name.strip("/"):
-            meant = list(daemon.images.values())  # images of a singleton have one id together, as in the reference
-        for image in meant:
-            image.configure(values)
+        for image in daemon.images.values():
+            if _means(daemon, name, image.place):
+                image.configure(values)
     except ConfigError as e:
         raise NydusError(f"Other({json.dumps(str(e), ensure_ascii=False)})") from e
     daemon.settings.setdefault(name, {}).update(values)
     remember(daemon)
 
 
-def _is_of(name: str, place: str) -> bool:
-    """Whether what is set for `name` is so for the image at `place`, however that is spelled."""
-    return known_place(f"/{name}") == known_place(f"/{place}")
+def _means(daemon: Supervisor, name: str, place: str) -> bool:
+    """Whether what is set for `name` is so for the image at `place`, however that is spelled.
+
+    Images of a singleton have the root as their id together, as in the reference.
+    """
+    meant = known_place(f"/{name}")
+    return meant == known_place(f"/{place}") or (daemon.blobs is not None and meant == "/")
 
 
 def as_set(daemon: Supervisor, place: str, config: Config, *, counts: bool) -> Config:
@@ -217,7 +219,7 @@ def as_set(daemon: Supervisor, place: str, config: Config, *, counts: bool) -> C
     said = settings_of(config)
     overruled = False
     for name, values in daemon.settings.items():
-        if not _is_of(name, place):
+        if not _means(daemon, name, place):
             continue
         newer = {key: value for key, value in said.items() if values.get(key, value) != value}
         if counts and newer:
@@ -277,7 +279,7 @@ def recall(daemon: Supervisor) -> Callable[[Image], None]:
 
     def recalled(image: Image) -> None:
         for name, values in settings.items():
-            if _is_of(name, image.place) and not (newer and image.given):
+            if _means(daemon, name, image.place) and not (newer and image.given):
                 with contextlib.suppress(ConfigError):  # as it was when it was set
                     image.configure(values)
 

@@ -31,6 +31,7 @@ from nydusd.ipc.messages import Json, SlotRef
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.requests import Answer, Job, Priority
 from nydusd.storage.state.lock import start_time
+from nydusd.supervisor import control_ops
 from nydusd.supervisor.blobs import BlobError, check_folder
 from nydusd.supervisor.children import Child
 from nydusd.supervisor.fscache_images import (
@@ -198,6 +199,9 @@ class FscacheDaemon(Singleton):
         if not present <= {told.entry.text for told in found}:  # with these nobody has compared them
             found = [told._replace(adds=None) for told in found]
         self._bind_told([told for told in found if told.entry.text not in present])
+        recalled = control_ops.recall(self)
+        for bound in self._bound.values():
+            recalled(bound.image)
 
     # --- images -----------------------------------------------------------------------------------------------
 

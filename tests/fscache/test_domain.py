@@ -16,6 +16,7 @@ from typing import Any, cast
 import pytest
 
 from nydusd.cli.options import SingletonOptions
+from nydusd.config import settings_of
 from nydusd.errors import FormatError, ScarceError
 from nydusd.formats import open_bootstrap
 from nydusd.formats.model import RawChunk
@@ -24,7 +25,7 @@ from nydusd.storage.api.domain import Tables, _chunks_of, additions
 from nydusd.storage.api.image import ImageFacts, inspect
 from nydusd.storage.cache.prefetch import PrefetchWorker
 from nydusd.storage.cache.requests import Job
-from nydusd.supervisor import blobs
+from nydusd.supervisor import blobs, control_ops
 from nydusd.supervisor.fscache import FscacheDaemon
 from nydusd.supervisor.fscache_images import read_noted
 from tests.image.build import image
@@ -452,6 +453,33 @@ def test_images_of_one_domain_have_one_type_of_backend(world: World) -> None:
     for part in ("type registry", "/d/lower", "type localfs", "a domain of its own"):
         assert part in refused
     assert world.bind("merged", world.folder / "merged.boot", "e", registry) == {"ok": None}
+
+
+def test_credentials_that_are_set_are_those_of_all_images_until_one_brings_its_own(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be set before, and a successor knows them."""
+    Path(world.daemon.run_dir).mkdir(parents=True, exist_ok=True)
+    set_before, own = "YTpi", "YTpj"
+    settings: Json = {"id": "/", "values": {"registry_auth": set_before}}
+    monkeypatch.setattr(world.daemon.mounts, "images", {}, raising=False)
+    control_ops.OPS["set_config"](world.daemon, settings)
+
+    def backend(auth: str | None) -> Json:
+        return {"backend_type": "registry", "backend_config": {"host": "h", "repo": "r", "auth": auth}}
+
+    def known(by: World) -> dict[str, str]:
+        return {place: settings_of(bound.image.config)["registry_auth"] for place, bound in by.daemon._bound.items()}
+
+    boot = world.folder / "lower.boot"
+    assert world.bind("one", boot, "d", backend(None)) == {"ok": None}
+    assert known(world) == {"/d/one": set_before}
+    noted = world.daemon.session_state()["images"]
+    assert known(successor(world, noted, monkeypatch)[0]) == {"/d/one": set_before}
+    assert world.bind("two", boot, "e", backend(own)) == {"ok": None}
+    assert known(world)["/e/two"] == own
+    noted = world.daemon.session_state()["images"]
+    assert set(known(successor(world, noted, monkeypatch)[0]).values()) == {own}
 
 
 def test_of_two_that_are_bound_at_once_the_second_is_compared_with_the_first(world: World, liar: Path) -> None:
