@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nydusd.cli.ctl.terminal import screen
+from nydusd.cli.ctl.terminal import Screen, screen
 from nydusd.cli.nydusctl import main
 from nydusd.ipc.trace import Trace
 from nydusd.storage.state.segment import EMPTY, FAILED, PENDING, READY
@@ -311,6 +311,22 @@ class TestTop:
     ) -> None:
         daemon.by_op["load"] = [load(hits=1000) | {"time": 9000.0}, load(hits=3) | {"time": 1.0}]
         assert "-" not in next(line for line in self.run(api, capsys) if line.startswith("reads")).replace("rate -", "")
+
+    @pytest.mark.parametrize(("columns", "rows"), [(30, 10), (200, 10), (30, 100), (20, 8)])
+    def test_no_line_wraps_and_none_is_behind_the_last_row_of_a_terminal(
+        self,
+        columns: int,
+        rows: int,
+        api: ApiProcess,
+        daemon: Daemon,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr("nydusd.cli.ctl.top.screen", lambda: Screen(True, True, True, columns, rows))
+        daemon.by_op["load"] = load() | {"images": [f"/{number}" for number in range(65)]}
+        lines = "".join(self.run(api, capsys)).replace("\x1b[H", "").replace("\x1b[J", "").split("\x1b[K")
+        assert lines[0].startswith("nydusd RUNNING, up ")
+        assert len(lines) <= rows and max(map(len, lines)) <= columns
 
     def test_image_that_goes_meanwhile_is_no_error(
         self, api: ApiProcess, daemon: Daemon, capsys: pytest.CaptureFixture[str]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from nydusd.cli.ctl.connection import Api, Json, RequestFailed
@@ -78,7 +78,7 @@ def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
         else:
             shown = screen()
             rates = [*rates, _throughput(before, now)][-_HISTORY:]
-            text = "\n".join(frame(before, now, rates, shown))
+            text = "\n".join(fitting(frame(before, now, rates, shown), shown))
             # Home, then each line to its end, then what is below: no flicker, as clearing all first has.
             yield (
                 "\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[K\x1b[J"
@@ -104,6 +104,11 @@ def _throughput(before: Sample, now: Sample) -> float:
     reads, earlier = table_at(now.load, "reads"), table_at(before.load, "reads")
     amount = _difference(earlier, reads, "hit_bytes") + _difference(earlier, reads, "miss_bytes")
     return amount / _seconds_between(before, now)
+
+
+def fitting(lines: Iterable[str], shown: Screen) -> list[str]:
+    """What has room: a line that wraps, or is behind the last but one, would have a terminal scroll each turn."""
+    return [line[: shown.columns] for line in lines][: shown.rows - 1] if shown.tty else list(lines)
 
 
 def frame(before: Sample, now: Sample, rates: list[float], shown: Screen) -> Iterator[str]:
