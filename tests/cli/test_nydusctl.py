@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from nydusd.cli.nydusctl import main
+from nydusd.control.routes import ROUTES
 from nydusd.version import version_text
 from tests.support.api import ApiProcess, Json
 
@@ -387,6 +389,26 @@ def test_wrong_size(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["-S", "x", "cache", "gc", "--to", size])
     assert (ended.value.code, "--to: must be a number of bytes" in capsys.readouterr().err) == (2, True)
+
+
+def test_a_mount_is_waited_for_as_long_as_the_api_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+
+    def silent(connection: http.client.HTTPConnection, *_: object) -> None:
+        assert connection.timeout is not None
+        waits.append(connection.timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(http.client.HTTPConnection, "request", silent)
+    (tmp_path / "c").write_text("")
+    for args in (["mount", "-s", "x", "-c", str(tmp_path / "c"), "-m", "/x"], ["umount", "-m", "/x"]):
+        assert main(["-S", "x", *args]) == 1
+        assert capsys.readouterr().err == f"Error: x: no answer within {waits[-1]:g} s\n"
+        for method in ("POST", "DELETE"):
+            patience = ROUTES["/api/v1/mount"][method].patience
+            assert patience is not None and waits[-1] > patience
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -14,6 +14,8 @@ from nydusd.errors import NydusError
 Json = dict[str, object]
 
 _PATIENCE: Final = 30.0
+MOUNT_PATIENCE: Final = 65.0
+"""Seconds for what is done to an image: the API answers within 60."""
 _MAX_ANSWER: Final = 64 << 20
 
 

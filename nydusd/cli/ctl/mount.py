@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from nydusd.cli.ctl.connection import Api
+from nydusd.cli.ctl.connection import MOUNT_PATIENCE, Api
 from nydusd.cli.ctl.verb import Verb
 from nydusd.config.file import read_named_file
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
     config = read_named_file(args.config, _MAX_CONFIG, args.config).decode(errors="surrogateescape")
     command = {"source": args.source, "fs_type": args.type, "config": config}
-    api.post("/api/v1/mount", {"mountpoint": args.mountpoint}, command)
+    api.with_patience(MOUNT_PATIENCE).post("/api/v1/mount", {"mountpoint": args.mountpoint}, command)
     yield from ()
 
 

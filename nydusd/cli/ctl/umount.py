@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from nydusd.cli.ctl.connection import Api
+from nydusd.cli.ctl.connection import MOUNT_PATIENCE, Api
 from nydusd.cli.ctl.verb import Verb
 
 
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
-    api.delete("/api/v1/mount", {"mountpoint": args.mountpoint})
+    api.with_patience(MOUNT_PATIENCE).delete("/api/v1/mount", {"mountpoint": args.mountpoint})
     yield from ()
 
 
