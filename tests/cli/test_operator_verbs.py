@@ -252,7 +252,7 @@ class TestTrace:
         daemon.by_op["trace"] = {"images": [self.entry(tmp_path / "none")]}
         assert ctl(api, capsys, "trace", "--prefetch-list") == ""
         assert ctl(api, capsys, "--raw", "trace") == "[]\n"
-        assert ctl(api, capsys, "trace") == "nothing was read since the mount\n"
+        assert ctl(api, capsys, "trace") == "no reads were noted since the mount\n"
 
     def test_image_must_be_named_where_there_are_several(
         self, api: ApiProcess, daemon: Daemon, capsys: pytest.CaptureFixture[str]

@@ -71,7 +71,7 @@ def run(api: Api, args: argparse.Namespace) -> Iterator[str]:
     if args.raw:
         yield one_line([_json(*row) for row in rows])
     elif not rows:
-        yield "nothing was read since the mount"
+        yield "no reads were noted since the mount"
     else:
         yield table(HEAD, [_row(*row) for row in rows])
 
