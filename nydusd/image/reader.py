@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from nydusd.formats import BootstrapKind, detect, open_bootstrap
 from nydusd.formats.blob_id import blob_id_from_path
-from nydusd.formats.model import BlobFeature, BlobInfo, Bootstrap, ChunkFlag, ChunkRecord
+from nydusd.formats.chunk_info import CHUNK_INFO
+from nydusd.formats.model import BlobFeature, BlobInfo, Bootstrap, ChunkFlag, ChunkRecord, RawChunk
 from nydusd.image.errors import ImageError
 from nydusd.storage.backend.base import BlobBackend
 from nydusd.storage.cache.chunk_table import ChunkTable, build_from_ci, build_from_raw, build_tarfs
@@ -62,8 +63,10 @@ def load_metadata(path: Path) -> tuple[bytes, Bootstrap]:
 class BlobReader:
     """The chunks of one blob. Plain chunks that were just read are kept, up to 32 MiB."""
 
-    def __init__(self, bootstrap: Bootstrap, info: BlobInfo, backend: BlobBackend) -> None:
-        """Reads and checks the chunk information. Raises `FormatError` and `BackendError`."""
+    def __init__(self, raw_chunks: Iterable[RawChunk], info: BlobInfo, backend: BlobBackend) -> None:
+        """Reads and checks the chunk information. `raw_chunks` are what the metadata says of the blob's chunks.
+
+        Raises `FormatError` and `BackendError`."""
         self.info = info
         self._reader = backend.get_reader(info.blob_id)
         ci = b""
@@ -75,9 +78,9 @@ class BlobReader:
             digests = None
             if info.features & BlobFeature.INLINED_CHUNK_DIGEST:
                 digests = load_digest_array(info, meta.read, meta.blob_size())
-            self.table = build_from_ci(info, ci, header, bootstrap.raw_chunks(), digests)
+            self.table = build_from_ci(info, ci, header, raw_chunks, digests)
         else:
-            self.table = build_from_raw(info, bootstrap.raw_chunks())
+            self.table = build_from_raw(info, raw_chunks)
         dictionaries = self.table.dict_offset
         self._decoder = ChunkDecoder(info, lambda offset, size: ci[dictionaries + offset :][:size])
         self._kept: OrderedDict[int, bytes] = OrderedDict()
@@ -152,6 +155,7 @@ class ImageReader:
         self.data, self.bootstrap = load_metadata(path)
         self._backend = backend
         self._blobs: dict[int, BlobReader] = {}
+        self._chunks: dict[int, bytearray] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -168,8 +172,17 @@ class ImageReader:
         if found is None:
             if self._backend is None:
                 raise ImageError("the data of the image is needed: name its blobs (--blob-dir or a backend)")
-            found = self._blobs[index] = BlobReader(self.bootstrap, self.bootstrap.blobs[index], self._backend)
+            info = self.bootstrap.blobs[index]
+            found = self._blobs[index] = BlobReader(self._chunks_of(info), info, self._backend)
         return found
+
+    def _chunks_of(self, info: BlobInfo) -> Iterator[RawChunk]:
+        """What the metadata says of a blob's chunks: it is gone through once for all blobs."""
+        if self._chunks is None:
+            self._chunks = {}
+            for chunk in self.bootstrap.raw_chunks():
+                self._chunks.setdefault(chunk.blob_index, bytearray()).extend(CHUNK_INFO.pack(*chunk))
+        return map(RawChunk._make, CHUNK_INFO.iter_unpack(self._chunks.get(info.index, b"")))
 
     def let_go(self, index: int) -> None:
         """What is known of a blob is not needed any more: it may be much, for each of them."""

@@ -14,14 +14,15 @@ import pytest
 from nydusd.codec.compress import Buffer
 from nydusd.errors import FormatError
 from nydusd.formats.chunk_info import CHUNK_INFO
-from nydusd.formats.model import ChunkRecord
+from nydusd.formats.model import ChunkRecord, RawChunk
 from nydusd.formats.rafs_v5 import RafsV5
 from nydusd.formats.rafs_v6 import RafsV6
 from nydusd.formats.walk import paths_of
 from nydusd.formats.write.rafs_v6_split import are_listed
 from nydusd.image.errors import ImageError
-from nydusd.image.reader import load_metadata
+from nydusd.image.reader import ImageReader, load_metadata
 from nydusd.image.unpack import paths
+from nydusd.storage.backend import make_backend
 from nydusd.storage.cache.decode import ChunkDecoder
 from tests.image.build import create, image, refused
 from tests.support import oracle
@@ -164,6 +165,30 @@ def test_chunks_that_nothing_describes_are_passed_over(tmp_path: Path, monkeypat
     monkeypatch.setattr(ChunkDecoder, "decode_range", counted)
     assert "318 chunks read" in image("check", tmp_path / "boot", "-D", oracle.image("v5-zstd-blake3").blobs)
     assert 0 < longest <= 4096
+
+
+def test_metadata_is_gone_through_once_for_all_blobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A v5 image may have thousands of them."""
+    layers = []
+    for number in range(5):
+        (tree := tmp_path / f"tree{number}").mkdir()
+        (tree / f"file{number}").write_bytes(b"%d" % number * 5000)
+        layers.append(create(tree, tmp_path).rename(tmp_path / f"layer{number}"))
+    image("merge", "-B", tmp_path / "merged", *layers)
+    times = 0
+    listed = RafsV6.raw_chunks
+
+    def counted(self: RafsV6) -> Iterator[RawChunk]:
+        nonlocal times
+        times += 1
+        return listed(self)
+
+    with ImageReader(tmp_path / "merged", make_backend("localfs", {"dir": str(tmp_path / "blobs")})) as reader:
+        monkeypatch.setattr(RafsV6, "raw_chunks", counted)
+        contents = [
+            b"".join(reader.content(ino)) for _, ino in paths(reader.bootstrap) if ino != reader.bootstrap.root_ino
+        ]
+    assert contents == [b"%d" % number * 5000 for number in range(5)] and times == 1
 
 
 def test_metadata_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
