@@ -213,7 +213,8 @@ def test_layer_that_cannot_be_fetched_ends_the_conversion_and_its_workers(tmp_pa
             "convert", f"{server.host}/app:1", tmp_path / "out", "--plain-http", "--cache", tmp_path / "kept"
         )
     assert f"blob {digests[2]}: status 500" in text and not (tmp_path / "out").exists()
-    assert list((tmp_path / "kept").iterdir()) == []
+    # The one that can be fetched may have been complete before, or not begun.
+    assert all(path.name.startswith(digests[1][7:]) for path in (tmp_path / "kept").glob("*"))
 
 
 def test_a_storage_server_is_told_no_credentials_and_names_no_token_server(tmp_path: Path, docker: Path) -> None:
