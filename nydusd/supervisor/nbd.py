@@ -11,6 +11,7 @@ both: the fork server holds the clients for the next supervisor for a minute.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import signal
 import time
@@ -20,8 +21,9 @@ from nydusd import points
 from nydusd.cli.options import NbdOptions
 from nydusd.errors import MountError, NydusError, UnsupportedError
 from nydusd.frontends.nbd.kept import LAYOUT
+from nydusd.frontends.nbd.layout import places_of
 from nydusd.ipc.messages import Json
-from nydusd.storage.api.image import identity_of
+from nydusd.storage.api.image import ImageFacts, identity_of
 from nydusd.supervisor import control_ops, nbd_left
 from nydusd.supervisor.adoption import parameters
 from nydusd.supervisor.children import Child
@@ -83,6 +85,7 @@ class NbdDaemon(Supervisor):
                 raise UnsupportedError(
                     f"{image.source}: only v6 images are block devices, this is v{image.metadata.version}: use `nydusd fuse`"
                 )
+            _check(image.metadata)
             self._bind()
         else:
             image, files = self._go_on(*self._former)
@@ -248,3 +251,10 @@ class NbdDaemon(Supervisor):
         super().stop()
         if clients is not None:
             clients.close()
+
+
+def _check(facts: ImageFacts) -> None:
+    """Raises FormatError for a v6 image that cannot be laid out on a disk: the front end would die of it at its start."""
+    with open(facts.bootstrap, "rb") as f:
+        view = memoryview(mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ))
+    places_of(view, [blob.uncompressed_size for blob in facts.blobs], facts.bootstrap)

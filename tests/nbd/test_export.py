@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -18,7 +19,9 @@ import pytest
 from nydusd.frontends.nbd import protocol
 from tests.erofs.test_images import V6, differences
 from tests.support.daemon import Daemon
+from tests.support.discipline import wait_until
 from tests.support.oracle import Image, image
+from tests.support.scarce import no_fd_left
 
 
 class Export(Daemon):
@@ -287,6 +290,36 @@ def test_an_image_of_v5_and_a_path_that_is_no_socket_are_refused(tmp_path: Path)
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, why in done.stderr) == (1, True), done.stderr
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_image_whose_blob_lies_in_its_metadata_is_refused_at_the_start(tmp_path: Path) -> None:
+    what = image("v6-zstd-blake3")
+    damaged = bytearray(what.bootstrap.read_bytes())
+    struct.pack_into("<I", damaged, 1408 + 68, 1)
+    bootstrap = tmp_path / "bootstrap"
+    bootstrap.write_bytes(damaged)
+    with pytest.raises(AssertionError, match="exit status 1") as e, Export(what._replace(bootstrap=bootstrap)):
+        pass
+    assert f"{bootstrap}: devices[0].mapped_blkaddr: 4096 is within what ends at {len(damaged)}" in str(e.value)
+    assert "use `nydusd fuse`" in str(e.value)
+    assert "exported" not in str(e.value)
+
+
+@pytest.mark.parametrize("spare", range(3))
+def test_a_front_end_that_can_open_nothing_disconnects_who_is_new_and_serves_on(
+    spare: int, export: Export, expect_log: Callable[..., None]
+) -> None:
+    expect_log("a client is disconnected: the front end can open no more files")
+    (front_end,) = export.pids("nbd")
+    with serving(export) as present:
+        with no_fd_left(front_end, spare), export.connect() as refused:
+            assert is_closed(refused)
+            assert read(present, 0, 512)[0] == 0
+        before = os.listdir(f"/proc/{front_end}/fd")
+        with serving(export) as wire:
+            assert read(wire, 0, 512)[0] == 0
+        wait_until(lambda: os.listdir(f"/proc/{front_end}/fd") == before, "the front end to keep nothing of a client")
+    assert export.pids("nbd") == [front_end]
 
 
 def test_a_stop_removes_the_socket() -> None:

@@ -20,7 +20,8 @@ _ADDRESS_AT = 64
 _U16 = Struct("<H")
 _GRID = 512 << 10
 """To which blobs are aligned where the image says nothing."""
-_SIZE_MOST = 1 << 62
+_BLOCK_MOST = (1 << 32) - 1
+_INSTEAD = "use `nydusd fuse`"
 
 
 class Piece(NamedTuple):
@@ -34,46 +35,66 @@ class Piece(NamedTuple):
 METADATA, NOTHING = -1, -2
 
 
+def places_of(metadata: memoryview, sizes: Sequence[int], where: str) -> list[tuple[int, int, int]]:
+    """Where on the disk each blob begins, where it ends, and its number: in the order of the disk.
+
+    `sizes`: bytes of each blob, in the order of the table. Raises FormatError for blobs that overlap or have no room.
+    """
+    block = 1 << metadata[_SUPER + _BITS]
+    (devices,) = _U16.unpack_from(metadata, _SUPER + _DEVICES)
+    if block not in (512, 4096) or devices != len(sizes):
+        raise FormatError(where, "device table", f"{devices} blobs in blocks of {block}, {len(sizes)} expected")
+    blocks = [_ADDRESS.unpack_from(metadata, at)[1] for at in _slots(devices)]
+    if 0 in blocks:
+        blocks = _lay_out(len(metadata), block, sizes)
+    places = sorted((first * block, first * block + sizes[index], index) for index, first in enumerate(blocks))
+    end = len(metadata)
+    for start, stop, index in places:
+        field = f"devices[{index}].mapped_blkaddr"
+        if start < end:
+            raise FormatError(where, field, f"{start} is within what ends at {end}: this is no disk, {_INSTEAD}")
+        if start // block > _BLOCK_MOST:
+            raise FormatError(
+                where, field, f"the blobs before it end at {end}, a disk has 2^32 blocks of {block}: {_INSTEAD}"
+            )
+        end = stop
+    return places
+
+
+def _slots(devices: int) -> range:
+    return range(_SLOTS + _ADDRESS_AT, _SLOTS + _ADDRESS_AT + _SLOT * devices, _SLOT)
+
+
+def _lay_out(end: int, block: int, sizes: Sequence[int]) -> list[int]:
+    """The first block of each blob where the image says nothing. `end`: that of the metadata."""
+    blocks = []
+    for size in sizes:
+        start = -(-end // _GRID) * _GRID
+        blocks.append(start // block)
+        end = start + size
+    return blocks
+
+
 class Layout:
     """The disk. `metadata` are the image's first bytes, as they are to be read; `size` its length, whole blocks of `block`."""
 
     def __init__(self, metadata: memoryview, sizes: Sequence[int], where: str) -> None:
-        """`sizes`: bytes of each blob, in the order of the table. Raises FormatError for blobs that overlap."""
+        """Arguments and errors: see `places_of`."""
+        self._places = places_of(metadata, sizes, where)
         self.block = 1 << metadata[_SUPER + _BITS]
-        self.metadata = metadata
-        (devices,) = _U16.unpack_from(metadata, _SUPER + _DEVICES)
-        if self.block not in (512, 4096) or devices != len(sizes):
-            raise FormatError(
-                where, "device table", f"{devices} blobs in blocks of {self.block}, {len(sizes)} expected"
-            )
-        slots = [_SLOTS + _SLOT * i + _ADDRESS_AT for i in range(devices)]
-        starts = [_ADDRESS.unpack_from(metadata, at)[1] * self.block for at in slots]
-        if any(start == 0 for start in starts):
-            starts = self._lay_out(slots, sizes)
-        ends = [start + -(-size // self.block) * self.block for start, size in zip(starts, sizes, strict=True)]
-        self._places = sorted(
-            (start, start + size, index) for index, (start, size) in enumerate(zip(starts, sizes, strict=True))
-        )
-        end = len(metadata)
-        for start, stop, index in self._places:
-            if start < end:
-                raise FormatError(where, f"devices[{index}].mapped_blkaddr", f"{start} is within what ends at {end}")
-            end = stop
-        self.size = -(-max([len(metadata), *ends]) // self.block) * self.block
-        if self.size > _SIZE_MOST:
-            raise FormatError(where, "device table", f"a disk of {self.size} bytes is too large")
+        end = max([len(metadata), *(stop for _, stop, _ in self._places)])
+        self.size = -(-end // self.block) * self.block
+        self.metadata = self._told(metadata)
 
-    def _lay_out(self, slots: Sequence[int], sizes: Sequence[int]) -> list[int]:
-        """Give each blob a place behind the one before, and write that into a copy of the metadata."""
-        copy = bytearray(self.metadata)
-        starts, end = [], len(copy)
-        for at, size in zip(slots, sizes, strict=True):
-            start = -(-end // _GRID) * _GRID
-            _ADDRESS.pack_into(copy, at, _ADDRESS.unpack_from(copy, at)[0], start // self.block)
-            starts.append(start)
-            end = start + size
-        self.metadata = memoryview(bytes(copy))
-        return starts
+    def _told(self, metadata: memoryview) -> memoryview:
+        """The metadata, or a copy of them that says where the blobs are if they do not."""
+        slots = _slots(len(self._places))
+        if all(_ADDRESS.unpack_from(metadata, at)[1] for at in slots):
+            return metadata
+        copy = bytearray(metadata)
+        for start, _, index in self._places:
+            _ADDRESS.pack_into(copy, slots[index], _ADDRESS.unpack_from(copy, slots[index])[0], start // self.block)
+        return memoryview(bytes(copy))
 
     def pieces(self, offset: int, length: int) -> list[Piece]:
         """What a range of the disk is made of, in order. The range must be within `size`."""

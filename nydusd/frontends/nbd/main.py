@@ -17,6 +17,7 @@ import contextlib
 import logging
 import math
 import mmap
+import os
 import select
 import signal
 import socket
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 
 _PARTIAL = 0.05
 """Seconds between looks at a client that has sent a part of a message."""
+_FDS = 3
+"""Of a client: its socket, and both ends of its pipe."""
 
 
 class Server:
@@ -115,7 +118,7 @@ class Server:
         """Those whom the supervisor has let in."""
         while True:
             try:
-                packet, fds = passed.receive(self._line, NUMBER.size, 3)
+                packet, fds = passed.receive(self._line, NUMBER.size, _FDS)
             except ConnectionResetError:
                 continue  # the kernel says so once, and then gives what was sent before
             except BlockingIOError:
@@ -125,7 +128,19 @@ class Server:
                     self._line_is_over = True
                     self._poll.unregister(self._line)
                 return
-            self.add(NUMBER.unpack(packet)[0], fds)
+            (number,) = NUMBER.unpack(packet)
+            if len(fds) == _FDS:
+                self.add(number, fds)
+            else:
+                self._refuse(number, fds)
+
+    def _refuse(self, number: int, fds: Sequence[int]) -> None:
+        """Of a client's fds the kernel has given us these only: we can have no more open. Whoever is served does not notice."""
+        log.warning("a client is disconnected: the front end can open no more files")
+        for fd in fds:
+            os.close(fd)
+        Kept(self._known[number * SIZE : (number + 1) * SIZE]).inodes = 0, 0
+        self._tell_ended(number)
 
     def _serve(self, connection: Connection, events: int) -> None:
         if events & (select.POLLHUP | select.POLLERR) and not events & select.POLLIN:
@@ -152,9 +167,12 @@ class Server:
         self._connections.pop(connection.sock.fileno(), None)
         connection.close()
         points.reach("nbd: client ended")
+        self._tell_ended(connection.number)
+
+    def _tell_ended(self, number: int) -> None:
         # If the supervisor has been told so much that it takes no more, it looks for itself who is gone.
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            self._line.send(NUMBER.pack(connection.number))
+            self._line.send(NUMBER.pack(number))
 
 
 def main(argv: list[str]) -> int:
