@@ -5,8 +5,8 @@ a few milliseconds, and shares the memory. This process does little else: one th
 secret in its memory or environment, nothing open but its socket and what it holds.
 
 When it has loaded what `argv` names it says {ready}. If the supervisor is killed before, it loads no more, for a successor and
-its fork server wait for the processor, and holds what it was given. A request (`client.ForkServer`) is one packet: JSON, and
-fds.
+its fork server wait for the processor, and holds what it was given. A request (`client.py`, `servers.py`) is one packet:
+JSON, and fds.
 
 - {module, fds, load}: `module` is run as with `python -m`, with the spec fd, the first of the fds, on its command line; `fds`
   are the numbers under which the child finds them all; the modules `load` are imported here first, once, so that later

@@ -1,7 +1,7 @@
 """A fork server that is being tried: what it is asked is answered later, so that nobody has to wait for it.
 
 Runs in the supervisor, whose loop waits for nothing. It loads the code that is on disk now. Once it has proved good it
-changes places with the daemon's fork server (`ForkServer.trade_places`), and that one is ended.
+changes places with the daemon's fork server (`Servers.trade_places`), and that one is ended.
 
 What holds after SIGKILL of the supervisor: it ends by itself, or is ended by the next supervisor, as any fork server.
 """
@@ -15,12 +15,12 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from nydusd.forkserver.client import ForkServer
 from nydusd.forkserver.line import PACKET_MAX
 from nydusd.forkserver.process import Process, let_begin
+from nydusd.forkserver.servers import Servers
 
 
-class FreshServer(ForkServer):
+class FreshServer(Servers):
     """One question at a time. Raises OSError when there is no room for the process."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class FreshServer(ForkServer):
         return self._servers[0].process.poll() is not None
 
     def ask_for_child(self, module: str, fds: Sequence[int], load: Sequence[str]) -> None:
-        """As `spawn`, but for `take_child`, which gives what comes of it. Raises OSError when it is gone."""
+        """As `ForkServer.spawn`, but for `take_child`, which gives what comes of it. Raises OSError when it is gone."""
         request = json.dumps({"module": module, "fds": list(fds), "load": list(load)}).encode()
         gate, key = os.pipe2(os.O_CLOEXEC)
         self._keys.append(key)

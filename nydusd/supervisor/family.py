@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nydusd.cli.options import Options
     from nydusd.config import Config
     from nydusd.forkserver.client import ForkServer
+    from nydusd.forkserver.servers import Servers
     from nydusd.frontends.fuse.session import Session
     from nydusd.supervisor.adoption import FrontEnd
     from nydusd.supervisor.mounts import Mounts
@@ -271,7 +272,7 @@ class Family:
             "besides": [[pid, start_time(pid)] for pid in besides if pid],
         }
 
-    def succeed(self, fresh: ForkServer) -> None:
+    def succeed(self, fresh: Servers) -> None:
         """Go on with another fork server, which holds the session's fds already; `fresh` is the former then.
 
         Noted before the former one ends: whoever is killed in between, a successor finds one that has them.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nydusd.forkserver import client
+from nydusd.forkserver import servers
 from nydusd.forkserver.client import ForkServer
 from nydusd.forkserver.process import Process
 from tests.forkserver.spawned import spawn, wait_for_copy, wait_until_gone
@@ -79,19 +79,19 @@ def test_when_it_and_its_copy_are_killed_another_is_started_at_once() -> None:
 
 def test_one_that_cannot_load_is_tried_more_and_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     """As while a package is being upgraded. When it can be loaded again, all is as before."""
-    monkeypatch.setattr(client, "_INTERVAL_NO_ROOM", 4 * client._INTERVAL)
+    monkeypatch.setattr(servers, "_INTERVAL_NO_ROOM", 4 * servers._INTERVAL)
     with monkeypatch.context() as patch:
         patch.setattr("nydusd.forkserver.start.FOR_DAEMON", ("nothing_of_this_name",))
         server = ForkServer()
 
         def is_seldom() -> bool:
             server.tend()
-            return server._interval == client._INTERVAL_NO_ROOM
+            return server._interval == servers._INTERVAL_NO_ROOM
 
         wait_until(is_seldom, "two that failed", 60)
     try:
         wait_for_copy(server)
-        assert server._interval == client._INTERVAL
+        assert server._interval == servers._INTERVAL
     finally:
         server.close()
 
@@ -109,7 +109,7 @@ def no_room() -> Iterator[None]:
 
 def test_where_there_is_no_room_for_a_copy_or_a_guardian_it_is_made_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the daemon goes on."""
-    monkeypatch.setattr("nydusd.forkserver.client._INTERVAL_NO_ROOM", 0.1)
+    monkeypatch.setattr("nydusd.forkserver.servers._INTERVAL_NO_ROOM", 0.1)
     with fork_server() as server:
         assert select.select([server._servers[0].line], [], [], 60)[0]
         server._hear(server._servers[0])

@@ -99,7 +99,7 @@ def start_and_die(daemon: Daemon, step: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", ["nydusd.forkserver.client:ForkServer.hold", "nydusd.supervisor.fuse:Session.open_lanes"]
+    "step", ["nydusd.forkserver.servers:Servers.hold", "nydusd.supervisor.fuse:Session.open_lanes"]
 )
 def test_a_start_that_is_killed_before_it_has_noted_a_mount_is_no_obstacle_to_the_next(step: str) -> None:
     """Its fork server, which may have the session by then, is ended by that."""
