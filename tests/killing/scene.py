@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import threading
 from contextlib import ExitStack, suppress
@@ -31,6 +30,13 @@ def read(path: Path, direct: bool = True) -> bytes:
         return os.pread(fd, CHUNK, 0)
     finally:
         os.close(fd)
+
+
+def remove(folder: Path) -> None:
+    """A cache folder. A worker that finds a chunk map deleted removes what goes with that, perhaps before us."""
+    for path in folder.iterdir():
+        path.unlink(missing_ok=True)
+    folder.rmdir()
 
 
 class Scene:
@@ -193,7 +199,7 @@ class Scene:
         ours = {data.name, f"{data.name}.chunk_map", f"{data.name}.chunk_map.nydusd", f"{self.tree.blob_id}.blob.meta"}
         left = {path.name for path in self.cache.iterdir()} - ours
         assert not left, f"left in the cache folder: {sorted(left)}"
-        shutil.rmtree(self.cache)
+        remove(self.cache)
 
     def stored(self) -> list[int]:
         path = self.cache / f"{self.tree.blob_id}.blob.data.chunk_map"
