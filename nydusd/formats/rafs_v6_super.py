@@ -36,8 +36,13 @@ COMPAT_RAFS = 0x40000000
 INCOMPAT = 0xC  # chunked files and a device table
 
 _SUPER = Struct("<IIIBBHQQIIII32xIHHH")
+_U16 = Struct("<H")
 _EXT = Struct("<QQIIQQQI")
 _SLOT = Struct("<64sI")
+_ADDRESS = Struct("<I")
+_ADDRESS_AT = 68
+HEAD_MOST = SLOTS_OFFSET + MAX_BLOBS * SLOT_SIZE
+"""Bytes of a bootstrap that say where its blobs are on a disk."""
 _BLOB = Struct("<64sIIIIIIQQIIQQQ32s32s16sI")
 
 _MAX_COMPRESSED = 1 << 40
@@ -149,6 +154,19 @@ def read_blobs(buf: memoryview, where: str, sb: V6Super, path_id: str | None, *,
     if path_id is not None:
         check_blob_id(where, "path_id", path_id.encode("utf-8", "surrogateescape"))
     return [_read_blob(buf, where, sb, i, path_id, extracted=extracted) for i in range(sb.devices)]
+
+
+def check_addresses(head: bytes, size: int, where: str) -> None:
+    """Raises FormatError where a blob's place on a disk is within the metadata, which have `size` bytes: the kernel would read
+    those folders from the blob that are there. `head`: the first `HEAD_MOST` bytes of metadata that were checked.
+    """
+    block = 1 << head[V6_SUPERBLOCK_OFFSET + 12]
+    (devices,) = _U16.unpack_from(head, V6_SUPERBLOCK_OFFSET + 86)
+    for index in range(devices):
+        (first,) = _ADDRESS.unpack_from(head, SLOTS_OFFSET + index * SLOT_SIZE + _ADDRESS_AT)
+        if 0 < first * block < size:  # 0: an old builder, and the kernel, have no place for it
+            rule = f"{first * block} is within the metadata, which end at {size}: the kernel cannot read it, use `nydusd fuse`"
+            raise FormatError(where, f"devices[{index}].mapped_blkaddr", rule)
 
 
 def _read_blob(

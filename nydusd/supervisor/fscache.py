@@ -49,6 +49,7 @@ from nydusd.supervisor.fscache_images import (
 )
 from nydusd.supervisor.images import Image
 from nydusd.supervisor.kernel_files import KERNEL, KernelFiles
+from nydusd.supervisor.kernel_images import check_places
 from nydusd.supervisor.runtime import end
 from nydusd.supervisor.singleton import Singleton
 
@@ -255,6 +256,8 @@ class FscacheDaemon(Singleton):
                 )
         if any(cache.is_tarfs for cache in facts.blobs):
             raise BlobError(f"{entry.metadata}: fscache has blocks of 4096 bytes, this image those of a tar")
+        if facts.version == 6:
+            check_places(facts)
         image = Image(place, entry.metadata, entry.config, facts, self.factory, domain=domain_of(entry))
         image.use(entry.config)  # blobs that others share get the newest credentials
         self.mounts.bind(image)

@@ -11,12 +11,14 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nydusd.errors import UnsupportedError
+from nydusd.errors import UnsupportedError, cache_error
+from nydusd.formats.rafs_v6_super import HEAD_MOST, check_addresses
 from nydusd.frontends.erofs.session import Range
 from nydusd.frontends.erofs.table import File, Mounted
 from nydusd.storage.state.segment import Identity
 
 if TYPE_CHECKING:
+    from nydusd.storage.api.image import ImageFacts
     from nydusd.storage.cache.blob_cache import BlobCache
     from nydusd.supervisor.images import Image
 
@@ -24,7 +26,7 @@ _BLOBS_MOST = 255
 
 
 def check(image: Image) -> None:
-    """Raises UnsupportedError for an image that the kernel cannot mount from cache files."""
+    """Raises UnsupportedError for an image that the kernel cannot mount from cache files, and as `check_places`."""
     if image.metadata.version != 6:
         raise UnsupportedError(
             f"{image.source}: the kernel mounts images of RAFS v6 only, this is v{image.metadata.version}: use `nydusd fuse`"
@@ -33,6 +35,17 @@ def check(image: Image) -> None:
         raise UnsupportedError("EROFS reads cache files: configure a cache of type blobcache with a work_dir")
     if len(image.caches) > _BLOBS_MOST:
         raise UnsupportedError(f"{image.source}: {len(image.caches)} blobs, {_BLOBS_MOST} at most")
+    check_places(image.metadata)
+
+
+def check_places(facts: ImageFacts) -> None:
+    """Raises FormatError for a v6 image whose folders the kernel would read from blobs, CacheError without one."""
+    try:
+        with open(facts.bootstrap, "rb", buffering=0) as f:
+            head = f.read(HEAD_MOST)
+    except OSError as e:
+        raise cache_error(f"bootstrap {facts.bootstrap}", e) from e
+    check_addresses(head, facts.size, facts.bootstrap)
 
 
 def file_at(path: str) -> tuple[int, int, int]:

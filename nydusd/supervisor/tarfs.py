@@ -20,6 +20,7 @@ from nydusd.ipc.messages import Json
 from nydusd.supervisor import left_by_erofs
 from nydusd.supervisor.checked import read_checked, write_checked
 from nydusd.supervisor.daemon import Supervisor
+from nydusd.supervisor.kernel_images import check_places
 
 if TYPE_CHECKING:
     from nydusd.cli.options import Options
@@ -86,12 +87,15 @@ class TarfsDaemon(Supervisor):
 
 
 def tars_of(image: Image, config: Config) -> list[str]:
-    """The file of each blob. Raises UnsupportedError when the image is not made of tars, MountError for one that lacks."""
+    """The file of each blob. Raises UnsupportedError when the image is not made of tars, MountError for one that lacks, and as
+    `check_places`.
+    """
     settings = config.backend.localfs if config.backend is not None and config.backend.type == "localfs" else None
     if settings is None or not image.metadata.blobs or not all(blob.is_tarfs for blob in image.metadata.blobs):
         raise UnsupportedError(
             f"{image.source}: not a tarfs image with its tars in a local folder: use another --driver"
         )
+    check_places(image.metadata)
     found = []
     for blob in image.metadata.blobs:
         paths = [settings.blob_file] if settings.blob_file else []

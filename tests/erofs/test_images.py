@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -47,4 +48,29 @@ def test_an_image_of_v5_is_refused_with_the_way_that_reads_it(tmp_path: Path, ex
     daemon = Daemon(old.bootstrap, old.blobs, verb="erofs", args=("--driver", "fanotify"))
     with pytest.raises(AssertionError, match="use `nydusd fuse`"):
         daemon.start()
+    shutil.rmtree(daemon.folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "driver"),
+    [
+        ("v6-zstd-blake3", "fanotify"),
+        ("v6-zstd-blake3", "blobfs"),
+        ("v6-tarfs", "fanotify"),
+        ("v6-tarfs", "tarfs"),
+    ],
+)
+def test_an_image_whose_folders_the_kernel_would_read_from_a_blob_is_refused(
+    name: str, driver: str, tmp_path: Path
+) -> None:
+    what = image(name)
+    damaged = bytearray(what.bootstrap.read_bytes())
+    struct.pack_into("<I", damaged, 1408 + 68, 1)
+    bootstrap = tmp_path / "bootstrap"
+    bootstrap.write_bytes(damaged)
+    daemon = Daemon(bootstrap, what.blobs, verb="erofs", args=("--driver", driver))
+    with pytest.raises(AssertionError, match="use `nydusd fuse`") as e:
+        daemon.start()
+    assert f"{bootstrap}: devices[0].mapped_blkaddr: " in str(e.value)
+    assert "is mounted at" not in str(e.value)
     shutil.rmtree(daemon.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -480,6 +481,16 @@ def test_credentials_that_are_set_are_those_of_all_images_until_one_brings_its_o
     assert known(world)["/e/two"] == own
     noted = world.daemon.session_state()["images"]
     assert set(known(successor(world, noted, monkeypatch)[0]).values()) == {own}
+
+
+def test_an_image_whose_folders_the_kernel_would_read_from_a_blob_is_refused(world: World, tmp_path: Path) -> None:
+    damaged = bytearray((world.folder / "lower.boot").read_bytes())
+    struct.pack_into("<I", damaged, 1408 + 68, 1)
+    (tmp_path / "damaged.boot").write_bytes(damaged)
+    refused = world.bind("damaged", tmp_path / "damaged.boot")["error"]["message"]
+    for part in (f"{tmp_path}/damaged.boot: devices[0].mapped_blkaddr", "use `nydusd fuse`"):
+        assert part in refused
+    assert not world.daemon._bound
 
 
 def test_of_two_that_are_bound_at_once_the_second_is_compared_with_the_first(world: World, liar: Path) -> None:
