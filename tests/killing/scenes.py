@@ -246,7 +246,7 @@ class Life(Scene):
         assert process is not None
         os.kill(self.daemon.pid, signal.SIGTERM)
         wait_until(self.daemon.has_ended, "the end of the daemon", SECONDS)
-        if process.poll() == -signal.SIGKILL:
+        if process.poll() in (-signal.SIGKILL, -signal.SIGTERM):  # the latter: it had just been started, by `keep`
             assert self.plan.killed()
             self.daemon.launch()
             self.serve()
