@@ -38,11 +38,12 @@ def shortest() -> int:
 
 def test_all_who_serve_a_reader_have_short_turns_at_the_usual_priority(shortest: int) -> None:
     with Daemon(IMAGE.bootstrap, IMAGE.blobs) as daemon:
+        nice = os.getpriority(os.PRIO_PROCESS, daemon.pid)
         assert wrong(daemon) == []
         by_role = [daemon.pids(role) for role in ROLES]
         assert all(by_role)
         for pid in (daemon.pid, *(pid for pids in by_role for pid in pids)):
-            assert attributes(pid) == (os.SCHED_OTHER, os.getpriority(os.PRIO_PROCESS, 0), shortest)
+            assert attributes(pid) == (os.SCHED_OTHER, nice, shortest)
 
 
 def test_a_policy_that_an_operator_chose_is_kept() -> None:
