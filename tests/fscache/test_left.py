@@ -16,6 +16,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from nydusd import priority
 from nydusd.cli.options import SingletonOptions
 from nydusd.errors import CacheError, ScarceError
 from nydusd.frontends.fscache.device import CacheDevice
@@ -76,8 +77,9 @@ def test_a_daemon_that_has_not_served_and_fails_leaves_nothing(daemon: FscacheDa
 
 
 def test_a_daemon_that_leaves_to_its_successor_leaves_what_is_noted_though_nothing_is_mounted(
-    daemon: FscacheDaemon,
+    daemon: FscacheDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(priority, "leave", lambda _pids: None)  # this process, that is, with which other tests go on
     daemon._family.inherited = False
     daemon.handover.leaving = True
     pids = daemon.fork_server.pids
