@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -137,16 +137,23 @@ def hold(keepers: list[int], export: Export, clients: int) -> bool:
     return len(served) == clients + 1 and all(served <= found and len(found) == OWN_SOCKETS + clients for found in held)
 
 
+@contextmanager
+def client_of_stopped_fork_servers(export: Export) -> Iterator[tuple[socket.socket, list[int]]]:
+    """A client, and the fork servers that hold it, which take nothing from now on."""
+    wait_for_role(export, "fork server", 2)
+    keepers = export.pids("fork server")
+    with serving(export) as client:
+        wait_until(lambda: hold(keepers, export, 1), "both hold the client", 60)
+        for pid in keepers:
+            os.kill(pid, signal.SIGSTOP)
+        yield client, keepers
+
+
 def test_a_burst_of_clients_while_the_fork_servers_take_nothing_costs_nobody_anything(
     export: Export, disk: bytes
 ) -> None:
     """They are not killed for it, and when they go on they hold who is there and nobody else."""
-    wait_for_role(export, "fork server", 2)
-    keepers = export.pids("fork server")
-    with serving(export) as first:
-        wait_until(lambda: hold(keepers, export, 1), "both hold the client", 60)
-        for pid in keepers:
-            os.kill(pid, signal.SIGSTOP)
+    with client_of_stopped_fork_servers(export) as (first, keepers):
         for _ in range(160):
             with serving(export):
                 pass
@@ -168,21 +175,15 @@ def test_a_client_whom_only_fork_servers_are_to_hold_that_are_stopped_outlives_a
     export: Export, disk: bytes
 ) -> None:
     """It lies in their lines."""
-    wait_for_role(export, "fork server", 2)
-    keepers = export.pids("fork server")
-    with serving(export) as first:
-        wait_until(lambda: hold(keepers, export, 1), "both hold the client", 60)
-        for pid in keepers:
-            os.kill(pid, signal.SIGSTOP)
-        with serving(export) as last:
-            served_by = front_end(export)
-            export.get("/api/v1/daemon")  # so it has told them: it gives a client to the front end first
-            export.kill_supervisor()
-            end(served_by)
-            assert [pid for pid in keepers if is_running(pid)] == keepers
-            export.start()
-            reads_anywhere(first, disk, 13)
-            reads_anywhere(last, disk, 14)
+    with client_of_stopped_fork_servers(export) as (first, keepers), serving(export) as last:
+        served_by = front_end(export)
+        export.get("/api/v1/daemon")  # so it has told them: it gives a client to the front end first
+        export.kill_supervisor()
+        end(served_by)
+        assert [pid for pid in keepers if is_running(pid)] == keepers
+        export.start()
+        reads_anywhere(first, disk, 13)
+        reads_anywhere(last, disk, 14)
 
 
 def test_clients_outlive_all_but_a_fork_server_that_was_stopped_while_it_loaded(export: Export, disk: bytes) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.supervisor.lives import IMAGE, ONE_CHUNK, config_for, not_started, read_direct, wrong
 from tests.support import oracle
+from tests.support.daemon import Daemon
 from tests.support.discipline import wait_until
 
 TRUTH = oracle.truth(IMAGE.name)
@@ -24,12 +27,19 @@ PATIENT_WITH_ALL = PATIENT.replace(" = 600.0", " = client._PATIENCE_WITH_ALL = 6
 """And loads none beside those that are silent."""
 
 
-def test_readers_are_served_while_all_fork_servers_are_stopped_and_a_worker_is_missing(tmp_path: Path) -> None:
-    config = config_for(IMAGE, tmp_path / "cache", amplify_io=0, nydusd={"decompress_workers": 2})
-    with not_started(IMAGE.bootstrap, IMAGE.blobs, tmp_path / "cache", config) as daemon:
-        daemon.command = [sys.executable, "-c", PATIENT_WITH_ALL, *daemon.command[3:]]
+@contextmanager
+def patient(code: str, cache: Path, workers: int) -> Iterator[Daemon]:
+    """Such a daemon, which has a fork server and its copy, and so many decompress workers."""
+    config = config_for(IMAGE, cache, amplify_io=0, nydusd={"decompress_workers": workers})
+    with not_started(IMAGE.bootstrap, IMAGE.blobs, cache, config) as daemon:
+        daemon.command = [sys.executable, "-c", code, *daemon.command[3:]]
         daemon.start()
         wait_until(lambda: len(daemon.pids("fork server")) == 2, "a fork server and its copy", 60)
+        yield daemon
+
+
+def test_readers_are_served_while_all_fork_servers_are_stopped_and_a_worker_is_missing(tmp_path: Path) -> None:
+    with patient(PATIENT_WITH_ALL, tmp_path / "cache", workers=2) as daemon:
         servers, (killed, *_) = daemon.pids("fork server"), daemon.pids("decompress")
         for pid in servers:
             os.kill(pid, signal.SIGSTOP)
@@ -45,11 +55,7 @@ def test_readers_are_served_while_all_fork_servers_are_stopped_and_a_worker_is_m
 
 
 def test_a_read_is_served_while_all_fork_servers_are_stopped_and_no_worker_is_left(tmp_path: Path) -> None:
-    config = config_for(IMAGE, tmp_path / "cache", amplify_io=0, nydusd={"decompress_workers": 1})
-    with not_started(IMAGE.bootstrap, IMAGE.blobs, tmp_path / "cache", config) as daemon:
-        daemon.command = [sys.executable, "-c", PATIENT, *daemon.command[3:]]
-        daemon.start()
-        wait_until(lambda: len(daemon.pids("fork server")) == 2, "a fork server and its copy", 60)
+    with patient(PATIENT, tmp_path / "cache", workers=1) as daemon:
         servers, (killed,) = daemon.pids("fork server"), daemon.pids("decompress")
         for pid in servers:
             os.kill(pid, signal.SIGSTOP)
